@@ -1,0 +1,2131 @@
+"""PicoGrad: a tiny autograd engine in one file, on NumPy alone.
+
+Reverse-mode automatic differentiation over a graph that ordinary code builds as it runs, from single numbers to large
+arrays. Copy this file into a project and import it; NumPy's own functions are the interface:
+
+    >>> from picograd import Value
+    >>> import numpy as np
+    >>> x = Value(2.0, label="x")
+    >>> y = np.tanh(x) * x + x**2
+    >>> y.backward()
+    >>> print(f"{y.data:.4f} {x.grad:.4f}")
+    5.9281 5.1053
+
+The rooms, in reading order. A reader meets a thing before it is used.
+
+1. Primitives    one table: NumPy callable -> forward and one vector-Jacobian rule per argument. The only place that
+                 knows any operation; everything below reads it.
+2. Workers       the configuration of distributed tensors.
+3. Tensor        an array without gradient: inputs, labels, and what `.data` and `.grad` hand out.
+4. Value         a node of the graph: data, gradient, the primitive that made it and its operands; `backward`, `grad`.
+5. nn            Module, Neuron, Layer, MLP, losses, SGD, Adam; also importable as `picograd.nn`.
+6. draw          pictures of graphs, with Graphviz.
+
+To add an operation, call `primitive(forward, *vjps)`; nothing else in the file needs to change.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+import math
+import operator
+import string
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Primitives
+#
+# A primitive is an operation that the engine can differentiate: `forward` computes it on raw operands (Python floats
+# and arrays), `vjps[i]` maps the gradient `g` of its output to the gradient of operand i (a vector-Jacobian product):
+#
+#     vjp(g, out, *operands, **params)        for example tanh:  lambda g, out, x: g * (1 - out * out)
+#
+# Rules are written with generic arithmetic and NumPy's functions, so one rule serves Python floats, arrays and Values;
+# on Values a rule builds a graph, which is what gives gradients of gradients. A rule may return a gradient in the
+# broadcast shape of its operands: `_fit` in room 4 is the one place that sums it back to the operand's shape.
+# An operand whose rule is None carries no gradient.
+#
+# `TABLE` maps NumPy's callables to primitives, or, where an operation is a composition of others, to a function.
+# ---------------------------------------------------------------------------------------------------------------------
+
+TABLE: dict[Callable, Callable] = {}  # NumPy callable -> Primitive, or a function composed of primitives
+PRIMITIVES: dict[str, Primitive] = {}  # by name: pickles find their primitives here, and the tests their samples
+
+
+class Primitive:
+    """One operation: `forward`, a rule per operand, and what the rest of the engine wants to know about it.
+
+    Calling it dispatches: with a Value among the operands it makes a node, with a Tensor a Tensor, else it computes.
+    """
+
+    __slots__ = ("name", "symbol", "forward", "vjps", "scalar", "elementwise", "samples", "operands", "params")
+
+    def __call__(self, *args, **kwargs):
+        operands = args
+        if self.operands is not None and (kwargs or len(args) != len(self.operands)):
+            operands, kwargs = self._bind(args, kwargs)
+        return _apply(self, operands, kwargs)
+
+    def _bind(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Sorts a call's arguments into operands and parameters."""
+        names = self.operands + self.params
+        takes = f"{self.name}: takes {', '.join(names)} on a Value or Tensor"
+        if len(args) > len(names):
+            raise TypeError(f"{takes}; got {len(args)} arguments")
+        given = dict(zip(names, args, strict=False))
+        for name, value in kwargs.items():
+            if name not in names:
+                raise TypeError(f"{takes}; argument {name!r} is not supported")
+            if name in given:
+                raise TypeError(f"{takes}; argument {name!r} came twice")
+            given[name] = value
+        missing = [name for name in self.operands if name not in given]
+        if missing:
+            raise TypeError(f"{takes}; argument {missing[0]!r} is missing")
+        return tuple(given.pop(name) for name in self.operands), given
+
+    def vjp(self, i: int) -> Callable | None:
+        """The rule of operand i. A primitive of any number of operands has one rule, which is told i."""
+        if self.operands is not None:
+            return self.vjps[i]
+        rule = self.vjps[0]
+        return rule and (lambda g, out, *operands, **params: rule(i, g, out, *operands, **params))
+
+    def __repr__(self):
+        return f"Primitive({self.name})"
+
+    def __reduce__(self):
+        return _primitive_named, (self.name,)
+
+
+def _primitive_named(name: str) -> Primitive:
+    if name not in PRIMITIVES:
+        raise LookupError(
+            f"primitive {name!r} is not registered here: call picograd.primitive for it before unpickling"
+        )
+    return PRIMITIVES[name]
+
+
+def primitive(
+    forward: Callable,
+    *vjps: Callable | None,
+    name: str | None = None,
+    scalar: Callable | None = None,
+    elementwise: bool | None = None,
+    variadic: bool = False,
+    samples: Sequence = (),
+) -> Primitive:
+    """Adds an operation to the table and returns it as a function of Values, Tensors, arrays and numbers.
+
+    forward: computes the result from arrays or numbers. A NumPy ufunc or function put here is found when NumPy calls
+        it on a Value.
+    vjps: one rule per operand, `vjp(g, out, *operands, **params)`, or None where an operand has no gradient. The names
+        of operands and parameters (such as axis) are read from the rule. To be differentiable again, a rule uses
+        arithmetic and functions of the table only. A result in the broadcast shape of the operands is summed back.
+    name: how it is called in pictures, errors and pickles; the forward's own name unless given.
+    scalar: a faster form on Python floats. May raise ArithmeticError or ValueError: then `forward` is used.
+    elementwise: whether each output element depends on one element per operand (with broadcasting); so for ufuncs.
+    variadic: any number of operands; then there is one rule, `vjp(i, g, out, *operands, **params)`.
+    samples: for the gradient test. An interval per operand of an element-wise primitive, or a list of
+        (shapes of the operands, parameters).
+
+        >>> cube = primitive(lambda x: x**3, lambda g, out, x: g * 3 * x**2, name="cube")
+        >>> x = Value(2.0)
+        >>> cube(x).backward()
+        >>> print(x.grad)
+        12.0
+    """
+    if not callable(forward):
+        raise TypeError(f"primitive: forward must be callable, got {forward!r}")
+    if not vjps:
+        raise TypeError("primitive: expected one vjp per operand (None for an operand without gradient), got none")
+    for i, rule in enumerate(vjps):
+        if rule is not None and not callable(rule):
+            raise TypeError(f"primitive: the vjp of operand {i} must be callable or None, got {rule!r}")
+    new = Primitive()
+    new.name = name or forward.__name__
+    new.symbol, new.scalar = _OPERATORS.get(forward, ("", new.name, scalar))[1:]
+    new.forward, new.vjps = forward, vjps
+    new.elementwise = (
+        isinstance(forward, np.ufunc) and forward.signature is None if elementwise is None else elementwise
+    )
+    new.samples = samples or ((_REAL,) * len(vjps) if new.elementwise else ())
+    names = _argument_names(next((rule for rule in vjps if rule), None))[2 + variadic :] or _argument_names(forward)
+    new.operands = None if variadic else (names or ("x", "y", "z"))[: len(vjps)]
+    params = names if variadic else names[len(vjps) :]
+    new.params = tuple(name for name in params if name not in ("out", "where"))
+    TABLE[forward] = PRIMITIVES[new.name] = new
+    return new
+
+
+def _argument_names(function) -> tuple[str, ...]:
+    """The parameters of a Python function, also of one of NumPy's; () of anything else."""
+    code = getattr(getattr(function, "_implementation", function), "__code__", None)
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code else ()
+
+
+def composed(*keys: Callable) -> Callable:
+    """Enters a function that is made of other entries: it needs no rule of its own."""
+
+    def enter(function):
+        TABLE.update(dict.fromkeys(keys, function))
+        return function
+
+    return enter
+
+
+# Python's operators: ufunc -> (special method, symbol, form on Python floats).
+_OPERATORS = {
+    np.add: ("add", "+", operator.add),
+    np.subtract: ("sub", "-", operator.sub),
+    np.multiply: ("mul", "*", operator.mul),
+    np.divide: ("truediv", "/", operator.truediv),
+    np.power: ("pow", "**", math.pow),
+    np.remainder: ("mod", "%", operator.mod),
+    np.floor_divide: ("floordiv", "//", operator.floordiv),
+    np.matmul: ("matmul", "@", None),
+    np.bitwise_and: ("and", "&", None),
+    np.bitwise_or: ("or", "|", None),
+    np.bitwise_xor: ("xor", "^", None),
+    np.equal: ("eq", "==", operator.eq),
+    np.not_equal: ("ne", "!=", operator.ne),
+    np.less: ("lt", "<", operator.lt),
+    np.less_equal: ("le", "<=", operator.le),
+    np.greater: ("gt", ">", operator.gt),
+    np.greater_equal: ("ge", ">=", operator.ge),
+    np.negative: ("neg", "-", operator.neg),
+    np.positive: ("pos", "+", operator.pos),
+    np.absolute: ("abs", "abs", abs),
+    np.invert: ("invert", "~", None),
+}
+
+# Intervals that the samples of element-wise primitives are drawn from, away from kinks and poles.
+_REAL, _POSITIVE, _UNIT, _OVER_1 = (-2.0, 2.0), (0.3, 3.0), (-0.9, 0.9), (1.1, 3.0)
+
+# --- arithmetic ---
+
+
+def _power_x(g, out, x, y):
+    if type(y) is float:  # the usual x**2: no masks needed
+        return g * (y * x ** (y - 1.0)) if y else g * 0.0
+    return g * np.where(y == 0, 0.0, y * x ** np.where(y == 0, 1.0, y - 1.0))
+
+
+def _power_y(g, out, x, y):
+    flat = (x == 0) & (y >= 0)  # 0**y is 0 on the right of y = 0, so its slope is 0; elsewhere log(0) says -inf
+    return g * np.where(flat, 0.0, out * np.log(np.where(flat, 1.0, x)))
+
+
+primitive(np.add, lambda g, out, x, y: g, lambda g, out, x, y: g)
+primitive(np.subtract, lambda g, out, x, y: g, lambda g, out, x, y: -g)
+primitive(np.multiply, lambda g, out, x, y: g * y, lambda g, out, x, y: g * x)
+primitive(np.divide, lambda g, out, x, y: g / y, lambda g, out, x, y: -g * out / y, samples=(_REAL, _POSITIVE))
+primitive(np.power, _power_x, _power_y, samples=(_POSITIVE, _REAL))
+primitive(
+    np.remainder, lambda g, out, x, y: g, lambda g, out, x, y: -g * np.floor(x / y), samples=((0.1, 0.9), _OVER_1)
+)
+primitive(np.negative, lambda g, out, x: -g)
+primitive(np.positive, lambda g, out, x: g)
+primitive(np.absolute, lambda g, out, x: g * np.sign(x), name="abs", samples=(_POSITIVE,))
+primitive(np.reciprocal, lambda g, out, x: -g * out * out, samples=(_POSITIVE,))
+primitive(np.square, lambda g, out, x: g * (2.0 * x), scalar=lambda x: x * x)
+primitive(np.sqrt, lambda g, out, x: 0.5 * g / out, scalar=math.sqrt, samples=(_POSITIVE,))
+
+# --- exponentials and logarithms ---
+
+_LN2, _LN10 = math.log(2.0), math.log(10.0)
+primitive(np.exp, lambda g, out, x: g * out, scalar=math.exp)
+primitive(np.expm1, lambda g, out, x: g * (out + 1.0), scalar=math.expm1)
+primitive(np.exp2, lambda g, out, x: g * (_LN2 * out))
+primitive(np.log, lambda g, out, x: g / x, scalar=math.log, samples=(_POSITIVE,))
+primitive(np.log1p, lambda g, out, x: g / (1.0 + x), scalar=math.log1p, samples=(_POSITIVE,))
+primitive(np.log2, lambda g, out, x: g / (_LN2 * x), scalar=math.log2, samples=(_POSITIVE,))
+primitive(np.log10, lambda g, out, x: g / (_LN10 * x), scalar=math.log10, samples=(_POSITIVE,))
+primitive(np.logaddexp, lambda g, out, x, y: g * np.exp(x - out), lambda g, out, x, y: g * np.exp(y - out))
+
+# --- trigonometric and hyperbolic ---
+
+
+def _sinc_x(g, out, x):
+    # Near 0 the closed form is 0/0; there the Taylor series is exact to double precision, also when differentiated.
+    z = (np.pi * x) ** 2
+    series = -(np.pi**2) * x * (1 / 3 - z * (1 / 30 - z * (1 / 840 - z * (1 / 45360 - z / 3991680))))
+    near = np.abs(x) < 0.05
+    return g * np.where(near, series, (np.cos(np.pi * x) - out) / np.where(near, 1.0, x))
+
+
+primitive(np.sin, lambda g, out, x: g * np.cos(x), scalar=math.sin)
+primitive(np.cos, lambda g, out, x: -g * np.sin(x), scalar=math.cos)
+primitive(np.tan, lambda g, out, x: g * (1.0 + out * out), scalar=math.tan, samples=(_UNIT,))
+primitive(np.arcsin, lambda g, out, x: g / np.sqrt(1.0 - x * x), scalar=math.asin, samples=(_UNIT,))
+primitive(np.arccos, lambda g, out, x: -g / np.sqrt(1.0 - x * x), scalar=math.acos, samples=(_UNIT,))
+primitive(np.arctan, lambda g, out, x: g / (1.0 + x * x), scalar=math.atan)
+primitive(
+    np.arctan2,
+    lambda g, out, y, x: g * x / (x * x + y * y),
+    lambda g, out, y, x: -g * y / (x * x + y * y),
+    samples=(_REAL, _POSITIVE),
+)
+primitive(np.sinh, lambda g, out, x: g * np.cosh(x), scalar=math.sinh)
+primitive(np.cosh, lambda g, out, x: g * np.sinh(x), scalar=math.cosh)
+primitive(np.tanh, lambda g, out, x: g * (1.0 - out * out), scalar=math.tanh)
+primitive(np.arcsinh, lambda g, out, x: g / np.sqrt(x * x + 1.0), scalar=math.asinh)
+primitive(np.arccosh, lambda g, out, x: g / np.sqrt(x * x - 1.0), scalar=math.acosh, samples=(_OVER_1,))
+primitive(np.arctanh, lambda g, out, x: g / (1.0 - x * x), scalar=math.atanh, samples=(_UNIT,))
+primitive(np.sinc, _sinc_x, elementwise=True)
+
+
+def _over(x, out):
+    """x / out, and 0 where out is 0: the subgradient that norms and std take at 0."""
+    return x / np.where(out == 0, np.inf, out)
+
+
+primitive(
+    np.hypot, lambda g, out, x, y: g * _over(x, out), lambda g, out, x, y: g * _over(y, out), samples=(_REAL, _POSITIVE)
+)
+
+# --- selection; ties share the gradient equally ---
+
+
+def _larger(g, x, y, ignore_nan=False):
+    takes = (x > y) | np.isnan(y) if ignore_nan else x > y
+    return np.where(x == y, 0.5 * g, np.where(takes, g, 0.0))
+
+
+primitive(
+    np.maximum, lambda g, out, x, y: _larger(g, x, y), lambda g, out, x, y: _larger(g, y, x), samples=(_REAL, _OVER_1)
+)
+primitive(
+    np.minimum, lambda g, out, x, y: _larger(g, y, x), lambda g, out, x, y: _larger(g, x, y), samples=(_REAL, _OVER_1)
+)
+primitive(
+    np.fmax,
+    lambda g, out, x, y: _larger(g, x, y, True),
+    lambda g, out, x, y: _larger(g, y, x, True),
+    samples=(_REAL, _OVER_1),
+)
+primitive(
+    np.fmin,
+    lambda g, out, x, y: _larger(g, -x, -y, True),
+    lambda g, out, x, y: _larger(g, -y, -x, True),
+    samples=(_REAL, _OVER_1),
+)
+primitive(
+    np.where,
+    None,
+    lambda g, out, condition, x, y: np.where(condition, g, 0.0),
+    lambda g, out, condition, x, y: np.where(condition, 0.0, g),
+    elementwise=True,
+    samples=[((np.array([True, False, True]), (3,), (2, 3)), {}), ((np.array([[True], [False]]), (), (3,)), {})],
+)
+_clip = primitive(
+    np.clip,
+    lambda g, out, a, lo, hi: np.where((a >= lo) & (a <= hi), g, 0.0),
+    lambda g, out, a, lo, hi: np.where((a < lo) & (lo <= hi), g, 0.0),
+    lambda g, out, a, lo, hi: np.where((a > hi) | (lo > hi), g, 0.0),
+    elementwise=True,
+    samples=(_REAL, (-1.1, -0.9), (0.9, 1.1)),
+)
+
+
+@composed(np.clip)
+def clip(a, a_min=None, a_max=None, *, min=None, max=None):
+    """`np.clip`; the gradient passes at the bounds, as in PyTorch."""
+    low, high = (a_min if min is None else min), (a_max if max is None else max)
+    return _clip(a, -np.inf if low is None else low, np.inf if high is None else high)
+
+
+# --- activations that NumPy has no name for: functions of picograd, found in the table under themselves ---
+
+
+def _sigmoid(x):
+    e = np.exp(-np.abs(x))  # never overflows
+    return np.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+_GELU = math.sqrt(2.0 / math.pi)
+
+
+def _gelu_x(g, out, x):
+    t = np.tanh(_GELU * (x + 0.044715 * x**3))
+    return g * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * (_GELU * (1.0 + 0.134145 * x * x)))
+
+
+relu = primitive(
+    lambda x: np.maximum(x, 0.0),
+    lambda g, out, x: g * (out > 0),  # 0 at the kink
+    name="relu",
+    scalar=lambda x: 0.0 if x <= 0.0 else x,
+    elementwise=True,
+    samples=(_POSITIVE,),
+)
+sigmoid = primitive(
+    _sigmoid, lambda g, out, x: g * (out * (1.0 - out)), name="sigmoid", elementwise=True, samples=(_REAL,)
+)
+softplus = primitive(
+    lambda x: np.maximum(x, 0.0) + np.log1p(np.exp(-np.abs(x))),  # log(1 + exp(x)) without overflow
+    lambda g, out, x: g * sigmoid(x),
+    name="softplus",
+    elementwise=True,
+)
+gelu = primitive(  # the tanh form: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2
+    lambda x: 0.5 * x * (1.0 + np.tanh(_GELU * (x + 0.044715 * x**3))),
+    _gelu_x,
+    name="gelu",
+    elementwise=True,
+)
+
+# --- reductions; axis may be None, an int (also negative) or a tuple ---
+
+
+def _unreduce(g, a, axis, keepdims):
+    """Gives back to a reduced array, as length 1, the axes that the reduction dropped."""
+    return g if keepdims or axis is None or axis == () else np.expand_dims(g, axis)
+
+
+def _count(a, axis):
+    shape = np.shape(a)
+    axes = range(len(shape)) if axis is None else (axis if isinstance(axis, tuple) else (axis,))
+    return math.prod(shape[i] for i in axes)
+
+
+def _prod_a(g, out, a, axis=None, keepdims=False):
+    # The product of the others, exact with zeros: what comes before times what comes after, along one joint last axis.
+    shape = np.shape(a)
+    axes = tuple(i % len(shape) for i in (range(len(shape)) if axis is None else np.atleast_1d(axis)))
+    order = tuple(i for i in range(len(shape)) if i not in axes) + axes
+    moved = np.transpose(a, order)
+    flat = np.reshape(moved, np.shape(moved)[: len(shape) - len(axes)] + (-1,))
+    if np.shape(flat)[-1] == 0:
+        return np.zeros_like(a)
+    one = np.ones_like(flat[..., :1])
+    before = np.cumprod(np.concatenate([one, flat[..., :-1]], axis=-1), axis=-1)
+    after = np.flip(np.cumprod(np.concatenate([one, np.flip(flat[..., 1:], -1)], axis=-1), axis=-1), -1)
+    others = np.transpose(np.reshape(before * after, np.shape(moved)), _inverse(order))
+    return _unreduce(g, a, axis, keepdims) * others
+
+
+def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
+    centred = a - np.mean(a, axis=axis, keepdims=True)
+    return _unreduce(g, a, axis, keepdims) * centred * (2.0 / (_count(a, axis) - ddof))
+
+
+def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
+    return _var_a(_over(0.5 * g, out), out, a, axis, ddof, keepdims)
+
+
+def _extremum_a(g, out, a, axis=None, keepdims=False):
+    hit = a == _unreduce(out, a, axis, keepdims)
+    return _unreduce(g, a, axis, keepdims) * hit / np.sum(hit, axis=axis, keepdims=True)
+
+
+def _flip_cumsum(g, axis):
+    return np.flip(np.cumsum(np.flip(g, axis), axis), axis)
+
+
+def _cumsum_a(g, out, a, axis=None):
+    return np.reshape(_flip_cumsum(g, 0), np.shape(a)) if axis is None else _flip_cumsum(g, axis)
+
+
+def _cumprod_a(g, out, a, axis=None):
+    # With x the input, dL/dx_i = (x_0 ... x_{i-1}) * S_i where S_i = g_i + x_{i+1} * S_{i+1}. The recurrence is a
+    # composition of affine maps, done by doubling (Hillis and Steele 1986); no division, so zeros are exact.
+    x = np.reshape(a, (-1,)) if axis is None else np.moveaxis(a, axis, -1)
+    scale, shift = x, g if axis is None else np.moveaxis(g, axis, -1)
+    if np.shape(x)[-1] == 0:
+        return np.zeros_like(a)
+    zero, one = np.zeros_like(x[..., :1]), np.ones_like(x[..., :1])
+    before = np.cumprod(np.concatenate([one, x[..., :-1]], axis=-1), axis=-1)
+    scale = np.concatenate([x[..., 1:], zero], axis=-1)
+    step, n = 1, np.shape(x)[-1]
+    while step < n:
+        tail = np.repeat(zero, step, axis=-1)
+        shift = shift + scale * np.concatenate([shift[..., step:], tail], axis=-1)
+        scale = scale * np.concatenate([scale[..., step:], tail], axis=-1)
+        step *= 2
+    result = before * shift
+    return np.reshape(result, np.shape(a)) if axis is None else np.moveaxis(result, -1, axis)
+
+
+def _logsumexp(a, axis=None, keepdims=False):
+    peak = np.max(a, axis=axis, keepdims=True)
+    peak = np.where(np.isfinite(peak), peak, 0.0)
+    with np.errstate(divide="ignore"):  # log(0): the sum over -inf only is -inf, as it should be
+        out = np.log(np.sum(np.exp(a - peak), axis=axis, keepdims=True)) + peak
+    return out if keepdims else np.squeeze(out, axis=axis)
+
+
+def _logsumexp_a(g, out, a, axis=None, keepdims=False):
+    out = _unreduce(out, a, axis, keepdims)
+    return _unreduce(g, a, axis, keepdims) * np.exp(a - np.where(np.isfinite(out), out, 0.0))
+
+
+def _softmax(a, axis=-1):
+    e = np.exp(a - np.max(a, axis=axis, keepdims=True))
+    return e / np.sum(e, axis=axis, keepdims=True)
+
+
+def _log_softmax(a, axis=-1):
+    shifted = a - np.max(a, axis=axis, keepdims=True)
+    return shifted - np.log(np.sum(np.exp(shifted), axis=axis, keepdims=True))
+
+
+def _axes(shape=(2, 3, 4)):
+    """Samples that reduce over every kind of axis."""
+    return [((shape,), {})] + [((shape,), {"axis": axis, "keepdims": k}) for axis in (1, -1, (0, 2)) for k in (0, 1)]
+
+
+_SCANS = [(((2, 3),), {"axis": axis}) for axis in (None, 0, -1)]
+_AXIS = [(((2, 3),), {"axis": 0}), (((3,),), {})]
+
+primitive(
+    np.sum,
+    lambda g, out, a, axis=None, keepdims=False: np.broadcast_to(_unreduce(g, a, axis, keepdims), np.shape(a)),
+    samples=_axes(),
+)
+primitive(
+    np.mean,
+    lambda g, out, a, axis=None, keepdims=False: np.broadcast_to(
+        _unreduce(g * (1.0 / _count(a, axis)), a, axis, keepdims), np.shape(a)
+    ),
+    samples=_axes(),
+)
+primitive(
+    np.prod,
+    _prod_a,
+    samples=_axes(),
+)
+primitive(
+    np.var,
+    _var_a,
+    samples=_axes() + [(((2, 3),), {"ddof": 1})],
+)
+primitive(
+    np.std,
+    _std_a,
+    samples=_axes() + [(((2, 3),), {"ddof": 1})],
+)
+TABLE[np.amax] = primitive(
+    np.max,
+    _extremum_a,
+    samples=_axes(),
+)
+TABLE[np.amin] = primitive(
+    np.min,
+    _extremum_a,
+    samples=_axes(),
+)
+primitive(np.cumsum, _cumsum_a, samples=_SCANS)
+primitive(np.cumprod, _cumprod_a, samples=_SCANS)
+logsumexp = primitive(_logsumexp, _logsumexp_a, name="logsumexp", samples=_axes())
+softmax = primitive(
+    _softmax,
+    lambda g, out, a, axis=-1: out * (g - np.sum(g * out, axis=axis, keepdims=True)),
+    name="softmax",
+    samples=_AXIS,
+)
+log_softmax = primitive(
+    _log_softmax,
+    lambda g, out, a, axis=-1: g - np.exp(out) * np.sum(g, axis=axis, keepdims=True),
+    name="log_softmax",
+    samples=_AXIS,
+)
+
+
+@composed(np.average)
+def average(a, axis=None, weights=None, *, keepdims=False):
+    """`np.average`, also with differentiable weights of a's shape or, with an int axis, of that axis' length."""
+    if weights is None:
+        return np.mean(a, axis=axis, keepdims=keepdims)
+    if np.ndim(weights) == 1 and np.ndim(a) > 1:
+        weights = np.reshape(weights, [-1 if i == axis % np.ndim(a) else 1 for i in range(np.ndim(a))])
+    weights = np.broadcast_to(weights, np.shape(a))
+    return np.sum(a * weights, axis=axis, keepdims=keepdims) / np.sum(weights, axis=axis, keepdims=keepdims)
+
+
+# --- shape: the general ones are primitives, the others compositions of them ---
+
+
+def _inverse(axes):
+    """The permutation that undoes a transposition."""
+    return None if axes is None else tuple(int(i) for i in np.argsort([i % len(axes) for i in axes]))
+
+
+_reshape = primitive(
+    np.reshape,
+    lambda g, out, a, shape: np.reshape(g, np.shape(a)),
+    samples=[(((2, 6),), {"shape": (3, 4)}), (((2, 6),), {"shape": -1})],
+)
+primitive(
+    np.transpose,
+    lambda g, out, a, axes=None: np.transpose(g, _inverse(axes)),
+    samples=[(((2, 3, 4),), {"axes": (1, -1, 0)}), (((2, 3),), {})],
+)
+primitive(
+    np.broadcast_to,
+    lambda g, out, array, shape: g,
+    samples=[(((3, 1),), {"shape": (2, 3, 4)}), (((),), {"shape": (2,)})],
+)
+_as_dtype = primitive(  # `float` stands for Python's own: a weak scalar
+    lambda a, dtype: float(a) if dtype is float else np.asarray(a).astype(dtype),
+    lambda g, out, a, dtype: g,
+    name="astype",
+    elementwise=True,
+    samples=[(((2, 3),), {"dtype": np.float64})],
+)
+primitive(np.copy, lambda g, out, a: g, elementwise=True)
+
+
+@composed(np.reshape)
+def reshape(a, shape):
+    return _reshape(a, tuple(shape) if isinstance(shape, Iterable) else (shape,))
+
+
+@composed(np.ravel)
+def ravel(a):
+    return _reshape(a, (-1,))
+
+
+@composed(np.expand_dims)
+def expand_dims(a, axis):
+    axes = axis if isinstance(axis, (tuple, list)) else (axis,)
+    ndim = np.ndim(a) + len(axes)
+    for i in axes:
+        if not -ndim <= i < ndim:
+            raise np.exceptions.AxisError(i, ndim, "expand_dims: axis")
+    axes, rest = {i % ndim for i in axes}, iter(np.shape(a))
+    return _reshape(a, tuple(1 if i in axes else next(rest) for i in range(ndim)))
+
+
+@composed(np.squeeze)
+def squeeze(a, axis=None):
+    shape = np.shape(np.squeeze(np.empty(np.shape(a), bool), axis))  # NumPy's own checks and errors
+    return _reshape(a, shape)
+
+
+@composed(np.moveaxis)
+def moveaxis(a, source, destination):
+    order = np.moveaxis(np.empty((1,) * np.ndim(a)), source, destination)  # checks only
+    source, destination = (
+        [i % order.ndim for i in (s if isinstance(s, Iterable) else (s,))] for s in (source, destination)
+    )
+    rest = iter(i for i in range(order.ndim) if i not in source)
+    places = dict(zip(destination, source))
+    return np.transpose(a, tuple(places[i] if i in places else next(rest) for i in range(order.ndim)))
+
+
+@composed(np.swapaxes)
+def swapaxes(a, axis1, axis2):
+    axes = list(range(np.ndim(a)))
+    axes[axis1], axes[axis2] = axes[axis2], axes[axis1]
+    return np.transpose(a, tuple(axes))
+
+
+@composed(np.matrix_transpose)
+def matrix_transpose(x):
+    return swapaxes(x, -1, -2)
+
+
+def _at_least(n, place):
+    """`np.atleast_nd`: place says where a shape gets its missing axes."""
+
+    def at_least(*arrays):
+        out = tuple(a if np.ndim(a) >= n else _reshape(a, place(np.shape(a))) for a in arrays)
+        return out[0] if len(out) == 1 else out
+
+    return at_least
+
+
+atleast_1d = composed(np.atleast_1d)(_at_least(1, lambda shape: (1,)))
+atleast_2d = composed(np.atleast_2d)(_at_least(2, lambda shape: (1,) * (2 - len(shape)) + shape))
+atleast_3d = composed(np.atleast_3d)(
+    _at_least(3, lambda shape: ((1, 1, 1), (1,) + shape + (1,), shape + (1,))[len(shape)])
+)
+
+# --- joining and splitting ---
+
+
+def _concatenate_i(i, g, out, *arrays, axis=0):
+    start = sum(np.shape(a)[axis] for a in arrays[:i])
+    return g[(slice(None),) * (axis % np.ndim(g)) + (slice(start, start + np.shape(arrays[i])[axis]),)]
+
+
+_concatenate = primitive(
+    lambda *arrays, axis=0: np.concatenate(arrays, axis),
+    _concatenate_i,
+    name="concatenate",
+    variadic=True,
+    samples=[(((2, 3), (2, 1)), {"axis": -1}), (((2,), (3,), (1,)), {})],
+)
+_stack = primitive(
+    lambda *arrays, axis=0: np.stack(arrays, axis),
+    lambda i, g, out, *arrays, axis=0: g[(slice(None),) * (axis % np.ndim(g)) + (i,)],
+    name="stack",
+    variadic=True,
+    samples=[(((2, 3), (2, 3)), {"axis": -1}), (((), (), ()), {})],
+)
+
+
+@composed(np.concatenate)
+def concatenate(arrays, axis=0):
+    return _concatenate(*map(ravel, arrays), axis=0) if axis is None else _concatenate(*arrays, axis=axis)
+
+
+@composed(np.stack)
+def stack(arrays, axis=0):
+    return _stack(*arrays, axis=axis)
+
+
+@composed(np.vstack)
+def vstack(tup):
+    return _concatenate(*map(atleast_2d, tup), axis=0)
+
+
+@composed(np.hstack)
+def hstack(tup):
+    arrays = [atleast_1d(a) for a in tup]
+    return _concatenate(*arrays, axis=min(1, np.ndim(arrays[0]) - 1))
+
+
+@composed(np.dstack)
+def dstack(tup):
+    return _concatenate(*map(atleast_3d, tup), axis=2)
+
+
+@composed(np.column_stack)
+def column_stack(tup):
+    return _concatenate(*(a if np.ndim(a) > 1 else _reshape(a, (-1, 1)) for a in tup), axis=1)
+
+
+@composed(np.append)
+def append(arr, values, axis=None):
+    return concatenate([arr, values], axis)
+
+
+@composed(np.array_split)
+def array_split(ary, indices_or_sections, axis=0):
+    parts = np.array_split(np.arange(np.shape(ary)[axis]), indices_or_sections)
+    return [
+        ary[(slice(None),) * (axis % np.ndim(ary)) + (slice(p[0], p[-1] + 1) if len(p) else slice(0),)] for p in parts
+    ]
+
+
+@composed(np.split)
+def split(ary, indices_or_sections, axis=0):
+    np.split(np.empty(np.shape(ary)[axis]), indices_or_sections)  # NumPy's own error for an unequal division
+    return array_split(ary, indices_or_sections, axis)
+
+
+# --- indexing; parts of an index that are Values or Tensors are operands, so that a replay sees their current data ---
+
+_HOLE = type("Hole", (), {"__repr__": lambda self: "·", "__reduce__": lambda self: "_HOLE"})()
+
+
+def _filled(index, parts):
+    parts = iter(parts)
+    return tuple(next(parts) if i is _HOLE else i for i in index)
+
+
+def _put(a, *parts, shape, index):
+    """Zeros of that shape with `a` added at that index: the transpose of indexing."""
+    index = _filled(index, parts)
+    out = np.zeros(shape, getattr(a, "dtype", np.float64))
+    if all(i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer)) for i in index):
+        out[index] = a
+    else:
+        np.add.at(out, index, a)  # an index array may name an element twice
+    return out
+
+
+_getitem = primitive(
+    lambda a, *parts, index: a[_filled(index, parts)],
+    lambda i, g, out, a, *parts, index: None if i else _scatter(g, *parts, shape=np.shape(a), index=index),
+    name="getitem",
+    variadic=True,
+    samples=[
+        (((3, 4),), {"index": (1,)}),
+        (((3, 4),), {"index": (slice(None, None, -2), None, Ellipsis, slice(1, 3))}),
+        (((3, 4),), {"index": (np.array([0, 2, 0]),)}),
+        (((3, 4),), {"index": (np.array([0, 2]), np.array([[1], [1]]))}),
+        (((3,),), {"index": (np.array([True, False, True]),)}),
+    ],
+)
+_scatter = primitive(
+    _put,
+    lambda i, g, out, a, *parts, shape, index: None if i else _getitem(g, *parts, index=index),
+    name="scatter",
+    variadic=True,
+    samples=[(((2,),), {"shape": (3, 4), "index": (1, slice(1, 3))})],
+)
+
+
+def _index(a, index):
+    """`a[index]` for a Value or Tensor."""
+    index = index if isinstance(index, tuple) else (index,)
+    index = tuple(np.asarray(i) if isinstance(i, list) else i for i in index)
+    parts = [i for i in index if isinstance(i, Array)]
+    return _getitem(a, *parts, index=tuple(_HOLE if isinstance(i, Array) else i for i in index))
+
+
+@composed(np.take)
+def take(a, indices, axis=None):
+    indices = np.asarray(indices) if isinstance(indices, (list, tuple)) else indices
+    return ravel(a)[indices] if axis is None else a[(slice(None),) * (axis % np.ndim(a)) + (indices,)]
+
+
+@composed(np.take_along_axis)
+def take_along_axis(arr, indices, axis=-1):
+    if axis is None:
+        return ravel(arr)[indices]
+    where = list(np.ogrid[tuple(slice(n) for n in np.shape(indices))])
+    where[axis] = indices
+    return arr[tuple(where)]
+
+
+@composed(np.sort)
+def sort(a, axis=-1):
+    return take_along_axis(ravel(a) if axis is None else a, np.argsort(a, axis), -1 if axis is None else axis)
+
+
+@composed(np.repeat)
+def repeat(a, repeats, axis=None):
+    n = np.size(a) if axis is None else np.shape(a)[axis]
+    return take(a, np.repeat(np.arange(n), repeats), axis)
+
+
+@composed(np.tile)
+def tile(A, reps):
+    reps = tuple(reps) if isinstance(reps, Iterable) else (reps,)
+    shape = (1,) * (len(reps) - np.ndim(A)) + np.shape(A)
+    reps = (1,) * (len(shape) - len(reps)) + reps
+    spread = _reshape(A, tuple(n for s in shape for n in (1, s)))
+    wide = np.broadcast_to(spread, tuple(n for r, s in zip(reps, shape) for n in (r, s)))
+    return _reshape(wide, tuple(r * s for r, s in zip(reps, shape)))
+
+
+@composed(np.pad)
+def pad(array, pad_width, mode="constant", constant_values=0):
+    """`np.pad` in its constant mode."""
+    if mode != "constant":
+        raise TypeError(f"pad: mode {mode!r} is not supported on a Value or Tensor, only 'constant'")
+    shape = np.shape(array)
+    frame = np.pad(np.zeros(shape, bool), pad_width, constant_values=True)
+    widths = np.broadcast_to(pad_width, (len(shape), 2))
+    index = tuple(slice(int(low), int(low) + n) for (low, _), n in zip(widths, shape))
+    padded = _scatter(array, shape=frame.shape, index=index)
+    if np.all(np.asarray(constant_values) == 0):
+        return padded
+    return padded + np.pad(np.zeros(shape), pad_width, constant_values=constant_values)
+
+
+@composed(np.flip)
+def flip(m, axis=None):
+    ndim = np.ndim(m)
+    axes = {i % ndim for i in (range(ndim) if axis is None else np.atleast_1d(axis))}
+    return m[tuple(slice(None, None, -1 if i in axes else None) for i in range(ndim))]
+
+
+composed(np.fliplr)(lambda m: flip(m, 1))
+composed(np.flipud)(lambda m: flip(m, 0))
+
+
+@composed(np.roll)
+def roll(a, shift, axis=None):
+    if axis is None:
+        return _reshape(roll(ravel(a), shift, 0), np.shape(a))
+    for s, i in np.broadcast(shift, axis):
+        n = np.shape(a)[i]
+        cut = (n - int(s) % n) if n else 0
+        lead = (slice(None),) * (int(i) % np.ndim(a))
+        a = _concatenate(a[lead + (slice(cut, None),)], a[lead + (slice(None, cut),)], axis=int(i))
+    return a
+
+
+@composed(np.rot90)
+def rot90(m, k=1, axes=(0, 1)):
+    for _ in range(k % 4):
+        m = flip(swapaxes(m, *axes), axes[0])
+    return m
+
+
+def _window_x(g, out, x, window_shape, axis):
+    total = 0.0
+    for offset in np.ndindex(*window_shape):  # one shifted copy of g per place in the window
+        index = [slice(None)] * np.ndim(x)
+        for i, start in zip(axis, offset):
+            index[i] = slice(start, start + np.shape(g)[i])
+        total = total + _scatter(g[(Ellipsis,) + offset], shape=np.shape(x), index=tuple(index))
+    return total
+
+
+_window = primitive(
+    np.lib.stride_tricks.sliding_window_view,
+    _window_x,
+    samples=[(((4, 5),), {"window_shape": (2, 3), "axis": (0, 1)}), (((2, 5),), {"window_shape": (3,), "axis": (1,)})],
+)
+
+
+@composed(np.lib.stride_tricks.sliding_window_view)
+def sliding_window_view(x, window_shape, axis=None):
+    window_shape = tuple(window_shape) if isinstance(window_shape, Iterable) else (window_shape,)
+    axes = range(np.ndim(x)) if axis is None else axis if isinstance(axis, Iterable) else (axis,)
+    return _window(x, window_shape, tuple(i % np.ndim(x) for i in axes))
+
+
+@composed(np.diff)
+def diff(a, n=1, axis=-1):
+    lead = (slice(None),) * (axis % np.ndim(a))
+    for _ in range(n):
+        a = a[lead + (slice(1, None),)] - a[lead + (slice(None, -1),)]
+    return a
+
+
+@composed(np.diagonal)
+def diagonal(a, offset=0, axis1=0, axis2=1):
+    a = moveaxis(a, (axis1, axis2), (-2, -1))
+    rows, columns = np.shape(a)[-2:]
+    i = np.arange(max(0, min(rows + min(offset, 0), columns - max(offset, 0))))
+    return a[(Ellipsis, i - min(offset, 0), i + max(offset, 0))]
+
+
+@composed(np.diag)
+def diag(v, k=0):
+    if np.ndim(v) != 1:
+        return diagonal(v, k)
+    n = np.shape(v)[0] + abs(k)
+    i = np.arange(np.shape(v)[0])
+    return _scatter(v, shape=(n, n), index=(i - min(k, 0), i + max(k, 0)))
+
+
+@composed(np.trace)
+def trace(a, offset=0, axis1=0, axis2=1):
+    return np.sum(diagonal(a, offset, axis1, axis2), axis=-1)
+
+
+primitive(np.triu, lambda g, out, m, k=0: np.triu(g, k), samples=[(((3, 4),), {}), (((2, 3, 3),), {"k": 1})])
+primitive(np.tril, lambda g, out, m, k=0: np.tril(g, k), samples=[(((3, 4),), {}), (((2, 3, 3),), {"k": -1})])
+
+# --- products ---
+
+
+def _matmul_x(g, out, x, y):
+    if np.ndim(y) == 1:
+        return np.expand_dims(g, -1) * y
+    if np.ndim(x) == 1:
+        return np.matmul(y, np.expand_dims(g, -1))[..., 0]
+    return np.matmul(g, y.swapaxes(-1, -2))
+
+
+def _matmul_y(g, out, x, y):
+    if np.ndim(x) == 1:
+        return x * g if np.ndim(y) == 1 else np.expand_dims(x, -1) * np.expand_dims(g, -2)
+    if np.ndim(y) == 1:
+        return np.matmul(x.swapaxes(-1, -2), np.expand_dims(g, -1))[..., 0]
+    if np.ndim(y) == 2 and np.ndim(x) > 2:  # one product over the whole batch instead of a batch of products to sum
+        x, g = (np.reshape(a, (-1, np.shape(a)[-1])) for a in (x, g))
+    return np.matmul(x.swapaxes(-1, -2), g)
+
+
+_MATMUL = [
+    ((3,), (3,)),
+    ((2, 3), (3,)),
+    ((3,), (3, 2)),
+    ((2, 3), (3, 4)),
+    ((5, 2, 3), (3, 4)),
+    ((5, 1, 2, 3), (4, 3, 2)),
+]
+_MATMUL += [((3,), (5, 3, 2)), ((5, 2, 3), (3,))]
+primitive(np.matmul, _matmul_x, _matmul_y, samples=[(shapes, {}) for shapes in _MATMUL])
+
+
+@composed(np.dot)
+def dot(a, b):
+    if np.ndim(a) == 0 or np.ndim(b) == 0:
+        return a * b
+    return a @ b if np.ndim(b) <= 2 else tensordot(a, b, (-1, -2))
+
+
+@composed(np.inner)
+def inner(a, b):
+    return a * b if np.ndim(a) == 0 or np.ndim(b) == 0 else tensordot(a, b, (-1, -1))
+
+
+@composed(np.vdot)
+def vdot(a, b):
+    return np.matmul(ravel(a), ravel(b))
+
+
+@composed(np.outer)
+def outer(a, b):
+    return _reshape(a, (-1, 1)) * _reshape(b, (1, -1))
+
+
+@composed(np.tensordot)
+def tensordot(a, b, axes=2):
+    if not isinstance(axes, Iterable):
+        axes = (range(np.ndim(a) - axes, np.ndim(a)), range(axes))
+    left, right = ([i % np.ndim(x) for i in (s if isinstance(s, Iterable) else (s,))] for x, s in zip((a, b), axes))
+    if [np.shape(a)[i] for i in left] != [np.shape(b)[i] for i in right]:
+        raise ValueError(f"tensordot: axes {axes} do not match in shapes {np.shape(a)} and {np.shape(b)}")
+    rows = [i for i in range(np.ndim(a)) if i not in left]
+    columns = [i for i in range(np.ndim(b)) if i not in right]
+    depth = math.prod(np.shape(a)[i] for i in left)
+    m, n = math.prod(np.shape(a)[i] for i in rows), math.prod(np.shape(b)[i] for i in columns)
+    product = np.matmul(
+        _reshape(np.transpose(a, tuple(rows + left)), (m, depth)),
+        _reshape(np.transpose(b, tuple(right + columns)), (depth, n)),
+    )
+    return _reshape(product, tuple(np.shape(a)[i] for i in rows) + tuple(np.shape(b)[i] for i in columns))
+
+
+@composed(np.kron)
+def kron(a, b):
+    ndim = max(np.ndim(a), np.ndim(b))
+    s, t = ((1,) * (ndim - np.ndim(x)) + np.shape(x) for x in (a, b))
+    product = _reshape(a, tuple(n for i in s for n in (i, 1))) * _reshape(b, tuple(n for j in t for n in (1, j)))
+    return _reshape(product, tuple(i * j for i, j in zip(s, t)))
+
+
+def _einsum_i(i, g, out, *operands, subscripts):
+    # The gradient of operand i is an einsum of g and the other operands; letters that only operand i has were summed
+    # over, so their gradient is broadcast.
+    inputs, output = subscripts.split("->")
+    inputs = inputs.split(",")
+    others = [output] + inputs[:i] + inputs[i + 1 :]
+    mine = "".join(c for c in inputs[i] if any(c in other for other in others))
+    part = np.einsum(",".join(others) + "->" + mine, g, *operands[:i], *operands[i + 1 :])
+    shape = np.shape(operands[i])
+    lengths = tuple(n if c in mine else 1 for c, n in zip(inputs[i], shape))
+    return np.broadcast_to(np.reshape(part, lengths), shape)
+
+
+_einsum = primitive(
+    lambda *operands, subscripts: np.einsum(subscripts, *operands, optimize=len(operands) > 2),
+    _einsum_i,
+    name="einsum",
+    variadic=True,
+    samples=[
+        (((2, 3), (3, 4)), {"subscripts": "ij,jk->ki"}),
+        (((2, 3), (3,), (4,)), {"subscripts": "ij,j,k->i"}),
+        (((2, 3),), {"subscripts": "ij->"}),
+    ],
+)
+
+
+@composed(np.einsum)
+def einsum(subscripts, *operands):
+    """`np.einsum` with a subscript string: explicit or implicit, with ellipses and repeated letters."""
+    if not isinstance(subscripts, str):
+        raise TypeError(f"einsum: subscripts must be a string on a Value or Tensor, got {type(subscripts).__name__}")
+    left, arrow, right = subscripts.replace(" ", "").partition("->")
+    inputs = left.split(",")
+    if len(inputs) != len(operands):
+        raise ValueError(f"einsum: {len(inputs)} subscripts for {len(operands)} operands")
+    free = [c for c in string.ascii_letters if c not in subscripts]
+    hidden = [max(0, np.ndim(x) - len(s.replace("...", ""))) if "..." in s else 0 for s, x in zip(inputs, operands)]
+    dots = "".join(free[: max(hidden)])
+    inputs = [s.replace("...", dots[len(dots) - n :]) for s, n in zip(inputs, hidden)]
+    letters = "".join(inputs)
+    if not arrow:
+        right = dots + "".join(sorted(c for c in set(letters) if letters.count(c) == 1 and c not in dots))
+    output, operands = right.replace("...", dots), list(operands)
+    for k, s in enumerate(inputs):
+        if len(s) != np.ndim(operands[k]):
+            raise ValueError(f"einsum: subscripts {s!r} for operand {k} of shape {np.shape(operands[k])}")
+        for c in sorted(set(s)):
+            while s.count(c) > 1:  # a repeated letter is a diagonal
+                i, j = s.index(c), s.rindex(c)
+                if np.shape(operands[k])[i] != np.shape(operands[k])[j]:
+                    raise ValueError(f"einsum: {c!r} names axes of different lengths in operand {k}")
+                operands[k] = diagonal(operands[k], 0, i, j)
+                s = s[:i] + s[i + 1 : j] + s[j + 1 :] + c
+        for c in dots:  # lengths of 1 broadcast under an ellipsis: drop them, the other operands have the length
+            if c in s and np.shape(operands[k])[s.index(c)] == 1 and letters.count(c) > 1:
+                operands[k] = squeeze(operands[k], s.index(c))
+                s = s.replace(c, "")
+        inputs[k] = s
+    lost = [c for c in output if not any(c in s for s in inputs)]
+    if set(lost) & set(dots):  # every operand had length 1 there: one of them gets it back
+        operands[0] = _reshape(operands[0], (1,) * len(lost) + np.shape(operands[0]))
+        inputs[0] = "".join(lost) + inputs[0]
+    return _einsum(*operands, subscripts=",".join(inputs) + "->" + output)
+
+
+# --- linear algebra; batches of matrices as NumPy has them ---
+
+
+def _t(a):
+    return np.swapaxes(a, -1, -2)
+
+
+def _solve_a(g, out, a, b):
+    x = np.linalg.solve(_t(a), g)
+    return -(np.expand_dims(x, -1) * np.expand_dims(out, -2)) if np.ndim(b) == 1 else -np.matmul(x, _t(out))
+
+
+def _cholesky_a(g, out, a):
+    # Murray 2016, "Differentiation of the Cholesky decomposition", eq. 9. NumPy reads the lower triangle only.
+    half = np.tril(np.ones(np.shape(a)[-2:])) - 0.5 * np.eye(np.shape(a)[-1])
+    s = np.linalg.solve(_t(out), _t(np.linalg.solve(_t(out), _t(np.matmul(_t(out), g) * half))))
+    return (s + _t(s)) * half
+
+
+_SQUARE = [((((3, 3), "definite"),), {}), ((((2, 3, 3), "definite"),), {})]
+primitive(
+    np.linalg.inv,
+    lambda g, out, a: -np.matmul(_t(out), np.matmul(g, _t(out))),
+    samples=_SQUARE,
+)
+primitive(
+    np.linalg.solve,
+    _solve_a,
+    lambda g, out, a, b: np.linalg.solve(_t(a), g),
+    samples=[((((3, 3), "definite"), (3,)), {}), ((((2, 3, 3), "definite"), (3, 2)), {})],
+)
+primitive(
+    np.linalg.det,
+    lambda g, out, a: np.expand_dims(g * out, (-1, -2)) * _t(np.linalg.inv(a)),
+    samples=_SQUARE,
+)
+_logdet = primitive(
+    lambda a: np.linalg.slogdet(a)[1],
+    lambda g, out, a: np.expand_dims(g, (-1, -2)) * _t(np.linalg.inv(a)),
+    name="logabsdet",
+    samples=_SQUARE,
+)
+_signdet = primitive(lambda a: np.linalg.slogdet(a)[0], None, name="signdet")
+primitive(np.linalg.cholesky, _cholesky_a, samples=_SQUARE)
+_norm = primitive(
+    lambda x, axis=None, keepdims=False: np.sqrt(np.sum(x * x, axis=axis, keepdims=bool(keepdims))),
+    lambda g, out, x, axis=None, keepdims=False: (
+        _unreduce(g, x, axis, keepdims) * _over(x, _unreduce(out, x, axis, keepdims))
+    ),
+    name="norm",
+    samples=_axes(),
+)
+
+
+@composed(np.linalg.slogdet)
+def slogdet(a):
+    return type(np.linalg.slogdet(np.eye(1)))(_signdet(a), _logdet(a))
+
+
+@composed(np.linalg.norm)
+def norm(x, ord=None, axis=None, keepdims=False):
+    """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices; its gradient at 0 is 0."""
+    vector = np.ndim(x) == 1 if axis is None else not isinstance(axis, Iterable)
+    if ord is None or (vector and ord == 2) or (ord == "fro" and not vector):
+        return _norm(x, axis=axis if not isinstance(axis, list) else tuple(axis), keepdims=keepdims)
+    if vector and ord in (1, np.inf, -np.inf):
+        reduce = {1: np.sum, np.inf: np.max, -np.inf: np.min}[ord]
+        return reduce(np.abs(x), axis=axis, keepdims=keepdims)
+    raise TypeError(
+        f"norm: ord={ord!r} is not supported for {'vectors' if vector else 'matrices'} on a Value or Tensor"
+    )
+
+
+# --- no gradient: nodes all the same, so that a replay recomputes them ---
+
+for _function in (np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal, np.floor_divide):
+    primitive(_function, None, None)
+for _function in (np.logical_and, np.logical_or, np.logical_xor, np.bitwise_and, np.bitwise_or, np.bitwise_xor):
+    primitive(_function, None, None)
+for _function in (np.logical_not, np.invert, np.isnan, np.isfinite, np.isinf, np.signbit):
+    primitive(_function, None)
+for _function in (np.sign, np.floor, np.ceil, np.rint, np.trunc):
+    primitive(_function, None)
+for _function in (np.any, np.all, np.argmax, np.argmin, np.argsort, np.count_nonzero):
+    primitive(_function, None)
+TABLE[np.around] = primitive(np.round, None, elementwise=True)
+primitive(np.isclose, None, None, elementwise=True)
+_detach = primitive(lambda a: a, None, name="detach", elementwise=True)
+
+
+@composed(np.nan_to_num)
+def nan_to_num(x, nan=0.0, posinf=None, neginf=None):
+    """`np.nan_to_num`; replaced elements have no gradient."""
+    info = np.finfo(x.dtype)
+    high, low = (info.max if posinf is None else posinf), (info.min if neginf is None else neginf)
+    x = np.where(np.isnan(x), float(nan), x)
+    return np.where(x == np.inf, float(high), np.where(x == -np.inf, float(low), x))
+
+
+def _plain(function):
+    """Enters a function whose answer is about shapes or a plain truth: it is computed on the data and no node."""
+
+    def on_data(*args, **kwargs):
+        return function(*map(_raw, args), **{k: _raw(v) for k, v in kwargs.items()})
+
+    TABLE[function] = on_data
+
+
+for _function in (
+    np.shape,
+    np.ndim,
+    np.size,
+    np.allclose,
+    np.array_equal,
+    np.array_equiv,
+    np.result_type,
+    np.iscomplexobj,
+):
+    _plain(_function)
+
+
+def _like(function):
+    """Enters zeros_like and its kin: an array, or a Python float for a weak scalar."""
+
+    def like(a, *args, **kwargs):
+        raw = _raw(a)
+        out = function(raw, *map(_raw, args), **kwargs)
+        return float(out) if type(raw) is float and out.ndim == 0 and not kwargs else out
+
+    TABLE[function] = like
+
+
+for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
+    _like(_function)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Workers
+#
+# The configuration of distributed tensors: which tensors count as distributed.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """enabled: whether large tensors are distributed unless told otherwise; num_workers: None for all usable cores."""
+
+    enabled: bool = False
+    num_workers: int | None = None
+    min_elements_for_parallel: int = 100_000
+    use_processes: bool = False
+
+
+_config = DistributedConfig()
+
+
+def get_distributed_config() -> DistributedConfig:
+    """The configuration in force."""
+    return _config
+
+
+def set_distributed_config(**changes: Any) -> DistributedConfig:
+    """Changes the arguments given (enabled, num_workers, min_elements_for_parallel, use_processes); the others stay.
+
+    Returns the new configuration. TypeError or ValueError names a wrong argument, and nothing is changed.
+    """
+    global _config
+    for name, value in changes.items():
+        if name not in DistributedConfig.__dataclass_fields__:
+            known = ", ".join(DistributedConfig.__dataclass_fields__)
+            raise TypeError(f"set_distributed_config: expected {known}; got {name!r}")
+        if name in ("enabled", "use_processes"):
+            if not isinstance(value, (bool, np.bool_)):
+                raise TypeError(f"set_distributed_config: {name} must be True or False, got {value!r}")
+            changes[name] = bool(value)
+        elif not (name == "num_workers" and value is None):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise TypeError(f"set_distributed_config: {name} must be an integer, got {value!r}")
+            if value < 1:
+                raise ValueError(f"set_distributed_config: {name} must be at least 1, got {value}")
+            changes[name] = int(value)
+    _config = replace(_config, **changes)
+    return _config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Tensor
+#
+# An array without gradient. What it holds is "raw", as inside every node of a graph: a Python float (a weak scalar,
+# which takes on the dtype of the arrays it meets), a NumPy scalar or an ndarray. In: anything array-like. Out: Tensors.
+# `Array` is what Tensor and Value share: one way to compute a primitive on raw operands, and one set of methods.
+# Invariant: a raw value never is a 0-d ndarray, and a computation on Python floats alone gives a Python float again.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub") -> Any:
+    """Copies data into a raw value; dtype float32 unless given, or data is a number or has one of its own."""
+    expected = "floating" if kinds == "f" else "floating, integer or boolean"
+    if dtype is not None:
+        dtype = np.dtype(dtype)
+        if dtype.kind not in kinds:
+            raise TypeError(f"{who}: dtype must be {expected}, got {dtype}")
+    if isinstance(data, Array):
+        data = data._data
+        dtype = dtype or getattr(data, "dtype", None)
+        if dtype is not None and dtype.kind not in kinds:
+            raise TypeError(f"{who}: the dtype of data must be {expected}, got {dtype}; pass dtype=")
+    if dtype is None and isinstance(data, (int, float, np.bool_, np.integer, np.floating)):
+        return float(data)
+    try:
+        array = np.asarray(data)
+    except ValueError as error:
+        raise ValueError(f"{who}: data must be rectangular, got ragged nested sequences ({error})") from None
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{who}: data must be real numbers, got {type(data).__name__} of dtype {array.dtype}")
+    return _settle(array.astype(dtype or np.float32))
+
+
+def _settle(out):
+    """A result of NumPy as a raw value."""
+    return out[()] if type(out) is np.ndarray and not out.ndim else out
+
+
+def _raw(x):
+    """The raw value of a Value or Tensor; anything else as it is."""
+    return x._data if isinstance(x, Array) else x
+
+
+def _public(raw):
+    """A raw value as it is handed out: Python's weak scalars become NumPy scalars."""
+    return np.float64(raw) if type(raw) is float else np.bool_(raw) if type(raw) is bool else raw
+
+
+def _conform(x, like, who):
+    """x, copied, as a replacement of the raw value `like`: of its dtype, and of its shape if x is a number."""
+    x = _raw(x)
+    if type(like) is float:
+        if np.ndim(x):
+            raise ValueError(f"{who}: expected a number, got shape {np.shape(x)}")
+        return float(x)
+    raw = _as_raw(x, like.dtype, who)
+    return raw if np.ndim(raw) or not np.ndim(like) else np.full(np.shape(like), raw)
+
+
+def _evaluate(prim: Primitive, raw: Sequence, params: dict):
+    """The forward of a primitive on raw operands."""
+    weak = strong = False
+    for x in raw:
+        if type(x) is float or type(x) is bool:
+            weak = True
+        else:
+            strong = True
+    if not strong:
+        if prim.scalar is not None and not params:
+            try:
+                return prim.scalar(*raw)
+            except (ArithmeticError, ValueError):
+                pass  # Python raises where IEEE arithmetic has an answer: NumPy gives that answer and its warning
+        out = _settle(prim.forward(*map(_public, raw), **params))
+        if not np.ndim(out):
+            return float(out) if isinstance(out, np.floating) else bool(out) if isinstance(out, np.bool_) else out
+        return out.astype(np.float32) if out.dtype == np.float64 else out
+    if weak and not prim.elementwise:  # NumPy's functions that are no ufuncs would take a Python float for a float64
+        dtype = np.result_type(*raw)
+        raw = [dtype.type(x) if type(x) is float else x for x in raw]
+    return _settle(prim.forward(*raw, **params))
+
+
+def _constant(x, prim: Primitive):
+    """Checks an operand that is neither Value nor Tensor: a Python float or bool, or a raw array."""
+    if isinstance(x, (float, int, np.floating, np.integer, np.bool_)):
+        return bool(x) if isinstance(x, (bool, np.bool_)) else float(x)
+    if not isinstance(x, (np.ndarray, list, tuple)):
+        raise TypeError(f"{prim.name}: expected a Value, Tensor, array or number, got {type(x).__name__}")
+    try:
+        x = np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"{prim.name}: operand must be rectangular, got ragged sequences ({error})") from None
+    if x.dtype.kind not in "fiub":
+        raise TypeError(f"{prim.name}: operands must be real numbers, got an array of dtype {x.dtype}")
+    return x
+
+
+def _take_dtype(operands: tuple) -> tuple:
+    """Raw arrays among the operands take the dtype of those they meet, else float32; masks, and integers that meet
+    integers, stay as they are."""
+    held = {x._data.dtype for x in operands if isinstance(x, Array) and not isinstance(x._data, (float, bool))}
+    floating = [dtype for dtype in held if dtype.kind == "f"]
+    dtype = np.result_type(*floating) if floating else np.dtype(np.float32)
+    kinds = "f" if held and not floating else "fiu"
+    return tuple(
+        x.astype(dtype, copy=False) if type(x) is np.ndarray and x.dtype.kind in kinds else x for x in operands
+    )
+
+
+def _apply(prim: Primitive, operands: tuple, params: dict):
+    """Computes a primitive on any kinds of operand: a node if one is a Value, a Tensor if one is, else a raw result."""
+    kind, constants = None, False
+    for x in operands:
+        if isinstance(x, Value):
+            kind = Value
+        elif isinstance(x, Tensor):
+            kind = kind or Tensor
+        elif type(x) is not float:
+            constants = True
+    if kind is None:
+        return prim.forward(*operands, **params)
+    if constants:
+        operands = _take_dtype(tuple(x if isinstance(x, Array) else _constant(x, prim) for x in operands))
+    out = _evaluate(prim, [x._data if isinstance(x, Array) else x for x in operands], params)
+    if kind is Value:
+        return _node(out, prim, operands, params)
+    choices = {x._choice for x in operands if isinstance(x, Tensor)}
+    return _wrap(out, True if True in choices else None if None in choices else False)
+
+
+class Array:
+    """What Tensor and Value share. Operators, and a method for every entry of the table, are added below."""
+
+    __slots__ = ("_data", "__weakref__")
+    __hash__ = object.__hash__
+
+    shape: tuple[int, ...] = property(lambda self: np.shape(self._data))
+    ndim: int = property(lambda self: np.ndim(self._data))
+    size: int = property(lambda self: np.size(self._data))
+    dtype: np.dtype = property(lambda self: _public(self._data).dtype)
+    nbytes: int = property(lambda self: self.size * self.dtype.itemsize)
+    T = property(lambda self: np.transpose(self))
+    mT = property(lambda self: np.matrix_transpose(self))
+
+    def item(self) -> float | int | bool:
+        """The one element as a Python number; ValueError if there are more."""
+        if self.size != 1:
+            raise ValueError(f"{type(self).__name__}.item: expected one element, got shape {self.shape}")
+        return _public(self._data).item()
+
+    def tolist(self) -> Any:
+        return _public(self._data).tolist()
+
+    def reshape(self, *shape):
+        return np.reshape(self, shape[0] if len(shape) == 1 else shape)
+
+    def transpose(self, *axes):
+        return np.transpose(self, (axes[0] if isinstance(axes[0], (tuple, list)) else axes) if axes else None)
+
+    def flatten(self):
+        return np.ravel(self)
+
+    def astype(self, dtype: Any):
+        dtype, kinds = np.dtype(dtype), "f" if isinstance(self, Value) else "fiub"
+        if dtype.kind not in kinds:
+            raise TypeError(f"astype: dtype must be {'floating' if kinds == 'f' else 'real'}, got {dtype}")
+        return _as_dtype(self, dtype)
+
+    def __getitem__(self, index):
+        index = index if isinstance(index, tuple) else (index,)
+        index = tuple(np.asarray(i) if isinstance(i, list) else i for i in index)
+        parts = [i for i in index if isinstance(i, Array)]
+        return _getitem(self, *parts, index=tuple(_HOLE if isinstance(i, Array) else i for i in index))
+
+    def __len__(self):
+        if not self.ndim:
+            raise TypeError(f"a 0-d {type(self).__name__} has no length and cannot be iterated over")
+        return self.shape[0]
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __contains__(self, x):
+        return bool(np.any(np.equal(self._data, _raw(x))))
+
+    def __bool__(self):
+        return bool(self._data)
+
+    def __float__(self):
+        return float(self.item())
+
+    def __int__(self):
+        return int(self.item())
+
+    def __round__(self, decimals=0):
+        return np.round(self, decimals)
+
+
+class Tensor(Array):
+    """An array without gradient, with NumPy's arithmetic, functions and methods.
+
+    data: numbers, nested sequences, an array, a Tensor or a Value; copied. Arrays become float32 unless dtype says
+        otherwise or data is a Tensor or Value; a single number is held in double precision and is weak, like a Python
+        float. Ragged sequences raise ValueError; complex, text and objects TypeError.
+    dtype: a floating, integer or boolean NumPy dtype.
+    distributed: True or False to force it, None to leave it to `set_distributed_config`.
+
+    A 0-d Tensor behaves like a number: comparisons give a bool, formatting works, and `+=` makes a new one.
+    """
+
+    __slots__ = ("_choice", "_owner")
+
+    def __init__(self, data: Any, dtype: Any = None, distributed: bool | None = None):
+        if not (distributed is None or isinstance(distributed, bool)):
+            raise TypeError(f"Tensor: distributed must be True, False or None, got {distributed!r}")
+        self._data, self._choice, self._owner = _as_raw(data, dtype, "Tensor"), distributed, None
+
+    @property
+    def data(self) -> np.ndarray | np.generic:
+        """The array itself (writing to it is seen here); a NumPy scalar for 0-d."""
+        return _public(self._data)
+
+    @data.setter
+    def data(self, new):
+        if _raw(new) is not self._data:
+            self._data = _conform(new, self._data, "Tensor.data")
+            if self._owner:
+                setattr(*self._owner, self._data)
+
+    @property
+    def distributed(self) -> bool:
+        """Whether it counts as distributed: forced, or large enough by the configuration in force; never if 0-d."""
+        if self._choice is not None:
+            return self._choice and self.ndim > 0
+        return _config.enabled and self.ndim > 0 and self.size >= _config.min_elements_for_parallel
+
+    def enable_distributed(self) -> None:
+        self._choice = True
+
+    def disable_distributed(self) -> None:
+        self._choice = False
+
+    def numpy(self) -> np.ndarray:
+        """A copy as an ndarray."""
+        return np.array(self._data)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self._data, dtype) if copy else np.asarray(self._data, dtype)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if any(isinstance(x, Value) for x in inputs):
+            return NotImplemented
+        if method == "__call__" and not kwargs and ufunc in TABLE:
+            return TABLE[ufunc](*inputs)
+        return _on_arrays(getattr(ufunc, method), inputs, kwargs)
+
+    def __array_function__(self, function, kinds, args, kwargs):
+        if any(issubclass(kind, Value) for kind in kinds):
+            return NotImplemented
+        entry = TABLE.get(function)
+        if entry is None or "out" in kwargs or "where" in kwargs or "dtype" in kwargs:
+            return _on_arrays(function, args, kwargs)  # no gradient is needed: NumPy itself will do
+        return entry(*args, **kwargs)
+
+    def __setitem__(self, index, new):
+        if not self.ndim:
+            raise TypeError("a 0-d Tensor cannot be indexed; assign to .data")
+        self._data[tuple(map(_raw, index)) if isinstance(index, tuple) else _raw(index)] = _raw(new)
+
+    def __reduce__(self):
+        return _wrap, (self._data, self._choice)
+
+    def __copy__(self):
+        return Tensor(self, distributed=self._choice)
+
+    def __repr__(self):
+        if not self.ndim:
+            return f"Tensor({self._data})"
+        values = f", data={self.tolist()}" if self.size <= 8 else ""
+        return f"Tensor(shape={self.shape}, dtype={self.dtype}, distributed={self.distributed}{values})"
+
+    def __str__(self):
+        return repr(self) if self.ndim else str(self.data)
+
+    def __format__(self, spec):
+        if spec and self.ndim:
+            raise TypeError(f"Tensor: format {spec!r} needs one number, got shape {self.shape}")
+        return format(self.data, spec) if spec else str(self)
+
+
+def _wrap(raw, choice=None, owner=None) -> Tensor:
+    """A Tensor around a raw value, not copied; with an owner (object, attribute), assigning to .data writes through."""
+    tensor = object.__new__(Tensor)
+    tensor._data, tensor._choice, tensor._owner = raw, choice, owner
+    return tensor
+
+
+def _on_arrays(function, args, kwargs):
+    """Calls a function of NumPy on the arrays of Tensors, however nested, and wraps the arrays that come out."""
+
+    def each(f, x):
+        if not isinstance(x, (list, tuple)):
+            return f(x)
+        items = [each(f, i) for i in x]
+        return type(x)(items) if type(x) in (list, tuple) else type(x)(*items)
+
+    out = function(*each(_raw, args), **{name: each(_raw, x) for name, x in kwargs.items()})
+    target = kwargs.get("out")
+    target = target[0] if isinstance(target, tuple) and len(target) == 1 else target
+    if isinstance(target, Tensor):
+        return target
+    return each(lambda x: _wrap(_settle(x)) if getattr(getattr(x, "dtype", None), "kind", "O") in "fiub" else x, out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Value
+#
+# A node of the graph: raw data, the primitive that made it and its operands. Nodes are numbered as they are made, after
+# their operands; so "newest first" is an order in which every node comes before its operands, and the backward sweep is
+# a loop over nodes sorted by number, with no recursion however deep the graph.
+# Invariant: once made, only a node's data (in a replay) and its gradient change.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Mode(threading.local):
+    recording = True  # whether operations make nodes with history, in this thread
+    depth = 0  # how many gradient functions are at work around this call, in this thread
+
+
+_mode = _Mode()
+_next_number = itertools.count(1).__next__
+_new = object.__new__
+_NO_PARAMS: dict[str, Any] = {}
+
+
+class Value(Array):
+    """A number or array that is differentiated.
+
+    data: a number computes in double precision and is weak (it takes on the dtype of arrays that it meets); arrays and
+        sequences become float32 unless dtype says otherwise, Tensors and Values keep their dtype. The data is copied.
+    dtype: a floating NumPy dtype.
+    label: a name, for pictures and messages.
+
+    Operators, methods and NumPy's functions make new Values. Other operands may be Tensors (inputs without gradient),
+    numbers and raw arrays (constants, kept by reference: changing such an array before `backward` is an error that
+    is not noticed). Comparisons and the like give Values without gradient, which can stand in an `if`.
+    """
+
+    __slots__ = ("_grad", "_prim", "_args", "_params", "_needs", "_number", "label")
+
+    def __init__(self, data: Any, dtype: Any = None, label: str = ""):
+        if not isinstance(label, str):
+            raise TypeError(f"Value: label must be a string, got {label!r}")
+        self._data = data if type(data) is float and dtype is None else _as_raw(data, dtype, "Value", "f")
+        self._grad = self._prim = None
+        self._args, self._params, self._needs, self._number, self.label = (), _NO_PARAMS, True, _next_number(), label
+
+    # --- data and gradient ---
+
+    @property
+    def data(self) -> Tensor:
+        """The data as a Tensor; assigning to it, or to its `.data`, changes this Value."""
+        return _wrap(self._data, None, (self, "_data"))
+
+    @data.setter
+    def data(self, new):
+        if _raw(new) is not self._data:
+            self._data = _conform(new, self._data, "Value.data")
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient as a Tensor, zeros before any backward; assign 0 or None to reset it."""
+        if self._grad is None:
+            self._grad = _filled_like(self._data, 0)
+        return _wrap(self._grad, None, (self, "_grad"))
+
+    @grad.setter
+    def grad(self, new):
+        if new is not None and (new := _raw(new)) is not self._grad:
+            new = _conform(new, _filled_like(self._data, 0), "Value.grad")
+            if np.shape(new) != self.shape:
+                raise ValueError(f"Value.grad: expected shape {self.shape}, got {np.shape(new)}")
+        self._grad = new
+
+    @property
+    def distributed(self) -> bool:
+        return self.data.distributed
+
+    def detach(self) -> Value:
+        """The same data, through which no gradient flows."""
+        return _detach(self)
+
+    # --- the graph ---
+
+    @property
+    def _prev(self) -> set[Value]:
+        """The Values this one was made from, as micrograd calls them."""
+        return {x for x in self._args if isinstance(x, Value)}
+
+    @property
+    def _op(self) -> str:
+        return self._prim.symbol if self._prim else ""
+
+    def forward(self) -> Value:
+        """Computes the graph anew from the current data of its leaves and Tensors; returns this Value."""
+        for node in reversed(_newest_first(self, everything=True)):
+            if node._prim is not None:
+                node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
+        return self
+
+    def backward(self, gradient: Any = None, retain_grads: bool = True) -> None:
+        """Adds the gradient of this Value to the `.grad` of the leaves it was computed from.
+
+        gradient: of this Value's shape, the gradient to start from; ones unless given.
+        retain_grads: whether the nodes in between keep theirs (replacing an earlier one); False saves the memory.
+
+        If it fails (a rule raises, Ctrl-C), the leaves' gradients are as before.
+        """
+        if not self._needs:
+            raise TypeError(f"backward: no gradient flows to {self!r}, there is nothing to differentiate")
+        seed = _filled_like(self._data, 1)
+        if gradient is not None:
+            if np.shape(_raw(gradient)) != self.shape:
+                raise ValueError(f"backward: gradient must have shape {self.shape}, got {np.shape(_raw(gradient))}")
+            seed = _conform(gradient, self._data, "backward: gradient")
+        grads = _backpropagate(self, seed, retain=retain_grads)
+        # A leaf owns its gradient: a view, or an array that is the gradient of another node too, is copied.
+        uses = collections.Counter(id(g) for g in grads.values() if type(g) is np.ndarray)
+        for node, g in grads.items():
+            if node._prim is None:
+                if node._grad is not None:
+                    grads[node] = node._grad + g
+                elif type(g) is np.ndarray and (g.base is not None or uses[id(g)] > 1):
+                    grads[node] = g.copy()
+        for node, g in grads.items():
+            node._grad = g
+
+    # --- what Python and NumPy ask of a number or array ---
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if method != "__call__":
+            raise TypeError(f"{ufunc.__name__}.{method} is not supported on a Value; use functions of the table")
+        if kwargs:
+            raise TypeError(f"{ufunc.__name__}: {', '.join(kwargs)}= is not supported on a Value")
+        return _entry(ufunc)(*inputs)
+
+    def __array_function__(self, function, kinds, args, kwargs):
+        return _entry(function)(*args, **kwargs)
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError(
+            "a Value does not turn into an array by itself, which would lose its gradient: "
+            "take .data.data for the numbers, np.stack to join Values"
+        )
+
+    def __setitem__(self, index, new):
+        raise TypeError(
+            "a Value cannot be assigned to in place: use np.where(mask, new, v) or np.concatenate, "
+            "or v.data[index] = new to change the data of a leaf"
+        )
+
+    def __copy__(self):
+        twin = _node(self._data, self._prim, self._args, self._params)
+        twin._data = _settle(np.array(self._data)) if isinstance(self._data, np.ndarray) else self._data
+        twin._grad, twin._needs, twin.label = self._grad, self._needs, self.label
+        return twin
+
+    def __reduce__(self):
+        # A graph is pickled as a flat list of its inner nodes, oldest first, so that its depth does not matter. Leaves
+        # stay objects of their own in that list: pickle and deepcopy keep their identity.
+        nodes = [node for node in reversed(_newest_first(self, everything=True)) if node._args or node is self]
+        place = {node: _Place(i) for i, node in enumerate(nodes)}
+        rows = [
+            (n._prim, tuple(place.get(x, x) if isinstance(x, Value) else x for x in n._args))
+            + (n._params, n._needs, n._data, n._grad, n.label)
+            for n in nodes
+        ]
+        return _rebuild, (rows,)
+
+    def __repr__(self):
+        label = f", label={self.label!r}" if self.label else ""
+        made = f", op={self._prim.name!r}" if self._prim else ""
+        if self.ndim:
+            return f"Value(shape={self.shape}, dtype={self.dtype}{made}{label})"
+        return f"Value(data={self._data}, grad={self._grad or 0.0}{made}{label})"
+
+    def __format__(self, spec):
+        return format(self.data, spec) if spec else repr(self)
+
+
+def _entry(function):
+    if function not in TABLE:
+        raise TypeError(
+            f"np.{function.__name__} is not in picograd's table, so it has no gradient: "
+            "add it with picograd.primitive, or call it on .data.data where none is needed"
+        )
+    return TABLE[function]
+
+
+def _node(data, prim, args, params) -> Value:
+    """A new node; under `no_grad` a leaf."""
+    node = _new(Value)
+    node._data, node._grad, node._number, node.label = data, None, _next_number(), ""
+    node._needs = False
+    for rule, x in zip(prim.vjps if prim.operands else itertools.repeat(prim.vjps[0]), args) if prim else ():
+        if rule is not None and isinstance(x, Value) and x._needs:
+            node._needs = True
+            break
+    if _mode.recording:
+        node._prim, node._args, node._params = prim, args, params
+    else:
+        node._prim, node._args, node._params = None, (), _NO_PARAMS
+    return node
+
+
+class _Place(int):
+    """In a pickled graph, an operand that is the node at this place of the list."""
+
+
+def _rebuild(rows) -> Value:
+    nodes: list[Value] = []
+    for prim, args, params, needs, data, grad, label in rows:
+        node = _node(data, None, tuple(nodes[x] if type(x) is _Place else x for x in args), params)
+        node._prim, node._needs, node._grad, node.label = prim, needs, grad, label
+        nodes.append(node)
+    return nodes[-1]
+
+
+# --- the backward sweep ---
+
+
+def _newest_first(root: Value, stop=frozenset(), everything=False) -> list[Value]:
+    """The nodes that root depends on, newest first: those that a gradient flows to, or everything."""
+    seen, nodes = {root}, [root]
+    for node in nodes:  # the list grows as it is walked
+        if node not in stop:
+            for x in node._args:
+                if isinstance(x, Value) and x not in seen and (x._needs or everything):
+                    seen.add(x)
+                    nodes.append(x)
+    nodes.sort(key=_get_number, reverse=True)
+    return nodes
+
+
+_get_number = operator.attrgetter("_number")
+
+
+def _filled_like(raw, number):
+    """A raw value of that shape and dtype; of a Python bool, a float."""
+    return float(number) if isinstance(raw, (float, bool)) else _settle(np.full_like(raw, number))
+
+
+def _fit(g, x: Value):
+    """A gradient, as a rule gave it, for the operand x: summed over broadcast axes, and of x's dtype."""
+    raw = x._data
+    if type(g) is np.ndarray and type(raw) is np.ndarray and g.shape == raw.shape and g.dtype == raw.dtype:
+        return g
+    shape, had = np.shape(raw), np.shape(g)
+    if had != shape:
+        extra = len(had) - len(shape)
+        axes = tuple(i for i, n in enumerate(had) if i < extra or (n != 1 and shape[i - extra] == 1))
+        if axes:
+            g = np.sum(g, axis=axes, keepdims=True)
+            g = np.reshape(g, np.shape(g)[extra:]) if extra > 0 else g
+        g = g if np.shape(g) == shape else np.broadcast_to(g, shape)
+    dtype = float if type(raw) is float else raw.dtype
+    had = type(_raw(g)) if type(_raw(g)) is float else _raw(g).dtype
+    return g if had == dtype else _as_dtype(g, dtype) if isinstance(g, Value) else _settle(_as_dtype.forward(g, dtype))
+
+
+def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=False) -> dict[Value, Any]:
+    """The gradients of every node that root depends on; the sweep does not go past the nodes in `stop`.
+
+    Without `retain` only the gradients of leaves and of nodes in `stop` are kept. With `symbolic` gradients are Values.
+    """
+    grads = {root: seed}
+    for node in _newest_first(root, stop):
+        prim, out = node._prim, node._data
+        if prim is None or node in stop:
+            continue
+        if node not in grads:
+            continue  # no rule of its consumers gave it a gradient
+        g = grads[node] if retain else grads.pop(node)
+        if not retain:
+            node._grad = None
+        args, params = node._args, node._params
+        rules = prim.vjps if prim.operands else [prim.vjp(i) for i in range(len(args))]
+        operands = [x._data if isinstance(x, Array) else x for x in args]
+        weak = type(out) is float
+        if symbolic:
+            operands, out, weak = [x if isinstance(x, Value) else _raw(x) for x in args], node, False
+        for x, rule in zip(args, rules):
+            if rule is None or not isinstance(x, Value) or not x._needs:
+                continue
+            if weak:
+                try:
+                    h = rule(g, out, *operands, **params)
+                    if type(h) is not float:
+                        h = float(h)
+                except (ArithmeticError, ValueError, TypeError):  # also a complex power: NumPy has the IEEE answer
+                    h = float(rule(_public(g), _public(out), *map(_public, operands), **params))
+            else:
+                h = rule(g, out, *operands, **params)
+                if h is None:
+                    continue
+                h = _fit(h, x)
+            grads[x] = grads[x] + h if x in grads else h
+    return grads
+
+
+@contextlib.contextmanager
+def no_grad() -> Iterator[None]:
+    """Within it, in this thread, results are leaves without history. Also a decorator."""
+    before, _mode.recording = _mode.recording, False
+    try:
+        yield
+    finally:
+        _mode.recording = before
+
+
+# --- functions of functions ---
+
+
+def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Callable):
+    """Calls f with the arguments `argnums` as fresh variables: its output, and per seed the gradients by them.
+
+    seeds: maps the raw output to the gradients that the backward sweeps start from.
+    On a Value, or inside another gradient function, the gradients are Values again, to be differentiated further.
+    """
+    numbers = (argnums,) if isinstance(argnums, (int, np.integer)) else tuple(argnums)
+    for i in numbers:
+        if not -len(args) <= i < len(args):
+            raise ValueError(f"argnums: asks for argument {i}, but the function was called with {len(args)}")
+    args = list(args)
+    symbolic = _mode.depth > 0 or any(isinstance(args[i], Value) for i in numbers)
+    before, _mode.recording, _mode.depth = _mode.recording, True, _mode.depth + 1
+    try:
+        variables = [_variable(args[i], i) for i in numbers]
+        for i, variable in zip(numbers, variables):
+            args[i] = variable
+        out = f(*args, **kwargs)
+        rows = []
+        for seed in seeds(_raw(out)):
+            grads = {}
+            if isinstance(out, Value) and out._needs:
+                grads = _backpropagate(out, _leaf(seed) if symbolic else seed, set(variables), False, symbolic)
+            rows.append([grads[v] if v in grads else _filled_like(v._data, 0) for v in variables])
+    finally:
+        _mode.recording, _mode.depth = before, _mode.depth - 1
+    return out, rows
+
+
+def _variable(x, i):
+    """A fresh node for argument i of a function; connected to x if that is a Value."""
+    if isinstance(x, Value):
+        return np.positive(x)
+    dtype = getattr(x, "dtype", None)
+    try:
+        return Value(x, dtype if np.ndim(x) and getattr(dtype, "kind", "") == "f" else None)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"argument {i}: {error}") from None
+
+
+def _leaf(raw) -> Value:
+    """A Value around a raw value, which is not copied."""
+    leaf = Value(0.0)
+    leaf._data = raw
+    return leaf
+
+
+def _hand_out(result, x):
+    """A result for argument x: a Value for a Value, or where an outer gradient function needs one; else NumPy's."""
+    if isinstance(x, Value) or (_mode.depth and isinstance(result, Value) and result._needs):
+        return result if isinstance(result, Value) else _leaf(result)
+    return _public(_raw(result))
+
+
+def _one_number(raw):
+    if np.size(raw) != 1:
+        raise ValueError(
+            f"grad: the function must return one number, got shape {np.shape(raw)}; see jacobian and elementwise_grad"
+        )
+    return [_filled_like(raw, 1)]
+
+
+def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
+    """A function that returns f's value and its gradient by the argument(s) argnums (a tuple for a tuple).
+
+    A number or array in gives a NumPy number or array out, computed in the array's own floating dtype; a Value in gives
+    Values out, which can be differentiated again. f must return one number, else ValueError. Nests to any order.
+    """
+
+    def value_and_gradient(*args, **kwargs):
+        out, (row,) = _differentiate(f, argnums, args, kwargs, _one_number)
+        if isinstance(argnums, (int, np.integer)):
+            return _hand_out(out, args[argnums]), _hand_out(row[0], args[argnums])
+        given = [args[i] for i in argnums]
+        value = _hand_out(out, next((x for x in given if isinstance(x, Value)), None))
+        return value, tuple(map(_hand_out, row, given))
+
+    return value_and_gradient
+
+
+def grad(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
+    """A function that returns the gradient of f; see `value_and_grad`."""
+
+    def gradient(*args, **kwargs):
+        return value_and_grad(f, argnums)(*args, **kwargs)[1]
+
+    return gradient
+
+
+def elementwise_grad(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
+    """The derivative of each output element of an element-wise f by its input element: the gradient of the sum."""
+    return grad(lambda *args, **kwargs: np.sum(f(*args, **kwargs)), argnums)
+
+
+def jacobian(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
+    """A function that returns the derivatives of every output of f by every element of the argument(s) argnums.
+
+    Of shape (*output shape, *argument shape); one backward sweep per output element.
+    """
+
+    def units(raw):
+        if not np.ndim(raw):
+            return [_filled_like(raw, 1)]
+        return [unit.reshape(raw.shape) for unit in np.eye(raw.size, dtype=raw.dtype)]
+
+    def derivatives(*args, **kwargs):
+        single = isinstance(argnums, (int, np.integer))
+        out, rows = _differentiate(f, argnums, args, kwargs, units)
+        results = []
+        for k, i in enumerate((argnums,) if single else argnums):
+            shape = np.shape(_raw(out)) + np.shape(_raw(args[i]))
+            column = [row[k] for row in rows]
+            if shape:
+                stack = np.stack if any(isinstance(g, Value) for g in column) else np.array
+                column = [np.reshape(stack(column), shape) if column else np.zeros(shape)]
+            results.append(_hand_out(column[0], args[i]))
+        return results[0] if single else tuple(results)
+
+    return derivatives
+
+
+def hessian(f: Callable, argnum: int = 0) -> Callable:
+    """A function that returns the second derivatives of f, which returns one number, by the elements of an argument."""
+    return jacobian(grad(f, argnum), argnum)
+
+
+def check_gradients(
+    f: Callable, *args: Any, order: int = 1, step: float = 1e-5, rtol: float = 1e-5, atol: float = 1e-7
+) -> None:
+    """Compares the gradients of f with central finite differences, in double precision.
+
+    f: returns a Value of any shape.
+    args: numbers, floating arrays, Tensors and Values are differentiated, anything else is passed on as it is.
+    order: 2 also checks the gradients of the gradients.
+    step, rtol, atol: of the differences; the two may differ by atol + rtol * their size.
+    Raises AssertionError that names the argument, the element and both numbers.
+    """
+    raws, free = [], []
+    for i, x in enumerate(args):
+        raw = np.asarray(_raw(x))
+        if raw.dtype.kind == "f" or (raw.dtype.kind == "i" and isinstance(x, int)):
+            free.append(i)
+        raws.append(raw.astype(np.float64) if i in free else x)
+    if not free:
+        raise TypeError("check_gradients: expected at least one number or floating array among the arguments")
+    weak = {i for i, x in enumerate(args) if isinstance(_raw(x), (int, float)) and not isinstance(x, np.float64)}
+    weights: list = []
+
+    def total(*values):
+        out = f(*values)
+        if not isinstance(out, Value):
+            raise TypeError(f"check_gradients: the function must return a Value, got {type(out).__name__}")
+        if not weights:  # a fixed random direction, so that errors of different outputs cannot cancel
+            weights.append(np.random.default_rng(0).uniform(0.5, 1.5, out.shape))
+        return np.sum(out * weights[0]) if out.ndim else out
+
+    def values():
+        return [_leaf(float(x) if i in weak else _settle(x.copy())) if i in free else x for i, x in enumerate(raws)]
+
+    for i in free:
+        gradient = np.asarray(grad(total, i)(*values()).data)
+        for element in np.ndindex(raws[i].shape):
+            kept, sides = raws[i][element].copy(), []
+            for change in (step, -step):
+                raws[i][element] = kept + change
+                with no_grad():
+                    sides.append(float(total(*values())))
+            raws[i][element] = kept
+            numeric, exact = (sides[0] - sides[1]) / (2 * step), float(gradient[element])
+            if not abs(numeric - exact) <= atol + rtol * max(abs(numeric), abs(exact)):
+                place = f", element {element}" if element else ""
+                raise AssertionError(f"argument {i}{place}: gradient {exact!r}, by finite differences {numeric!r}")
+        if order > 1:
+            check_gradients(grad(total, i), *raws, order=order - 1, step=step, rtol=max(rtol, 1e-4), atol=atol)
+
+
+# --- operators and methods of both classes, all from the table ---
+
+
+def _value_operator(prim: Primitive, swapped=False):
+    scalar, differentiable = prim.scalar, prim.vjps[0] is not None
+
+    def method(self, other):
+        kind = type(other)
+        if kind is Value:
+            y = other._data
+        elif kind is float:
+            y = other
+        elif kind is int:
+            y = other = float(other)
+        elif isinstance(other, _OPERANDS):
+            y = None
+        else:
+            return NotImplemented
+        x = self._data
+        args = (other, self) if swapped else (self, other)
+        if type(x) is float and type(y) is float and scalar is not None and _mode.recording:
+            # The path of micrograd's world: what `_apply` would do, spelled out, as a graph has 10^5 such nodes.
+            try:
+                out = scalar(y, x) if swapped else scalar(x, y)
+            except (ArithmeticError, ValueError):
+                return _apply(prim, args, _NO_PARAMS)
+            node = _new(Value)
+            node._data = out
+            node._grad = None
+            node._prim = prim
+            node._args = args
+            node._params = _NO_PARAMS
+            node._needs = differentiable and (self._needs or (kind is Value and other._needs))
+            node._number = _next_number()
+            node.label = ""
+            return node
+        return _apply(prim, args, _NO_PARAMS)
+
+    return method
+
+
+def _tensor_operator(prim: Primitive, swapped=False):
+    def method(self, other):
+        if isinstance(other, Value) or not isinstance(other, _OPERANDS):
+            return NotImplemented
+        out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
+        return out._data if isinstance(out._data, (bool, np.bool_)) else out  # of numbers, a comparison is a bool
+
+    return method
+
+
+def _in_place_operator(prim: Primitive):
+    """`t += x`: arrays are written to once the whole result is there; a 0-d Tensor is replaced, like a number."""
+
+    def method(self, other):
+        if isinstance(other, Value) or not isinstance(other, _OPERANDS):
+            return NotImplemented
+        out = _apply(prim, (self, other), _NO_PARAMS)
+        if not self.ndim and not out.ndim:
+            return out
+        if out.shape != self.shape:
+            raise ValueError(f"Tensor: in place, shape {self.shape} cannot take a result of shape {out.shape}")
+        np.copyto(self._data, out._data, casting="same_kind")
+        return self
+
+    return method
+
+
+_OPERANDS = (Array, np.ndarray, np.generic, int, float, list, tuple)
+
+for _ufunc, (_name, _, _) in _OPERATORS.items():
+    _prim = TABLE[_ufunc]
+    if len(_prim.vjps) == 1:
+        setattr(Array, f"__{_name}__", lambda self, _prim=_prim: _prim(self))
+        continue
+    for _class, _operator in ((Value, _value_operator), (Tensor, _tensor_operator)):
+        setattr(_class, f"__{_name}__", _operator(_prim))
+        if hasattr(operator, f"__i{_name}__"):
+            setattr(_class, f"__r{_name}__", _operator(_prim, swapped=True))
+    if hasattr(operator, f"__i{_name}__"):
+        setattr(Tensor, f"__i{_name}__", _in_place_operator(_prim))
+
+# Methods: every primitive that takes its operands one by one, and the compositions that ndarray has as methods.
+for _key, _function in list(TABLE.items()):
+    _name = getattr(_function, "name", _key.__name__)
+    if _name not in vars(Array) and (hasattr(np.ndarray, _name) or getattr(_function, "operands", None)):
+        setattr(Array, _name, lambda self, *args, _function=_function, **kwargs: _function(self, *args, **kwargs))

@@ -1,0 +1,818 @@
+"""Tests of PicoGrad: `python test.py`. One class per room of picograd.py, in the file's order.
+
+Gradients are checked against central finite differences in double precision, for every primitive of the table: a new
+primitive is tested by being in the table with samples.
+"""
+
+import copy
+import math
+import os
+import pickle
+import random
+import sys
+import threading
+import unittest
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from picograd import (
+    PRIMITIVES,
+    TABLE,
+    Tensor,
+    Value,
+    check_gradients,
+    elementwise_grad,
+    gelu,
+    get_distributed_config,
+    grad,
+    hessian,
+    jacobian,
+    log_softmax,
+    logsumexp,
+    no_grad,
+    primitive,
+    relu,
+    set_distributed_config,
+    sigmoid,
+    softmax,
+    softplus,
+    value_and_grad,
+)
+
+HERE = Path(__file__).resolve().parent
+SEED = int(os.environ.get("PICOGRAD_TEST_SEED", random.randrange(2**32)))
+
+
+def sample(spec, rng):
+    """An operand for a gradient test: an interval gives its numbers later, a shape a normal array, an array itself."""
+    if isinstance(spec, np.ndarray):
+        return spec
+    if len(spec) == 2 and spec[1] == "definite":
+        a = rng.normal(size=spec[0])
+        return a @ np.swapaxes(a, -1, -2) + 2 * np.eye(spec[0][-1])
+    return rng.uniform(-2, 2, spec)
+
+
+def cases(prim, rng):
+    """Operands and parameters to test a primitive on. Element-wise ones: arrays, broadcasting, scalars."""
+    if prim.samples and isinstance(prim.samples[0][0], float):
+        n = len(prim.samples)
+        for shapes in [((2, 3),) * n, ((3,), (2, 1), ())[:n], ((),) * n, ((1, 3), (2, 1), (3,))[:n]]:
+            yield [rng.uniform(*interval, shape) for interval, shape in zip(prim.samples, shapes)], {}
+        yield [float(rng.uniform(*interval)) for interval in prim.samples], {}
+    else:
+        for operands, params in prim.samples:
+            yield [sample(spec, rng) for spec in operands], params
+
+
+def as_values(x):
+    """Double-precision arrays as Values, also in a list."""
+    if isinstance(x, list):
+        return [as_values(i) for i in x]
+    return Value(x, np.float64) if isinstance(x, np.ndarray) and x.dtype == np.float64 else x
+
+
+class TestPrimitives(unittest.TestCase):
+    """Room 1: every rule against finite differences, and NumPy's functions on Values against NumPy."""
+
+    def test_gradients_of_every_primitive(self):
+        rng = np.random.default_rng(SEED)
+        for prim in PRIMITIVES.values():
+            if not any(prim.vjps):
+                continue
+            with self.subTest(primitive=prim.name, seed=SEED):
+                self.assertTrue(prim.samples, f"{prim.name} has no samples: give it some, so that its rule is tested")
+                for operands, params in cases(prim, rng):
+                    fixed = [x if x.dtype == bool else None for x in map(np.asarray, operands)]
+                    free = [x for x, f in zip(operands, fixed) if f is None]
+
+                    def f(*xs, prim=prim, fixed=fixed, params=params):
+                        xs = iter(xs)
+                        return prim(*(next(xs) if f is None else f for f in fixed), **params)
+
+                    try:
+                        check_gradients(f, *free, order=2)
+                    except AssertionError as error:
+                        self.fail(f"{prim.name}{[np.shape(x) for x in operands]}{params}: {error}")
+
+    def test_forward_of_elementwise_primitives_is_numpys(self):
+        rng = np.random.default_rng(SEED)
+        for key, prim in TABLE.items():
+            if not isinstance(key, np.ufunc) or not prim.elementwise or prim.name.startswith(("bitwise", "invert")):
+                continue
+            with self.subTest(primitive=prim.name, seed=SEED):
+                for operands, _ in cases(prim, rng):
+                    expected = key(*operands)
+                    got = key(*(Value(x, np.float64) if x.ndim else Value(float(x)) for x in map(np.asarray, operands)))
+                    np.testing.assert_allclose(got.data.data, expected, rtol=1e-13)
+                    self.assertEqual(got.shape, expected.shape)
+
+    def test_numpy_functions_on_values_are_numpys(self):
+        rng = np.random.default_rng(SEED)
+        a, b, c = rng.normal(size=(3, 4)), rng.normal(size=(4,)), rng.normal(size=(2, 3, 4))
+        square = rng.normal(size=(3, 3))
+        programs = [
+            (np.reshape, (a, (2, 6))), (np.ravel, (a,)), (np.transpose, (c, (2, 0, 1))), (np.swapaxes, (c, 0, -1)),
+            (np.moveaxis, (c, 0, -1)), (np.moveaxis, (c, (0, 1), (-1, 0))), (np.expand_dims, (a, (0, -1))),
+            (np.squeeze, (a[None, :, None],)), (np.squeeze, (a[None], 0)), (np.broadcast_to, (b, (3, 4))),
+            (np.concatenate, ([a, a], 1)), (np.concatenate, ([a, b[None]], 0)), (np.concatenate, ([a, b], None)),
+            (np.stack, ([a, a], -1)), (np.vstack, ([a, b],)), (np.hstack, ([b, b],)), (np.hstack, ([a, a],)),
+            (np.dstack, ([a, a],)), (np.dstack, ([b, b],)), (np.column_stack, ([b, b],)), (np.append, (a, b)),
+            (np.append, (a, b[None], 0)), (np.repeat, (a, 2)), (np.repeat, (a, [1, 2, 0], 0)), (np.tile, (b, (2, 3))),
+            (np.tile, (c, 2)), (np.pad, (a, 1)), (np.pad, (a, ((1, 2), (0, 3)))), (np.flip, (c,)),
+            (np.flip, (c, (0, -1))), (np.fliplr, (a,)), (np.flipud, (a,)), (np.roll, (a, 2)), (np.roll, (a, -1, 1)),
+            (np.roll, (a, (1, 2), (0, 1))), (np.rot90, (a,)), (np.rot90, (a, 3)), (np.rot90, (c, 2, (1, 2))),
+            (np.take, (a, [0, 5, 0])), (np.take, (a, [[2, 0]], 0)), (np.sort, (a,)), (np.sort, (a, 0)),
+            (np.sort, (a, None)), (np.take_along_axis, (a, np.argsort(a, 0), 0)), (np.diff, (a,)), (np.diff, (c, 2, 1)),
+            (np.diagonal, (c,)), (np.diagonal, (c, 1, 2, 0)), (np.diagonal, (a, 9)), (np.diag, (b,)),
+            (np.diag, (b, -2)),
+            (np.diag, (a, 1)), (np.trace, (a,)), (np.trace, (c, 1)), (np.triu, (a, 1)), (np.tril, (c,)),
+            (np.matmul, (a, b)), (np.dot, (a, b)), (np.dot, (b, b)), (np.dot, (2.0, a)), (np.dot, (c, a.T)),
+            (np.dot, (a, np.swapaxes(c, 1, 2))), (np.inner, (a, a)), (np.inner, (b, b)), (np.outer, (a, b)),
+            (np.vdot, (a, a)), (np.tensordot, (c, a, ([1, 2], [0, 1]))), (np.tensordot, (a, b, 1)),
+            (np.tensordot, (a, b, 0)), (np.kron, (a, b)), (np.kron, (b, b)), (np.kron, (a, square)),
+            (np.average, (a,)), (np.average, (c, 1)), (np.linalg.norm, (b,)), (np.linalg.norm, (b, 1)),
+            (np.linalg.norm, (b, np.inf)), (np.linalg.norm, (a,)), (np.linalg.norm, (a, "fro")),
+            (np.linalg.norm, (c, None, (0, 1))), (np.linalg.norm, (a, 2, 1)), (np.linalg.inv, (square,)),
+            (np.linalg.det, (square,)), (np.linalg.solve, (square, a)), (np.linalg.cholesky, (square @ square.T,)),
+            (np.clip, (a, -0.5, 0.5)), (np.clip, (a, None, 0.5)), (np.nan_to_num, (np.array([1.0, np.nan, np.inf]),)),
+            (np.atleast_1d, (1.5,)), (np.atleast_2d, (b,)), (np.atleast_3d, (a,)), (np.atleast_3d, (b,)),
+            (np.argmax, (a, 1)), (np.argmin, (a,)), (np.argsort, (a,)), (np.round, (a, 1)), (np.any, (a > 1, 0)),
+            (np.all, (a > -9,)), (np.isnan, (a,)), (np.copy, (a,)), (np.cumsum, (a,)), (np.cumprod, (a, 1)),
+            (np.max, (c, (0, 2))), (np.amin, (c, -1)), (np.prod, (a, 0)), (np.var, (c, (0, 1))), (np.std, (a,)),
+            (np.lib.stride_tricks.sliding_window_view, (a, (2, 2))), (np.sinc, (a,)), (np.matrix_transpose, (c,)),
+            (np.lib.stride_tricks.sliding_window_view, (b, 3)), (np.where, (a > 0, a, 0.0)),
+            (np.isclose, (a, a + 1e-9)),
+            (np.shape, (a,)), (np.size, (a,)), (np.ndim, (a,)), (np.zeros_like, (a,)), (np.full_like, (a, 3)),
+            (np.allclose, (a, a)), (np.array_equal, (a, a)),
+        ]  # fmt: skip
+        for function, args in programs:
+            with self.subTest(function=function.__name__, args=str(args)[:80]):
+                expected = function(*args)
+                got = function(as_values(args[0]), *args[1:])
+                got = got.data.data if isinstance(got, Value) else got
+                self.assertEqual(np.shape(got), np.shape(expected))
+                np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+                tensors = function(*(Tensor(x, x.dtype) if isinstance(x, np.ndarray) else x for x in args))
+                np.testing.assert_allclose(np.asarray(tensors), expected, rtol=1e-12, atol=1e-12)
+
+    def test_gradients_of_compositions(self):
+        rng = np.random.default_rng(SEED)
+        a, b, c = rng.normal(size=(3, 4)), rng.normal(size=(4,)), rng.normal(size=(2, 3, 4))
+        for f in [
+            lambda x: np.vstack([x, b]), lambda x: np.roll(x, 2, axis=1), lambda x: np.tile(x, (2, 1)),
+            lambda x: np.pad(x, 1) ** 2, lambda x: np.sort(x, axis=0) * np.arange(3)[:, None],
+            lambda x: np.diff(x) ** 2,
+            lambda x: np.kron(x, b), lambda x: np.outer(x, x), lambda x: np.tensordot(x, x, ([0], [0])),
+            lambda x: np.trace(x @ x.T), lambda x: np.diag(x[0]) @ x.T, lambda x: np.average(x, 0, np.exp(x)),
+            lambda x: np.repeat(x, [1, 2, 0], axis=0), lambda x: np.rot90(x) ** 2, lambda x: np.array_split(x, 3, 1)[0],
+            lambda x: np.split(x, 2, axis=1)[1] ** 2, lambda x: x[[0, 0, 1]] ** 2, lambda x: x[x > 0] ** 2,
+            lambda x: x[..., None, ::-2], lambda x: np.take_along_axis(x, np.argsort(x, 1), 1) ** 2,
+            lambda x: np.einsum("ij,kj->ik", x, x), lambda x: np.einsum("...j,j", x, b) ** 2,
+            lambda x: np.einsum("ii->i", x[:, :3]) ** 2, lambda x: np.einsum("ij->j", x) ** 2,
+            lambda x: np.einsum("i...,bi...->b...", x, c), lambda x: np.linalg.slogdet(x @ x.T).logabsdet,
+            lambda x: np.linalg.norm(x, axis=1), lambda x: np.hstack(list(x)) ** 3, lambda x: sum(x) ** 2,
+            lambda x: np.nan_to_num(x) ** 2, lambda x: np.clip(x, -0.5, None),
+            lambda x: np.dot(x, np.swapaxes(c, 1, 2)),
+        ]:  # fmt: skip
+            with self.subTest(seed=SEED, code=f.__code__.co_firstlineno):
+                check_gradients(f, a, order=2)
+
+    def test_convolution_and_pooling_are_two_lines_of_numpy(self):
+        def convolve(image, kernel):
+            windows = np.lib.stride_tricks.sliding_window_view(image, kernel.shape)
+            return np.einsum("ijkl,kl->ij", windows, kernel)
+
+        def max_pool(image):
+            windows = np.lib.stride_tricks.sliding_window_view(image, (2, 2))[::2, ::2]
+            return windows.max(axis=(2, 3))
+
+        rng = np.random.default_rng(SEED)
+        image, kernel = rng.normal(size=(6, 6)), rng.normal(size=(3, 3))
+        expected = sum(kernel[i, j] * image[i : i + 4, j : j + 4] for i in range(3) for j in range(3))
+        np.testing.assert_allclose(convolve(Value(image, float), Value(kernel, float)).data.data, expected)
+        check_gradients(lambda x, k: max_pool(convolve(x, k)), image, kernel)
+
+    def test_kinks(self):
+        def slope(f, *at):
+            xs = [Value(np.array(x, float), dtype=float) if np.ndim(x) else Value(float(x)) for x in at]
+            f(*xs).sum().backward()
+            return [x.grad.tolist() for x in xs]
+
+        self.assertEqual(slope(relu, 0.0), [0.0])
+        self.assertEqual(slope(np.abs, 0.0), [0.0])
+        self.assertEqual(slope(np.abs, [0.0, -1.0]), [[0.0, -1.0]])
+        self.assertEqual(slope(np.maximum, 2.0, 2.0), [0.5, 0.5])
+        self.assertEqual(slope(np.minimum, [2.0, 3.0], [2.0, 1.0]), [[0.5, 0.0], [0.5, 1.0]])
+        self.assertEqual(slope(np.max, [1.0, 3.0, 3.0]), [[0.0, 0.5, 0.5]])
+        self.assertEqual(slope(lambda x: np.clip(x, -1, 1), [-1.0, 1.0, 2.0]), [[1.0, 1.0, 0.0]])
+        self.assertEqual(slope(np.linalg.norm, [0.0, 0.0]), [[0.0, 0.0]])
+        self.assertEqual(slope(np.std, [2.0, 2.0]), [[0.0, 0.0]])
+        self.assertEqual(slope(np.prod, [0.0, 3.0, 2.0]), [[6.0, 0.0, 0.0]])
+        self.assertEqual(slope(np.prod, [0.0, 0.0, 2.0]), [[0.0, 0.0, 0.0]])
+        self.assertEqual(slope(np.cumprod, [0.0, 3.0, 2.0]), [[10.0, 0.0, 0.0]])
+        self.assertEqual(slope(np.fmax, [1.0, np.nan], [np.nan, 2.0]), [[1.0, 0.0], [0.0, 1.0]])
+
+    def test_power_at_its_corners(self):
+        for x, y, value, by_x, by_y in [
+            (0.0, 0.0, 1, 0, 0),
+            (0.0, 2.0, 0, 0, 0),
+            (0.0, 1.0, 0, 1, 0),
+            (-2.0, 3.0, -8, 12, None),
+        ]:
+            for wrap in (Value, lambda v: Value(np.array([v]), float)):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    a, b = wrap(x), wrap(y)
+                    out = a**b
+                    out.backward()
+                self.assertEqual(float(out), value)
+                self.assertEqual(float(a.grad), by_x)
+                if by_y is not None:
+                    self.assertEqual(float(b.grad), by_y)
+                c = wrap(x)
+                (c**y).backward()
+                self.assertEqual(float(c.grad), by_x)
+
+    def test_results_are_ieee(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for f, expected in [
+                (lambda v: v / 0, math.inf), (lambda v: -v / 0, -math.inf), (lambda v: np.log(v - 1), -math.inf),
+                (lambda v: np.log(-v), math.nan), (lambda v: np.exp(v * 1000), math.inf),
+                (lambda v: (-v) ** 0.5, math.nan),
+                (lambda v: (v - 1) ** -1, math.inf), (lambda v: np.sqrt(-v), math.nan), (lambda v: v % 0, math.nan),
+                (lambda v: (v * 1e300) ** 2, math.inf), (lambda v: 1 / (v - 1), math.inf),
+            ]:  # fmt: skip
+                out = f(Value(1.0))
+                self.assertIs(type(out._data), float)
+                np.testing.assert_equal(float(out), expected)
+                np.testing.assert_equal(f(Value(np.ones(1), float)).data.data[0], expected)
+                out.backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # no warnings where NumPy has none
+            x = Value(0.5)
+            y = np.tanh(x) * sigmoid(x * -2000) + softplus(x * 2000) + relu(x) + (x - 0.5) ** 2 + np.abs(x)
+            y.backward()
+            softmax(Value([-1e30, 0.0, 1e30], dtype=float)).sum().backward()
+            logsumexp(Value([-np.inf, 0.0], dtype=float)).backward()
+        with self.assertWarns(RuntimeWarning):
+            Value(1.0) / 0.0
+
+    def test_own_primitives_take_part_in_everything(self):
+        cube = primitive(lambda x: x**3, lambda g, out, x: g * 3 * x**2, name="cube of a test")
+        self.assertEqual(cube(2.0), 8.0)
+        self.assertEqual(grad(cube)(2.0), 12.0)
+        self.assertEqual(grad(grad(cube))(2.0), 12.0)
+        check_gradients(cube, np.array([1.0, -2.0]), order=2)
+        self.assertEqual(float(cube(Tensor(2.0))), 8.0)
+        out = pickle.loads(pickle.dumps(cube(Value(2.0))))
+        self.assertEqual(float(out), 8.0)
+        erf = np.frompyfunc(math.erf, 1, 1)
+        with self.assertRaisesRegex(TypeError, "not in picograd's table"):
+            erf(Value(0.5))
+        primitive(erf, lambda g, out, x: g * (2 / math.sqrt(math.pi)) * np.exp(-x * x), scalar=math.erf, name="erf")
+        self.assertAlmostEqual(grad(lambda x: erf(x))(0.5), 2 / math.sqrt(math.pi) * math.exp(-0.25))
+        for wrong in [lambda: primitive(3), lambda: primitive(np.cbrt), lambda: primitive(np.cbrt, 3)]:
+            with self.assertRaises(TypeError):
+                wrong()
+        bad = primitive(lambda x: x * 2, lambda g, out, x: g * 3, name="wrong rule of a test")
+        with self.assertRaisesRegex(
+            AssertionError, r"argument 0, element \(0,\): gradient 3\.41\d+, by finite differences 2\.27"
+        ):
+            check_gradients(bad, np.array([1.0, 2.0]))
+        for name in ("cube of a test", "erf", "wrong rule of a test"):
+            prim = PRIMITIVES.pop(name)
+            TABLE.pop(prim.forward)
+
+    def test_what_is_not_supported_says_so(self):
+        v = Value([1.0, 2.0])
+        for call, message in [
+            (lambda: np.fft.fft(v), "not in picograd's table"), (lambda: np.spacing(v), "spacing"),
+            (lambda: np.add(v, v, out=np.zeros(2)), "out="), (lambda: np.add.reduce(v), "add.reduce"),
+            (lambda: np.add(v, v, where=[True, False]), "where="), (lambda: np.add.at(v, 0, 1), "add.at"),
+            (lambda: np.add.accumulate(v), "accumulate"), (lambda: np.sum(v, dtype=float), "dtype"),
+            (lambda: np.asarray(v), r"\.data\.data"), (lambda: np.array([v, v]), "np.stack"),
+            (lambda: np.sum([v, v]), "np.stack"), (lambda: np.pad(v, 1, "edge"), "edge"), (lambda: v + "a", "operand"),
+            (lambda: v + None, "operand"), (lambda: np.add(v, None), "add: expected"), (lambda: v * np.array(["a"]),
+            "dtype"),
+            (lambda: np.linalg.norm(v, 3), "ord=3"), (lambda: v + 1j, "operand"), (lambda: v.sum(foo=1), "foo"),
+            (lambda: np.add(v, 1j), "complex"),
+        ]:  # fmt: skip
+            with self.assertRaisesRegex(TypeError, message):
+                call()
+        array = np.zeros(2)
+        with self.assertRaises(TypeError):
+            array += v
+        with self.assertRaisesRegex(TypeError, "np.where"):
+            v[0] = 3.0
+        with self.assertRaises(ValueError):
+            v + Value([1.0, 2.0, 3.0])
+
+
+class TestTensor(unittest.TestCase):
+    """Room 3 (and the configuration of room 2)."""
+
+    def tearDown(self):
+        set_distributed_config(enabled=False, num_workers=None, min_elements_for_parallel=100_000, use_processes=False)
+
+    def test_dtypes(self):
+        self.assertEqual(Tensor([1, 2]).dtype, np.float32)
+        self.assertEqual(Tensor(np.arange(3.0)).dtype, np.float32)
+        self.assertEqual(Tensor(np.arange(3), dtype=int).dtype, int)
+        self.assertEqual(Tensor([True], dtype=bool).dtype, bool)
+        self.assertEqual(Tensor(Tensor([1], dtype=int)).dtype, int)
+        self.assertEqual(Tensor(3).dtype, np.float64)
+        self.assertEqual((Tensor([1, 2]) * np.arange(2.0)).dtype, np.float32)
+        self.assertEqual((Tensor([1, 2]) * Tensor(2.0)).dtype, np.float32)
+        self.assertEqual((Tensor(2.0) * np.arange(2.0)).dtype, np.float32)
+        self.assertEqual((Tensor([1, 2], dtype=float) * np.arange(2)).dtype, np.float64)
+        self.assertEqual((Tensor([1, 2], dtype=int) + np.arange(2)).dtype, int)
+        self.assertEqual(Tensor([1, 2]).astype(int).dtype, int)
+
+    def test_bad_data(self):
+        for data, error in [
+            ([[1, 2], [3]], ValueError), ("ab", TypeError), ([1j], TypeError), (1j, TypeError), (None, TypeError),
+            ([None], TypeError), ([object()], TypeError), (["1"], TypeError), ([Value(1.0)], TypeError),
+        ]:  # fmt: skip
+            for kind in (Tensor, Value):
+                with self.assertRaisesRegex(error, "data|np.stack"):
+                    kind(data)
+        with self.assertRaisesRegex(TypeError, "dtype"):
+            Tensor([1], dtype=complex)
+        with self.assertRaisesRegex(TypeError, "dtype"):
+            Value([1], dtype=int)
+        with self.assertRaisesRegex(TypeError, "dtype"):
+            Value(Tensor([1], dtype=int))
+        with self.assertRaisesRegex(TypeError, "distributed"):
+            Tensor([1], distributed="yes")
+        with self.assertRaisesRegex(TypeError, "label"):
+            Value(1.0, label=3)
+
+    def test_it_copies_what_it_is_given(self):
+        for kind in (Tensor, Value):
+            a = np.zeros(3, np.float32)
+            t = kind(a)
+            a[0] = 1
+            self.assertEqual(np.asarray(t.data).tolist(), [0, 0, 0])
+            t2 = kind(t)
+            t2.data.data[0] if kind is Value else t2.data[0]
+            t2.data[0] = 5
+            self.assertEqual(np.asarray(t.data).tolist(), [0, 0, 0])
+
+    def test_a_0d_tensor_behaves_like_a_number(self):
+        t = Tensor(2.5)
+        self.assertIs(t == 2.5, True)
+        self.assertIs(t < 3, True)
+        self.assertEqual(f"{t:.3f} {t}", "2.500 2.5")
+        self.assertEqual((float(t), int(t), round(t), abs(-t), bool(t)), (2.5, 2, 2, 2.5, True))
+        self.assertEqual(math.sqrt(Tensor(4)), 2.0)
+        old = t
+        t += 1
+        self.assertEqual((float(old), float(t)), (2.5, 3.5))
+        self.assertEqual(t.item(), 3.5)
+        with self.assertRaises(TypeError):
+            len(t)
+        self.assertEqual(sorted([Tensor(3), Tensor(1)], key=float)[0], 1)
+        self.assertEqual(sum([Tensor(1), Tensor(2)]), 3)
+        self.assertIsInstance(t.data, np.float64)
+
+    def test_arithmetic_and_methods(self):
+        a = np.arange(6.0).reshape(2, 3)
+        t = Tensor(a)
+        for got, expected in [
+            (t + t, a + a), (1 - t, 1 - a), (t @ t.T, a @ a.T), (a * t, a * a), (-t, -a), (t > 2, a > 2), (t.sum(),
+            a.sum()),
+            (t.mean(axis=0), a.mean(0)), (t.max(1), a.max(1)), (t.reshape(3, 2), a.reshape(3, 2)), (t.T, a.T),
+            (t[1], a[1]),
+            (t[t > 2], a[a > 2]), (t.transpose(1, 0), a.T), (np.tanh(t), np.tanh(a)), (np.fft.fftshift(t),
+            np.fft.fftshift(a)),
+            (np.add.reduce(t), a.sum(0)), (t % 2, a % 2), (t // 2, a // 2), (t.std(), a.std()), (t.clip(1, 2),
+            a.clip(1, 2)),
+            (np.median(t), np.median(a)), (~(t > 2), ~(a > 2)), (np.linalg.svd(t)[1], np.linalg.svd(a)[1]),
+        ]:  # fmt: skip
+            self.assertIsInstance(got, Tensor)
+            np.testing.assert_allclose(got.data, expected, rtol=1e-5)
+        self.assertEqual([row.tolist() for row in t], a.tolist())
+        self.assertEqual((len(t), t.shape, t.ndim, t.size, t.nbytes), (2, (2, 3), 2, 6, 24))
+        self.assertIs((t + Value(1.0)).__class__, Value)
+        self.assertIn(5.0, t)
+
+    def test_in_place(self):
+        t = Tensor([1.0, 2.0])
+        alias, view = t.data, t[1:]
+        t += 1
+        t *= np.array([2.0, 3.0])
+        t -= t
+        self.assertEqual(alias.tolist(), [0, 0])
+        self.assertEqual(view.tolist(), [0])
+        before = t.tolist()
+        for wrong in (lambda x: x.__iadd__(np.ones((2, 2))), lambda x: x.__iadd__(np.ones(3))):
+            with self.assertRaises(ValueError):
+                wrong(t)
+            self.assertEqual(t.tolist(), before)
+        ints = Tensor([1, 2], dtype=int)
+        with self.assertRaises(TypeError):
+            ints /= 2
+        self.assertEqual(ints.tolist(), [1, 2])
+        np.add(t, 1, out=t)
+        self.assertEqual(t.tolist(), [1, 1])
+        t.data = [7.0, 8.0]
+        self.assertEqual((t.tolist(), t.dtype), ([7.0, 8.0], np.float32))
+
+    def test_repr(self):
+        self.assertEqual(
+            repr(Tensor(np.zeros((1000, 100)), distributed=True)),
+            "Tensor(shape=(1000, 100), dtype=float32, distributed=True)",
+        )
+        self.assertEqual(
+            repr(Tensor([1.5, 2])), "Tensor(shape=(2,), dtype=float32, distributed=False, data=[1.5, 2.0])"
+        )
+        self.assertEqual(repr(Tensor(1.5)), "Tensor(1.5)")
+
+    def test_distributed_switches(self):
+        t = Tensor(np.zeros((10, 10)))
+        self.assertFalse(t.distributed)
+        set_distributed_config(enabled=True, min_elements_for_parallel=100)
+        self.assertTrue(t.distributed)
+        self.assertFalse(t[0].distributed)
+        self.assertFalse(t.sum().distributed)
+        t.disable_distributed()
+        self.assertFalse(t.distributed)
+        t.enable_distributed()
+        self.assertTrue((t + 1).distributed)
+        self.assertFalse(Tensor(np.zeros(1000), distributed=False).distributed)
+
+    def test_config(self):
+        before = get_distributed_config()
+        for wrong, error in [
+            ({"enabled": 1}, TypeError), ({"num_workers": 0}, ValueError), ({"num_workers": 2.0}, TypeError),
+            ({"min_elements_for_parallel": -1}, ValueError), ({"use_processes": None}, TypeError), ({"workers": 2},
+            TypeError),
+            ({"enabled": True, "num_workers": "4"}, TypeError),
+        ]:  # fmt: skip
+            with self.assertRaisesRegex(error, list(wrong)[-1]):
+                set_distributed_config(**wrong)
+            self.assertEqual(get_distributed_config(), before)
+        self.assertEqual(set_distributed_config(num_workers=3).num_workers, 3)
+        with self.assertRaises(AttributeError):
+            get_distributed_config().enabled = True
+
+    def test_pickle_and_copy(self):
+        t = Tensor([1.0, 2.0], distributed=True)
+        for twin in (pickle.loads(pickle.dumps(t)), copy.copy(t), copy.deepcopy(t)):
+            self.assertEqual((twin.tolist(), twin.distributed), ([1.0, 2.0], True))
+            twin.data[0] = 9
+            self.assertEqual(t.tolist(), [1.0, 2.0])
+
+
+class TestValue(unittest.TestCase):
+    """Room 4: nodes, data and gradients, backward, functions of functions."""
+
+    def test_the_readme(self):
+        a, b = Value(2.0, label="a"), Value(3.0, label="b")
+        c = a * b + a**2
+        c.backward()
+        self.assertEqual((str(c.data.data), float(a.grad.data), float(b.grad.data)), ("10.0", 7.0, 2.0))
+
+    def test_weak_scalars(self):
+        self.assertIs(type((Value(2) * 3 + np.float32(1))._data), float)
+        self.assertEqual((Value([1.0]) * Value(2.0)).dtype, np.float32)
+        self.assertEqual((Value(2.0) * np.ones(2)).dtype, np.float32)
+        self.assertEqual((Value([1.0], dtype=float) * np.ones(1, np.float32)).dtype, np.float64)
+        self.assertEqual((np.float64(2) * Value([1.0])).dtype, np.float32)
+        self.assertEqual((np.arange(3) * Value(2.0)).dtype, np.float32)
+        self.assertEqual(np.stack([Value(1.0), Value(2.0)]).dtype, np.float32)
+        self.assertEqual(np.stack([Value(1.0), Value(np.float64(2.0), dtype=float)]).dtype, np.float64)
+        self.assertEqual(np.where(Value([1.0]) > 0, Value([1.0]), 0).dtype, np.float32)
+        self.assertEqual((Value([1.0]).mean() * 2).dtype, np.float32)
+        self.assertIs(type(np.tanh(Value(0.5))._data), float)
+        self.assertIs(type(np.sinc(Value(0.5)).sum()._data), float)
+        x, y = Value([1.0, 2.0]), Value(3.0)
+        (x * y).sum().backward()
+        self.assertEqual((y.grad.dtype, x.grad.dtype, float(y.grad)), (np.float64, np.float32, 3.0))
+
+    def test_data_and_grad_can_be_assigned(self):
+        for start in (2.0, [2.0, 3.0]):
+            p = Value(start)
+            one = np.ones_like(np.asarray(p.data.data))
+            self.assertTrue(np.all(p.grad.data == 0))
+            (p * 3).sum().backward()
+            lr = 0.5
+            p.data -= lr * p.grad
+            np.testing.assert_allclose(p.data.data, np.array(start) - 1.5)
+            p.data.data -= lr * p.grad.data
+            np.testing.assert_allclose(p.data.data, np.array(start) - 3.0)
+            p.data = np.array(start)
+            np.testing.assert_allclose(p.data.data, start)
+            p.grad = 0
+            np.testing.assert_allclose(p.grad.data, 0 * one)
+            p.grad.data = one
+            np.testing.assert_allclose(p.grad.data, one)
+            p.grad = None
+            np.testing.assert_allclose(p.grad.data, 0 * one)
+        p = Value(2.0)
+        old = p.data
+        p.data += 1e-3
+        p.data = old
+        self.assertEqual(float(p), 2.0)
+        q = Value([1.0, 2.0])
+        q.data[0] = 5.0
+        q.data = np.array([1, 2])
+        self.assertEqual((q.dtype, q.data.tolist()), (np.float32, [1.0, 2.0]))
+        with self.assertRaisesRegex(ValueError, "Value.data"):
+            p.data = [1.0, 2.0]
+        with self.assertRaisesRegex(ValueError, "Value.grad"):
+            q.grad = [1.0, 2.0, 3.0]
+
+    def test_backward_accumulates_into_leaves_and_sets_inner_nodes(self):
+        a, b = Value([1.0, 2.0]), Value(3.0)
+        c = a * b
+        d = (c * c).sum()
+        d.backward()
+        leaves, inner = [a.grad.tolist(), float(b.grad)], c.grad.tolist()
+        d.backward()
+        self.assertEqual([a.grad.tolist(), float(b.grad)], [[2 * x for x in leaves[0]], 2 * leaves[1]])
+        self.assertEqual(c.grad.tolist(), inner)
+        d.backward(retain_grads=False)
+        self.assertEqual(c.grad.tolist(), [0.0, 0.0])
+        self.assertEqual(float(b.grad), 3 * leaves[1])
+
+    def test_leaves_own_their_gradients(self):
+        a, b = Value([1.0, 2.0]), Value([3.0, 4.0])
+        c = a + b
+        c.backward()
+        a.grad.data[0] = 7
+        self.assertEqual((b.grad.tolist(), c.grad.tolist()), ([1.0, 1.0], [1.0, 1.0]))
+        d = Value(np.zeros((2, 2)))
+        d.sum().backward()
+        d.grad.data[0, 0] = 7
+        self.assertEqual(d.grad.tolist(), [[7.0, 1.0], [1.0, 1.0]])
+        seed = np.ones(2, np.float32)
+        e = Value([1.0, 2.0])
+        (e + 0.0).backward(seed)
+        e.grad.data[0] = 7
+        self.assertEqual(seed.tolist(), [1.0, 1.0])
+
+    def test_gradient_argument(self):
+        x = Value([1.0, 2.0])
+        (x * 3).backward(np.array([1.0, 10.0]))
+        self.assertEqual(x.grad.tolist(), [3.0, 30.0])
+        for wrong in ([1.0], 2.0, [[1.0, 2.0]]):
+            with self.assertRaisesRegex(ValueError, "gradient"):
+                (x * 3).backward(wrong)
+        with self.assertRaisesRegex(TypeError, "no gradient"):
+            (x > 0).backward()
+
+    def test_a_failed_backward_changes_nothing(self):
+        def raises(g, out, x):
+            raise KeyboardInterrupt
+
+        prim = primitive(lambda x: x * 1.0, raises, name="raises in a test")
+        try:
+            a = Value([1.0, 2.0])
+            (a * 2).sum().backward()
+            before = a.grad.tolist()
+            with self.assertRaises(KeyboardInterrupt):
+                (a + prim(a * 3)).sum().backward()
+            self.assertEqual(a.grad.tolist(), before)
+        finally:
+            TABLE.pop(PRIMITIVES.pop(prim.name).forward)
+
+    def test_a_vjp_is_computed_only_where_needed(self):
+        called = []
+        prim = primitive(
+            lambda x, y: x * y,
+            lambda g, out, x, y: called.append("x") or g * y,
+            lambda g, out, x, y: called.append("y") or g * x,
+            name="spy of a test",
+        )
+        try:
+            w = Value([1.0])
+            for x in (np.ones(1), Tensor([1.0]), 2.0, Value([1.0]).detach(), Value([1.0]) > 0):
+                prim(x, w).backward()
+            self.assertEqual(called, ["y"] * 5)
+        finally:
+            TABLE.pop(PRIMITIVES.pop(prim.name).forward)
+
+    def test_nodes_without_gradient_are_replayed(self):
+        v, t = Value([1.0, -2.0]), Tensor([10.0, 20.0])
+        out = (np.where(v > 0, v * t, 0.0) + np.sort(v) + v.detach()).sum()
+        self.assertEqual(float(out), 10 - 1 - 1)
+        v.data = [-1.0, 3.0]
+        t.data = np.array([1.0, 2.0])
+        self.assertEqual(float(out.forward()), 6 + 2 + 2)
+        out.backward()
+        self.assertEqual(v.grad.tolist(), [1.0, 3.0])
+        self.assertTrue(Value(2.0) > 1)
+        self.assertFalse(Value(2.0) == Value(1.0))
+        with self.assertRaises(ValueError):
+            bool(v > 0)
+
+    def test_no_grad(self):
+        a = Value([1.0])
+        with no_grad():
+            b = a * 2
+            seen = []
+            thread = threading.Thread(target=lambda: seen.append((a * 2)._prev))
+            thread.start()
+            thread.join()
+        self.assertEqual((b._prev, b._op, seen), (set(), "", [{a}]))
+        with self.assertRaises(RuntimeError), no_grad():
+            raise RuntimeError
+        self.assertEqual((a * 2)._prev, {a})
+
+        @no_grad()
+        def f():
+            return a * 2
+
+        self.assertEqual(f()._prev, set())
+
+    def test_higher_order(self):
+        f = np.tanh
+        for _ in range(4):
+            f = grad(f)
+        t = np.tanh(0.7)
+        self.assertAlmostEqual(f(0.7), 8 * t * (1 - t**2) * (2 - 3 * t**2), places=12)
+        x = np.array([0.5, -1.0, 2.0])
+        np.testing.assert_allclose(
+            hessian(lambda x: np.sum(x**3) + x[0] * x[1])(x), np.diag(6 * x) + np.eye(3)[[1, 0, 2]] * [1, 1, 0]
+        )
+        np.testing.assert_allclose(elementwise_grad(np.sin)(x), np.cos(x))
+        np.testing.assert_allclose(elementwise_grad(elementwise_grad(np.sin))(x), -np.sin(x))
+        np.testing.assert_allclose(jacobian(lambda x: np.outer(x, x))(x)[0, 1], [x[1], x[0], 0])
+        self.assertEqual(jacobian(lambda x: x * 2)(3.0), 2.0)
+        self.assertEqual(grad(lambda x, y: x * y, argnums=(0, 1))(2.0, 3.0), (3.0, 2.0))
+        self.assertEqual(value_and_grad(lambda x: x**2)(3.0), (9.0, 6.0))
+        self.assertEqual(grad(lambda x: 3.0)(1.0), 0.0)
+        # A Value in gives a Value out; an outer variable that the inner function closes over is not lost.
+        v = Value(2.0)
+        out = grad(lambda x: x**3)(v)
+        out.backward()
+        self.assertEqual((float(out), float(v.grad)), (12.0, 12.0))
+        self.assertEqual(grad(lambda x: x * grad(lambda y: x * y**2)(3.0))(2.0), 24.0)
+        self.assertEqual(grad(lambda x: grad(lambda y: x * y)(x) * x)(5.0), 10.0)  # no confusion of x with y
+        self.assertIsInstance(grad(lambda x: x**2)(2.0), np.float64)
+        self.assertIsInstance(grad(lambda x: np.sum(x**2))(x), np.ndarray)
+        with self.assertRaisesRegex(ValueError, r"\(3,\)"):
+            grad(lambda x: x * 2)(x)
+        with self.assertRaisesRegex(ValueError, "argnums|argument 2"):
+            grad(lambda x: x, 2)(1.0)
+        with no_grad():
+            self.assertEqual(grad(lambda x: x**2)(3.0), 6.0)
+
+    def test_a_chain_of_a_million_nodes(self):
+        x = Value(1.0)
+        y = x
+        for _ in range(1_000_000):
+            y = y + 1e-6
+        y.backward()
+        self.assertEqual((float(x.grad), round(float(y), 6)), (1.0, 2.0))
+        y.forward()
+        twin = pickle.loads(pickle.dumps(y))
+        self.assertEqual(float(twin), float(y))
+        del twin
+        twin = copy.deepcopy(y)
+        twin.backward()
+        self.assertEqual(float(x.grad), 1.0)
+        del twin, y
+
+    def test_pickle_and_copy_of_graphs(self):
+        a, b = Value([1.0, 2.0], label="a"), Value(3.0)
+        c = (a * b + np.where(a > 1, a[[0, 1]], 0.0)).sum()
+        c.backward()
+        for twin, leaf in (pickle.loads(pickle.dumps((c, a))), copy.deepcopy((c, a))):
+            self.assertEqual((float(twin), leaf.label, leaf.grad.tolist()), (float(c), "a", a.grad.tolist()))
+            leaf.grad = 0
+            twin.backward()
+            self.assertEqual(leaf.grad.tolist(), a.grad.tolist())
+            leaf.data = [5.0, 6.0]
+            twin.forward()
+            self.assertEqual(float(twin), 33 + 11)
+        self.assertEqual(float(copy.copy(c)), float(c))
+
+    def test_numbers_and_containers(self):
+        v = Value([1.0, 2.0, 3.0])
+        self.assertEqual((len(v), v.shape, v.ndim, v.size, v.T.shape), (3, (3,), 1, 3, (3,)))
+        self.assertEqual([float(x) for x in v], [1.0, 2.0, 3.0])
+        self.assertEqual(float(sum(v)), 6.0)
+        with self.assertRaisesRegex(ValueError, "one element"):
+            float(v)
+        old = c = v + 0
+        c += v
+        self.assertIsNot(c, old)
+        self.assertEqual(f"{Value(1.23456):.2f}", "1.23")
+        self.assertEqual(repr(Value(1.5, label="x")), "Value(data=1.5, grad=0.0, label='x')")
+        self.assertIn("op='tanh'", repr(np.tanh(v)))
+        self.assertEqual(v.astype(float).dtype, np.float64)
+        x = np.arange(3.0) - v
+        self.assertIsInstance(x, Value)
+        self.assertIsInstance(Tensor([1.0, 2, 3]) - v, Value)
+        self.assertEqual(np.clip(v, 1.5, 2.5).data.tolist(), [1.5, 2.0, 2.5])
+        self.assertEqual(v.softmax().shape, (3,))
+        self.assertEqual((v.reshape(3, 1) @ v.reshape((1, 3))).shape, (3, 3))
+        for f in (relu, sigmoid, softplus, gelu, softmax, log_softmax, logsumexp):
+            np.testing.assert_allclose(f(Tensor([1.0, 2.0])).data, f(np.array([1.0, 2.0])), rtol=1e-6)
+
+    def test_random_graphs_against_finite_differences(self):
+        rng = np.random.default_rng(SEED)
+        unary = [np.tanh, np.sin, sigmoid, np.square, np.negative, gelu, lambda x: np.exp(x * 0.1), softplus]
+        binary = [np.add, np.subtract, np.multiply, np.maximum, np.hypot, np.arctan2, np.logaddexp]
+        shapes = [(), (3,), (2, 1), (2, 3), (1, 3)]
+        for trial in range(40):
+            with self.subTest(seed=SEED, trial=trial):
+                program = [
+                    (rng.integers(2), rng.integers(len(unary)), rng.integers(len(binary)), rng.integers(10**6, size=2))
+                    for _ in range(8)
+                ]
+
+                def f(*leaves, program=program):
+                    nodes = list(leaves)
+                    for kind, u, b, (i, j) in program:
+                        x, y = nodes[i % len(nodes)], nodes[j % len(nodes)]
+                        nodes.append(unary[u](x) if kind else binary[b](x, y + 0.1))
+                    return nodes[-1] + nodes[-2]
+
+                check_gradients(
+                    f,
+                    *(rng.uniform(0.2, 1, shapes[i]) for i in rng.integers(len(shapes), size=3)),
+                    rtol=1e-4,
+                    atol=1e-6,
+                )
+
+
+class TestMicrograd(unittest.TestCase):
+    """micrograd's programs on our Value: the expected numbers are micrograd's (and PyTorch's) own."""
+
+    def test_sanity_check(self):
+        x = Value(-4.0)
+        z = 2 * x + 2 + x
+        q = z.relu() + z * x
+        h = (z * z).relu()
+        y = h + q + q * x
+        y.backward()
+        self.assertEqual((y.data, x.grad), (-20.0, 46.0))
+
+    def test_more_ops(self):
+        a, b = Value(-4.0), Value(2.0)
+        c = a + b
+        d = a * b + b**3
+        c += c + 1
+        c += 1 + c + (-a)
+        d += d * 2 + (b + a).relu()
+        d += 3 * d + (b - a).relu()
+        e = c - d
+        f = e**2
+        g = f / 2.0
+        g += 10.0 / f
+        g.backward()
+        self.assertAlmostEqual(g.data, 24.70408163265306, places=10)
+        self.assertAlmostEqual(a.grad, 138.83381924198252, places=10)
+        self.assertAlmostEqual(b.grad, 645.5772594752186, places=10)
+        self.assertEqual(f"{g.data:.4f} {a.grad:.4f} {b.grad:.4f}", "24.7041 138.8338 645.5773")
+
+    def test_graph_walk(self):
+        a, b = Value(1.0), Value(2.0)
+        c = a * b
+        self.assertEqual((c._prev, c._op, a._op), ({a, b}, "*", ""))
+
+    def test_its_nn(self):
+        try:
+            import micrograd.nn as theirs
+        except ImportError:
+            self.skipTest("micrograd is not installed")
+        original, theirs.Value = theirs.Value, Value
+        try:
+            random.seed(1337)
+            model = theirs.MLP(2, [4, 4, 1])
+            xs, ys = [[1.0, 2.0], [-1.0, 0.5], [0.3, -0.7]], [1.0, -1.0, 1.0]
+            losses = []
+            for _ in range(20):
+                loss = sum((model(list(map(Value, x))) - y) ** 2 for x, y in zip(xs, ys))
+                model.zero_grad()
+                loss.backward()
+                for p in model.parameters():
+                    p.data += -0.05 * p.grad
+                losses.append(loss.data)
+            self.assertLess(losses[-1], losses[0] / 2)
+        finally:
+            theirs.Value = original
+
+
+class Results(unittest.TextTestResult):
+    passed = 0
+
+    def addSuccess(self, test):
+        super().addSuccess(test)
+        self.passed += 1
+
+
+if __name__ == "__main__":
+    print(f"seed {SEED} (PICOGRAD_TEST_SEED={SEED} repeats the random tests)")
+    outcome = unittest.main(exit=False, testRunner=unittest.TextTestRunner(resultclass=Results)).result
+    failed = len(outcome.failures) + len(outcome.errors) + len(outcome.unexpectedSuccesses)
+    sys.stdout.flush()
+    print(f"{outcome.passed} passed, {failed} failed, {len(outcome.skipped)} skipped", flush=True)
+    sys.exit(1 if failed else 0)
