@@ -31,10 +31,16 @@ import contextlib
 import itertools
 import math
 import operator
+import os
+import reprlib
 import string
+import sys
+import tempfile
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -1778,11 +1784,12 @@ def _newest_first(root: Value, stop=frozenset(), everything=False) -> list[Value
     """The nodes that root depends on, newest first: those that a gradient flows to, or everything."""
     seen, nodes = {root}, [root]
     for node in nodes:  # the list grows as it is walked
-        if node not in stop:
-            for x in node._args:
-                if isinstance(x, Value) and x not in seen and (x._needs or everything):
-                    seen.add(x)
-                    nodes.append(x)
+        if stop and node in stop:
+            continue
+        for x in node._args:
+            if isinstance(x, Value) and (x._needs or everything) and x not in seen:
+                seen.add(x)
+                nodes.append(x)
     nodes.sort(key=_get_number, reverse=True)
     return nodes
 
@@ -1820,26 +1827,26 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
     """
     grads = {root: seed}
     for node in _newest_first(root, stop):
-        prim, out = node._prim, node._data
-        if prim is None or node in stop:
+        prim, args = node._prim, node._args
+        if prim is None or node in stop or node not in grads:  # a leaf, or no consumer's rule gave it a gradient
             continue
-        if node not in grads:
-            continue  # no rule of its consumers gave it a gradient
-        g = grads[node] if retain else grads.pop(node)
+        g = grads[node]
         if not retain:
+            del grads[node]
             node._grad = None
-        args, params = node._args, node._params
+        params = node._params
         rules = prim.vjps if prim.operands else [prim.vjp(i) for i in range(len(args))]
-        operands = [x._data if isinstance(x, Array) else x for x in args]
-        weak = type(out) is float
         if symbolic:
-            operands, out, weak = [x if isinstance(x, Value) else _raw(x) for x in args], node, False
+            out, operands = node, [x if isinstance(x, Value) else _raw(x) for x in args]
+        else:
+            out, operands = node._data, [x._data if isinstance(x, Array) else x for x in args]
+        weak = type(out) is float
         for x, rule in zip(args, rules):
-            if rule is None or not isinstance(x, Value) or not x._needs:
+            if not isinstance(x, Value) or not x._needs or rule is None:
                 continue
             if weak:
                 try:
-                    h = rule(g, out, *operands, **params)
+                    h = rule(g, out, *operands, **params) if params else rule(g, out, *operands)
                     if type(h) is not float:
                         h = float(h)
                 except (ArithmeticError, ValueError, TypeError):  # also a complex power: NumPy has the IEEE answer
@@ -2129,3 +2136,551 @@ for _key, _function in list(TABLE.items()):
     _name = getattr(_function, "name", _key.__name__)
     if _name not in vars(Array) and (hasattr(np.ndarray, _name) or getattr(_function, "operands", None)):
         setattr(Array, _name, lambda self, *args, _function=_function, **kwargs: _function(self, *args, **kwargs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. nn
+#
+# Networks on Values: modules hold parameters, losses give the Value to call `backward` on, optimizers step. In:
+# numbers, arrays, Tensors (a batch that a replay reads anew) or Values (gradients flow on to them). Also importable as
+# the module `picograd.nn`. Invariant: a parameter stays the same Value; only its data and gradient change.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Module:
+    """A part of a network. Its parameters are the Values in its attributes, in lists, tuples, dicts and sub-Modules."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Value]]:
+        """(dotted name, parameter), in order of definition; a shared one once."""
+        seen: set[Value] = set()
+
+        def walk(x, name):
+            if isinstance(x, Value):
+                if x not in seen:
+                    seen.add(x)
+                    yield name, x
+                return
+            items = x if isinstance(x, dict) else vars(x) if isinstance(x, Module) else {}
+            items = enumerate(x) if isinstance(x, (list, tuple)) else items.items()
+            for key, item in items:
+                yield from walk(item, f"{name}.{key}" if name else str(key))
+
+        return walk(self, "")
+
+    def parameters(self) -> list[Value]:
+        """The parameters, in order of definition."""
+        return [p for _, p in self.named_parameters()]
+
+    def zero_grad(self) -> None:
+        """Resets the gradients of all parameters."""
+        for p in self.parameters():
+            p._grad = None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the parameters to a .npz file of exactly that path, all or nothing."""
+        arrays = {name: p.data.data for name, p in self.named_parameters()}
+        _write_whole(Path(path), lambda file: np.savez(file, **arrays))
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Reads what `save` wrote. ValueError if names or shapes differ, and then no parameter is changed."""
+        parameters = dict(self.named_parameters())
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        for name in {**parameters, **arrays}:
+            if name not in arrays or name not in parameters:
+                where = "the model" if name in arrays else f"the file {str(path)!r}"
+                raise ValueError(f"load: parameter {name!r} is not in {where}")
+            if arrays[name].shape != parameters[name].shape:
+                raise ValueError(
+                    f"load: parameter {name!r} has shape {parameters[name].shape}, in the file {arrays[name].shape}"
+                )
+        for name, p in parameters.items():
+            p.data = arrays[name]
+
+
+def _write_whole(path: Path, write: Callable) -> None:
+    """Calls write(file) on a temporary file beside path and then puts it in path's place."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+_ACTIVATIONS = {"tanh": np.tanh, "relu": relu, "sigmoid": sigmoid, "gelu": gelu, "softplus": softplus, None: None}
+
+
+def _activation(activation):
+    """The function of an activation's name."""
+    if callable(activation):
+        return activation
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be a function or one of {list(_ACTIVATIONS)}, got {activation!r}")
+    return _ACTIVATIONS[activation]
+
+
+def _weights(shape, activation, seed, dtype) -> Value:
+    """Normal weights of a variance that keeps signals' size through a layer: 2 / (nin + nout) for tanh and its like
+    (Glorot and Bengio 2010, eq. 12), 2 / nin for rectifiers (He et al. 2015, eq. 10)."""
+    nin, nout = shape[0], shape[1] if len(shape) > 1 else 1
+    for name, n in (("nin", nin), ("nout", nout)):
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+            raise ValueError(f"{name} must be a positive integer, got {n!r}")
+    rectifier = activation in ("relu", "gelu", "softplus")
+    scale = math.sqrt(2.0 / (nin if rectifier else nin + nout))
+    return Value(np.random.default_rng(seed).normal(0.0, scale, shape), dtype=dtype, label="w")
+
+
+def _layer_input(x, nin: int, dtype):
+    """One sample (nin,) or a batch (n, nin); a list of numbers and Values becomes one sample."""
+    if isinstance(x, (list, tuple)) and any(isinstance(i, Array) for i in x):
+        x = np.stack([i if isinstance(i, Value) else Value(i) for i in x])
+        x = x if x.dtype == dtype else x.astype(dtype)
+    elif not isinstance(x, (Array, np.ndarray)):
+        x = _as_raw(x, dtype, "input")
+    if np.ndim(x) not in (1, 2) or np.shape(x)[-1] != nin:
+        raise ValueError(f"input: expected width {nin}, shape ({nin},) or (n, {nin}); got shape {np.shape(x)}")
+    return x
+
+
+class Neuron(Module):
+    """activation(x @ w + b), with w of shape (nin,) and b of (). In: (nin,) or (n, nin); out: () or (n,)."""
+
+    def __init__(self, nin: int, activation: Any = "tanh", seed: Any = None, dtype: Any = np.float32):
+        self.w = _weights((nin,), activation, seed, dtype)
+        self.b = Value(np.zeros(()), dtype=dtype, label="b")
+        self.activation, self._function = activation, _activation(activation)
+
+    def __call__(self, x: Any) -> Value:
+        out = _layer_input(x, self.w.size, self.w.dtype) @ self.w + self.b
+        return self._function(out) if self._function else out
+
+    def __repr__(self):
+        return f"Neuron({self.w.size}, activation={self.activation!r})"
+
+
+class Layer(Module):
+    """activation(x @ w + b), w (nin, nout), b (nout,). In: (nin,) or (n, nin); out: (nout,) or (n, nout)."""
+
+    def __init__(self, nin: int, nout: int, activation: Any = "tanh", seed: Any = None, dtype: Any = np.float32):
+        self.w = _weights((nin, nout), activation, seed, dtype)
+        self.b = Value(np.zeros(nout), dtype=dtype, label="b")
+        self.activation, self._function = activation, _activation(activation)
+
+    def __call__(self, x: Any) -> Value:
+        out = _layer_input(x, self.w.shape[0], self.w.dtype) @ self.w + self.b
+        return self._function(out) if self._function else out
+
+    def __repr__(self):
+        return f"Layer({self.w.shape[0]}, {self.w.shape[1]}, activation={self.activation!r})"
+
+
+class MLP(Module):
+    """A multi-layer perceptron: layers of the given widths, the last one linear.
+
+    nin: width of the input; nouts: widths of the layers; activation: name or function, of all layers but the last.
+    seed: an integer or NumPy Generator, for the same weights again; dtype: of the parameters.
+
+    In: a list of nin numbers or Values, or (nin,), or a batch (n, nin); a Tensor batch is read anew by a replay.
+    Out: (nouts[-1],) or (n, nouts[-1]); if that is 1, the axis is dropped: () or (n,).
+    """
+
+    def __init__(
+        self, nin: int, nouts: Sequence[int], activation: Any = "tanh", seed: Any = None, dtype: Any = np.float32
+    ):
+        if not isinstance(nouts, (list, tuple)) or not nouts:
+            raise ValueError(f"nouts must be a list of at least one width, got {nouts!r}")
+        rng = np.random.default_rng(seed)
+        widths = [nin, *nouts]
+        self.layers = [
+            Layer(a, b, activation if i < len(nouts) - 1 else None, rng, dtype)
+            for i, (a, b) in enumerate(zip(widths, widths[1:]))
+        ]
+        for i, layer in enumerate(self.layers, 1):
+            layer.w.label, layer.b.label = f"w{i}", f"b{i}"
+
+    def __call__(self, x: Any) -> Value:
+        for layer in self.layers:
+            x = layer(x)
+        return x[..., 0] if x.shape[-1] == 1 else x
+
+    def __repr__(self):
+        widths, count = [layer.b.size for layer in self.layers], sum(p.size for p in self.parameters())
+        activation = self.layers[0].activation
+        return f"MLP({self.layers[0].w.shape[0]}, {widths}, activation={activation!r}) with {count} parameters"
+
+
+# --- losses: the mean over the samples, a 0-d Value ---
+
+
+def _same_shape(name, prediction, target):
+    target = target if isinstance(target, Array) else np.asarray(target)
+    if np.shape(prediction) != np.shape(target):
+        raise ValueError(
+            f"{name}: prediction and target must have the same shape, got {np.shape(prediction)} and {np.shape(target)}"
+        )
+    return target
+
+
+def mse_loss(prediction: Value, target: Any) -> Value:
+    """The mean of (prediction - target)**2, for two of the same shape."""
+    return np.mean(np.square(prediction - _same_shape("mse_loss", prediction, target)))
+
+
+def cross_entropy(logits: Value, labels: Any) -> Value:
+    """The mean of -log(softmax(logits)[label]), for logits (n, k) or (k,) and integer labels (n,) or () below k."""
+    raw = np.asarray(_raw(labels))
+    if np.shape(logits)[:-1] != raw.shape or not np.ndim(logits):
+        raise ValueError(f"cross_entropy: labels must have shape {np.shape(logits)[:-1]}, got {raw.shape}")
+    k = np.shape(logits)[-1]
+    if raw.dtype.kind not in "iub" and not np.array_equal(raw, np.floor(raw)):
+        raise TypeError(f"cross_entropy: labels must be integers, got dtype {raw.dtype}")
+    if raw.size and not (0 <= raw.min() and raw.max() < k):
+        raise ValueError(f"cross_entropy: labels must be from 0 to {k - 1}, got {raw.min()} to {raw.max()}")
+    # A mask instead of indices: it runs on any kind of array. As a node, a Tensor of labels is read anew by a replay.
+    labels = _node(labels._data, _detach, (labels,), _NO_PARAMS) if isinstance(labels, Tensor) else raw
+    mask = np.expand_dims(labels, -1) == np.arange(k)
+    return -np.sum(np.where(mask, log_softmax(logits), 0.0)) / max(raw.size, 1)
+
+
+def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
+    """The mean of softplus(x) - x * y: the cross-entropy of sigmoid(x) with targets y in [0, 1] of the same shape."""
+    targets = _same_shape("binary_cross_entropy_with_logits", logits, targets)
+    raw = np.asarray(_raw(targets))
+    if raw.size and not (0 <= raw.min() and raw.max() <= 1):
+        raise ValueError(f"binary_cross_entropy_with_logits: targets must be in [0, 1], got {raw.min()} to {raw.max()}")
+    return np.mean(softplus(logits) - logits * targets)
+
+
+def hinge_loss(scores: Value, labels: Any) -> Value:
+    """The mean of relu(1 - y * s), for labels y of -1 or 1 of the same shape."""
+    labels = _same_shape("hinge_loss", scores, labels)
+    if not np.all(np.abs(np.asarray(_raw(labels))) == 1):
+        raise ValueError("hinge_loss: labels must be -1 or 1")
+    return np.mean(relu(1.0 - labels * scores))
+
+
+# --- optimizers ---
+
+
+class _Optimizer:
+    """What SGD and Adam share: checked options, one state per array, and all scalar parameters stepped as one array."""
+
+    def __init__(self, params: Iterable[Value], **options: float):
+        self.params = list(params)
+        if not self.params or not all(isinstance(p, Value) for p in self.params):
+            raise TypeError("params must be a non-empty list of Values")
+        if len(set(self.params)) < len(self.params):
+            raise ValueError("params must name each parameter once")
+        for name, x in options.items():
+            if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
+                raise TypeError(f"{name} must be a number, got {x!r}")
+            if not 0 <= x < (1 if name in ("momentum", "betas") else math.inf):
+                raise ValueError(f"{name} must be {'below 1' if x >= 1 else 'finite and not negative'}, got {x}")
+        self._arrays = [(p, {}) for p in self.params if np.ndim(p._data)]
+        self._scalars = [p for p in self.params if not np.ndim(p._data)]
+        self._scalar_state: dict[str, np.ndarray] = {}
+
+    def zero_grad(self) -> None:
+        """Resets the gradients of the parameters."""
+        for p in self.params:
+            p._grad = None
+
+    def step(self) -> None:
+        """Changes the parameters by their gradients, in place; one without a gradient yet is left alone."""
+        for p, state in self._arrays:
+            if p._grad is not None:
+                self._update(p._data, p._grad, state)
+        if not self._scalars:
+            return
+        grads = [p._grad for p in self._scalars]
+        if None not in grads:
+            data = np.array([p._data for p in self._scalars], np.float64)
+            self._update(data, np.array(grads, np.float64), self._scalar_state)
+            for p, x in zip(self._scalars, data.tolist()):
+                p._data = x if type(p._data) is float else p._data.dtype.type(x)
+        elif any(g is not None for g in grads):
+            raise ValueError("step: some scalar parameters have a gradient and some have none yet")
+
+    def __repr__(self):
+        options = ", ".join(f"{name}={x}" for name, x in vars(self).items() if name[0] != "_" and name != "params")
+        return f"{type(self).__name__}({options}) of {len(self.params)} parameters"
+
+
+def _state(state: dict, name: str, like: np.ndarray) -> np.ndarray:
+    """An array of the optimizer's state, zeros at first."""
+    if name not in state:
+        state[name] = np.zeros_like(like)
+    return state[name]
+
+
+class SGD(_Optimizer):
+    """Stochastic gradient descent: with g the gradient plus weight_decay * p, v = momentum * v + g and p -= lr * v."""
+
+    def __init__(self, params: Iterable[Value], lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+
+    def _update(self, data, grad, state):
+        scratch = _state(state, "scratch", data)
+        if self.weight_decay:
+            grad = np.add(grad, np.multiply(data, self.weight_decay, out=scratch), out=scratch)
+        if self.momentum:
+            velocity = _state(state, "velocity", data)
+            velocity *= self.momentum
+            velocity += grad
+            grad = velocity
+        np.subtract(data, np.multiply(grad, self.lr, out=scratch), out=data)
+
+
+class Adam(_Optimizer):
+    """Adam (Kingma and Ba 2015, algorithm 1). weight_decay is added to the gradient as weight_decay * p; with
+    decoupled=True it is AdamW's (Loshchilov and Hutter 2019): p -= lr * weight_decay * p beside the step."""
+
+    def __init__(
+        self,
+        params: Iterable[Value],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+    ):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas must be two numbers, got {betas!r}")
+        for beta in betas:
+            super().__init__(params := list(params), lr=lr, betas=beta, eps=eps, weight_decay=weight_decay)
+        self.lr, self.betas, self.eps = lr, tuple(betas), eps
+        self.weight_decay, self.decoupled = weight_decay, decoupled
+
+    def _update(self, data, grad, state):
+        mean, square, scratch = (_state(state, name, data) for name in ("mean", "square", "scratch"))
+        steps = state["steps"] = state.get("steps", 0) + 1
+        if self.weight_decay and not self.decoupled:
+            grad = grad + self.weight_decay * data
+        elif self.weight_decay:
+            data *= 1.0 - self.lr * self.weight_decay
+        beta1, beta2 = self.betas
+        mean *= beta1
+        mean += np.multiply(grad, 1.0 - beta1, out=scratch)
+        square *= beta2
+        np.multiply(grad, grad, out=scratch)
+        square += np.multiply(scratch, 1.0 - beta2, out=scratch)
+        np.sqrt(np.multiply(square, 1.0 / (1.0 - beta2**steps), out=scratch), out=scratch)
+        scratch += self.eps
+        np.divide(mean, scratch, out=scratch)
+        data -= np.multiply(scratch, self.lr / (1.0 - beta1**steps), out=scratch)
+
+
+# --- the module picograd.nn, out of this same file ---
+
+nn = types.ModuleType(f"{__name__}.nn", "Networks, losses and optimizers of PicoGrad.")
+for _public_name in (Value, Tensor, Module, Neuron, Layer, MLP, SGD, Adam, no_grad):
+    setattr(nn, _public_name.__name__, _public_name)
+for _public_name in (mse_loss, cross_entropy, binary_cross_entropy_with_logits, hinge_loss):
+    setattr(nn, _public_name.__name__, _public_name)
+sys.modules[nn.__name__] = nn
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. draw
+#
+# In: a Value. Out: the picture of the graph it came from, as a `graphviz.Digraph`, and a file if asked for. Boxes are
+# Values, Tensors and constants; ellipses are operations. Graphviz (the Python package, and the program `dot` to make
+# picture files) is imported and needed only here.
+# Invariant: text that others chose (labels, names, parameters) reaches Graphviz through `_text` alone, in HTML-like
+# labels, where nothing but our own tags is markup.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Text has a contrast of at least 12:1 on every fill (WCAG 2 asks for 4.5:1), borders at least 5:1 on the white page.
+# The kinds differ in shape or line as well, for eyes and printers that do not tell the colours apart.
+_INK = {"fontname": "Helvetica,Arial,sans-serif", "fontsize": "10", "fontcolor": "#1a1a1a"}
+_BOXES = {
+    "leaf": {"fillcolor": "#cfe3fa", "color": "#1f5c99"},
+    "input": {"fillcolor": "#d3efd0", "color": "#2a6b2f", "style": "filled"},
+    "constant": {"fillcolor": "#eeeeee", "color": "#5f5f5f", "style": "filled,dashed"},
+    "intermediate": {"fillcolor": "#ffffff", "color": "#5f5f5f"},
+    "result": {"fillcolor": "#ffdf94", "color": "#8a5300", "penwidth": "2"},
+}
+_BOX = {"shape": "box", "style": "filled,rounded", "width": "0", "height": "0", "margin": "0.08,0.05"}
+_ELLIPSE = {"shape": "ellipse", "style": "filled", "width": "0.42", "height": "0.36", "margin": "0.02,0.01"}
+_ELLIPSE |= {"fillcolor": "#ece3f6", "color": "#6a3fa0", "fontsize": "11"}
+# The points of an ellipse where operands enter, so that a - b differs from b - a; more than three are numbered instead.
+_ENTRIES = {
+    "LR": {1: ["w"], 2: ["nw", "sw"], 3: ["nw", "w", "sw"]},
+    "TB": {1: ["n"], 2: ["nw", "ne"], 3: ["nw", "n", "ne"]},
+}
+
+
+def _text(text: Any, limit: int = 80) -> str:
+    """Text as HTML-like label text: markup and unprintable characters escaped, line breaks kept, cut at the limit."""
+    from html import escape
+
+    text = str(text)
+    text = text if len(text) <= limit else text[: limit - 1] + "…"
+    lines = ("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in text.strip().splitlines())
+    return "<br/>".join(escape(line).replace("\\", r"\\") for line in lines)  # a single \N would become the node's name
+
+
+def _summary(raw: Any, grad: Any) -> list[str]:
+    """What a box says of raw data and its gradient: up to four numbers themselves, else shape, dtype and a bound."""
+
+    def number(x, digits=3):
+        return f"{x:.{digits}g}" if isinstance(x, (float, np.floating)) else str(x)
+
+    def numbers(x):
+        if not np.ndim(x):
+            return number(x, 4)
+        rows = np.array2string(np.asarray(x), separator=", ", formatter={"all": number})
+        return " ".join(rows.split())  # in one line: columns of numbers would tear the picture apart
+
+    if 0 < np.size(raw) <= 4:
+        return [numbers(raw)] if grad is None else [numbers(raw), f"grad {numbers(grad)}"]
+    lines = [f"{np.shape(raw)} {raw.dtype}"]
+    if grad is not None:  # the largest absolute value: unlike a norm, it cannot overflow, and it needs no temporary
+        lines.append(f"|grad| ≤ {number(np.maximum(np.max(grad, initial=0), abs(np.min(grad, initial=0))), 4)}")
+    return lines
+
+
+def _parameter(name: str, x: Any) -> str:
+    """One parameter of an operation, in short; an index as Python writes it."""
+
+    def short(x):
+        if isinstance(x, slice):
+            ends = ["" if end is None else str(end) for end in (x.start, x.stop, x.step)]
+            return ":".join(ends if ends[2] else ends[:2])
+        if isinstance(x, np.ndarray):
+            return f"array{x.shape}"
+        if isinstance(x, (np.generic, np.dtype)):
+            return str(x)
+        return "..." if x is Ellipsis else getattr(x, "__name__", None) or reprlib.repr(x)
+
+    return f"[{', '.join(map(short, x))}]" if name == "index" and isinstance(x, tuple) else f"{name}={short(x)}"
+
+
+def _save_picture(graph: Any, path: Path) -> None:
+    """Renders in memory, then puts the complete file in its place, with the permissions of any new file."""
+    from graphviz import ExecutableNotFound
+
+    picture, missing = graph.copy(), None
+    if path.suffix.lower() == ".png":
+        picture.graph_attr["dpi"] = "120"  # text comes out as large as that of the page around it
+    try:
+        content = picture.pipe(format=path.suffix[1:].lower())
+    except ExecutableNotFound as error:
+        path, content, missing = path.with_suffix(".gv"), graph.source.encode(), error
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".draw-") as folder:
+        new = Path(folder, path.name)
+        new.write_bytes(content)
+        os.replace(new, path)
+    if missing:
+        raise RuntimeError(
+            "draw: Graphviz's program `dot`, which makes the picture, was not found on PATH. To install it:\n"
+            "  Debian, Ubuntu   sudo apt install graphviz\n"
+            "  macOS            brew install graphviz\n"
+            "  Windows          winget install Graphviz.Graphviz, then add its bin folder to PATH\n"
+            "  conda            conda install -c conda-forge graphviz\n"
+            f"The picture's source was saved as {path}; `dot` turns that into a picture, too."
+        ) from missing
+
+
+def draw(
+    root: Value, filename: str | os.PathLike | None = None, *, max_nodes: int = 300, rankdir: str | None = None
+) -> Any:
+    """The graph that a Value was computed by, as a `graphviz.Digraph`, which shows itself in a notebook.
+
+    A box shows a label, the numbers (up to four, else shape and dtype) and, after backward, their gradient (or the
+    largest absolute value in it). Blue boxes are leaves, such as parameters; green ones Tensors, inputs without
+    gradient; grey, dashed ones constants; white ones results in between; the yellow one is the root. An ellipse is an
+    operation with its parameters; unless it is + or *, its operands enter in their order from the top or left.
+
+    filename: where to save a picture, ending in .png (120 dots per inch), .svg or .pdf. An existing file is replaced,
+        once the new one is complete.
+    max_nodes: the most boxes to draw; above that, ValueError says how many there are.
+    rankdir: "LR" (left to right) or "TB" (top to bottom); None takes what keeps a page-wide picture legible.
+
+    ImportError without the package graphviz. RuntimeError if a picture file needs Graphviz's program `dot` and it is
+    not installed: then the picture's source is saved instead, ending in .gv.
+    """
+    if not isinstance(root, Value):
+        raise TypeError(f"draw: root must be a Value, got {type(root).__name__}")
+    if isinstance(max_nodes, bool) or not isinstance(max_nodes, (int, np.integer)) or max_nodes < 1:
+        raise ValueError(f"draw: max_nodes must be a positive integer, got {max_nodes!r}")
+    if rankdir not in (None, *_ENTRIES):
+        raise ValueError(f"draw: rankdir must be 'LR', 'TB' or None, got {rankdir!r}")
+    if filename is not None:
+        if not isinstance(filename, (str, os.PathLike)):
+            raise TypeError(f"draw: filename must be a string or path, got {type(filename).__name__}")
+        filename = Path(filename)
+        if filename.suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"draw: filename must end in .png, .svg or .pdf, got {str(filename)!r}")
+        if not filename.parent.is_dir():
+            raise FileNotFoundError(f"draw: filename must be in an existing folder, got {str(filename)!r}")
+    try:
+        import graphviz
+    except ImportError as error:
+        raise ImportError(
+            "draw needs the Python package graphviz: pip install graphviz, or conda install -c conda-forge "
+            "python-graphviz (the rest of picograd does not need it)"
+        ) from error
+
+    values = _newest_first(root, everything=True)[::-1]
+    # An object is one box however often it is used; a number is a box at each use, as equal numbers are not related.
+    others = [x for v in values for x in v._args if not isinstance(x, Value)]
+    numbers = sum(isinstance(x, (float, bool)) for x in others)
+    count = len(values) + numbers + len({id(x) for x in others if not isinstance(x, (float, bool))})
+    if count > max_nodes:
+        raise ValueError(
+            f"draw: the graph has {count} nodes ({len(values)} Values, {count - len(values)} Tensors and constants), "
+            f"and max_nodes is {max_nodes}. Draw a part of it (an inner Value, fewer samples or layers), compute "
+            "with arrays in place of numbers, or pass a larger max_nodes: above a thousand, Graphviz may take minutes."
+        )
+    if rankdir is None:  # long and thin graphs go downwards: fitted to a page's width, their text would be too small
+        depth: dict[Value, int] = {}
+        for v in values:
+            depth[v] = 1 + max((depth[x] for x in v._args if isinstance(x, Value)), default=-1)
+        rankdir = "TB" if depth[root] > 4 and count < 3 * depth[root] else "LR"
+
+    graph = graphviz.Digraph(
+        graph_attr=_INK | {"rankdir": rankdir, "bgcolor": "white", "nodesep": "0.15", "ranksep": "0.25"},
+        node_attr=_INK | _BOX,
+        edge_attr=_INK | {"color": "#5f5f5f", "arrowsize": "0.6", "fontsize": "8", "labeldistance": "1.5"},
+    )
+    names: dict[int, str] = {}
+    fresh = map("v{}".format, itertools.count())
+    kinds = set()
+
+    def box(x, kind, label=""):
+        name = names[id(x)] = next(fresh)
+        kinds.add(kind)
+        lines = [_text(line) for line in _summary(_raw(x), getattr(x, "_grad", None))]
+        if label := _text(label):
+            lines.insert(0, f'<font point-size="11"><b>{label}</b></font>')
+        graph.node(name, f"<{'<br/>'.join(lines)}>", **_BOXES[kind])
+        return name
+
+    for v in values:
+        name = box(v, "leaf" if v._prim is None else "result" if v is root else "intermediate", v.label)
+        if v._prim is None:
+            continue
+        op = f"op_{name}"
+        lines = [v._prim.symbol] + [_parameter(k, x) for k, x in v._params.items() if x is not None]
+        graph.node(op, f"<{'<br/>'.join(filter(None, map(_text, lines))) or '&#160;'}>", **_ELLIPSE)
+        graph.edge(op, name, weight="2")
+        entries = _ENTRIES[rankdir].get(len(v._args))
+        free = v._prim.name in ("add", "multiply")  # the same in either order: enter where lines cross least
+        for i, x in enumerate(v._args):
+            if isinstance(x, (float, bool)) or id(x) not in names:
+                box(x, "input" if isinstance(x, Tensor) else "constant")
+            place = {} if free else {"headport": entries[i]} if entries else {"headlabel": str(i)}
+            # dot draws heavy edges straight: those of the main line, from one result to the next.
+            graph.edge(names[id(x)], op, weight="2" if isinstance(x, Value) and x._prim else "1", **place)
+    cell = '<td bgcolor="{fillcolor}" color="{color}">{kind}</td>'.format
+    cells = "".join(cell(kind=kind, **look) for kind, look in _BOXES.items() if kind in kinds)
+    graph.attr(label=f'<<table border="0" cellborder="1" cellspacing="4" cellpadding="3"><tr>{cells}</tr></table>>')
+    if filename is not None:
+        _save_picture(graph, filename)
+    return graph

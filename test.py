@@ -5,32 +5,50 @@ primitive is tested by being in the table with samples.
 """
 
 import copy
+import html
 import math
 import os
 import pickle
 import random
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import threading
 import unittest
 import warnings
 from pathlib import Path
+from unittest import mock
+from xml.etree import ElementTree
 
 import numpy as np
 
 from picograd import (
+    MLP,
     PRIMITIVES,
+    SGD,
     TABLE,
+    Adam,
+    Layer,
+    Module,
+    Neuron,
     Tensor,
     Value,
+    binary_cross_entropy_with_logits,
     check_gradients,
+    cross_entropy,
+    draw,
     elementwise_grad,
     gelu,
     get_distributed_config,
     grad,
     hessian,
+    hinge_loss,
     jacobian,
     log_softmax,
     logsumexp,
+    mse_loss,
     no_grad,
     primitive,
     relu,
@@ -41,6 +59,7 @@ from picograd import (
     value_and_grad,
 )
 
+needs_dot = unittest.skipUnless(shutil.which("dot"), "needs Graphviz's program dot")
 HERE = Path(__file__).resolve().parent
 SEED = int(os.environ.get("PICOGRAD_TEST_SEED", random.randrange(2**32)))
 
@@ -741,6 +760,456 @@ class TestValue(unittest.TestCase):
                     rtol=1e-4,
                     atol=1e-6,
                 )
+
+
+class TestNN(unittest.TestCase):
+    """Room 6: modules, losses against their formulas, optimizers against theirs, saving, importing."""
+
+    def test_shapes(self):
+        model = MLP(3, [4, 1], seed=0)
+        batch = np.random.default_rng(SEED).normal(size=(5, 3))
+        expected = np.tanh(batch @ model.layers[0].w.data.data) @ model.layers[1].w.data.data
+        np.testing.assert_allclose(model(batch).data.data, expected[:, 0], rtol=1e-5)
+        self.assertEqual((model(batch).shape, model(batch[0]).shape, model(Tensor(batch)).shape), ((5,), (), (5,)))
+        self.assertEqual(MLP(3, [4, 2])(batch).shape, (5, 2))
+        self.assertEqual(model([1, 2.0, Value(3.0)]).shape, ())
+        self.assertEqual((Neuron(3)(batch).shape, Layer(3, 2)(batch[0]).shape), ((5,), (2,)))
+        self.assertEqual((Neuron(3).w.shape, Neuron(3).b.shape), ((3,), ()))
+        self.assertEqual(sum(p.size for p in MLP(2, [8, 8, 1]).parameters()), 105)
+        self.assertEqual(MLP(2, [3, 1], dtype=float)(np.ones(2)).dtype, np.float64)
+        for wrong in ([1.0, 2.0], np.ones((5, 4)), np.ones((1, 1, 3)), Value(1.0)):
+            with self.assertRaisesRegex(ValueError, "expected width 3"):
+                model(wrong)
+
+    def test_gradients_flow_to_inputs_and_parameters(self):
+        x = [Value(1.0), Value(2.0)]
+        model = MLP(2, [3, 1], seed=1)
+        model(x).backward()
+        w, v = (layer.w.data.data.astype(float) for layer in model.layers)
+        slope = (1 - np.tanh(np.array([1.0, 2.0]) @ w) ** 2) * v[:, 0] @ w.T
+        np.testing.assert_allclose([float(i.grad) for i in x], slope, rtol=1e-5)
+        self.assertTrue(all(np.any(p.grad.data) for p in model.parameters()))
+        model.zero_grad()
+        self.assertFalse(any(np.any(p.grad.data) for p in model.parameters()))
+        for activation in ("tanh", "relu", "sigmoid", "gelu", "softplus", None, np.sin):
+            model = MLP(2, [3, 2], activation=activation, seed=0, dtype=float)
+            check_gradients(lambda x, model=model: model(x), np.array([[0.3, -0.4]]))
+            check_gradients(lambda w, model=model: np.tanh(np.ones(2) @ w), model.layers[0].w)
+        with self.assertRaisesRegex(ValueError, "tanh.*'nope'"):
+            MLP(2, [3, 2], activation="nope")
+
+    def test_a_tensor_batch_is_read_anew_by_a_replay(self):
+        model, x = MLP(2, [3, 1], seed=0), Tensor(np.ones((4, 2)))
+        out = model(x)
+        x.data = np.zeros((4, 2))
+        np.testing.assert_allclose(out.forward().data.data, model(np.zeros((4, 2))).data.data)
+
+    def test_parameters_and_names(self):
+        class Net(Module):
+            def __init__(self):
+                self.first = Layer(2, 3)
+                self.rest = [Neuron(3), {"gain": Value(1.0)}]
+                self.again = self.first
+
+        names = [name for name, _ in Net().named_parameters()]
+        self.assertEqual(names, ["first.w", "first.b", "rest.0.w", "rest.0.b", "rest.1.gain"])
+
+    def test_seeds(self):
+        one, two, other = (MLP(2, [3, 1], seed=s).layers[0].w.data.tolist() for s in (0, 0, 1))
+        self.assertEqual(one, two)
+        self.assertNotEqual(one, other)
+        self.assertAlmostEqual(float(Layer(1000, 1000, seed=0).w.data.data.std()), math.sqrt(2 / 2000), places=3)
+        self.assertAlmostEqual(float(Layer(1000, 1000, "relu", 0).w.data.data.std()), math.sqrt(2 / 1000), places=3)
+
+    def test_losses(self):
+        rng = np.random.default_rng(SEED)
+        a, b, labels = rng.normal(size=(4, 3)), rng.normal(size=(4, 3)), np.array([0, 2, 1, 2])
+        p = np.exp(a) / np.exp(a).sum(1, keepdims=True)
+        y, s = (b > 0).astype(float), 1 / (1 + np.exp(-a))
+        for loss, args, expected in [
+            (mse_loss, (a, b), np.mean((a - b) ** 2)),
+            (cross_entropy, (a, labels), -np.mean(np.log(p[range(4), labels]))),
+            (cross_entropy, (a[0], 1), -np.log(p[0, 1])),
+            (binary_cross_entropy_with_logits, (a, y), -np.mean(y * np.log(s) + (1 - y) * np.log(1 - s))),
+            (hinge_loss, (a, 2 * y - 1), np.mean(np.maximum(0, 1 - (2 * y - 1) * a))),
+        ]:
+            with self.subTest(loss=loss.__name__, seed=SEED):
+                self.assertAlmostEqual(float(loss(Value(args[0], float), *args[1:])), expected, places=6)
+                check_gradients(lambda x, loss=loss, args=args: loss(x, *args[1:]), args[0])
+        far = Value([[-1e4, 1e4]], dtype=float)
+        self.assertEqual(float(cross_entropy(far, [0])), 2e4)
+        x = Value(a, float)
+        t = Tensor(labels, dtype=int)
+        loss = cross_entropy(x, t)
+        t.data = np.zeros(4)
+        self.assertAlmostEqual(float(loss.forward()), -np.mean(np.log(p[:, 0])))
+        for call, error, message in [
+            (lambda: mse_loss(x, a[0]), ValueError, r"\(4, 3\) and \(3,\)"),
+            (lambda: cross_entropy(x, [0, 1, 2]), ValueError, "labels"),
+            (lambda: cross_entropy(x, [0, 1, 2, 3]), ValueError, "0 to 2"),
+            (lambda: cross_entropy(x, [0, 1, 2, 0.5]), TypeError, "integers"),
+            (lambda: binary_cross_entropy_with_logits(x, a * 9), ValueError, "targets"),
+            (lambda: hinge_loss(x, a), ValueError, "-1 or 1"),
+        ]:
+            with self.assertRaisesRegex(error, message):
+                call()
+
+    def test_optimizers_follow_their_formulas(self):
+        rng = np.random.default_rng(SEED)
+        start, grads = rng.normal(size=5), rng.normal(size=(3, 5))
+
+        def run(make, as_scalars):
+            params = [Value(float(x)) for x in start] if as_scalars else [Value(start, float)]
+            optimizer = make(params)
+            for g in grads:
+                optimizer.zero_grad()
+                for p, x in zip(params, g if as_scalars else [g]):
+                    p.grad = x
+                optimizer.step()
+            return np.concatenate([np.atleast_1d(p.data.data) for p in params])
+
+        def sgd():
+            p, v = start.copy(), 0
+            for g in grads:
+                v = 0.9 * v + g + 0.1 * p
+                p = p - 0.5 * v
+            return p
+
+        def adam(decay, decoupled):
+            p, m, v = start.copy(), 0, 0
+            for t, g in enumerate(grads, 1):
+                g = g if decoupled else g + decay * p
+                p = p * (1 - 0.5 * decay) if decoupled else p
+                m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+                p = p - 0.5 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
+            return p
+
+        for as_scalars in (True, False):
+            for make, expected in [
+                (lambda p: SGD(p, 0.5, momentum=0.9, weight_decay=0.1), sgd()),
+                (lambda p: Adam(p, 0.5, (0.9, 0.99), weight_decay=0.1), adam(0.1, False)),
+                (lambda p: Adam(p, 0.5, (0.9, 0.99), weight_decay=0.1, decoupled=True), adam(0.1, True)),
+            ]:
+                np.testing.assert_allclose(run(make, as_scalars), expected, rtol=1e-10)
+        p = Value([1.0])
+        SGD([p, Value([2.0])], 0.1).step()  # no gradients yet
+        self.assertEqual(p.data.tolist(), [1.0])
+        for wrong in [
+            lambda: SGD([p], -1), lambda: SGD([p, p], 1), lambda: SGD([], 1), lambda: SGD([1.0], 1),
+            lambda: SGD([p], 0.1, momentum=1.0), lambda: Adam([p], betas=0.9), lambda: Adam([p], lr="1"),
+            lambda: SGD([p], math.nan), lambda: Adam([p], betas=(0.9, 1.0)),
+        ]:  # fmt: skip
+            with self.assertRaises((TypeError, ValueError)):
+                wrong()
+
+    def test_training_saving_loading(self):
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(64, 2))
+        y = x[:, 0] * x[:, 1]
+        model = MLP(2, [16, 1], seed=0)
+        optimizer = Adam(model.parameters(), lr=0.03)
+        for _ in range(300):
+            optimizer.zero_grad()
+            loss = mse_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+        self.assertLess(float(loss), 0.02)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "weights"
+            model.save(path)
+            twin = MLP(2, [16, 1], seed=1)
+            twin.load(path)
+            self.assertEqual(mse_loss(twin(x), y).data, loss.forward().data)
+            before = [p.data.tolist() for p in twin.parameters()]
+            for other, message in [
+                (MLP(2, [8, 1]), r"layers.0.w.*\(2, 8\).*\(2, 16\)"),
+                (MLP(2, [16, 1, 1]), "layers.2"),
+            ]:
+                with self.assertRaisesRegex(ValueError, message):
+                    other.load(path)
+            broken = Layer(2, 2)
+            broken.w = Value([1.0])
+            with self.assertRaises(ValueError):
+                broken.load(path)
+            self.assertEqual([p.data.tolist() for p in twin.parameters()], before)
+            self.assertEqual(os.listdir(folder), ["weights"])
+            with self.assertRaises(OSError):
+                model.save(Path(folder) / "missing" / "weights")
+        for twin, steps in (pickle.loads(pickle.dumps((model, optimizer))), copy.deepcopy((model, optimizer))):
+            self.assertIs(steps.params[0], twin.parameters()[0])
+            np.testing.assert_array_equal(twin(x).data.data, model(x).data.data)
+        self.assertEqual(repr(model), "MLP(2, [16, 1], activation='tanh') with 65 parameters")
+        self.assertEqual(repr(Layer(2, 3)), "Layer(2, 3, activation='tanh')")
+
+    def test_it_can_be_imported_in_every_way(self):
+        with tempfile.TemporaryDirectory() as folder:
+            package = Path(folder) / "theirs" / "inner"
+            package.mkdir(parents=True)
+            (package / "picograd.py").write_text((HERE / "picograd.py").read_text())
+            (package / "__init__.py").write_text("")
+            for code in [
+                "from theirs.inner.picograd.nn import MLP, Value; MLP(2, [1])",
+                "import theirs.inner.picograd.nn; theirs.inner.picograd.nn.MLP(2, [1])",
+                "import pickle, theirs.inner.picograd as p; pickle.loads(pickle.dumps(p.Value(1.0) * 2))",
+                f"import sys; sys.path.insert(0, {str(HERE)!r}); import picograd.nn, theirs.inner.picograd",
+            ]:
+                run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+                self.assertEqual(run.returncode, 0, run.stderr)
+
+
+class TestDraw(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    @staticmethod
+    def boxes(graph):
+        """Node name -> its label's lines; boxes are v0, v1, ..., and op_v3 is the operation that made v3."""
+        found = re.findall(r"^\t(\w+) \[label=<(.*?)> \w+=", graph.source, re.M)
+        return {name: html.unescape(re.sub("<(?!br/).*?>", "", label)).split("<br/>") for name, label in found}
+
+    @staticmethod
+    def edges(graph):
+        return re.findall(r"^\t(\w+) -> (\w+)", graph.source, re.M)
+
+    @staticmethod
+    def svg_text(graph):
+        """The lines of text in the boxes and ellipses of the picture that dot makes."""
+        space = "{http://www.w3.org/2000/svg}"
+        groups = ElementTree.fromstring(graph.pipe(format="svg")).iter(space + "g")
+        texts = [text for group in groups if group.get("class") == "node" for text in group.iter(space + "text")]
+        return ["".join(text.itertext()).replace("\N{NO-BREAK SPACE}", " ") for text in texts]
+
+    def test_scalar_graph(self):
+        a, b = Value(2.0, label="a"), Value(3.0, label="b")
+        c = a * b + a**2
+        c.label = "c"
+        self.assertEqual(self.boxes(draw(a * b))["v2"], ["6"])  # no gradient before backward
+        c.backward()
+        graph = draw(c)
+        expected = {
+            "v0": ["a", "2", "grad 7"],
+            "v1": ["b", "3", "grad 2"],
+            "v2": ["6", "grad 1"],
+            "op_v2": ["*"],
+            "v3": ["4", "grad 1"],
+            "op_v3": ["**"],
+            "v4": ["2"],
+            "v5": ["c", "10", "grad 1"],
+            "op_v5": ["+"],
+        }
+        self.assertEqual(self.boxes(graph), expected)
+        edges = "op_v2 v2, v0 op_v2, v1 op_v2, op_v3 v3, v0 op_v3, v4 op_v3, op_v5 v5, v2 op_v5, v3 op_v5"
+        self.assertEqual(self.edges(graph), [tuple(edge.split()) for edge in edges.split(", ")])
+        self.assertEqual(graph.source, draw(c).source)
+
+    def test_kinds(self):
+        x, w = Tensor([1.0, 2.0]), Value([3.0, 4.0])
+        result = w * x * np.float32([5.0, 6.0]) + 7.0
+        colours = {}
+        for name, colour in re.findall(r"^\t(v\d+) .*? fillcolor=\"(#\w+)\"", draw(result).source, re.M):
+            colours.setdefault(colour, []).append(self.boxes(draw(result))[name][0])
+        self.assertEqual(
+            sorted(colours.values()), [["[1, 2]"], ["[22, 55]"], ["[3, 4]"], ["[3, 8]", "[15, 48]"], ["[5, 6]", "7"]]
+        )
+        legend = re.findall("<td .*?>(.*?)</td>", draw(result).source)
+        self.assertEqual(legend, ["leaf", "input", "constant", "intermediate", "result"])
+        self.assertEqual(re.findall("<td .*?>(.*?)</td>", draw(w).source), ["leaf"])
+
+    def test_contrast(self):
+        def luminance(colour):
+            parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+            linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+            return np.dot(linear, [0.2126, 0.7152, 0.0722])
+
+        def contrast(a, b):
+            dark, light = sorted([luminance(a), luminance(b)])
+            return (light + 0.05) / (dark + 0.05)
+
+        source = draw((Value([1.0]) * Tensor([2.0]) + 3.0).sum()).source
+        (ink,) = set(re.findall(r'fontcolor="(#\w+)"', source))
+        fills, borders = (set(re.findall(rf'[ \[]{key}="(#\w+)"', source)) for key in ("fillcolor", "color"))
+        self.assertEqual((len(fills), len(borders)), (6, 5))
+        for fill in fills:
+            self.assertGreater(contrast(ink, fill), 12)
+        for border in borders:
+            self.assertGreater(contrast(border, "#ffffff"), 5)
+
+    def test_arrays(self):
+        v = Value(np.arange(6.0).reshape(2, 3), label="v")
+        w = v * Tensor(-2.0)
+        w.backward(np.arange(6.0).reshape(2, 3))
+        boxes = self.boxes(draw(w))
+        self.assertEqual(boxes["v0"], ["v", "(2, 3) float32", "|grad| ≤ 10"])
+        self.assertEqual(self.boxes(draw(v[:, :2] / 3))["v1"], ["[[0, 1], [3, 4]]"])
+        self.assertEqual(self.boxes(draw(v[:0]))["v1"], ["(0, 3) float32"])
+        self.assertEqual(self.boxes(draw(v[0] > 1))["v2"], ["[False, False, True]"])
+        self.assertEqual(self.boxes(draw(v[0, 0] / 3 - np.inf))["v4"], ["-inf"])
+        huge = Value(np.ones(9))
+        huge.sum().backward(1e30)  # its square, for a norm, would not fit float32
+        self.assertEqual(self.boxes(draw(huge))["v0"][1], "|grad| ≤ 1e+30")
+        huge.grad = np.where(np.arange(9) > 4, np.nan, 1.0)
+        self.assertEqual(self.boxes(draw(huge))["v0"][1], "|grad| ≤ nan")
+        empty = Value(np.zeros((0, 2)))
+        empty.sum().backward()
+        self.assertEqual(self.boxes(draw(empty))["v0"], ["(0, 2) float32", "|grad| ≤ 0"])
+
+    def test_parameters(self):
+        v = Value(np.ones((4, 5)))
+        cases = [
+            (v.sum(axis=0, keepdims=True), ["sum", "axis=0", "keepdims=True"]),
+            (v.sum(), ["sum"]),
+            (v.reshape(2, -1), ["reshape", "shape=(2, -1)"]),
+            (v[::-1, 1:3], ["getitem", "[::-1, 1:3]"]),
+            (v[..., None, 2], ["getitem", "[..., None, 2]"]),
+            (v[np.array([0, 2])], ["getitem", "[array(2,)]"]),
+            (v[Tensor([1, 2], dtype=np.int64)], ["getitem", "[·]"]),
+            (v.astype(np.float64), ["astype", "dtype=float64"]),
+            (np.einsum("ij->ji", v), ["einsum", "subscripts='ij->ji'"]),
+        ]
+        for result, expected in cases:
+            with self.subTest(expected=expected):
+                labels = [label for name, label in self.boxes(draw(result)).items() if name.startswith("op_")]
+                self.assertEqual(labels, [expected])
+
+    def test_one_object_is_one_box(self):
+        x, t = Value([1.0, 2.0]), Tensor([3.0, 4.0])
+        constant = np.float32([5.0, 6.0])
+        graph = draw((x * x + t * x) * t + constant + x * constant)
+        counts = [text for name, text in self.boxes(graph).items() if name.startswith("v")]
+        for text in (["[1, 2]"], ["[3, 4]"], ["[5, 6]"]):
+            self.assertEqual(counts.count(text), 1)
+        self.assertEqual(self.edges(draw(x * x)), [("op_v1", "v1"), ("v0", "op_v1"), ("v0", "op_v1")])
+        y = Value(1.0) * 2.0 * 2.0 * 2.0  # numbers have no identity: three boxes, though Python may share the object
+        boxes = [text for name, text in self.boxes(draw(y)).items() if name.startswith("v")]
+        self.assertEqual(len(boxes), 7)
+        self.assertEqual(boxes.count(["2"]), 4)
+
+    def test_order_of_operands(self):
+        def ends(result, rankdir="LR"):
+            return re.findall(r"^\t(\w+) -> op_\w+ \[(head\w+)=(\w+) ", draw(result, rankdir=rankdir).source, re.M)
+
+        a, b = Value(1.0), Value(2.0)
+        self.assertEqual(ends(a - b), [("v0", "headport", "nw"), ("v1", "headport", "sw")])
+        self.assertEqual(ends(b - a), [("v1", "headport", "nw"), ("v0", "headport", "sw")])
+        self.assertEqual(ends(b - a, "TB"), [("v1", "headport", "nw"), ("v0", "headport", "ne")])
+        self.assertEqual(ends(a * b), [])
+        four = ends(np.stack([b, a, b, a]))
+        self.assertEqual(four, [(v, "headlabel", str(i)) for i, v in enumerate(["v1", "v0", "v1", "v0"])])
+
+    def test_direction(self):
+        wide = sum(Value(float(i)) * Value(float(i)) for i in range(8))
+        long = Value(1.0)
+        for _ in range(5):
+            long = long.tanh()
+        short = Value(1.0).tanh()
+        for root, expected in [(wide, "LR"), (long, "TB"), (short, "LR")]:
+            self.assertIn(f"rankdir={expected} ", draw(root).source)
+        self.assertIn("rankdir=TB ", draw(short, rankdir="TB").source)
+
+    @staticmethod
+    def operation(name):
+        """A primitive with any name, which `TABLE` and `PRIMITIVES` do not keep."""
+        with mock.patch.dict(TABLE), mock.patch.dict(PRIMITIVES):
+            return primitive(lambda x, index=0, how=None: x, lambda g, out, x, index=0, how=None: g, name=name)
+
+    @needs_dot
+    def test_any_text_is_safe(self):
+        texts = r"""\ \\ a"b 'a' <b> </b> < > <> a|b {a} { } & &amp; &#0; --> <!-- ]]> <br/>""".split()
+        texts += [*r"\N \G \E \T \l \n %s {0} # ; ->".split(), '"', "a; b -> c [d=e]", "grüße ∂x 日本語 🙂", "x" * 80]
+        for text in texts:
+            with self.subTest(text=text):
+                result = self.operation(text)(Value(1.0, label=text))
+                self.assertEqual(self.svg_text(draw(result)), [text, "1", text, "1"])
+        shown = {"a\nb": ["a", "b"], "": [], "  \n ": [], "y" * 10**6: ["y" * 79 + "…"]}
+        shown |= {text: [ascii(text)[1:-1]] for text in ("\x00", "a\u202eb", "\ud800", "\uffff", "\x1b[1m", "a\tb")}
+        for text, lines in shown.items():
+            with self.subTest(text=text[:100]):
+                self.assertEqual(self.svg_text(draw(Value(1.0, label=text))), [*lines, "1"])
+        self.assertEqual(len(self.svg_text(draw(self.operation(" ")(Value(1.0))))), 3)
+
+    @needs_dot
+    def test_parameters_are_safe(self):
+        class Odd:
+            def __repr__(self):
+                return '<"\\N&|\n>' * 1000
+
+        odd = self.operation("odd")
+        lines = self.svg_text(draw(odd(Value(1.0), index=3, how=Odd())))
+        self.assertIn("index=3", lines)
+        self.assertTrue(any(line.startswith('how=<"\\N&|') for line in lines), lines)
+
+    def test_too_many_nodes(self):
+        v = Value(1.0)
+        for _ in range(1_000_000):
+            v = -v
+        with self.assertRaisesRegex(ValueError, r"1000001 nodes .*max_nodes is 300\. Draw a part"):
+            draw(v)
+        two = Value(1.0) * 2.0 * 3.0 + Tensor(4.0)
+        with self.assertRaisesRegex(ValueError, r"7 nodes \(4 Values, 3 Tensors and constants\), and max_nodes is 6"):
+            draw(two, max_nodes=6)
+        self.assertEqual(len(self.boxes(draw(two, max_nodes=7))), 7 + 3)
+
+    @needs_dot
+    def test_files(self):
+        v = Value(2.0, label="v") ** 2
+        for name, magic in [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF"), ("B.PNG", b"\x89PNG")]:
+            path = self.folder / name
+            path.write_bytes(b"old")
+            draw(v, path if name == "a.png" else str(path))
+            self.assertTrue(path.read_bytes().startswith(magic), name)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["B.PNG", "a.pdf", "a.png", "a.svg"])
+        if os.name == "posix":
+            (self.folder / "plain").touch()
+            self.assertEqual((self.folder / "a.png").stat().st_mode, (self.folder / "plain").stat().st_mode)
+
+    def test_a_failure_leaves_the_old_picture(self):
+        path = self.folder / "a.png"
+        path.write_bytes(b"old")
+        for error in (OSError("disk full"), KeyboardInterrupt()):
+            for where in ("graphviz.Digraph.pipe", "os.replace"):
+                with mock.patch("graphviz.Digraph.pipe", return_value=b"new"), mock.patch(where, side_effect=error):
+                    with self.assertRaises(type(error)):
+                        draw(Value(1.0), path)
+                self.assertEqual(os.listdir(self.folder), ["a.png"])
+                self.assertEqual(path.read_bytes(), b"old")
+
+    def test_without_dot(self):
+        v = Value(2.0, label="größe") ** 2
+        with mock.patch.dict(os.environ, PATH=str(self.folder)):
+            self.assertIn("größe", draw(v).source)
+            with self.assertRaises(RuntimeError) as caught:
+                draw(v, self.folder / "a.png")
+        self.assertEqual(os.listdir(self.folder), ["a.gv"])
+        self.assertEqual((self.folder / "a.gv").read_text(encoding="utf-8"), draw(v).source)
+        for part in ("apt install", "brew install", "winget install", "conda install", str(self.folder / "a.gv")):
+            self.assertIn(part, str(caught.exception))
+
+    def test_without_the_package(self):
+        with mock.patch.dict(sys.modules, graphviz=None):
+            with self.assertRaisesRegex(ImportError, "pip install graphviz"):
+                draw(Value(1.0), self.folder / "a.png")
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_bad_input(self):
+        v = Value(1.0)
+        for root in (1.0, Tensor(1.0), [v], None):
+            with self.assertRaisesRegex(TypeError, f"root must be a Value, got {type(root).__name__}"):
+                draw(root)
+        for name in ("a", "a.jpg", "a.gv", ".png", "", "a.png.zip"):
+            with self.assertRaisesRegex(ValueError, r"filename must end in \.png, \.svg or \.pdf, got "):
+                draw(v, name)
+        with self.assertRaisesRegex(TypeError, "filename must be a string or path, got int"):
+            draw(v, 3)
+        with self.assertRaisesRegex(FileNotFoundError, "filename must be in an existing folder, got .*nowhere"):
+            draw(v, self.folder / "nowhere" / "a.png")
+        for limit in (0, -1, 1.5, True, None, "9"):
+            with self.assertRaisesRegex(ValueError, "max_nodes must be a positive integer, got "):
+                draw(v, max_nodes=limit)
+        for direction in ("lr", "", 1):
+            with self.assertRaisesRegex(ValueError, "rankdir must be 'LR', 'TB' or None, got "):
+                draw(v, rankdir=direction)
 
 
 class TestMicrograd(unittest.TestCase):
