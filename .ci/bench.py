@@ -1,0 +1,491 @@
+#!/usr/bin/env python3
+"""How fast PicoGrad is beside its peers: ratios of medians, all contenders of a row interleaved in one process.
+
+    python .ci/bench.py                      every row (minutes); run it on a quiet machine, quote the ratios
+    python .ci/bench.py --rows moons import  only these
+    python .ci/bench.py --quick              two rounds of each, to see that everything runs and agrees
+    python .ci/bench.py --list               the rows
+
+The peers come from requirements.txt and bench-requirements.txt beside this file; one that is not installed is reported
+as such. Every contender may use all cores that this process may use; `taskset -c 0 python .ci/bench.py` takes one.
+
+A row is a function in ROWS that returns `{contender: make}`. `make()` sets the contender up and returns a callable that
+does the work once: in a row of steps it returns the loss, and before anything is timed all contenders must agree on the
+loss of their first three steps (so also on the gradients that the first two applied); in other rows it returns what
+was measured. Names that start with "picograd" are ours, and the ratios are ours / the other.
+"""
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+# The same number of threads for every pool, fixed before NumPy, PyTorch (OpenMP) and XLA (NPROC) start theirs.
+os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"), str(CORES)))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+PEERS = ("micrograd", "torch", "jax", "autograd", "mygrad")
+
+Contenders = dict[str, Callable[[], Callable[[], float]]]
+
+
+# Scalars: micrograd's own demo, on micrograd's own network classes.
+
+
+def moons() -> Contenders:
+    """100 samples through MLP[2,16,16,1] of single numbers, ReLU, hinge loss + L2: a graph of 65,000 nodes."""
+    rng = np.random.default_rng(1)
+    angle, upper = rng.uniform(0, math.pi, 100), np.arange(100) % 2 == 0
+    points = np.where(upper, [np.cos(angle), np.sin(angle)], [1 - np.cos(angle), 0.5 - np.sin(angle)]).T
+    points += rng.normal(0, 0.1, points.shape)
+    points, labels = points.tolist(), np.where(upper, 1, -1).tolist()  # Python numbers: micrograd is fastest on them
+
+    def train(value_class):
+        import micrograd.nn as nn
+
+        # micrograd's classes look this name up when they make their parameters, and only operate on these afterwards.
+        original, nn.Value = nn.Value, value_class
+        random.seed(1)
+        model = nn.MLP(2, [16, 16, 1])
+        nn.Value = original
+
+        def step():
+            scores = [model(list(map(value_class, point))) for point in points]
+            losses = [(1 + -label * score).relu() for label, score in zip(labels, scores, strict=True)]
+            loss = sum(losses) * (1 / len(losses)) + 1e-4 * sum(p * p for p in model.parameters())
+            model.zero_grad()
+            loss.backward()
+            for p in model.parameters():
+                p.data -= 0.1 * p.grad
+            return float(loss.data)
+
+        return step
+
+    def ours():
+        from picograd import Value
+
+        return train(Value)
+
+    def micrograd():
+        from micrograd.engine import Value
+
+        return train(Value)
+
+    return {"picograd": ours, "micrograd": micrograd}
+
+
+# Matrices: a whole training step of an MLP (float32, tanh, MSE, SGD). Each peer in the fastest of its documented ways.
+
+RATE = 0.01
+
+
+class Problem(NamedTuple):
+    """Inputs (n, nin), targets (n, nout) and the start parameters w, b, w, b, ...; all float32."""
+
+    sizes: tuple[int, ...]
+    x: np.ndarray
+    y: np.ndarray
+    start: list[np.ndarray]
+
+
+def problem(n, *sizes) -> Problem:
+    rng = np.random.default_rng(0)
+    draw = partial(rng.standard_normal, dtype=np.float32)
+    layers = zip(sizes, sizes[1:], strict=False)
+    start = [a for m, k in layers for a in (draw((m, k)) / np.float32(math.sqrt(m)), draw(k) / 10)]
+    return Problem(sizes, draw((n, sizes[0])), draw((n, sizes[-1])), start)
+
+
+def ours(task: Problem, **backward):
+    from picograd import Tensor
+    from picograd.nn import MLP, SGD, mse_loss
+
+    model = MLP(task.sizes[0], task.sizes[1:], activation="tanh")
+    for parameter, start in zip(model.parameters(), task.start, strict=True):
+        parameter.data = start
+    x, y = Tensor(task.x), Tensor(task.y[:, 0] if task.sizes[-1] == 1 else task.y)  # one output: the axis is dropped
+    optimizer = SGD(model.parameters(), lr=RATE)
+
+    def step():
+        optimizer.zero_grad()
+        loss = mse_loss(model(x), y)
+        loss.backward(**backward)
+        optimizer.step()
+        return float(loss.data)
+
+    return step
+
+
+def by_hand(task: Problem):
+    """What NumPy can do at best: no array is made after the set-up, and one pass updates all parameters."""
+    parameters = np.concatenate([a.ravel() for a in task.start])
+    gradients, scratch = np.empty_like(parameters), np.empty_like(parameters)
+
+    def views(flat):
+        cuts = np.split(flat, np.cumsum([a.size for a in task.start])[:-1])
+        return [cut.reshape(a.shape) for cut, a in zip(cuts, task.start, strict=True)]
+
+    p, g, n = views(parameters), views(gradients), len(task.x)
+    layers = range(len(task.sizes) - 1)
+    outputs = [np.empty((n, k), np.float32) for k in task.sizes[1:]]
+    deltas, slopes = ([np.empty_like(a) for a in outputs] for _ in range(2))
+    inputs, ones = [task.x, *outputs[:-1]], np.ones(n, np.float32)
+
+    def step():
+        for i in layers:
+            np.matmul(inputs[i], p[2 * i], out=outputs[i])
+            np.add(outputs[i], p[2 * i + 1], out=outputs[i])
+            if i < layers[-1]:
+                np.tanh(outputs[i], out=outputs[i])
+        delta = np.subtract(outputs[-1], task.y, out=deltas[-1])
+        loss = float(np.vdot(delta, delta)) / delta.size
+        np.multiply(delta, 2 / delta.size, out=delta)
+        for i in reversed(layers):
+            np.matmul(inputs[i].T, deltas[i], out=g[2 * i])
+            np.matmul(ones, deltas[i], out=g[2 * i + 1])  # a sum over rows, but BLAS does it and NumPy's sum is slower
+            if i:
+                np.matmul(deltas[i], p[2 * i].T, out=deltas[i - 1])
+                np.multiply(inputs[i], inputs[i], out=slopes[i - 1])
+                np.subtract(1, slopes[i - 1], out=slopes[i - 1])
+                np.multiply(deltas[i - 1], slopes[i - 1], out=deltas[i - 1])
+        np.multiply(gradients, RATE, out=scratch)
+        np.subtract(parameters, scratch, out=parameters)
+        return loss
+
+    return step
+
+
+def pytorch(task: Problem):
+    import torch
+
+    torch.set_num_threads(CORES)
+    modules = []
+    for w, b in zip(task.start[::2], task.start[1::2], strict=True):
+        linear = torch.nn.Linear(*w.shape)
+        with torch.no_grad():
+            linear.weight.copy_(torch.from_numpy(w.T))
+            linear.bias.copy_(torch.from_numpy(b))
+        modules += [linear, torch.nn.Tanh()]
+    model = torch.nn.Sequential(*modules[:-1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    x, y = torch.from_numpy(task.x), torch.from_numpy(task.y)
+
+    def step():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def forward(parameters, x, tanh):
+    for w, b in zip(parameters[:-2:2], parameters[1:-2:2], strict=True):
+        x = tanh(x @ w + b)
+    return x @ parameters[-2] + parameters[-1]
+
+
+def jax_jit(task: Problem):
+    import jax
+
+    def loss(parameters, x, y):
+        return ((forward(parameters, x, jax.numpy.tanh) - y) ** 2).mean()
+
+    @partial(jax.jit, donate_argnums=0)
+    def train(parameters, x, y):
+        value, gradients = jax.value_and_grad(loss)(parameters, x, y)
+        return [p - RATE * g for p, g in zip(parameters, gradients, strict=True)], value
+
+    parameters, x, y = [jax.numpy.array(a) for a in task.start], jax.numpy.array(task.x), jax.numpy.array(task.y)
+
+    def step():
+        nonlocal parameters
+        parameters, value = jax.block_until_ready(train(parameters, x, y))
+        return float(value)
+
+    return step
+
+
+def hips_autograd(task: Problem):
+    import autograd.numpy as anp
+    from autograd import value_and_grad
+
+    parameters = [a.copy() for a in task.start]
+    train = value_and_grad(lambda parameters: anp.mean((forward(parameters, task.x, anp.tanh) - task.y) ** 2))
+
+    def step():
+        value, gradients = train(parameters)
+        for p, g in zip(parameters, gradients, strict=True):
+            p -= RATE * g
+        return float(value)
+
+    return step
+
+
+def mygrad(task: Problem):
+    import mygrad
+
+    mygrad.turn_memory_guarding_off()  # its documented way to go faster
+    parameters = [mygrad.tensor(a) for a in task.start]
+
+    def step():
+        loss = ((forward(parameters, task.x, mygrad.tanh) - task.y) ** 2).mean()
+        loss.backward()
+        for p in parameters:
+            p.data -= RATE * p.grad
+        return float(loss.data)
+
+    return step
+
+
+MATRIX_PEERS = {
+    "NumPy by hand": by_hand,
+    "PyTorch eager": pytorch,
+    "JAX jit": jax_jit,
+    "autograd": hips_autograd,
+    "MyGrad": mygrad,
+}
+
+
+def mlp(*shape) -> Contenders:
+    task = problem(*shape)
+    return {name: partial(make, task) for name, make in {"picograd": ours, **MATRIX_PEERS}.items()}
+
+
+# Memory: the peak of bytes allocated within one training step, above what is allocated when it starts.
+
+
+def memory(*shape) -> Contenders:
+    task = problem(*shape)
+
+    def traced(step):
+        """NumPy reports its buffers to tracemalloc. The first step is there to own, traced, what the second frees."""
+
+        def measure():
+            tracemalloc.start()
+            try:
+                step()
+                start, _ = tracemalloc.get_traced_memory()
+                tracemalloc.reset_peak()
+                step()
+                return tracemalloc.get_traced_memory()[1] - start
+            finally:
+                tracemalloc.stop()
+
+        return measure
+
+    def profiled(step):
+        """PyTorch's profiler records each allocation (+) and release (-) of its CPU allocator: the running sum's peak.
+
+        What matrix kernels take from the system past that allocator is not seen, neither here nor by tracemalloc.
+        """
+        from torch.profiler import ProfilerActivity, profile, record_function
+
+        def measure():
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                step()
+                with record_function("the step to measure"):
+                    step()
+            with tempfile.TemporaryDirectory() as folder:
+                trace = pathlib.Path(folder) / "trace.json"
+                profiler.export_chrome_trace(str(trace))
+                events = json.loads(trace.read_text())["traceEvents"]
+            start = next(e["ts"] for e in events if e["name"] == "the step to measure")
+            memory = sorted(
+                (e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]" and e["ts"] >= start
+            )
+            return max(itertools.accumulate(size for _, size in memory))
+
+        return measure
+
+    return {
+        "picograd": lambda: traced(ours(task)),
+        "picograd, retain_grads=False": lambda: traced(ours(task, retain_grads=False)),
+        "PyTorch eager": lambda: profiled(pytorch(task)),
+    }
+
+
+# Start-up.
+
+
+def imports() -> Contenders:
+    def imported(name, first):
+        code = f"import {first}, time; t = time.perf_counter(); import {name}; print(time.perf_counter() - t)"
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"PYTHONPATH": ROOT}
+        command = [sys.executable, "-c", code]
+
+        def measure():
+            return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+        measure()  # leaves the compiled module behind, as the first import on any machine does
+        return measure
+
+    return {
+        "picograd": lambda: imported("picograd", first="numpy"),
+        "numpy": lambda: imported("numpy", first="sys"),
+    }
+
+
+class Row(NamedTuple):
+    title: str
+    contenders: Callable[[], Contenders]
+    unit: str = "ms"
+    steps: bool = True  # time the calls, which return the loss; else they return what was measured
+    tolerance: float = 1e-4  # of the losses, relative
+
+
+ROWS = {
+    "moons": Row("training step on two moons, micrograd's MLP[2,16,16,1] of single numbers", moons, tolerance=1e-9),
+    "mlp-small": Row("training step, 100 x MLP[2,16,16,1], float32", partial(mlp, 100, 2, 16, 16, 1)),
+    "mlp-medium": Row("training step, 128 x MLP[784,256,128,10], float32", partial(mlp, 128, 784, 256, 128, 10)),
+    "mlp-large": Row("training step, 1024 x MLP[784,512,512,10], float32", partial(mlp, 1024, 784, 512, 512, 10)),
+    "memory": Row(
+        "peak bytes allocated within a step above its start, 1024 x MLP[784,512,512,10], float32",
+        partial(memory, 1024, 784, 512, 512, 10),
+        unit="MiB",
+        steps=False,
+    ),
+    "import": Row("import picograd where NumPy is imported already, beside importing NumPy", imports, steps=False),
+}
+SCALE = {"ms": 1e3, "MiB": 2.0**-20}
+
+
+def set_up(contenders: Contenders):
+    """-> the callables of those that are installed, and {name: missing package} of the others."""
+    ready, absent = {}, {}
+    for name, make in contenders.items():
+        try:
+            ready[name] = make()
+        except ModuleNotFoundError as error:
+            if error.name not in PEERS:
+                raise
+            absent[name] = error.name
+    return ready, absent
+
+
+def check_agreement(ready, tolerance):
+    losses = {name: [step() for _ in range(3)] for name, step in ready.items()}
+    for (first, expected), (name, got) in zip(list(losses.items())[:1] * len(losses), losses.items(), strict=True):
+        if not np.allclose(got, expected, rtol=tolerance, atol=0):
+            raise SystemExit(f"no comparison: first losses of {first} {expected}, of {name} {got}")
+
+
+def run(row: Row, rounds: int):
+    """-> {contender: one measurement per round}, {absent contender: package}."""
+    ready, absent = set_up(row.contenders())
+    if row.steps:
+        check_agreement(ready, row.tolerance)
+    gc.collect()
+    gc.freeze()  # else each collection in a contender's time walks over all that its peers ever imported
+    results = {name: [] for name in ready}
+    order = list(ready)
+    for _ in range(rounds):
+        for name in order:
+            gc.collect()
+            time.sleep(
+                0.05
+            )  # idle threads of the last contender's pool spin for tens of milliseconds: wait till they sleep
+            results[name].append(turn(ready[name]) if row.steps else ready[name]())
+        order.append(order.pop(0))  # nobody runs always after the same neighbour
+    gc.unfreeze()
+    return results, absent
+
+
+def turn(step, settle=0.03, seconds=0.05):
+    """Mean time of a step over a turn: a mean, since steps have to pay for the garbage collections that they bring about.
+
+    The first steps are not timed: they warm the caches, and idle threads of the last contender's pool, which spin for
+    tens of milliseconds, go to sleep. (Waiting for that with an idle processor would slow down the first contender's.)
+    """
+    start, calls = time.perf_counter(), 0
+    while time.perf_counter() - start < settle:
+        step()
+        calls += 1
+    calls = math.ceil(calls * seconds / (time.perf_counter() - start))
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - start) / calls
+
+
+def table(row: Row, results, absent) -> str:
+    """Medians and quartiles, and for each of ours the ratio of its median to every other one's."""
+    medians = {name: statistics.median(values) for name, values in results.items()}
+    mine = [name for name in medians if name.startswith("picograd")]
+    width = max(map(len, [*medians, *absent]))
+    heads = "".join(f"   {name} / it" for name in mine)
+    lines = [f"  {'':{width}}  {'median ' + row.unit:>12}  {'quartiles':>19}{heads}"]
+    for name, values in results.items():
+        low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]) * SCALE[row.unit]
+        line = f"  {name:{width}}  {middle:12.4g}  {f'{low:.4g} .. {high:.4g}':>19}"
+        for head in mine if name not in mine else ():
+            line += f"{medians[head] / medians[name]:{len(head) + 8}.3f}"
+        lines.append(line)
+    lines += [f"  {name:{width}}  not installed ({package})" for name, package in absent.items()]
+    return "\n".join(lines)
+
+
+def header() -> str:
+    def version(package):
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"{package} not installed"
+
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        names = [line for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return "\n".join(
+        [
+            f"{datetime.date.today()}, {platform.system()}, {model}, {CORES} cores, {CORES} threads for each contender",
+            f"Python {platform.python_version()}, numpy {np.__version__} ({blas['name']} {blas['version']}), "
+            + ", ".join(map(version, PEERS)),
+        ]
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", metavar="NAME", choices=ROWS, default=list(ROWS), help="only these rows")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="turns of each contender (default: 15)")
+    parser.add_argument("--quick", action="store_true", help="two rounds")
+    parser.add_argument("--list", action="store_true", help="print the rows' names and titles, and stop")
+    arguments = parser.parse_args()
+    if arguments.list:
+        print("\n".join(f"{name:12} {row.title}" for name, row in ROWS.items()))
+        return
+    if arguments.rounds < 1:
+        parser.error(f"--rounds: at least 1, not {arguments.rounds}")
+    print(header(), flush=True)
+    for name in arguments.rows:
+        row = ROWS[name]
+        print(f"\n{name}: {row.title}", flush=True)
+        print(table(row, *run(row, 2 if arguments.quick else arguments.rounds)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
