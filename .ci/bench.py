@@ -414,7 +414,7 @@ def run(row: Row, rounds: int):
 
 
 def turn(step, settle=0.03, seconds=0.05):
-    """Mean time of a step over a turn: a mean, since steps have to pay for the garbage collections that they bring about.
+    """Mean time of a step over a turn: a mean, since steps have to pay for the garbage collections they bring about.
 
     The first steps are not timed: they warm the caches, and idle threads of the last contender's pool, which spin for
     tens of milliseconds, go to sleep. (Waiting for that with an idle processor would slow down the first contender's.)
