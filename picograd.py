@@ -97,13 +97,6 @@ class Primitive:
             raise TypeError(f"{takes}; argument {missing[0]!r} is missing")
         return tuple(given.pop(name) for name in self.operands), given
 
-    def vjp(self, i: int) -> Callable | None:
-        """The rule of operand i. A primitive of any number of operands has one rule, which is told i."""
-        if self.operands is not None:
-            return self.vjps[i]
-        rule = self.vjps[0]
-        return rule and (lambda g, out, *operands, **params: rule(i, g, out, *operands, **params))
-
     def __repr__(self):
         return f"Primitive({self.name})"
 
@@ -138,7 +131,7 @@ def primitive(
     name: how it is called in pictures, errors and pickles; the forward's own name unless given.
     scalar: a faster form on Python floats. May raise ArithmeticError or ValueError: then `forward` is used.
     elementwise: whether each output element depends on one element per operand (with broadcasting); so for ufuncs.
-    variadic: any number of operands; then there is one rule, `vjp(i, g, out, *operands, **params)`.
+    variadic: any number of operands; then there is one rule, told which: `vjp(i, g, out, operands, **params)`.
     samples: for the gradient test. An interval per operand of an element-wise primitive, or a list of
         (shapes of the operands, parameters).
 
@@ -163,7 +156,8 @@ def primitive(
         isinstance(forward, np.ufunc) and forward.signature is None if elementwise is None else elementwise
     )
     new.samples = samples or ((_REAL,) * len(vjps) if new.elementwise else ())
-    names = _argument_names(next((rule for rule in vjps if rule), None))[2 + variadic :] or _argument_names(forward)
+    names = _argument_names(next((rule for rule in vjps if rule), None))[4 if variadic else 2 :]
+    names = names or _argument_names(forward)
     new.operands = None if variadic else (names or ("x", "y", "z"))[: len(vjps)]
     params = names if variadic else names[len(vjps) :]
     new.params = tuple(name for name in params if name not in ("out", "where"))
@@ -658,7 +652,7 @@ atleast_3d = composed(np.atleast_3d)(
 # --- joining and splitting ---
 
 
-def _concatenate_i(i, g, out, *arrays, axis=0):
+def _concatenate_i(i, g, out, arrays, axis=0):
     start = sum(np.shape(a)[axis] for a in arrays[:i])
     return g[(slice(None),) * (axis % np.ndim(g)) + (slice(start, start + np.shape(arrays[i])[axis]),)]
 
@@ -672,7 +666,7 @@ _concatenate = primitive(
 )
 _stack = primitive(
     lambda *arrays, axis=0: np.stack(arrays, axis),
-    lambda i, g, out, *arrays, axis=0: g[(slice(None),) * (axis % np.ndim(g)) + (i,)],
+    lambda i, g, out, arrays, axis=0: g[(slice(None),) * (axis % np.ndim(g)) + (i,)],
     name="stack",
     variadic=True,
     samples=[(((2, 3), (2, 3)), {"axis": -1}), (((), (), ()), {})],
@@ -752,7 +746,9 @@ def _put(a, *parts, shape, index):
 
 _getitem = primitive(
     lambda a, *parts, index: a[_filled(index, parts)],
-    lambda i, g, out, a, *parts, index: None if i else _scatter(g, *parts, shape=np.shape(a), index=index),
+    lambda i, g, out, operands, index: (
+        None if i else _scatter(g, *operands[1:], shape=np.shape(operands[0]), index=index)
+    ),
     name="getitem",
     variadic=True,
     samples=[
@@ -765,7 +761,7 @@ _getitem = primitive(
 )
 _scatter = primitive(
     _put,
-    lambda i, g, out, a, *parts, shape, index: None if i else _getitem(g, *parts, index=index),
+    lambda i, g, out, operands, shape, index: None if i else _getitem(g, *operands[1:], index=index),
     name="scatter",
     variadic=True,
     samples=[(((2,),), {"shape": (3, 4), "index": (1, slice(1, 3))})],
@@ -999,7 +995,7 @@ def kron(a, b):
     return _reshape(product, tuple(i * j for i, j in zip(s, t)))
 
 
-def _einsum_i(i, g, out, *operands, subscripts):
+def _einsum_i(i, g, out, operands, subscripts):
     # The gradient of operand i is an einsum of g and the other operands; letters that only operand i has were summed
     # over, so their gradient is broadcast.
     inputs, output = subscripts.split("->")
@@ -1827,22 +1823,24 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
     """
     grads = {root: seed}
     for node in _newest_first(root, stop):
-        prim, args = node._prim, node._args
-        if prim is None or node in stop or node not in grads:  # a leaf, or no consumer's rule gave it a gradient
+        prim, args, params = node._prim, node._args, node._params
+        if prim is None or node not in grads or (stop and node in stop):  # a leaf, or no rule gave it a gradient
             continue
         g = grads[node]
         if not retain:
             del grads[node]
             node._grad = None
-        params = node._params
-        rules = prim.vjps if prim.operands else [prim.vjp(i) for i in range(len(args))]
         if symbolic:
             out, operands = node, [x if isinstance(x, Value) else _raw(x) for x in args]
         else:
             out, operands = node._data, [x._data if isinstance(x, Array) else x for x in args]
-        weak = type(out) is float
-        for x, rule in zip(args, rules):
-            if not isinstance(x, Value) or not x._needs or rule is None:
+        variadic = prim.operands is None
+        weak = type(out) is float and not variadic
+        for i, x in enumerate(args):
+            if not isinstance(x, Value) or not x._needs:
+                continue
+            rule = prim.vjps[0 if variadic else i]
+            if rule is None:
                 continue
             if weak:
                 try:
@@ -1852,7 +1850,7 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
                 except (ArithmeticError, ValueError, TypeError):  # also a complex power: NumPy has the IEEE answer
                     h = float(rule(_public(g), _public(out), *map(_public, operands), **params))
             else:
-                h = rule(g, out, *operands, **params)
+                h = rule(i, g, out, operands, **params) if variadic else rule(g, out, *operands, **params)
                 if h is None:
                     continue
                 h = _fit(h, x)
