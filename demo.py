@@ -1,234 +1,342 @@
-"""Trains a network and draws it: `python demo.py`, or on a table of your own, `python demo.py data.csv`.
+"""Train a multi-layer perceptron on two moons or on a CSV file of yours, and draw its graph before and after.
 
-Without a file it learns two moons. A CSV file may have a header; its features are numbers, and its last column (or
---target, by name or by number from 1) is what to predict: text or at most 20 different integers make it a
-classification, other numbers a regression. A fifth of the rows is held back to test on. The last line printed is the
-result; the pictures go to graph/. Ctrl-C stops early and keeps what was trained. Mistakes in the input end with one
-line and exit code 2.
+    python demo.py                                         two interleaved half circles, two classes
+    python demo.py data.csv --target species               a table of numbers; see `python demo.py --help`
+
+graph/initial_graph.png and graph/trained_model.png (beside this file) show the network and its loss on one sample, the
+first that it trains on: untrained, and trained with gradients. Without Graphviz it trains all the same.
 """
 
 import argparse
 import csv
+import io
+import itertools
 import math
+import reprlib
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-from picograd import Tensor, draw, no_grad
+from picograd import Tensor, Value, draw, no_grad
 from picograd.nn import MLP, Adam, cross_entropy, mse_loss
 
-GRAPH = Path(__file__).resolve().parent / "graph"
-BATCH, MIN_ROWS, MAX_INTEGER_CLASSES = 64, 10, 20
+GRAPHS = Path(__file__).resolve().parent / "graph"
+MIN_ROWS, MAX_CLASSES, ROWS_PER_CLASS, LEARNING_RATE = 10, 20, 5, 0.01
+MISSING = {"", "?", "na", "n/a", "null"}  # how tables write that there is no number, besides nan
+
+ABOUT = f"""Train a multi-layer perceptron and draw its graph. The CSV file: UTF-8; separated by commas, semicolons or
+tabs; {MIN_ROWS} rows or more; a header is recognised. All columns but the target must be numbers, with a decimal point
+and without gaps; they are standardised. A target of text is a class label. So are up to {MAX_CLASSES} different
+integers, if there are {ROWS_PER_CLASS} times as many rows. Other numbers make it a regression. A fifth of each class is
+held back for the test, or in a regression one of every five rows that are neighbours in the target's order."""
+EXITS = """Ctrl-C ends the training early: the network is drawn and tested as it is then, and the exit code is 130.
+A second Ctrl-C ends everything at once. The exit code for bad arguments or data is 2."""
+
+Table = tuple[str, np.ndarray, np.ndarray, int]  # title, x (rows, features), y (rows,), classes or 0 for a regression
 
 
-class BadInput(Exception):
-    """What is wrong with the user's file or options, in one line."""
+class UserError(Exception):
+    """Something that the user can put right, said in one line."""
 
 
-def two_moons(rng, n=1000):
-    """Two interleaved half circles with some noise: points (n, 2) and labels (n,)."""
-    t = rng.uniform(0, np.pi, n)
-    label = np.arange(n) % 2
-    points = np.stack([np.where(label, 1 - np.cos(t), np.cos(t)), np.where(label, 0.5 - np.sin(t), np.sin(t))], axis=1)
-    return points + rng.normal(0, 0.1, points.shape), label.astype(str)
+# --- data ---
 
 
-def number(cell):
+def two_moons(rng: np.random.Generator, n: int = 1000, noise: float = 0.15) -> Table:
+    """Two interleaved half circles of radius 1 with normal noise."""
+    angle, y = rng.uniform(0, math.pi, n), np.arange(n) % 2
+    x = np.where(y, (1 - np.cos(angle), 0.5 - np.sin(angle)), (np.cos(angle), np.sin(angle))).T
+    return "two moons", x + rng.normal(0, noise, x.shape), y, 2
+
+
+def number(cell: str) -> float | None:
+    """The number in a cell, which may be nan or inf; None if it holds none."""
     try:
-        return float(cell)
+        return None if "_" in cell else float(cell)  # Python reads 1_000 as a number, spreadsheets do not
     except ValueError:
         return None
 
 
-def read_table(path):
-    """The header (or None) and the rows of cells of a CSV file, all of one width, with the line each row stands in."""
+def split_cells(text: str, delimiter: str):
+    """(row number, cells) of each row that is not blank, counting rows as a spreadsheet does."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    for row in itertools.count(1):
+        try:
+            cells = [cell.strip() for cell in next(reader)]
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(f"row {row}: {error}") from None
+        if any(cells):
+            yield row, cells
+
+
+def read_rows(path: str) -> list[tuple[int, list[str]]]:
+    """The rows of a CSV file, all of the same width."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}: not a text file in UTF-8") from None
+        content = Path(path).read_bytes()
+        text = content.decode("utf-8-sig")
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or error}") from None
+        raise UserError(f"cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        row = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"row {row}: not UTF-8 text; if this is a table, save it as CSV in UTF-8") from None
     if "\0" in text:
-        raise BadInput(f"{path}: not a text file")
-    first = text.lstrip().split("\n", 1)[0]
-    delimiter = max(",;\t", key=first.count)
+        raise UserError("not a text file, it has zero bytes; if this is a table, save it as CSV in UTF-8")
+
+    def fit(delimiter):
+        """Best is what splits the first rows into equally many cells; then what the first row has most of."""
+        try:
+            widths = {len(cells) for _, cells in itertools.islice(split_cells(text, delimiter), 20)}
+        except UserError:
+            widths = set()
+        return len(widths) == 1 and widths != {1}, text.strip().split("\n", 1)[0].count(delimiter)
+
+    rows = list(split_cells(text, max(",;\t", key=fit)))
+    for row, cells in rows:
+        if len(cells) != len(rows[0][1]):
+            raise UserError(f"row {row}: {len(cells)} cells, but row {rows[0][0]} has {len(rows[0][1])}")
+    return rows
+
+
+def is_header(rows: list[tuple[int, list[str]]], target: int) -> bool:
+    """Whether the first row holds names, judged by the features, which are numbers in every other row."""
+    first = rows[0][1]
+    features = [cell for i, cell in enumerate(first) if i != target]
+    names = [cell for cell in features if number(cell) is None and cell.lower() not in MISSING]
+    if names:  # among numbers, only a word is a name: 12x may be a typing error, in a row that must not get lost
+        return all(number(cell) is None for cell in features) or any(name[0].isalpha() for name in names)
+    later = [cells[target] for _, cells in rows[1:]] if 0 <= target < len(first) else []
+    return bool(later) and number(first[target]) is None and all(number(cell) is not None for cell in later)
+
+
+def find_target(rows: list[tuple[int, list[str]]], target: str) -> tuple[int, bool]:
+    """The index of the target column, given by name or number, and whether the first row is a header."""
+    first = rows[0][1]
     try:
-        reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter)
-        lines = [(reader.line_num, [c.strip() for c in row]) for row in reader if any(c.strip() for c in row)]
-    except csv.Error as error:
-        raise BadInput(f"{path}: {error}") from None
-    if not lines:
-        raise BadInput(f"{path}: the file is empty")
-    width = len(lines[0][1])
-    for line, row in lines:
-        if len(row) != width:
-            raise BadInput(f"{path}: row {line} has {len(row)} columns, the first has {width}")
-    if width < 2:
-        raise BadInput(f"{path}: one column only; a table needs at least one feature and a target")
-    # A header is a first row with text where the second row has a number, or with text only.
-    head, rest = lines[0][1], lines[1:]
-    below = rest[0][1] if rest else head
-    header = all(number(c) is None and c for c in head) and any(number(c) is not None for c in below)
-    header = header or any(number(c) is None and c and number(d) is not None for c, d in zip(head, below))
-    return (head, rest) if header else (None, lines)
+        position = int(target)
+    except ValueError:
+        position = None
+    index = -1 if not position else position - 1 if position > 0 else len(first) + position
+    header = position is None or is_header(rows, index)
+    if header and first.count(target) == 1:
+        return first.index(target), True
+    if header and first.count(target) > 1:
+        raise UserError(f"--target {target!r}: {first.count(target)} columns have that name; give the column's number")
+    if not 0 <= index < len(first):
+        names = ", ".join(map(reprlib.repr, first[:10])) + ", ..." * (len(first) > 10)
+        raise UserError(f"--target {target!r}: no such column; there are {len(first)}, and the first row is {names}")
+    return index, header
 
 
-def target_column(target, header, width):
-    if target is None:
-        return width - 1
-    if header and target in header:
-        return header.index(target)
-    if target.isdigit() and 1 <= int(target) <= width:
-        return int(target) - 1
-    known = f"one of {', '.join(header)}, or " if header else ""
-    raise BadInput(f"--target: expected {known}a column number from 1 to {width}, got {target!r}")
+def read_labels(cells: list[str], complain) -> tuple[np.ndarray, int]:
+    """The target's numbers and 0, or class numbers and how many classes. complain(i, problem) raises for cell i."""
+    numbers = [number(cell) for cell in cells]
+    for i, (cell, x) in enumerate(zip(cells, numbers)):
+        if cell.lower() in MISSING or (x is not None and not math.isfinite(x)):
+            complain(i, "is not a label or a finite number")
+    known = [x for x in numbers if x is not None]
+    few = len(set(known)) <= min(MAX_CLASSES, len(cells) // ROWS_PER_CLASS) and all(x.is_integer() for x in known)
+    if len(known) == len(cells) and not few:
+        return np.array(known), 0
+    if len(known) < len(cells):
+        text, different = numbers.index(None), len(set(cells))
+        if len(known) > len(cells) / 2 and not few:
+            complain(text, "is not a number, as most of that column are")
+        if different > len(cells) / 2:
+            complain(text, f"is not a class label: {different} different ones are too many for {len(cells)} rows")
+    classes, y = np.unique(cells if len(known) < len(cells) else known, return_inverse=True)
+    return y, len(classes)
 
 
-def load_csv(path, target):
-    """Features (n, k) of float and the cells of the target column."""
-    header, lines = read_table(path)
-    if len(lines) < MIN_ROWS:
-        raise BadInput(f"{path}: {len(lines)} rows of data are too few, at least {MIN_ROWS} are needed")
-    column = target_column(target, header, len(lines[0][1]))
-    features, cells = [], []
-    for line, row in lines:
-        values = []
-        for j, cell in enumerate(row):
-            name = f"column {j + 1}" + (f" ({header[j]})" if header else "")
-            value = number(cell)
-            if not cell or (value is not None and not math.isfinite(value)):
-                raise BadInput(f"{path}: row {line}, {name}: expected a value, got {cell or 'an empty cell'!r}")
-            if j == column:
-                cells.append(cell)
-            elif value is None:
-                raise BadInput(f"{path}: row {line}, {name}: expected a number, got {cell!r}")
-            else:
-                values.append(value)
-        features.append(values)
-    return np.array(features), cells
+def read_table(path: str, target: str) -> Table:
+    """A CSV file as a table; UserError names the row and column that is wrong."""
+    rows = read_rows(path)
+    if not rows:
+        raise UserError("the file is empty")
+    if len(rows[0][1]) < 2:
+        raise UserError("there is only one column (they end at commas, semicolons or tabs): nothing to predict it from")
+    index, header = find_target(rows, target)
+    names = rows.pop(0)[1] if header else [""] * len(rows[0][1])
+    if len(rows) < MIN_ROWS:
+        count = f"{len(rows)} row{'s' * (len(rows) != 1)}{' below the header' * header}"
+        raise UserError(f"{count}, at least {MIN_ROWS} are needed")
+
+    def complain(i, problem, column=index):
+        row, cells = rows[i]
+        name = f" ({reprlib.repr(names[column])})" if names[column] else ""
+        problem = "is missing" if not cells[column] else f"{reprlib.repr(cells[column])} {problem}"
+        raise UserError(f"row {row}, column {column + 1}{name}: {problem}")
+
+    features = [k for k in range(len(names)) if k != index]
+    x = np.empty((len(rows), len(features)))
+    for i, (_, cells) in enumerate(rows):
+        for j, column in enumerate(features):
+            value = number(cells[column])
+            if value is None or not math.isfinite(value):
+                complain(i, f"is not a {'finite ' * (value is not None)}number; only the target can be text", column)
+            x[i, j] = value
+    y, classes = read_labels([cells[index] for _, cells in rows], complain)
+    target = reprlib.repr(names[index]) if names[index] else f"column {index + 1}"
+    if (y == y[0]).all():
+        raise UserError(f"target {target} is {reprlib.repr(rows[0][1][index])} in every row: there is nothing to learn")
+    return f"{Path(path).name} ({'with a' if header else 'no'} header row), target {target}", x, y, classes
 
 
-class Task:
-    """What is learned: the network's targets, its loss and how well it does. Classification or regression."""
-
-    def __init__(self, cells):
-        values = [number(c) for c in cells]
-        integers = all(v is not None and v == int(v) for v in values) and len(set(values)) <= MAX_INTEGER_CLASSES
-        self.classes = None
-        if any(v is None for v in values) or integers:
-            self.classes = sorted(set(cells)) if None in values else sorted(set(cells), key=float)
-            if len(self.classes) < 2:
-                raise BadInput(f"the target has one class only: {self.classes[0]!r}")
-            place = {c: i for i, c in enumerate(self.classes)}
-            self.y = np.array([place[c] for c in cells])
-            self.outputs, self.name, self.loss = len(self.classes), "accuracy", cross_entropy
-        else:
-            self.y = np.array(values)
-            self.outputs, self.name, self.loss = 1, "R^2", mse_loss
-
-    def split(self, rng):
-        """Rows to train and to test on: a fifth to test, of each class if there are classes."""
-        groups = (
-            [np.arange(len(self.y))]
-            if self.classes is None
-            else [np.flatnonzero(self.y == c) for c in range(self.outputs)]
-        )
-        test = [rng.permutation(g)[: max(1, round(len(g) / 5)) if len(g) > 1 else 0] for g in groups]
-        test = np.sort(np.concatenate(test))
-        return np.setdiff1d(np.arange(len(self.y)), test), test
-
-    def scale(self, train):
-        """Brings a regression's target to mean 0 and deviation 1 on the training rows."""
-        if self.classes is None:
-            self.y = (self.y - self.y[train].mean()) / (self.y[train].std() or 1.0)
-
-    def score(self, model, x, y):
-        with no_grad():
-            out = model(x).data.data
-        if self.classes is not None:
-            return float(np.mean(out.argmax(axis=1) == y))
-        return 1.0 - float(np.mean((out - y) ** 2)) / (float(np.var(y)) or 1.0)
-
-    def report(self, score):
-        return f"{self.name}: {score:.1%}" if self.classes is not None else f"{self.name}: {score:.3f}"
+def hold_back(y: np.ndarray, classes: int, rng: np.random.Generator) -> np.ndarray:
+    """Which rows are for the test: random ones of each class (both sides get some), or of neighbours by the target."""
+    order = np.argsort(y, kind="stable")
+    cuts = np.flatnonzero(np.diff(y[order])) + 1 if classes else round(len(y) / 5)
+    held = np.zeros(len(y), bool)
+    for group in np.array_split(order, cuts):
+        held[rng.permutation(group)[: max(round(len(group) / 5), len(group) > 1)]] = True
+    return held
 
 
-def picture(model, task, x, y, name):
-    """Draws the loss of a few samples; returns what went wrong, if something did."""
-    x, y = Tensor(x), Tensor(y, dtype=y.dtype)
-    prediction = model(x)
-    prediction.label = "prediction"
-    loss = task.loss(prediction, y)
+def standardise(x: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Columns of mean 0 and standard deviation 1 over the rows to train on; those that are constant there become 0."""
+    size = np.abs(x[~held]).max(axis=0, initial=1e-300)  # divided by it, no square over- or underflows
+    seen = x[~held] / size
+    spread = np.where(np.ptp(seen, axis=0) > 0, seen.std(axis=0), np.inf)
+    return (x / size - seen.mean(axis=0)) / spread
+
+
+# --- training ---
+
+
+def score(model: MLP, x: np.ndarray, y: np.ndarray, classes: int) -> str:
+    """Accuracy, or R^2: the explained share of y's variance (the same in any unit of y), nan if y does not vary."""
+    with no_grad():
+        out = model(Tensor(x)).data.data
+    if classes:
+        return f"accuracy: {np.mean(out.argmax(axis=1) == y):.1%}"
+    variation = np.sum((y - y.mean()) ** 2)
+    return f"R^2: {1 - np.sum((y - out) ** 2) / variation if variation else math.nan:.3f}"
+
+
+def loss_of(model: MLP, x: np.ndarray, y: np.ndarray, classes: int) -> Value:
+    out = model(Tensor(x))
+    out.label = "logits" if classes else "prediction"
+    loss = cross_entropy(out, y) if classes else mse_loss(out, y)
     loss.label = "loss"
+    return loss
+
+
+def train(model, x, y, classes, epochs, rng, stopped) -> int:
+    """Runs Adam on minibatches, with a learning rate that falls to 0, until stopped(). Returns the epochs completed."""
+    optimizer = Adam(model.parameters(), LEARNING_RATE, weight_decay=0.1, decoupled=True)
+    batches = max(1, min(32, len(x) // 16), len(x) // 1024)
+    began = shown = time.monotonic()
+    live = sys.stdout.isatty()
+    for epoch in range(1, epochs + 1):
+        optimizer.lr = LEARNING_RATE * (1 - (epoch - 1) / epochs)
+        total = 0.0
+        for rows in np.array_split(rng.permutation(len(x)), batches):
+            if stopped():
+                return epoch - 1
+            optimizer.zero_grad()
+            loss = loss_of(model, x[rows], y[rows], classes)
+            loss.backward(retain_grads=False)
+            optimizer.step()
+            total += loss.item() * len(rows)
+        now = time.monotonic()
+        if epoch == epochs or (now - shown > 0.1 if live else epoch * 10 // epochs > (epoch - 1) * 10 // epochs):
+            shown = now
+            minutes, seconds = divmod(round((now - began) / epoch * (epochs - epoch)), 60)
+            line = f"epoch {epoch:{len(str(epochs))}}/{epochs}  loss {total / len(x):.4f}"
+            line += f"  train {score(model, x, y, classes)}  {minutes}:{seconds:02} left"
+            if live:
+                width = shutil.get_terminal_size().columns - 1
+                line = f"\r{line[:width]:{width}}"
+            print(line, end="" if live and epoch < epochs else "\n", flush=True)
+    return epochs
+
+
+# --- the command ---
+
+
+def picture(loss: Value, name: str, failures: dict[str, str]) -> None:
+    """Draws into graph/, or notes why not."""
+    try:
+        GRAPHS.mkdir(exist_ok=True)
+        draw(loss, GRAPHS / name)
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        failures[f"graph/{name}"] = str(error).split(". ")[0].splitlines()[0]
+
+
+def run(data: str | None, target: str, epochs: int, seed: int) -> int:
+    rng = np.random.default_rng(seed)
+    title, x, y, classes = two_moons(rng) if data is None else read_table(data, "-1" if target is None else target)
+    held = hold_back(y, classes, rng)
+    x = standardise(x, held).clip(-1e6, 1e6)  # a row unlike any that is trained on must still fit in float32
+    y = y if classes else standardise(y, held)
+    if not classes and not y[~held].any():
+        raise UserError("the target is the same in all rows to train on: there is nothing to learn")
+    model = MLP(x.shape[1], [16, 16, classes or 1], activation="tanh", seed=rng)
+    kind = f"{classes} classes" if classes else "a regression"
+    print(f"{title}: {kind}, {x.shape[1]} features, {np.sum(~held)} rows to train on, {held.sum()} to test on")
+    print(model, flush=True)
+
+    interrupts: list[int] = []
+
+    def interrupt(*_):
+        interrupts.append(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one ends everything
+
+    signal.signal(signal.SIGINT, interrupt)
+    sample, failures = (x[~held][0], y[~held][0], classes), {}
+    picture(loss_of(model, *sample), "initial_graph.png", failures)
+    done = train(model, x[~held], y[~held], classes, epochs, rng, lambda: interrupts)
+    if done < epochs:
+        print("\n" * sys.stdout.isatty() + f"Interrupted: {done} of {epochs} epochs are complete.", flush=True)
     model.zero_grad()
+    loss = loss_of(model, *sample)
     loss.backward()
-    GRAPH.mkdir(exist_ok=True)
-    try:
-        draw(loss, GRAPH / name)
-    except (RuntimeError, ImportError, OSError) as error:
-        return " ".join(str(error).split())
-    return None
+    picture(loss, "trained_model.png", failures)
+    if failures:
+        print(f"Not drawn: {', '.join(failures)}: {'; '.join(dict.fromkeys(failures.values()))}")
+    else:
+        print("Drawn: graph/initial_graph.png, graph/trained_model.png")
+    result = score(model, x[held], y[held], classes)
+    if "nan" in result:
+        print("R^2 is not defined here: the target is the same in all test rows.")
+    print(f"test {result}")
+    return 130 if interrupts else 0
 
 
-def train(model, task, x, y, epochs, rng):
-    """Minibatches with Adam; stops early on Ctrl-C."""
-    optimizer = Adam(model.parameters(), lr=0.01)
-    start, live = time.monotonic(), sys.stdout.isatty()
-    try:
-        for epoch in range(1, epochs + 1):
-            optimizer.lr = 0.01 * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
-            total = 0.0
-            for rows in np.array_split(rng.permutation(len(x)), math.ceil(len(x) / BATCH)):
-                loss = task.loss(model(x[rows]), y[rows])
-                optimizer.zero_grad()
-                loss.backward(retain_grads=False)
-                optimizer.step()
-                total += float(loss) * len(rows)
-            if live or epoch == epochs or epoch % max(1, epochs // 10) == 0:
-                left = (time.monotonic() - start) / epoch * (epochs - epoch)
-                line = f"epoch {epoch}/{epochs}  loss {total / len(x):.4f}  "
-                line += f"train {task.report(task.score(model, x, y))}  {left:.0f} s left"
-                print(f"\r{line}\033[K" if live else line, end="" if live and epoch < epochs else "\n", flush=True)
-    except KeyboardInterrupt:
-        print("\nstopped: keeping what was trained so far", flush=True)
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"demo.py: error: {' '.join(message.split())}\n")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", help="a CSV file; two moons without one")
-    parser.add_argument("--target", metavar="COLUMN", help="name or number (from 1) of the column to predict; the last")
-    parser.add_argument("--epochs", type=int, default=100, metavar="N", help="passes over the training rows (100)")
+def main() -> int:
+    parser = Parser(description=ABOUT, epilog=EXITS, allow_abbrev=False)
+    parser.add_argument("data", nargs="?", metavar="data.csv", help="a table to learn from (default: two moons)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the split, the weights and the batches (0)"
+        "--target",
+        metavar="COLUMN",
+        help="what to predict: a name in the header, or a number: 1 is the first column, -1 the last (default)",
     )
-    options = parser.parse_args()
+    parser.add_argument("--epochs", type=int, default=100, metavar="N", help="passes over the data (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of columns, on a terminal that has not all letters
+    arguments = parser.parse_args()
+    for name, least in (("epochs", 1), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
+    if arguments.target is not None and arguments.data is None:
+        parser.error("--target is a column of data.csv, which was not given")
     try:
-        if options.epochs < 1:
-            raise BadInput(f"--epochs: expected at least 1, got {options.epochs}")
-        if options.seed < 0:
-            raise BadInput(f"--seed: expected at least 0, got {options.seed}")
-        rng = np.random.default_rng(options.seed)
-        x, cells = load_csv(options.data, options.target) if options.data else two_moons(rng)
-        task = Task(list(cells))
-    except BadInput as error:
-        print(f"demo.py: {error}", file=sys.stderr)
-        return 2
-
-    train_rows, test_rows = task.split(rng)
-    deviation = x[train_rows].std(axis=0)
-    x = ((x - x[train_rows].mean(axis=0)) / np.where(deviation > 0, deviation, 1.0)).astype(np.float32)
-    task.scale(train_rows)
-    model = MLP(x.shape[1], [16, 16, task.outputs], activation="tanh", seed=rng)
-    print(f"{len(train_rows)} rows to train on, {len(test_rows)} to test on; {model}")
-    problems = [picture(model, task, x[train_rows[:4]], task.y[train_rows[:4]], "initial_graph.png")]
-    train(model, task, x[train_rows], task.y[train_rows], options.epochs, rng)
-    problems.append(picture(model, task, x[train_rows[:4]], task.y[train_rows[:4]], "trained_model.png"))
-    for name, problem in zip(("initial_graph.png", "trained_model.png"), problems):
-        print(f"could not draw graph/{name}: {problem}" if problem else f"wrote graph/{name}")
-    print(f"test {task.report(task.score(model, x[test_rows], task.y[test_rows]))}")
-    return 0
+        return run(**vars(arguments))
+    except UserError as error:
+        parser.error(f"{arguments.data!r}: {error}")
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

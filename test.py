@@ -12,12 +12,15 @@ import pickle
 import random
 import re
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import unittest
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 from xml.etree import ElementTree
@@ -1268,6 +1271,267 @@ class TestMicrograd(unittest.TestCase):
             self.assertLess(losses[-1], losses[0] / 2)
         finally:
             theirs.Value = original
+
+
+class TestDemo(unittest.TestCase):
+    """demo.py as its users run it, in a copy: two moons and CSV files, pictures, progress, errors, Ctrl-C."""
+
+    @classmethod
+    def setUpClass(cls):
+        temporary = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(temporary.cleanup)
+        cls.folder = Path(temporary.name)
+        for name in ("demo.py", "picograd.py"):
+            shutil.copy(HERE / name, cls.folder)
+        rng = np.random.default_rng(0)
+        cls.x = rng.normal(size=(60, 3)).round(3)
+        cls.kind = [("ash", "oak")[int(row[0] + row[1] > 0)] for row in cls.x]  # two classes
+        cls.size = (100 + 10 * cls.x @ [1.0, -2.0, 0.5]).round(3)  # a regression
+
+    def demo(self, *args, folder=None, **environment):
+        command = [sys.executable, str((folder or self.folder) / "demo.py"), *map(str, args)]
+        environment = os.environ | {"PYTHONIOENCODING": "utf-8"} | environment
+        return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=120)
+
+    def table(self, name, target, header="a,b,c,label", change=None):
+        """A CSV file of x and the target; change(text) makes another form of it."""
+        rows = [",".join([*map(str, row), str(y)]) for row, y in zip(self.x, target)]
+        text = "\n".join(([header] if header else []) + rows) + "\n"
+        text = change(text) if change else text
+        path = self.folder / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    def last_line(self, *args, pattern=r"test (accuracy: \d+\.\d%|R\^2: -?\d+\.\d{3})", **options):
+        """Of a run that must succeed without a word on stderr."""
+        run = self.demo(*args, **options)
+        self.assertEqual((run.returncode, run.stderr), (0, ""), run.stdout)
+        last = run.stdout.splitlines()[-1]
+        self.assertRegex(last, f"^{pattern}$", run.stdout)
+        return last
+
+    @unittest.skipUnless(shutil.which("dot"), "needs Graphviz")
+    def test_two_moons_is_learned_and_drawn(self):
+        run = self.demo("--epochs", 40)
+        self.assertEqual((run.returncode, run.stderr), (0, ""))
+        lines = run.stdout.splitlines()
+        accuracy = re.fullmatch(r"test accuracy: (\d+\.\d)%", lines[-1])
+        self.assertGreater(float(accuracy[1]), 95)
+        progress = [line for line in lines if line.startswith("epoch")]
+        self.assertEqual([int(line.split()[1].split("/")[0]) for line in progress], list(range(4, 41, 4)))
+        for line in progress:
+            self.assertRegex(line, r"^epoch +\d+/40  loss \d\.\d{4}  train accuracy: \d+\.\d%  \d+:\d\d left$")
+        for name in ("initial_graph.png", "trained_model.png"):
+            picture = (self.folder / "graph" / name).read_bytes()
+            self.assertEqual(picture[:8], b"\x89PNG\r\n\x1a\n")
+            self.assertLessEqual(struct.unpack(">I", picture[16:20])[0], 900, f"{name} is wider than a page")
+        self.assertNotIn("\r", run.stdout)
+
+    def test_seed_decides_everything(self):
+        def lines(seed):
+            run = self.demo("--epochs", 2, "--seed", seed)
+            return [line.rsplit("  ", 1)[0] for line in run.stdout.splitlines()]  # without the time left
+
+        with ThreadPoolExecutor(2) as pool:
+            first, second, other = pool.map(lines, (1, 1, 2))
+        self.assertEqual(first, second)
+        self.assertNotEqual(first, other)
+
+    def test_forms_of_a_table(self):
+        forms = {
+            "plain.csv": None,
+            "semicolon.csv": lambda text: text.replace(",", ";"),
+            "tab.csv": lambda text: text.replace(",", "\t"),
+            "excel.csv": lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode(),
+            "blank.csv": lambda text: "\n" + text.replace("\n", "\n\n") + " \n,,,\n\n",
+            "quoted.csv": lambda text: re.sub(r"[^,\n]+", r' "\g<0>"', text),
+            "names.csv": lambda text: text.replace("a,b,c,label", '"a, ""b"";c",2020,"two\nlines",label'),
+            "noend.csv": lambda text: text.rstrip("\n"),
+        }
+        paths = [self.table(name, self.kind, change=change) for name, change in forms.items()]
+        paths.append(self.table("no_header.csv", self.kind, header=""))
+        with ThreadPoolExecutor(2) as pool:
+            results = list(pool.map(lambda path: self.last_line(path, "--epochs", 15), paths))
+        self.assertRegex(results[0], "test accuracy")
+        self.assertEqual(results, results[:1] * len(paths))
+
+    def test_target_and_task(self):
+        few = [int(kind == "oak") for kind in self.kind]
+        moved = "\n".join(f"{y},{a},{b},{c}" for (a, b, c), y in zip(self.x, self.kind)) + "\n"
+        (self.folder / "first.csv").write_text("label,a,b,c\n" + moved, encoding="utf-8")
+        (self.folder / "first_bare.csv").write_text(moved, encoding="utf-8")
+        cases = [  # (file, arguments, words of the first line), by what the last line must be
+            (self.table("text.csv", self.kind), (), "'label': 2 classes, 3 features, 48 rows to train on, 12 to test"),
+            (self.folder / "first.csv", ("--target", "label"), "(with a header row), target 'label': 2 classes"),
+            (self.folder / "first.csv", ("--target", "1"), "target 'label': 2 classes"),
+            (self.folder / "first_bare.csv", ("--target", "-4"), "(no header row), target column 1: 2 classes"),
+            (self.table("few.csv", few), (), "2 classes"),
+            (self.table("few_float.csv", map(float, few), "1,2,3,label"), (), "(with a header row), target 'label': 2"),
+            (self.table("size.csv", self.size), (), "a regression, 3 features"),
+            (self.table("many.csv", self.size.round().astype(int)), (), "a regression"),
+            (self.table("other.csv", self.kind), ("--target", "label"), "2 classes"),
+        ]
+        with ThreadPoolExecutor(2) as pool:
+            runs = list(pool.map(lambda case: self.demo(case[0], "--epochs", 25, *case[1]), cases))
+        for (path, args, words), run in zip(cases, runs):
+            with self.subTest(file=path.name, args=args):
+                self.assertEqual((run.returncode, run.stderr), (0, ""))
+                lines = run.stdout.splitlines()
+                self.assertIn(words, lines[0])
+                score = float(re.search(r"-?\d+\.\d+", lines[-1])[0])
+                self.assertIn("test R^2: " if "regression" in words else "test accuracy: ", lines[-1])
+                self.assertGreater(score, 0.8 if "regression" in words else 80, lines[-1])
+
+    def test_awkward_numbers(self):
+        def with_constant(text):  # a constant whose mean is not exact, and numbers whose squares are out of range
+            rows = [line.split(",") for line in text.splitlines()]
+            return "".join(f"0.1,{float(a) * 1e200!r},{float(b) * 1e-200!r},{c},{y}\n" for a, b, c, y in rows)
+
+        path = self.table("awkward.csv", self.size * 1e250, "", with_constant)
+        self.assertGreater(float(self.last_line(path, "--epochs", 25, pattern=r"test R\^2: .*").split()[-1]), 0.8)
+
+    def test_errors_are_one_line_with_row_and_column(self):
+        text = "a,b,c,label\n" + "".join(f"{i},{i}.5,-{i},{'xy'[i % 2]}\n" for i in range(1, 21))
+
+        def put(row, column, cell, source=text):
+            rows = [line.split(",") for line in source.splitlines()]
+            rows[row - 1][column - 1] = cell
+            return "\n".join(map(",".join, rows)) + "\n"
+
+        numbers = re.sub(r"[xy]\n", "1.5\n", text).replace("1,1.5,-1,1.5", "1,1.5,-1,2.5")
+        bare = text.split("\n", 1)[1]
+        cases = {  # content of the file (None: there is none), arguments, what the error says
+            "missing": (None, [], "No such file|cannot be read"),
+            "empty": ("", [], "empty"),
+            "blank": ("\n \n\n", [], "empty"),
+            "header only": ("a,b,c\n", [], "0 rows below the header, at least 10"),
+            "too few": ("\n".join(text.splitlines()[:10]), [], "9 rows below the header, at least 10"),
+            "short row": (text.replace("\n3,3.5,-3,y", "\n3,3.5,y"), [], "row 4: 3 cells, but row 1 has 4"),
+            "long row": (bare + "1,2,3,x,\n", [], "row 21: 5 cells, but row 1 has 4"),
+            "text": (put(5, 2, "high"), [], r"row 5, column 2 \('b'\): 'high' is not a number"),
+            "decimal comma": (
+                text.replace(",", ";").replace("3.5", "3,5"),
+                [],
+                "row 4, column 2 .*'3,5' is not a number",
+            ),
+            "text in first row": (put(1, 2, "12x", bare), [], "row 1, column 2: '12x' is not a number"),
+            "gap": (put(7, 1, ""), [], r"row 7, column 1 \('a'\): is missing"),
+            "gap in first row": (put(1, 3, "", bare), [], "row 1, column 3: is missing"),
+            "nan": (put(21, 3, "NaN"), [], r"row 21, column 3 \('c'\): 'NaN' is not a finite number"),
+            "inf": (put(21, 3, "-inf", text.replace("\n", "\n\n")), [], "row 21, column 3"),
+            "overflow": (put(2, 1, "1e999"), [], "row 2, column 1 .*not a finite number"),
+            "no label": (put(9, 4, ""), [], r"row 9, column 4 \('label'\): is missing"),
+            "nan label": (put(9, 4, "nan", numbers), [], "row 9, column 4 .*'nan'"),
+            "text label": (put(9, 4, "1.5kg", numbers), [], "row 9, column 4 .*'1.5kg' is not a number, as most"),
+            "all labels differ": (re.sub(r"(\d+),[xy]\n", r"\1,id\1\n", text), [], "20 different ones are too many"),
+            "one class": (text.replace("y\n", "x\n"), [], "target 'label' is 'x' in every row"),
+            "one number": (re.sub(r"[xy]\n", "0.5\n", text), [], "target 'label' is '0.5' in every row"),
+            "one column": ("label\n" + "x\ny\n" * 10, [], "only one column"),
+            "open quote": (put(15, 4, '"x'), [], "row 15: "),
+            "latin-1": (put(4, 4, "é").encode("latin-1"), [], "row 4: not UTF-8"),
+            "utf-16": (text.encode("utf-16"), [], "not UTF-8"),
+            "binary": (b"PK\x03\x04\0\0\0\x01\n", [], "not a text file"),
+            "unknown name": (text, ["--target", "size"], "--target 'size': no such column; .*'a', 'b', 'c', 'label'"),
+            "column 5": (text, ["--target", "5"], "--target '5': no such column"),
+            "column 0": (text, ["--target", "0"], "--target '0': no such column"),
+            "twice": (text.replace("a,b,c", "a,b,b"), ["--target", "b"], "2 columns have that name"),
+            "epochs": (text, ["--epochs", "0"], "--epochs must be at least 1, got 0"),
+            "no number": (text, ["--epochs", "many"], "--epochs: invalid int value: 'many'"),
+            "seed": (text, ["--seed", "-1"], "--seed must be at least 0, got -1"),
+            "unknown option": (text, ["--layers", "3"], "--layers"),
+        }
+
+        def run(case):
+            (name, (content, args, _)) = case
+            path = self.folder / f"wrong {name}.csv"
+            if content is not None:
+                path.write_bytes(content if isinstance(content, bytes) else content.encode())
+            return self.demo(path, *args)
+
+        with ThreadPoolExecutor(2) as pool:
+            runs = list(pool.map(run, cases.items()))
+            runs += pool.map(lambda args: self.demo(*args), [(self.folder,), ("",), ("--target", "a")])
+        cases |= {"folder": (0, 0, "directory|denied"), "''": (0, 0, "cannot be read"), "moons": (0, 0, "not given")}
+        for (name, (_, _, error)), result in zip(cases.items(), runs):
+            with self.subTest(name):
+                self.assertEqual((result.returncode, result.stdout), (2, ""), result.stderr)
+                self.assertRegex(result.stderr, rf"^demo\.py: error: .*({error}).*\n$")
+
+    def test_split_and_standardisation(self):
+        import demo
+
+        rng = np.random.default_rng(0)
+        y = rng.permutation(np.repeat([0, 1, 2, 3], [2, 50, 1, 147]))
+        held = demo.hold_back(y, 4, rng)
+        self.assertEqual([int(held[y == k].sum()) for k in range(4)], [1, 10, 0, 29])
+        self.assertEqual(int(demo.hold_back(rng.normal(size=200), 0, rng).sum()), 40)
+        x = np.column_stack([rng.normal(5, 3, 200), np.full(200, 0.1)])
+        x[held] += 100
+        z = demo.standardise(x, held)
+        np.testing.assert_allclose(z[~held].mean(0), 0, atol=1e-12)
+        np.testing.assert_allclose(z[~held].std(0), [1, 0], atol=1e-12)
+        self.assertGreater(z[held, 0].min(), 10)
+        self.assertFalse(z[:, 1].any())
+
+    def test_pictures_that_cannot_be_drawn(self):
+        def without_package(folder):
+            (folder / "graphviz.py").write_text("raise ImportError('no graphviz')", encoding="utf-8")
+
+        def without_folder(folder):
+            (folder / "graph").write_text("in the way", encoding="utf-8")
+
+        empty = tempfile.TemporaryDirectory()
+        self.addCleanup(empty.cleanup)
+        cases = [
+            (lambda folder: None, {"PATH": empty.name}, "`dot`.* was not found"),
+            (without_package, {}, "pip install graphviz"),
+            (without_folder, {}, "graph"),
+        ]
+        for prepare, environment, reason in cases:
+            with self.subTest(reason), tempfile.TemporaryDirectory() as folder:
+                for name in ("demo.py", "picograd.py"):
+                    shutil.copy(self.folder / name, folder)
+                prepare(Path(folder))
+                run = self.demo("--epochs", 1, folder=Path(folder), **environment)
+                self.assertEqual((run.returncode, run.stderr), (0, ""))
+                said = [line for line in run.stdout.splitlines() if "Not drawn" in line]
+                self.assertEqual(len(said), 1, run.stdout)
+                self.assertRegex(said[0], rf"^Not drawn: graph/initial_graph.png, graph/trained_model.png: .*{reason}")
+                self.assertRegex(run.stdout.splitlines()[-1], r"^test accuracy: \d+\.\d%$")
+
+    @unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
+    def test_progress_on_a_terminal_and_ctrl_c(self):
+        import pty
+
+        pictures = self.folder / "graph"
+        shutil.rmtree(pictures, ignore_errors=True)
+        ours, theirs = pty.openpty()
+        command = [sys.executable, str(self.folder / "demo.py"), "--epochs", "100000"]
+        with subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL) as process:
+            self.addCleanup(os.close, ours)
+            os.close(theirs)
+            output = b""
+            while output.count(b"epoch") < 3 and (block := self.read(ours)):
+                output += block
+            process.send_signal(signal.SIGINT)
+            while block := self.read(ours):
+                output += block
+        lines = output.decode().replace("\r\n", "\n").splitlines()
+        self.assertEqual(process.returncode, 130, output)
+        progress = [line for line in lines if line.startswith("epoch")]  # splitlines() also splits at \r
+        self.assertGreaterEqual(len(progress), 3)
+        self.assertEqual(output.count(b"\r\n") + len(progress), output.count(b"\r"), "one line, rewritten")
+        self.assertRegex(lines[-1], r"^test accuracy: \d+\.\d%$")
+        self.assertTrue(any(re.match(r"Interrupted: \d+ of 100000 epochs", line) for line in lines), lines)
+        if shutil.which("dot"):
+            self.assertEqual(sorted(os.listdir(pictures)), ["initial_graph.png", "trained_model.png"])
+
+    @staticmethod
+    def read(terminal):
+        try:
+            return os.read(terminal, 65536)
+        except OSError:  # how Linux says that the other side has closed
+            return b""
 
 
 class Results(unittest.TextTestResult):
