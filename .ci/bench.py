@@ -404,20 +404,17 @@ def run(row: Row, rounds: int):
     for _ in range(rounds):
         for name in order:
             gc.collect()
-            time.sleep(
-                0.05
-            )  # idle threads of the last contender's pool spin for tens of milliseconds: wait till they sleep
             results[name].append(turn(ready[name]) if row.steps else ready[name]())
         order.append(order.pop(0))  # nobody runs always after the same neighbour
     gc.unfreeze()
     return results, absent
 
 
-def turn(step, settle=0.03, seconds=0.05):
+def turn(step, settle=0.05, seconds=0.05):
     """Mean time of a step over a turn: a mean, since steps have to pay for the garbage collections they bring about.
 
-    The first steps are not timed: they warm the caches, and idle threads of the last contender's pool, which spin for
-    tens of milliseconds, go to sleep. (Waiting for that with an idle processor would slow down the first contender's.)
+    The first steps are not timed: they warm the caches, while the idle threads of the last contender's pool, which spin
+    for tens of milliseconds, fall asleep.
     """
     start, calls = time.perf_counter(), 0
     while time.perf_counter() - start < settle:
@@ -459,9 +456,11 @@ def header() -> str:
     if os.path.exists("/proc/cpuinfo"):
         names = [line for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
         model = names[0].split(":", 1)[1].strip() if names else model
+    load = f"; load average before: {os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else ""
     return "\n".join(
         [
-            f"{datetime.date.today()}, {platform.system()}, {model}, {CORES} cores, {CORES} threads for each contender",
+            f"{datetime.date.today()}, {platform.system()}, {model}, {CORES} cores, {CORES} threads for each contender"
+            + load,
             f"Python {platform.python_version()}, numpy {np.__version__} ({blas['name']} {blas['version']}), "
             + ", ".join(map(version, PEERS)),
         ]
