@@ -71,7 +71,7 @@ class Primitive:
     Calling it dispatches: with a Value among the operands it makes a node, with a Tensor a Tensor, else it computes.
     """
 
-    __slots__ = ("name", "symbol", "forward", "vjps", "scalar", "elementwise", "samples", "operands", "params")
+    __slots__ = ("name", "symbol", "forward", "vjps", "reads", "scalar", "elementwise", "samples", "operands", "params")
 
     def __call__(self, *args, **kwargs):
         operands = args
@@ -119,6 +119,7 @@ def primitive(
     scalar: Callable | None = None,
     elementwise: bool | None = None,
     variadic: bool = False,
+    reads: str = "out operands",
     samples: Sequence = (),
 ) -> Primitive:
     """Adds an operation to the table and returns it as a function of Values, Tensors, arrays and numbers.
@@ -132,6 +133,8 @@ def primitive(
     scalar: a faster form on Python floats. May raise ArithmeticError or ValueError: then `forward` is used.
     elementwise: whether each output element depends on one element per operand (with broadcasting); so for ufuncs.
     variadic: any number of operands; then there is one rule, told which: `vjp(i, g, out, operands, **params)`.
+    reads: what the rules read besides g: "out", "operands", both or "". If no operands, then forward takes out=, and
+        a result may be written over an operand that nobody else needs.
     samples: for the gradient test. An interval per operand of an element-wise primitive, or a list of
         (shapes of the operands, parameters).
 
@@ -155,6 +158,7 @@ def primitive(
     new.elementwise = (
         isinstance(forward, np.ufunc) and forward.signature is None if elementwise is None else elementwise
     )
+    new.reads = reads
     new.samples = samples or ((_REAL,) * len(vjps) if new.elementwise else ())
     names = _argument_names(next((rule for rule in vjps if rule), None))[4 if variadic else 2 :]
     names = names or _argument_names(forward)
@@ -223,7 +227,7 @@ def _power_y(g, out, x, y):
     return g * np.where(flat, 0.0, out * np.log(np.where(flat, 1.0, x)))
 
 
-primitive(np.add, lambda g, out, x, y: g, lambda g, out, x, y: g)
+primitive(np.add, lambda g, out, x, y: g, lambda g, out, x, y: g, reads="")
 primitive(np.subtract, lambda g, out, x, y: g, lambda g, out, x, y: -g)
 primitive(np.multiply, lambda g, out, x, y: g * y, lambda g, out, x, y: g * x)
 primitive(np.divide, lambda g, out, x, y: g / y, lambda g, out, x, y: -g * out / y, samples=(_REAL, _POSITIVE))
@@ -275,7 +279,8 @@ primitive(
 )
 primitive(np.sinh, lambda g, out, x: g * np.cosh(x), scalar=math.sinh)
 primitive(np.cosh, lambda g, out, x: g * np.sinh(x), scalar=math.cosh)
-primitive(np.tanh, lambda g, out, x: g * (1.0 - out * out), scalar=math.tanh)
+# g * (1 - out**2), in the order of operations in which NumPy needs one temporary array only.
+primitive(np.tanh, lambda g, out, x: -out * out * g + g, scalar=math.tanh, reads="out")
 primitive(np.arcsinh, lambda g, out, x: g / np.sqrt(x * x + 1.0), scalar=math.asinh)
 primitive(np.arccosh, lambda g, out, x: g / np.sqrt(x * x - 1.0), scalar=math.acosh, samples=(_OVER_1,))
 primitive(np.arctanh, lambda g, out, x: g / (1.0 - x * x), scalar=math.atanh, samples=(_UNIT,))
@@ -345,9 +350,9 @@ def clip(a, a_min=None, a_max=None, *, min=None, max=None):
 # --- activations that NumPy has no name for: functions of picograd, found in the table under themselves ---
 
 
-def _sigmoid(x):
+def _sigmoid(x, out=None):
     e = np.exp(-np.abs(x))  # never overflows
-    return np.where(x >= 0, 1.0, e) / (1.0 + e)
+    return np.divide(np.where(x >= 0, 1.0, e), 1.0 + e, out)
 
 
 _GELU = math.sqrt(2.0 / math.pi)
@@ -359,15 +364,16 @@ def _gelu_x(g, out, x):
 
 
 relu = primitive(
-    lambda x: np.maximum(x, 0.0),
+    lambda x, out=None: np.maximum(x, 0.0, out),
     lambda g, out, x: g * (out > 0),  # 0 at the kink
     name="relu",
+    reads="out",
     scalar=lambda x: 0.0 if x <= 0.0 else x,
     elementwise=True,
     samples=(_POSITIVE,),
 )
 sigmoid = primitive(
-    _sigmoid, lambda g, out, x: g * (out * (1.0 - out)), name="sigmoid", elementwise=True, samples=(_REAL,)
+    _sigmoid, lambda g, out, x: g * (out * (1.0 - out)), name="sigmoid", elementwise=True, reads="out", samples=(_REAL,)
 )
 softplus = primitive(
     lambda x: np.maximum(x, 0.0) + np.log1p(np.exp(-np.abs(x))),  # log(1 + exp(x)) without overflow
@@ -944,7 +950,7 @@ _MATMUL = [
     ((5, 1, 2, 3), (4, 3, 2)),
 ]
 _MATMUL += [((3,), (5, 3, 2)), ((5, 2, 3), (3,))]
-primitive(np.matmul, _matmul_x, _matmul_y, samples=[(shapes, {}) for shapes in _MATMUL])
+primitive(np.matmul, _matmul_x, _matmul_y, reads="operands", samples=[(shapes, {}) for shapes in _MATMUL])
 
 
 @composed(np.dot)
@@ -1682,6 +1688,13 @@ class Value(Array):
         for node, g in grads.items():
             node._grad = g
 
+    def __getattr__(self, name):
+        # Only for what is missing: the data of a node that another was written over. See `_write_over`.
+        if name != "_data" or self._prim is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._data = _evaluate(self._prim, [_raw(x) for x in self._args], self._params)
+        return self._data
+
     # --- what Python and NumPy ask of a number or array ---
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
@@ -1760,6 +1773,38 @@ def _node(data, prim, args, params) -> Value:
     return node
 
 
+_OVERWRITE_ELEMENTS = 1 << 14  # below, a buffer of its own costs less than the checks
+
+
+def _write_over(function: Callable, spent: Value, *others: Value):
+    """function(spent, *others), in the buffer of `spent`: a result that the caller made and nobody else holds.
+
+    Halves the memory of x @ w + b and its activation. Walkers of the graph who ask for the data of `spent` all the same
+    have it computed again, from what the leaves are then.
+    """
+    prim, raw = TABLE.get(function, function), spent._data
+    if type(raw) is not np.ndarray or raw.size < _OVERWRITE_ELEMENTS:
+        return prim(spent, *others)
+    if not (
+        "operands" not in getattr(prim, "reads", "operands")
+        and (spent._prim is None or "out" not in spent._prim.reads)
+        and all(np.broadcast_shapes(raw.shape, x.shape) == raw.shape for x in others)
+        and np.result_type(raw, *(x._data for x in others)) == raw.dtype
+    ):
+        return prim(spent, *others)
+    out = prim.forward(raw, *(x._data for x in others), out=raw)
+    del spent._data
+    return _node(out, prim, (spent, *others), _NO_PARAMS)
+
+
+def _held(x, otherwise):
+    """The raw value of an operand, unless another was written over it."""
+    try:
+        return Array._data.__get__(x) if isinstance(x, Array) else x
+    except AttributeError:
+        return otherwise
+
+
 class _Place(int):
     """In a pickled graph, an operand that is the node at this place of the list."""
 
@@ -1798,9 +1843,8 @@ def _filled_like(raw, number):
     return float(number) if isinstance(raw, (float, bool)) else _settle(np.full_like(raw, number))
 
 
-def _fit(g, x: Value):
-    """A gradient, as a rule gave it, for the operand x: summed over broadcast axes, and of x's dtype."""
-    raw = x._data
+def _fit(g, raw):
+    """A gradient, as a rule gave it, for an operand like `raw`: summed over broadcast axes, and of its dtype."""
     if type(g) is np.ndarray and type(raw) is np.ndarray and g.shape == raw.shape and g.dtype == raw.dtype:
         return g
     shape, had = np.shape(raw), np.shape(g)
@@ -1833,7 +1877,13 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
         if symbolic:
             out, operands = node, [x if isinstance(x, Value) else _raw(x) for x in args]
         else:
-            out, operands = node._data, [x._data if isinstance(x, Array) else x for x in args]
+            # Where data was written over, no rule reads it; g has its shape and dtype, which is all that `_fit` needs.
+            large = type(g) is np.ndarray and g.size >= _OVERWRITE_ELEMENTS
+            out = _held(node, g) if large else node._data
+            if large and "operands" not in prim.reads:
+                operands = [_held(x, g) for x in args]
+            else:
+                operands = [x._data if isinstance(x, Array) else x for x in args]
         variadic = prim.operands is None
         weak = type(out) is float and not variadic
         for i, x in enumerate(args):
@@ -1853,7 +1903,7 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
                 h = rule(i, g, out, operands, **params) if variadic else rule(g, out, *operands, **params)
                 if h is None:
                     continue
-                h = _fit(h, x)
+                h = _fit(h, x._data if symbolic else operands[i])
             grads[x] = grads[x] + h if x in grads else h
     return grads
 
@@ -2239,8 +2289,9 @@ def _layer_input(x, nin: int, dtype):
         x = x if x.dtype == dtype else x.astype(dtype)
     elif not isinstance(x, (Array, np.ndarray)):
         x = _as_raw(x, dtype, "input")
-    if np.ndim(x) not in (1, 2) or np.shape(x)[-1] != nin:
-        raise ValueError(f"input: expected width {nin}, shape ({nin},) or (n, {nin}); got shape {np.shape(x)}")
+    shape = x.shape
+    if len(shape) not in (1, 2) or shape[-1] != nin:
+        raise ValueError(f"input: expected width {nin}, shape ({nin},) or (n, {nin}); got shape {shape}")
     return x
 
 
@@ -2269,8 +2320,8 @@ class Layer(Module):
         self.activation, self._function = activation, _activation(activation)
 
     def __call__(self, x: Any) -> Value:
-        out = _layer_input(x, self.w.shape[0], self.w.dtype) @ self.w + self.b
-        return self._function(out) if self._function else out
+        out = _write_over(np.add, _layer_input(x, self.w.shape[0], self.w.dtype) @ self.w, self.b)
+        return _write_over(self._function, out) if self._function else out
 
     def __repr__(self):
         return f"Layer({self.w.shape[0]}, {self.w.shape[1]}, activation={self.activation!r})"
@@ -2316,10 +2367,9 @@ class MLP(Module):
 
 def _same_shape(name, prediction, target):
     target = target if isinstance(target, Array) else np.asarray(target)
-    if np.shape(prediction) != np.shape(target):
-        raise ValueError(
-            f"{name}: prediction and target must have the same shape, got {np.shape(prediction)} and {np.shape(target)}"
-        )
+    shape = prediction.shape if isinstance(prediction, Array) else np.shape(prediction)
+    if shape != target.shape:
+        raise ValueError(f"{name}: prediction and target must have the same shape, got {shape} and {target.shape}")
     return target
 
 
