@@ -18,8 +18,9 @@ The rooms, in reading order. A reader meets a thing before it is used.
 2. Workers       the configuration of distributed tensors.
 3. Tensor        an array without gradient: inputs, labels, and what `.data` and `.grad` hand out.
 4. Value         a node of the graph: data, gradient, the primitive that made it and its operands; `backward`, `grad`.
-5. nn            Module, Neuron, Layer, MLP, losses, SGD, Adam; also importable as `picograd.nn`.
-6. draw          pictures of graphs, with Graphviz.
+5. Optimizer     `optimize`: passes that make a traced graph small, and its lowering to a straight-line program.
+6. nn            Module, Neuron, Layer, MLP, losses, SGD, Adam; also importable as `picograd.nn`.
+7. draw          pictures of graphs, with Graphviz.
 
 To add an operation, call `primitive(forward, *vjps)`; nothing else in the file needs to change.
 """
@@ -38,8 +39,10 @@ import sys
 import tempfile
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -1324,6 +1327,8 @@ def _evaluate(prim: Primitive, raw: Sequence, params: dict):
             except (ArithmeticError, ValueError):
                 pass  # Python raises where IEEE arithmetic has an answer: NumPy gives that answer and its warning
         out = _settle(prim.forward(*map(_public, raw), **params))
+        if "dtype" in params:
+            return out
         if not np.ndim(out):
             return float(out) if isinstance(out, np.floating) else bool(out) if isinstance(out, np.bool_) else out
         return out.astype(np.float32) if out.dtype == np.float64 else out
@@ -1669,14 +1674,7 @@ class Value(Array):
 
         If it fails (a rule raises, Ctrl-C), the leaves' gradients are as before.
         """
-        if not self._needs:
-            raise TypeError(f"backward: no gradient flows to {self!r}, there is nothing to differentiate")
-        seed = _filled_like(self._data, 1)
-        if gradient is not None:
-            if np.shape(_raw(gradient)) != self.shape:
-                raise ValueError(f"backward: gradient must have shape {self.shape}, got {np.shape(_raw(gradient))}")
-            seed = _conform(gradient, self._data, "backward: gradient")
-        grads = _backpropagate(self, seed, retain=retain_grads)
+        grads = _backpropagate(self, self._seed(gradient), retain=retain_grads)
         # A leaf owns its gradient: a view, or an array that is the gradient of another node too, is copied.
         uses = collections.Counter(map(id, grads.values()))
         for node, g in grads.items():
@@ -1687,6 +1685,16 @@ class Value(Array):
                     grads[node] = g.copy()
         for node, g in grads.items():
             node._grad = g
+
+    def _seed(self, gradient):
+        """The raw gradient that a backward sweep starts from."""
+        if not self._needs:
+            raise TypeError(f"backward: no gradient flows to {self!r}, there is nothing to differentiate")
+        if gradient is None:
+            return _filled_like(self._data, 1)
+        if np.shape(_raw(gradient)) != self.shape:
+            raise ValueError(f"backward: gradient must have shape {self.shape}, got {np.shape(_raw(gradient))}")
+        return _conform(gradient, self._data, "backward: gradient")
 
     def __getattr__(self, name):
         # Only for what is missing: the data of a node that another was written over. See `_write_over`.
@@ -1771,6 +1779,11 @@ def _node(data, prim, args, params) -> Value:
     else:
         node._prim, node._args, node._params = None, (), _NO_PARAMS
     return node
+
+
+def _record(prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
+    """A node for the operation, also if its operands are Tensors only: a replay reads them anew."""
+    return _node(_evaluate(prim, [_raw(x) for x in args], params), prim, args, params)
 
 
 _OVERWRITE_ELEMENTS = 1 << 14  # below, a buffer of its own costs less than the checks
@@ -1859,9 +1872,11 @@ def _fit(g, raw):
                 g = (np.add.reduce if type(g) is np.ndarray else np.sum)(g, axis=axes, keepdims=len(axes) != extra)
             g = np.reshape(g, np.shape(g)[extra:]) if extra > 0 and len(axes) != extra else g
         g = g if g.shape == shape else np.broadcast_to(g, shape)
-    dtype = float if type(raw) is float else raw.dtype
-    had = type(_raw(g)) if type(_raw(g)) is float else _raw(g).dtype
-    return g if had == dtype else _as_dtype(g, dtype) if isinstance(g, Value) else _settle(_as_dtype.forward(g, dtype))
+    weak = type(raw) is float
+    if weak == (type(_raw(g)) is float) and (weak or g.dtype == raw.dtype):
+        return g
+    dtype = float if weak else raw.dtype
+    return _as_dtype(g, dtype) if isinstance(g, Value) else _settle(_as_dtype.forward(g, dtype))
 
 
 def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=False) -> dict[Value, Any]:
@@ -1879,7 +1894,8 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
             del grads[node]
             node._grad = None
         if symbolic:
-            out, operands = node, [x if isinstance(x, Value) else _raw(x) for x in args]
+            # A Tensor becomes a node: what a rule computes from it is recorded, too, and a replay reads it anew.
+            out, operands = node, [_record(_detach, (x,)) if isinstance(x, Tensor) else x for x in args]
         else:
             # Where data was written over, no rule reads it; g has its shape and dtype, which is all that `_fit` needs.
             large = type(g) is np.ndarray and g.size >= _OVERWRITE_ELEMENTS
@@ -2193,7 +2209,1255 @@ for _key, _function in list(TABLE.items()):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. nn
+# 5. Optimizer of graphs
+#
+# In: the roots of a graph of Values. Out: Values over the same leaves whose `forward` and `backward` run one short
+# straight-line program. First PASSES rewrite the forward graph; its backward sweep is then traced with the primitives'
+# own rules, as Values, so that the passes see both; at last `_Lowering` writes the joint graph down as Python.
+# A pass is a function of roots to roots. Nodes are never changed: a pass makes new ones where something is new, and
+# they take over the data of the old, so that shapes and dtypes are known throughout.
+# Invariant: the roots that a pass returns have the value, the shape and the dtype of those it was given.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_BATCH_SCALARS, _BATCH_ARRAYS = 16, 4  # smallest groups worth an array operation: below, its overhead costs more
+_BATCH_SIZE = 1 << 16  # elements of an array above which stacking it costs more than calls are saved
+
+
+def _twin(node: Value, prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
+    """A node with the data of another."""
+    new = _node(node._data, prim, args, params)
+    new.label = node.label
+    return new
+
+
+def _oldest_first(roots: Sequence) -> list[Value]:
+    """Every node that the roots depend on, operands before what is made of them."""
+    seen = {root for root in roots if isinstance(root, Value)}
+    nodes = list(seen)
+    for node in nodes:  # the list grows as it is walked
+        for x in node._args:
+            if isinstance(x, Value) and x not in seen:
+                seen.add(x)
+                nodes.append(x)
+    nodes.sort(key=_get_number)
+    return nodes
+
+
+def _rewrite(roots: Sequence, rule: Callable) -> list:
+    """Rebuilds a graph from the leaves up: rule(node, its new operands) is the new node, or a constant."""
+    new: dict[Value, Any] = {}
+    for node in _oldest_first(roots):
+        if node._prim is None:
+            new[node] = node
+        else:
+            new[node] = rule(node, tuple([new[x] if isinstance(x, Value) else x for x in node._args]))
+    return [new[root] if isinstance(root, Value) else root for root in roots]
+
+
+def _renewed(node: Value, args: tuple) -> Value:
+    """The node, or its twin if an operand is another one now."""
+    for x, y in zip(args, node._args):
+        if x is not y:
+            return _twin(node, node._prim, args, node._params)
+    return node
+
+
+def _alike(x, node: Value) -> bool:
+    """Whether x can stand for a node: of its shape and dtype, and weak if it is weak."""
+    x, y = _raw(x), node._data
+    return type(x) is type(y) and (type(x) is float or type(x) is bool or (x.shape, x.dtype) == (y.shape, y.dtype))
+
+
+def _is(x, name: str) -> bool:
+    """Whether x is a node made by the primitive of that name."""
+    return isinstance(x, Value) and x._prim is not None and x._prim.name == name
+
+
+# --- the passes ---
+
+
+def fold_constants(roots: Sequence) -> list:
+    """Computes what depends on constants only: x * (2 * 3) -> x * 6. Leaves and Tensors are variables."""
+
+    def rule(node, args):
+        for x in args:
+            if isinstance(x, Array):
+                return _renewed(node, args)
+        return node._data
+
+    return _rewrite(roots, rule)
+
+
+def _simpler_add(node, x, y):
+    for a, b in ((x, y), (y, x)):
+        if type(b) is float and b == 0.0:
+            return a
+        if _is(b, "negative"):
+            return _twin(node, TABLE[np.subtract], (a, b._args[0]))
+    return None
+
+
+def _simpler_subtract(node, x, y):
+    if type(y) is float and y == 0.0:
+        return x
+    return _twin(node, TABLE[np.add], (x, y._args[0])) if _is(y, "negative") else None
+
+
+def _simpler_multiply(node, x, y):
+    for a, b in ((x, y), (y, x)):
+        if type(b) is float and b == 1.0:
+            return a
+        if type(b) is float and b == -1.0:
+            return _twin(node, TABLE[np.negative], (a,))
+        if _is(a, "negative"):
+            return _twin(node, TABLE[np.negative], (np.multiply(a._args[0], b),))
+        # s * (t * x) with numbers s and t: one product of full size less. Not where it could over- or underflow.
+        if node.ndim and _is(b, "multiply") and not np.ndim(_raw(a)):
+            for s, rest in (b._args, b._args[::-1]):
+                if not np.ndim(_raw(s)) and (isinstance(a, Value) or isinstance(s, Value)):
+                    product = np.multiply(a, s)
+                    return _twin(node, TABLE[np.multiply], (product, rest))
+        # Where operands broadcast anyway, a broadcast one needs no array of its own.
+        if _is(a, "broadcast_to") and np.shape(_raw(b)) == node.shape and node.ndim:
+            return _twin(node, TABLE[np.multiply], (a._args[0], b) if a is x else (b, a._args[0]))
+    return _twin(node, TABLE[np.square], (x,)) if x is y and node.ndim else None
+
+
+def _simpler_divide(node, x, y):
+    if type(y) is not float or math.frexp(y)[0] != 0.5 or not 1e-30 < abs(y) < 1e30:
+        return None  # only by powers of two is the reciprocal exact
+    return _twin(node, TABLE[np.multiply], (x, 1.0 / y))
+
+
+def _simpler_power(node, x, y):
+    if type(y) is not float or y not in (1.0, 2.0):
+        return None
+    return x if y == 1.0 else _twin(node, TABLE[np.square], (x,))
+
+
+def _simpler_mean(node, a, axis=None, keepdims=False):
+    if node.dtype.itemsize < 4 or not node.size or not np.size(_raw(a)):
+        return None
+    total = np.sum(a, axis=axis, keepdims=keepdims)
+    return _twin(node, TABLE[np.multiply], (total, node.size / np.size(_raw(a)))) if _alike(total, node) else None
+
+
+def _simpler_reshape(node, x, shape):
+    inner = x._args[0] if _is(x, "reshape") else x
+    if _alike(inner, node):
+        return inner
+    return None if inner is x else _twin(node, node._prim, (inner,), {"shape": node.shape})
+
+
+def _simpler_transpose(node, x, axes=None):
+    if not _is(x, "transpose"):
+        return None
+    outer, inner = ([*range(node.ndim)][::-1] if a is None else list(a) for a in (axes, x._params.get("axes")))
+    return x._args[0] if [inner[i] % node.ndim for i in outer] == list(range(node.ndim)) else None
+
+
+_SIMPLER: dict[str, Callable] = {
+    "add": _simpler_add,
+    "subtract": _simpler_subtract,
+    "multiply": _simpler_multiply,
+    "divide": _simpler_divide,
+    "power": _simpler_power,
+    "mean": _simpler_mean,
+    "reshape": _simpler_reshape,
+    "transpose": _simpler_transpose,
+    "negative": lambda node, x: x._args[0] if _is(x, "negative") else None,
+    "positive": lambda node, x: x,
+    "copy": lambda node, a: a,
+    "broadcast_to": lambda node, array, shape: array,
+    "astype": lambda node, a, dtype: a,
+}
+
+
+def simplify(roots: Sequence) -> list:
+    """Algebra that is safe for inf and nan: x + 0 -> x, x**2 -> square(x), a - -b -> a + b, x / 4 -> x * 0.25."""
+
+    def rule(node, args):
+        simpler = _SIMPLER.get(node._prim.name)
+        new = simpler(node, *args, **node._params) if simpler else None
+        if new is None or not _alike(new, node) or not isinstance(new, Value):
+            return _renewed(node, args)
+        return new
+
+    return _rewrite(roots, rule)
+
+
+def _key(x):
+    """Something hashable that is equal for interchangeable operands and parameters."""
+    if isinstance(x, (Array, np.ndarray)):
+        return id(x)
+    if isinstance(x, float):
+        return (x, math.copysign(1.0, x)) if x == x else "nan"
+    if isinstance(x, (tuple, list)):
+        return tuple([_key(i) for i in x])
+    if isinstance(x, slice):
+        return ("slice", x.start, x.stop, x.step)
+    if isinstance(x, dict):
+        return tuple([(name, _key(x[name])) for name in sorted(x)])
+    return (type(x), x)
+
+
+def merge_common(roots: Sequence) -> list:
+    """Makes equal operations on the same operands one node: tanh(x) * tanh(x) -> t * t with one tanh."""
+    known: dict[Any, Value] = {}
+
+    def rule(node, args):
+        key = (node._prim, tuple([id(x) if isinstance(x, Value) else _key(x) for x in args]))
+        if node._params:
+            key += (_key(node._params),)
+        found = known.get(key)
+        if found is None:
+            found = known[key] = _renewed(node, args)
+        return found
+
+    return _rewrite(roots, rule)
+
+
+# A sum of products of 0-d operands and of what else is added: a1*b1 + a2*b2 + ... + c + d + ...
+_dot = primitive(
+    lambda *terms, products: (
+        sum(map(operator.mul, terms[: 2 * products : 2], terms[1 : 2 * products : 2])) + sum(terms[2 * products :])
+    ),
+    lambda i, g, out, terms, products: g * terms[i ^ 1] if i < 2 * products else g,
+    name="dot",
+    variadic=True,
+    samples=[(((), (), (), (), ()), {"products": 2}), (((2, 3), (2, 3), (2, 3)), {"products": 0})],
+)
+
+
+def flatten(roots: Sequence) -> list:
+    """Makes chains of + one sum, and sums of products of numbers a dot product: a*b + c*d + e -> dot(a, b, c, d, e)."""
+    nodes = _oldest_first(roots)
+    uses = collections.Counter([x for node in nodes for x in node._args if isinstance(x, Value)])
+    uses.update(root for root in roots if isinstance(root, Value))
+    sums = {node for node in nodes if _is(node, "add")}
+    # The terms of a sum that only another such sum needs wait here for that.
+    inner = {x for node in sums for x in node._args if x in sums and uses[x] == 1 and _alike(x, node)}
+    inner.difference_update(roots)
+    waiting: dict[Value, list] = {}
+
+    def rule(node, args):
+        if node not in sums:
+            return _renewed(node, args)
+        terms: list = []
+        for old, x in zip(node._args, args):
+            if type(x) is float and x == 0.0:  # where sum() starts; it changes the sign of a zero at most
+                continue
+            more = waiting.pop(old) if old in inner else [(old, x)]
+            if len(more) > len(terms):
+                terms, more = more, terms
+            terms += more
+        if node in inner:
+            waiting[node] = terms
+            return node  # a place holder
+        if len(terms) < 3:
+            return _renewed(node, args) if len(args) == len(terms) else terms[0][1] if terms else node._data
+        products: list = []
+        rest: list = []
+        for old, x in terms:
+            if not node.ndim and isinstance(old, Value) and uses[old] == 1 and _alike(x, node):
+                if _is(x, "multiply"):
+                    products += x._args
+                    continue
+                if _is(x, "square"):
+                    products += x._args * 2
+                    continue
+            rest.append(x)
+        return _twin(node, _dot, (*products, *rest), {"products": len(products) // 2})
+
+    return _rewrite(roots, rule)
+
+
+# Numbers of a graph as one array: how `batch` takes up leaves, and nodes that it left alone.
+_pack = primitive(
+    lambda *numbers, shape, dtype: np.array(numbers, dtype).reshape(shape),
+    lambda i, g, out, numbers, shape, dtype: g[tuple(map(int, np.unravel_index(i, shape)))],
+    name="pack",
+    variadic=True,
+    samples=[(((), (), ()), {"shape": (3,), "dtype": np.float64})],
+)
+
+
+class _Batch:
+    """What `batch` knows while it rebuilds a graph: which new node, or which place in which stack, an old node became.
+
+    A stack has the shape (*layout, *shape of its members); a place is the flat number of a member in the layout.
+    """
+
+    def __init__(self):
+        self.new: dict[Value, Any] = {}
+        self.places: dict[Any, tuple[Any, int]] = {}
+        self.layouts: dict[int, tuple[int, ...]] = {}  # by the stack's id, as it may be an ndarray of constants
+
+    def single(self, x):
+        """The new form of an operand, on its own."""
+        if not isinstance(x, Value):
+            return x
+        if x not in self.new:
+            if x._prim is None:
+                self.new[x] = x
+            else:
+                stack, place = self.places[x]
+                part = stack[tuple(map(int, np.unravel_index(place, self.layouts[id(stack)])))]
+                self.new[x] = _as_dtype(part, float) if type(x._data) is float else part
+        return self.new[x]
+
+    def rank(self, xs: Sequence) -> tuple:
+        """An order of operands in which those of one stack follow each other."""
+        stack, place = self.places.get(xs[0], (None, 0)) if isinstance(xs[0], Value) else (None, 0)
+        return [*self.layouts].index(id(stack)) if stack is not None else len(self.layouts), place
+
+    def put(self, members: Sequence, stack, layout: tuple[int, ...], places: dict) -> None:
+        """Notes that the members of a stack stand for these nodes."""
+        self.layouts[id(stack)] = layout
+        for place, x in enumerate(members):
+            places[x] = stack, place
+
+    def gather(self, xs: list, layout: tuple[int, ...], dtype=None):
+        """The operands as one array (*layout, *their shape), or one that broadcasts to it. It is a stack that exists, a
+        part or a transpose of one where that will do, and a copy only where not."""
+        shape = np.shape(_raw(xs[0]))
+        keys = [id(x) if isinstance(x, (Array, np.ndarray)) else _key(x) for x in xs]
+        if len(layout) == 2 and min(layout) > 1:
+            rows, columns = layout
+            if all(keys[i * columns : (i + 1) * columns] == keys[:columns] for i in range(1, rows)):
+                return np.reshape(self.gather(xs[:columns], (columns,), dtype), (1, columns, *shape))
+            if all(keys[i] == keys[i - i % columns] for i in range(len(keys))):
+                return np.reshape(self.gather(xs[::columns], (rows,), dtype), (rows, 1, *shape))
+        whole = (*layout, *shape)
+        if not any(isinstance(x, Array) for x in xs):
+            return np.array(xs, None if shape else dtype).reshape(whole)
+        places = self.places
+        if shape:
+            if not all(x in places for x in xs):
+                return np.reshape(_record(_stack, tuple(map(self.single, xs)), {"axis": 0}), whole)
+        else:  # numbers that are in no stack yet become one, in the order in which they are wanted here
+            loose = list(dict.fromkeys([x for x in xs if isinstance(x, Array) and x not in places]))
+            if loose:
+                own = layout if len(loose) == len(xs) else (len(loose),)
+                held = {type(x._data) for x in loose}
+                kind = (
+                    np.float64
+                    if held == {float}
+                    else bool
+                    if held == {bool}
+                    else np.result_type(*(_raw(x) for x in loose))
+                )
+                params = {"shape": own, "dtype": np.dtype(kind)}
+                self.put(loose, _record(_pack, tuple(map(self.single, loose)), params), own, places)
+            constants = list({_key(x): x for x in xs if not isinstance(x, Array)}.values())
+            if constants:
+                places = collections.ChainMap({}, places)
+                self.put(constants, np.array(constants, dtype), (len(constants),), places)
+        found = [places[x] for x in xs]
+        starts, flat, start = {}, [], 0
+        for stack, _ in found:
+            if id(stack) not in starts:
+                n = math.prod(self.layouts[id(stack)])
+                starts[id(stack)], start = start, start + n
+                flat.append(np.reshape(stack, (n, *shape)))
+        joint = flat[0] if len(flat) == 1 else _concatenate(*flat)
+        index = np.array([starts[id(stack)] + place for stack, place in found])
+        step = int(index[1] - index[0]) if len(index) > 1 else 1
+        if step > 0 and np.array_equal(index, np.arange(len(index)) * step + index[0]):
+            if len(index) < start:
+                joint = joint[int(index[0]) : int(index[-1]) + 1 : step]
+        elif (
+            len(layout) == 2
+            and len(index) == start
+            and np.array_equal(index.reshape(layout), np.arange(start).reshape(layout[::-1]).T)
+        ):
+            return np.swapaxes(np.reshape(joint, (*layout[::-1], *shape)), 0, 1)
+        else:
+            joint = joint[(index,)]
+        return np.reshape(joint, whole)
+
+    def operand(self, nodes: list, k: int, layout: tuple[int, ...]):
+        """Operand k of all nodes, and whether it is stacked or one that they share."""
+        xs = [node._args[k] for node in nodes]
+        if len({id(x) if isinstance(x, (Array, np.ndarray)) else _key(x) for x in xs}) == 1:
+            return self.single(xs[0]), False
+        return self.gather(xs, layout), True
+
+    @staticmethod
+    def rows(nodes: list) -> tuple[list, list, list]:
+        """Of sums of products: the left factors, the right ones, and what is added, a row per node."""
+        end = 2 * nodes[0]._params["products"]
+        return tuple(
+            [node._args[cut] for node in nodes] for cut in (slice(0, end, 2), slice(1, end, 2), slice(end, None))
+        )
+
+    @staticmethod
+    def distinct(rows: list) -> tuple[list, list[int]]:
+        """The different rows, in order of appearance, and which of them each row is."""
+        numbers: dict = {}
+        keys = [tuple([id(x) if isinstance(x, Array) else _key(x) for x in row]) for row in rows]
+        of_row = [numbers.setdefault(key, len(numbers)) for key in keys]
+        return list({i: row for i, row in reversed([*zip(of_row, rows)])}.values())[::-1], of_row
+
+    def reserve(self, nodes: list) -> None:
+        """Stacks leaves as a group of dot products will want them, before smaller groups ask for other orders."""
+        left, right, rest = self.rows(nodes)
+        for rows in (left, right, rest):
+            block = self.distinct(rows)[0]
+            xs = [x for row in block for x in row]
+            loose = all(isinstance(x, Value) and x._prim is None and x not in self.places for x in xs)
+            if xs and loose and len(set(xs)) == len(xs):
+                self.gather(xs, (len(block), len(block[0])))
+
+    def elementwise(self, nodes: list) -> bool:
+        node, layout = nodes[0], (len(nodes),)
+        for k in range(len(node._args)):  # in the order of a stack that exists, if they can be
+            found = [self.places.get(node._args[k]) for node in nodes if isinstance(node._args[k], Value)]
+            if len(found) == len(nodes) and None not in found and len({id(stack) for stack, _ in found}) == 1:
+                places = [place for _, place in found]
+                if len(set(places)) == len(places):
+                    nodes = [node for _, node in sorted(zip(places, nodes), key=operator.itemgetter(0))]
+                    whole = self.layouts[id(found[0][0])]
+                    layout = whole if math.prod(whole) == len(nodes) else layout
+                    break
+        strong = [x.dtype for x in map(_raw, node._args) if type(x) is not float and type(x) is not bool]
+        operands, any_stacked = [], False
+        for k, x in enumerate(map(_raw, node._args)):
+            y, stacked = self.operand(nodes, k, layout)
+            if stacked and np.ndim(x) < node.ndim:
+                y = np.reshape(y, np.shape(y)[: len(layout)] + (1,) * (node.ndim - np.ndim(x)) + np.shape(x))
+            if stacked and strong and type(x) is float:  # a number that was weak takes the dtype of those it meets
+                y = y.astype(np.result_type(*strong))
+            any_stacked |= stacked
+            operands.append(y)
+        if not any_stacked:
+            return False
+        out = np.broadcast_to(_record(node._prim, tuple(operands), node._params), (*layout, *node.shape))
+        self.put(nodes, out, layout, self.places)
+        return True
+
+    def sums(self, nodes: list) -> bool:
+        """Dot products and sums of the same length. Where every one of some left rows meets every one of some right
+        rows, the dot products are a matrix product."""
+        node, products, layout = nodes[0], nodes[0]._params["products"], (len(nodes),)
+        dtype = np.float64 if type(node._data) is float else node.dtype
+
+        def block(rows):
+            layout = (len(rows), len(rows[0]))
+            stack = self.gather([x for row in rows for x in row], layout, dtype)
+            return np.broadcast_to(stack, (*layout, *node.shape))
+
+        out = None
+        left, right, rest = self.rows(nodes)
+        if len(nodes) == 1:  # the order of its terms is free: that of the stacks which they are in spares a gather
+            left, right = (
+                ([list(row)] for row in zip(*sorted(zip(left[0], right[0]), key=self.rank)))
+                if products
+                else (left, right)
+            )
+            rest = [sorted(rest[0], key=lambda x: self.rank((x,)))]
+        if products:
+            (lefts, i), (rights, j) = self.distinct(left), self.distinct(right)
+            if len(lefts) * len(rights) == len(nodes) == len(set(zip(i, j))):
+                order = sorted(range(len(nodes)), key=lambda n: (j[n], i[n]))
+                nodes, layout = [nodes[n] for n in order], (len(rights), len(lefts))
+                out = np.matmul(block(rights), np.swapaxes(block(lefts), 0, 1))
+            else:
+                out = np.sum(block(left) * block(right), axis=1)
+        if len(rest[0]) > 2:
+            total = np.reshape(np.sum(block(rest), axis=1), (*layout, *node.shape))
+            out = total if out is None else out + total
+        else:
+            for k in range(2 * products, len(node._args)):
+                out = out + self.operand(nodes, k, layout)[0]
+        if out.dtype != dtype:
+            out = out.astype(dtype)
+        self.put(nodes, out, layout, self.places)
+        return True
+
+    def arrays(self, nodes: list) -> bool:
+        """Other operations on arrays, by their entry in _BATCHED: on stacks, with an axis more at the front."""
+        operands, stacked = zip(*(self.operand(nodes, k, (len(nodes),)) for k in range(len(nodes[0]._args))))
+        out = _BATCHED[nodes[0]._prim.name](nodes[0], len(nodes), operands, stacked) if any(stacked) else None
+        if out is None:
+            return False
+        self.put(nodes, out, (len(nodes),), self.places)
+        return True
+
+
+def _batched_matmul(node, n, operands, stacked):
+    (x, y), (a, b) = operands, (np.ndim(_raw(z)) for z in node._args)
+    if stacked == (True, False) and a == 1 and b <= 2:
+        return np.matmul(x, y)
+    if stacked == (False, True) and b == 1 and a <= 2:
+        return np.matmul(y, x.T)
+    lead = [(n,) if s else () for s in stacked]
+    shapes = [np.shape(_raw(z)) for z in node._args]
+    x = np.reshape(x, (*lead[0], 1, *shapes[0])) if a == 1 else x
+    y = np.reshape(y, (*lead[1], *shapes[1], 1)) if b == 1 else y
+    for k, s in enumerate(stacked):  # batch axes of the operands themselves line up behind the new one
+        missing = max(a, b, 2) - max((a, b)[k], 2)
+        if s and missing:
+            z = (x, y)[k]
+            z = np.reshape(z, (n,) + (1,) * missing + np.shape(z)[1:])
+            x, y = (z, y) if k == 0 else (x, z)
+    return np.reshape(np.matmul(x, y), (n, *node.shape))
+
+
+def _batched_axis(node, n, operands, stacked):
+    ndim, params = np.ndim(_raw(node._args[0])), dict(node._params)
+    axis = params.get("axis", -1 if "softmax" in node._prim.name else None)
+    axes = range(ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    shifted = tuple(i % ndim + 1 for i in axes)
+    params["axis"] = shifted[0] if isinstance(axis, int) else shifted
+    return _record(node._prim, operands, params)
+
+
+def _batched_getitem(node, n, operands, stacked):
+    index = node._params["index"]
+    if len(operands) > 1 or sum(isinstance(i, np.ndarray) for i in index) > 1:
+        return None
+    return _getitem(operands[0], index=(slice(None), *index))
+
+
+_BATCHED: dict[str, Callable] = {
+    **dict.fromkeys(("sum", "prod", "max", "min", "var", "std", "norm", "logsumexp"), _batched_axis),
+    **dict.fromkeys(("mean", "softmax", "log_softmax"), _batched_axis),
+    "matmul": _batched_matmul,
+    "getitem": _batched_getitem,
+    "reshape": lambda node, n, operands, stacked: np.reshape(operands[0], (n, *node.shape)),
+    "transpose": lambda node, n, operands, stacked: np.transpose(
+        operands[0],
+        (0, *(i % node.ndim + 1 for i in node._params.get("axes") or range(node.ndim)[::-1])),
+    ),
+}
+
+
+def batch(roots: Sequence) -> list:
+    """Groups equal operations of equal depth into one on stacked operands (Neubig et al. 2017, "On-the-fly Operation
+    Batching in Dynamic Computation Graphs"): tanh(a), tanh(b), ... -> tanh([a, b, ...]). A group of dot products of
+    some rows with all of some others becomes a matrix product."""
+    state, depth = _Batch(), {}
+    levels: dict[int, dict] = collections.defaultdict(lambda: collections.defaultdict(list))
+
+    def kind(x):
+        x = _raw(x)
+        return type(x) if type(x) in (float, bool, int) else (x.shape, x.dtype)
+
+    for node in _oldest_first(roots):
+        prim = node._prim
+        if prim is None:
+            depth[node] = 0
+            continue
+        depth[node] = 1 + max((depth[x] for x in node._args if isinstance(x, Value)), default=0)
+        key: Any = node  # on its own
+        if prim is _dot:
+            key = (prim, node._params["products"], len(node._args), kind(node))
+        elif node.size <= _BATCH_SIZE and not any(x is float for x in node._params.values()):
+            if (prim.elementwise and prim.operands) or prim.name in _BATCHED:
+                shared = [
+                    id(x) for x in node._args if isinstance(x, Array) and x.ndim > 1 and not getattr(x, "_prim", None)
+                ]
+                key = (prim, _key(node._params), kind(node), *map(kind, node._args), *shared)
+        levels[depth[node]][key].append(node)
+    groups = [nodes for level in levels.values() for nodes in level.values() if len(nodes) > 1]
+    for nodes in sorted(groups, key=len, reverse=True):
+        if nodes[0]._prim is _dot and not nodes[0].ndim:
+            state.reserve(nodes)
+    for level in sorted(levels):
+        for key, nodes in sorted(levels[level].items(), key=lambda item: -len(item[1])):
+            node, done = nodes[0], False
+            if key is not node:
+                if node._prim is _dot:
+                    if len(nodes) * len(node._args) >= 4 * _BATCH_SCALARS and all(
+                        np.shape(_raw(x)) == node.shape for x in node._args
+                    ):
+                        done = state.sums(nodes)
+                elif len(nodes) >= (_BATCH_ARRAYS if any(np.ndim(_raw(x)) for x in node._args) else _BATCH_SCALARS):
+                    done = state.elementwise(nodes) if node._prim.elementwise else state.arrays(nodes)
+            if not done:
+                for node in nodes:
+                    state.new[node] = _renewed(node, tuple([state.single(x) for x in node._args]))
+    return [state.single(root) for root in roots]
+
+
+def _run_chain(*operands, chain):
+    values = dict(zip(_outside(chain), operands))
+    for node in chain:
+        values[node] = _evaluate(
+            node._prim, [values.get(x, x) if isinstance(x, Array) else x for x in node._args], node._params
+        )
+    return values[chain[-1]]
+
+
+def _outside(chain: tuple) -> list:
+    """The operands that a chain of nodes takes from elsewhere."""
+    inside = set(chain)
+    return list(dict.fromkeys([x for n in chain for x in n._args if isinstance(x, Array) and x not in inside]))
+
+
+def _chain_i(i, g, out, operands, chain):
+    inputs = [np.positive(x) if isinstance(x, Value) else _leaf(x) for x in operands]
+    values: dict = dict(zip(_outside(chain), inputs))
+    for node in chain:
+        values[node] = node._prim(
+            *[values.get(x, x) if isinstance(x, Array) else x for x in node._args], **node._params
+        )
+    return _backpropagate(values[chain[-1]], g, set(inputs), False, isinstance(g, Value)).get(inputs[i])
+
+
+_fused = primitive(_run_chain, _chain_i, name="fused", variadic=True)
+_MAX_CHAIN = 32
+
+
+def fuse(roots: Sequence) -> list:
+    """Makes a matrix product and the element-wise operations after it, or those alone, one node, where nothing else
+    needs what lies between: t = x @ w; u = t + b; tanh(u) -> tanh(x @ w + b). Its parts are `chain`, oldest first."""
+    nodes = _oldest_first(roots)
+    uses = collections.Counter([x for node in nodes for x in node._args if isinstance(x, Value)])
+    uses.update(root for root in roots if isinstance(root, Value))
+
+    def fits(x, node):
+        part = x._prim is not None and (x._prim.elementwise or x._prim.name == "matmul")
+        return part and uses[x] == 1 and isinstance(x._data, np.ndarray) and x.shape == node.shape
+
+    inner = {
+        x
+        for node in nodes
+        if node._prim and node._prim.elementwise
+        for x in node._args
+        if isinstance(x, Value) and fits(x, node)
+    }
+    inner.difference_update(root for root in roots if isinstance(root, Value))
+    waiting: dict[Value, tuple] = {}
+
+    def close(node, chain):
+        if len(chain) == 1:
+            return node
+        return _twin(node, _fused, tuple(_outside(chain)), {"chain": chain})
+
+    def rule(node, args):
+        chain: tuple = ()
+        for old in node._args:
+            if isinstance(old, Value) and old in waiting:
+                more = waiting.pop(old)
+                if len(chain) + len(more) < _MAX_CHAIN:
+                    chain += more
+                else:
+                    args = tuple([close(more[-1], more) if x is more[-1] else x for x in args])
+        new = _renewed(node, args)
+        chain += (new,)
+        if node in inner:
+            waiting[node] = chain
+            return new
+        return close(new, chain)
+
+    return _rewrite(roots, rule)
+
+
+def _formula(chain: tuple) -> str:
+    """A chain as Python would write it; what has no label is called by a letter."""
+    letters = (c for c in "xyzabcdefghijklmnopqrstuv" if c not in {getattr(x, "label", "") for x in _outside(chain)})
+    names = {x: getattr(x, "label", "") or next(letters, "·") for x in _outside(chain)}
+    ranks = {"+": 1, "-": 1, "*": 2, "/": 2, "@": 2}
+
+    def text(x, rank):
+        if not isinstance(x, Array):
+            return f"{x:g}" if isinstance(x, float) else "c"
+        if x not in inside:
+            return names[x]
+        symbol, args = x._prim.symbol, x._args
+        own = ranks.get(symbol)
+        if own is None or len(args) == 1:
+            inner = ", ".join([text(y, 0) for y in args])
+            return f"-{text(args[0], 3)}" if symbol == "-" else f"{symbol}({inner})"
+        written = f"{text(args[0], own)} {symbol} {text(args[1], own + 1)}"
+        return f"({written})" if own < rank else written
+
+    inside = set(chain)
+    return text(chain[-1], 0)
+
+
+# --- lowering: the joint graph of values and gradients as straight-line Python ---
+
+_INFIX = {np.add: "{} + {}", np.subtract: "{} - {}", np.multiply: "{} * {}", np.divide: "{} / {}", np.negative: "-{}"}
+_MAX_LINES = 300_000  # of a program; Python takes 6 us to compile a line. Larger graphs are replayed node by node.
+
+
+def reduce_products(roots: Sequence) -> list:
+    """Writes the sum of a product as a dot product, which needs no array for the product: sum(d * d) -> d @ d."""
+
+    def rule(node, args):
+        x = args[0]
+        if _is(node, "sum") and node.ndim == 0 and isinstance(x, Value) and isinstance(x._data, np.ndarray):
+            pair = x._args * 2 if _is(x, "square") else x._args if _is(x, "multiply") else ()
+            if pair and all(np.shape(_raw(y)) == x.shape and np.result_type(_raw(y)) == x.dtype for y in pair):
+                flat = [y if np.ndim(_raw(y)) == 1 else _record(_reshape, (y,), {"shape": (x.size,)}) for y in pair]
+                flat[1] = flat[0] if pair[0] is pair[1] else flat[1]
+                if _alike(product := np.matmul(*flat), node):
+                    return product
+        return _renewed(node, args)
+
+    return _rewrite(roots, rule)
+
+
+class _Lowering:
+    """Writes the functions `forward` and `backward` of a graph: a line or two per node, in the order of the graph.
+
+    Arrays go to buffers that are made once, and shared by results that are not needed at the same time; views of
+    buffers are made once, too; numbers are local variables. A name is an input x, a buffer or view of one b, a constant
+    c, a function f, a local t, or out for an array that a leaf gets as its gradient. User's strings are never names.
+    """
+
+    def __init__(self, roots: Sequence[Value], seed: Value, gradients: Sequence[Value]):
+        self.space: dict[str, Any] = {"np": np, "math": math, "_evaluate": _evaluate}
+        self.names: dict[Any, str] = {}  # of nodes, Tensors, and, by id, of other objects
+        self.fixed: dict[str, np.ndarray] = {}  # by name: what is the same array in every run
+        self.buffers: dict[Value, np.ndarray] = {}  # a node's own buffer, until its last use
+        self.spare: dict[tuple, list[np.ndarray]] = collections.defaultdict(list)
+        self.inputs: dict[str, Array] = {}
+        self.outputs: dict[str, np.ndarray] = {}
+        self.section, self.lines = 0, ([], [])
+        self.sections = {"seed": 1}  # of a local: 0 if made by forward, 1 by backward
+        self.saved: dict[str, None] = {}  # locals of forward that backward needs, in order
+        self.number = itertools.count()
+        nodes = _oldest_first(roots)
+        before = set(nodes)
+        nodes += [node for node in _oldest_first(gradients) if node not in before]
+        self.names[seed] = "seed"
+        self.plan(nodes, roots, gradients)
+        for self.place, node in enumerate(nodes):
+            self.section = int(node not in before)
+            if node._prim is not None:
+                self.emit(node)
+            for dead in self.dying.get(self.place, ()):
+                if dead in self.buffers:
+                    buffer = self.buffers.pop(dead)
+                    self.spare[buffer.dtype, buffer.size].append(buffer)
+        self.finish(roots, gradients)
+
+    def plan(self, nodes, roots, gradients):
+        """When the data of each node is needed last. What may be a view of an operand keeps that operand alive."""
+        last: dict[Value, float] = {}
+        for i, node in enumerate(nodes):
+            last[node] = i
+            last.update((x, i) for x in node._args if isinstance(x, Value))
+        last.update(dict.fromkeys([*roots, *gradients], math.inf))
+        for node in reversed(nodes):
+            if type(node._data) is np.ndarray and not self.fills(node):
+                for x in node._args:
+                    if isinstance(x, Value):
+                        last[x] = max(last[x], last[node])
+        self.last = last
+        self.dying = collections.defaultdict(list)
+        for node, i in last.items():
+            self.dying[i].append(node)
+        counts = collections.Counter(gradients)
+        self.handed_out = {g for g in gradients if counts[g] == 1} - set(roots)
+
+    # --- names ---
+
+    def bind(self, prefix: str, x) -> str:
+        """A new name for something that stays."""
+        name = f"{prefix}{next(self.number)}"
+        self.space[name] = x
+        if isinstance(x, np.ndarray):
+            self.fixed[name] = x
+        return name
+
+    def name(self, x) -> str:
+        """How the source calls an operand."""
+        if type(x) is bool or (type(x) is float and math.isfinite(x)):
+            return repr(x) if x >= 0 else f"({x!r})"
+        key = x if isinstance(x, Array) else id(x)
+        if key not in self.names:
+            if isinstance(x, Array):
+                name = self.names[key] = f"x{len(self.inputs)}"
+                self.inputs[name], self.sections[name] = x, 0
+            else:
+                self.names[key] = self.bind("c", x)
+        name = self.names[key]
+        if self.section == 1 and self.sections.get(name) == 0:
+            self.saved[name] = None
+        return name
+
+    def function(self, f: Callable) -> str:
+        for module, prefix in ((np, "np"), (math, "math")):
+            if getattr(module, getattr(f, "__name__", ""), None) is f:
+                return f"{prefix}.{f.__name__}"
+        if id(f) not in self.names:
+            self.names[id(f)] = self.bind("f", f)
+        return self.names[id(f)]
+
+    def line(self, text: str) -> None:
+        self.lines[self.section].append(text)
+
+    def local(self, node: Value, expression: str) -> None:
+        name = self.names[node] = f"t{next(self.number)}"
+        self.sections[name] = self.section
+        self.line(f"{name} = {expression}")
+
+    def target(self, node: Value, reuse: Sequence = ()) -> str:
+        """The buffer for a node's result: that of an operand whose last use this is, a spare or a new one."""
+        shape, dtype = node.shape, node.dtype
+        if node in self.handed_out:
+            name = self.names[node] = f"out{len(self.outputs)}"
+            self.outputs[name], self.sections[name] = np.empty(shape, dtype), 1
+            return name
+        for x in reuse:
+            if isinstance(x, Value) and x in self.buffers and self.last[x] == self.place:
+                if (x.shape, x.dtype) == (shape, dtype):
+                    self.names[node], self.buffers[node] = self.names[x], self.buffers.pop(x)
+                    return self.names[node]
+        spare = self.spare[dtype, node.size]
+        buffer = spare.pop() if spare else np.empty(node.size, dtype)
+        self.names[node], self.buffers[node] = self.bind("b", buffer.reshape(shape)), buffer
+        return self.names[node]
+
+    # --- lines ---
+
+    def fills(self, node: Value) -> bool:
+        """Whether an array is written to a buffer of its own; what other primitives return may be a view."""
+        prim = node._prim
+        if prim is None or type(node._data) is not np.ndarray:
+            return False
+        if prim.name in self.EMITTERS and PRIMITIVES[prim.name] is prim:
+            return self.takes(node) if prim.name == "getitem" else prim.name not in self.VIEWS
+        return prim.elementwise and not node._params and (isinstance(prim.forward, np.ufunc) or prim.reads == "out")
+
+    VIEWS = ("reshape", "transpose", "broadcast_to", "getitem", "detach")
+
+    @staticmethod
+    def takes(node: Value) -> bool:
+        """Whether an index is an array of places along the first axis."""
+        index = node._params["index"]
+        plain = len(index) == 1 and len(node._args) == 1 and isinstance(index[0], np.ndarray)
+        return plain and index[0].dtype.kind == "i" and bool((index[0] >= 0).all())
+
+    def emit(self, node: Value) -> None:
+        prim, args = node._prim, node._args
+        emitter = self.EMITTERS.get(prim.name) if PRIMITIVES.get(prim.name) is prim else None
+        if type(node._data) is not np.ndarray:
+            self.local(node, self.number_of(node))
+        elif emitter is None and self.fills(node):
+            names = [self.name(x) for x in args]
+            self.line(f"{self.function(prim.forward)}({', '.join(names)}, {self.target(node, args)})")
+        elif emitter is None or emitter(self, node, *args, **node._params) is False:
+            self.local(node, self.call(node))
+
+    def call(self, node: Value) -> str:
+        """The forward of a primitive on whatever operands and parameters it has."""
+        names = "".join([f"{self.name(x)}, " for x in node._args])
+        return f"_evaluate({self.bind('f', node._prim)}, ({names}), {self.bind('c', node._params)})"
+
+    def number_of(self, node: Value) -> str:
+        """An expression for a 0-d result: plain arithmetic where Python's is that of the engine."""
+        prim, args, params = node._prim, node._args, node._params
+        kinds = {type(_raw(x)) for x in args}
+        if not params and kinds <= {float} and (prim.forward in _INFIX or prim.scalar):
+            infix = _INFIX.get(prim.forward)
+            names = [self.name(x) for x in args]
+            return infix.format(*names) if infix else f"{self.function(prim.scalar)}({', '.join(names)})"
+        if not params and prim.forward in _INFIX and all(np.ndim(_raw(x)) == 0 for x in args) and bool not in kinds:
+            return _INFIX[prim.forward].format(*map(self.name, args))
+        a = args[0] if args else None
+        if PRIMITIVES.get(prim.name) is not prim or np.ndarray not in kinds and prim is not _as_dtype:
+            return self.call(node)
+        if prim is _as_dtype and params["dtype"] is float:
+            return f"float({self.name(a)})"
+        if prim.name == "sum" and len(kinds) == 1:
+            return f"np.add.reduce({self.name(a)}, None)"
+        if prim.name == "matmul":
+            return f"np.matmul({self.name(a)}, {self.name(args[1])})"
+        if prim.name == "reshape":
+            return f"{self.name(a)}.reshape(())[()]"
+        if prim.name == "getitem" and all(type(i) is int for i in params["index"]):
+            return f"{self.name(a)}[{', '.join(map(str, params['index']))}]"
+        return self.call(node)
+
+    def view(self, node, a, *_, **params):
+        """A view of what is always the same array is made now, and costs nothing in a run."""
+        base = self.fixed.get(self.name(a))
+        if base is not None:
+            view = node._prim.forward(base, **params)
+            if np.may_share_memory(view, base):
+                self.names[node] = self.bind("b", view)
+                return None
+        if node._prim.name == "reshape":
+            return self.local(node, f"{self.name(a)}.reshape({node.shape})")
+        if node._prim.name == "transpose":
+            return self.local(node, f"{self.name(a)}.transpose({params.get('axes') or ''})")
+        return False
+
+    def getitem(self, node, a, *parts, index):
+        if parts or not self.takes(node):
+            return False if parts else self.view(node, a, index=index)
+        a, c = self.name(a), self.name(index[0])
+        self.line(f"np.take({a}, {c}, 0, {self.target(node)}, 'clip')")  # with 'raise', take would make a copy
+
+    def detach(self, node, a):
+        self.names[node] = self.name(a)
+
+    def matmul(self, node, x, y):
+        x, y = self.name(x), self.name(y)
+        self.line(f"np.matmul({x}, {y}, {self.target(node)})")
+
+    def sum(self, node, a, axis=None, keepdims=False):
+        name = self.name(a)
+        if np.ndim(_raw(a)) == 2 and axis in (0, (0,)) and not keepdims and node.dtype.kind == "f":
+            ones = self.bind("c", np.ones(np.shape(_raw(a))[0], node.dtype))
+            self.line(f"np.matmul({ones}, {name}, {self.target(node)})")  # BLAS sums rows faster than NumPy's reduce
+        else:
+            axis = tuple(map(int, axis)) if isinstance(axis, tuple) else axis if axis is None else int(axis)
+            self.line(f"np.add.reduce({name}, {axis}, None, {self.target(node)}, {bool(keepdims)})")
+
+    def where(self, node, condition, x, y):
+        names = [self.name(a) for a in (condition, x, y)]
+        out = self.target(node)
+        self.line(f"np.copyto({out}, {names[2]}, 'unsafe'); np.copyto({out}, {names[1]}, 'unsafe', {names[0]})")
+
+    def astype(self, node, a, dtype):
+        a = self.name(a)
+        self.line(f"np.copyto({self.target(node)}, {a}, 'unsafe')")
+
+    def joined(self, node, *arrays, axis=0):
+        names = "".join([f"{self.name(a)}, " for a in arrays])
+        self.line(f"np.{node._prim.name}(({names}), {int(axis)}, {self.target(node)})")
+
+    def pack(self, node, *numbers, shape, dtype):
+        if all(x._prim is None if isinstance(x, Value) else isinstance(x, Tensor) for x in numbers):
+            values = f"[x._data for x in {self.bind('c', numbers)}]"  # their data is read here, not as inputs
+        else:
+            values = ", ".join([self.name(x) for x in numbers])
+        name = self.target(node)
+        flat = self.bind("b", self.fixed[name].reshape(-1)) if name in self.fixed else name
+        self.line(f"{flat}[:] = {values}")
+
+    def scatter(self, node, a, *parts, shape, index):
+        unique = all(type(i) is int or isinstance(i, slice) for i in index)
+        if not unique and not parts and len(index) == 1 and isinstance(index[0], np.ndarray):
+            unique = index[0].dtype.kind == "b" or len(np.unique(index[0])) == index[0].size
+        if parts or not unique:
+            return False
+        a, out = self.name(a), self.target(node)
+        self.line(f"{out}.fill(0)")
+        self.line(f"{out}[{self.bind('c', index)}] = {a}")
+
+    def dot(self, node, *terms, products):
+        if products:
+            return False
+        names = [self.name(x) for x in terms]
+        out = self.target(node)
+        self.line(f"np.add({names[0]}, {names[1]}, {out})")
+        for name in names[2:]:
+            self.line(f"np.add({out}, {name}, {out})")
+
+    EMITTERS = {
+        **dict.fromkeys(("reshape", "transpose", "broadcast_to"), view),
+        **dict.fromkeys(("concatenate", "stack"), joined),
+        **{f.__name__: f for f in (getitem, detach, matmul, sum, where, astype, pack, scatter, dot)},
+        "copy": lambda self, node, a: self.astype(node, a, None),
+    }
+
+    def finish(self, roots, gradients):
+        """Heads and tails of the two functions, and their source."""
+        self.section = 1
+        handed = []
+        for g in gradients:
+            name = self.name(g)
+            if type(g._data) is np.ndarray and name not in self.outputs:
+                name = f"np.array({name})"
+            handed.append(name)
+        self.section = 0
+        results = [f"np.array({self.name(r)})" if type(r._data) is np.ndarray else self.name(r) for r in roots]
+        head = []
+        for name, x in self.inputs.items():
+            source = self.bind("i", x)
+            head.append(f"{name} = {source}._data")
+            if type(x._data) is not float:
+                head.append(f"if {name}.shape != {x.shape}: _changed({source}, {x.shape})")
+        self.space["_changed"] = _changed
+        saved = "".join(f"{name}, " for name in self.saved)
+        outs = [f"{name} = _fresh({i})" for i, name in enumerate(self.outputs)]
+        arrays = list(self.outputs.values())
+        self.space["_fresh"] = partial(_fresh, arrays)
+
+        def body(lines):
+            return "".join(f"    {line}\n" for line in lines)
+
+        self.source = (
+            f"def forward():\n{body(head)}{body(self.lines[0])}"
+            f"    return ({''.join(f'{r}, ' for r in results)}), ({saved})\n\n\n"
+            f"def backward(seed, saved):\n{body([f'{saved[:-1]} = saved'] if saved else [])}{body(outs)}"
+            f"{body(self.lines[1])}    return [{', '.join(handed)}]\n"
+        )
+        exec(compile(self.source, "<optimized>", "exec"), self.space)
+
+
+def _fresh(arrays: list, i: int) -> np.ndarray:
+    """Array i to write a gradient to: the one of the last run, unless somebody holds it still."""
+    if sys.getrefcount(arrays[i]) > _UNSHARED:
+        arrays[i] = np.empty_like(arrays[i])
+    return arrays[i]
+
+
+_UNSHARED = 1 << 30
+_probe = [np.empty(0)]
+_UNSHARED = next(n for n in range(1, 9) if sys.getrefcount(_probe[0]) <= n)
+
+
+class _ShapeChanged(ValueError):
+    """A leaf's data no longer has the shape that a program was made for."""
+
+
+def _changed(x: Array, shape: tuple) -> None:
+    label = f" {x.label!r}" if getattr(x, "label", "") else ""
+    raise _ShapeChanged(
+        f"optimize: {type(x).__name__}{label} had shape {shape} when the graph was optimized, and now has {x.shape}; "
+        "build and optimize the graph anew for another shape"
+    )
+
+
+# --- programs ---
+
+PASSES = (fold_constants, merge_common, flatten, batch, simplify, merge_common)
+JOINT_PASSES = (fold_constants, simplify, simplify, merge_common, reduce_products)  # of values and gradients together
+
+
+class _Program:
+    """A graph made to run again and again: its values by `forward`, then the gradients of one root by `backward`.
+
+    `graph` are the roots that the passes made; `inner` its leaves' gradients' places. If arithmetic on Python floats
+    raises where IEEE arithmetic has an answer, or the graph is too large to be compiled, the graph itself is replayed.
+    """
+
+    def __init__(self, roots: Sequence[Value]):
+        self.lock = threading.RLock()
+        self.traced = _rewrite(roots, lambda node, args: _twin(node, node._prim, args, node._params))
+        with np.errstate(all="ignore"):
+            graph = list(self.traced)
+            for apply in PASSES:
+                graph = apply(graph)
+        self.graph = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
+        nodes = _oldest_first(self.traced)
+        self.leaves = [node for node in nodes if node._prim is None]
+        self.compiled: dict[int, tuple] = {}  # by root: its lowering, and what its gradients belong to
+        self.results = [root._data for root in roots]
+        self.state: tuple | None = None  # (compiled for root, locals that backward needs) of the last forward
+        self.swept: tuple | None = None  # (seed, gradients) of the last backward of a larger graph
+        self.nodes: weakref.WeakSet[Value] = weakref.WeakSet()  # the Values that show the results
+        self.current = next((i for i, root in enumerate(self.graph) if root._needs), 0)
+        self.compile(self.current)
+        for node in {*nodes, *_oldest_first(self.graph)}.difference(self.leaves):
+            node._data = _hollow(node._data)
+        self.results = [_settle(np.array(x)) if isinstance(x, np.ndarray) else x for x in self.results]
+
+    def compile(self, index: int):
+        """The lowering for the gradients of one root."""
+        if index in self.compiled:
+            return self.compiled[index]
+        root = self.graph[index]
+        nodes = _oldest_first(self.graph)
+        if self.compiled:
+            self.refresh()  # so that the rules run on real data: an inverse of zeros would fail
+        if len(nodes) > _MAX_LINES:
+            self.compiled[index] = None, []
+            return self.compiled[index]
+        with np.errstate(all="ignore"):
+            seed = _leaf(_filled_like(root._data, 1))
+            packs = {node for node in nodes if node._prim is _pack and all(_is_input(x) for x in node._args)}
+            gradients = _backpropagate(root, seed, packs, False, True) if root._needs else {}
+            targets = [x for x in gradients if x is not seed and (x._prim is None or x in packs)]
+            joint = [*self.graph, *(gradients[x] for x in targets)]
+            for apply in JOINT_PASSES:
+                joint = apply(joint)
+            joint = [x if isinstance(x, Value) else _record(_detach, (x,)) for x in joint]
+        n = len(self.graph)
+        self.compiled[index] = _Lowering(joint[:n], seed, joint[n:]), targets
+        return self.compiled[index]
+
+    def forward(self) -> None:
+        """Computes the roots from the current data of leaves and Tensors."""
+        with self.lock:
+            lowering, _ = self.compile(self.current)
+            self.state = self.swept = None
+            try:
+                if lowering is None:
+                    raise ArithmeticError
+                self.results, saved = lowering.space["forward"]()
+                self.state = self.current, saved
+            except _ShapeChanged:
+                raise
+            except (ArithmeticError, ValueError):
+                self.refresh()
+                self.results = [root._data for root in self.graph]
+            for node in self.nodes:
+                node._data = self.results[node._params["index"]]
+
+    def refresh(self) -> None:
+        """Replays the rewritten graph, node by node."""
+        for node in _oldest_first(self.graph):
+            if node._prim is not None:
+                node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
+
+    def backward(self, index: int, seed) -> list[tuple[Value, Any]]:
+        """(leaf, gradient) pairs, to be added up; numbers that were packed come as (pack, array)."""
+        with self.lock:
+            if index != self.current or self.state is None:
+                self.current = index
+                self.forward()
+            lowering, targets = self.compile(index)
+            if self.state is not None:
+                state, self.state = self.state, None  # its buffers are used up
+                try:
+                    return list(zip(targets, lowering.space["backward"](seed, state[1])))
+                except (ArithmeticError, ValueError):
+                    self.refresh()
+            found = _backpropagate(self.graph[index], seed, retain=False)
+            return [(node, g) for node, g in found.items() if node._prim is None]
+
+    def gradients(self, index: int, g) -> dict[Value, Any]:
+        """The gradients of the leaves, as numbers and arrays, or as Values by the graph that was traced."""
+        if self.swept is not None and self.swept[0] is g:  # one sweep serves all leaves
+            return self.swept[1]
+        if isinstance(g, Value):
+            for node in _oldest_first(self.traced):
+                if node._prim is not None:
+                    node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
+            found = _backpropagate(self.traced[index], g, set(self.leaves), False, True)
+        else:
+            found = {}
+            for x, h in _unpacked(self.backward(index, g)):
+                found[x] = found[x] + h if x in found else h
+        self.swept = g, found
+        return found
+
+    def picture(self, index: int) -> Value:
+        """What the graph of a root became, with its current data, to be drawn."""
+        with self.lock:
+            self.refresh()
+            root = fuse([self.graph[index]])[0]
+            return _twin(root, root._prim, root._args, root._params)
+
+    def __reduce__(self):
+        return _retraced, (self.traced,)
+
+    @property
+    def source(self) -> str:
+        lowering, _ = self.compile(self.current)
+        return lowering.source if lowering else "# too large to be compiled: replayed node by node\n"
+
+
+def _retraced(roots) -> _Program:
+    return _Program([root.forward() for root in roots])
+
+
+def _unpacked(pairs: Sequence) -> Iterator[tuple[Value, Any]]:
+    """The pairs of leaf and gradient, one for each number of a pack."""
+    for target, g in pairs:
+        if target._prim is None:
+            yield target, g
+        else:
+            numbers = g.reshape(-1).tolist() if g.dtype == np.float64 else g.reshape(-1)
+            for pair in zip(target._args, numbers):
+                if isinstance(pair[0], Value):
+                    yield pair
+
+
+def _is_input(x) -> bool:
+    return isinstance(x, Tensor) or (isinstance(x, Value) and x._prim is None)
+
+
+def _hollow(raw):
+    """An array of that shape and dtype that takes no memory."""
+    return np.broadcast_to(np.zeros((), raw.dtype), raw.shape) if isinstance(raw, np.ndarray) else raw
+
+
+def _program_i(i, g, out, leaves, program, index):
+    return program.gradients(index, g).get(program.leaves[i])
+
+
+def _program_forward(*leaves, program, index):
+    program.forward()
+    return program.results[index]
+
+
+_program = primitive(_program_forward, _program_i, name="program", variadic=True)
+
+
+class Optimized(Value):
+    """What `optimize` returns: a Value whose `forward` and `backward` run a program over the leaves."""
+
+    __slots__ = ()
+
+    @property
+    def source(self) -> str:
+        """The program, as Python."""
+        return self._params["program"].source
+
+    def forward(self) -> Value:
+        self._params["program"].forward()
+        return self
+
+    def backward(self, gradient: Any = None, retain_grads: bool = True) -> None:
+        """Adds the gradient of this Value to the `.grad` of the leaves; see `Value.backward`."""
+        seed = self._seed(gradient)
+        program, index = self._params.values()
+        for x, g in _unpacked(program.backward(index, seed)):
+            x._grad = g if x._grad is None else x._grad + g
+        self._grad = seed
+
+    def _picture(self) -> Value:
+        root = self._params["program"].picture(self._params["index"])
+        root.label, root._grad = self.label, self._grad
+        return root
+
+    def __reduce__(self):
+        return _optimized, (*self._params.values(), self._grad, self.label)
+
+
+def _optimized(program: _Program, index: int, grad=None, label: str = "") -> Optimized:
+    node = _new(Optimized)
+    node._data, node._grad, node._prim, node._args = program.results[index], grad, _program, tuple(program.leaves)
+    node._params = {"program": program, "index": index}
+    node._needs, node._number, node.label = program.traced[index]._needs, _next_number(), label
+    program.nodes.add(node)
+    return node
+
+
+def optimize(*roots: Value) -> Any:
+    """Turns the graph that Values were computed by into one short program; returns Values that run it (one for one
+    root, a tuple for more).
+
+    A result has the value of its root. Its `.forward()` computes all results anew from the leaves' and Tensors' current
+    data, its `.backward()` adds to the leaves' `.grad`, and what its `.data` handed out is never overwritten. It draws,
+    as what the graph became; it nests in further expressions, pickles, and can be optimized again. Values and gradients
+    are the eager ones up to rounding. `.source` is the program.
+
+    A trace holds what happened when the graph was built: Python's own branches and loops on values are frozen, as is
+    the number of elements that a boolean mask selects. Shapes may not change: ValueError names the leaf.
+
+        >>> w = Value(2.0, label="w")
+        >>> loss = optimize((w * 3.0 - 1.0) ** 2)
+        >>> w.data = 1.0
+        >>> loss.forward().backward()
+        >>> print(loss.data, w.grad)
+        4.0 12.0
+    """
+    if not roots:
+        raise TypeError("optimize: expected at least one root, got none")
+    if _mode.depth:
+        raise TypeError("optimize: not inside a function that is being differentiated; optimize what its graph became")
+    for root in roots:
+        if not isinstance(root, Value):
+            raise TypeError(f"optimize: every root must be a Value, got {type(root).__name__}")
+    program = _Program(roots)
+    results = tuple([_optimized(program, i, label=root.label) for i, root in enumerate(roots)])
+    return results[0] if len(results) == 1 else results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. nn
 #
 # Networks on Values: modules hold parameters, losses give the Value to call `backward` on, optimizers step. In:
 # numbers, arrays, Tensors (a batch that a replay reads anew) or Values (gradients flow on to them). Also importable as
@@ -2540,7 +3804,7 @@ sys.modules[nn.__name__] = nn
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. draw
+# 7. draw
 #
 # In: a Value. Out: the picture of the graph it came from, as a `graphviz.Digraph`, and a file if asked for. Boxes are
 # Values, Tensors and constants; ellipses are operations. Graphviz (the Python package, and the program `dot` to make
@@ -2681,9 +3945,12 @@ def draw(
             "python-graphviz (the rest of picograd does not need it)"
         ) from error
 
-    values = _newest_first(root, everything=True)[::-1]
+    if isinstance(root, Optimized):
+        root = root._picture()
+    packs = {node for node in _oldest_first([root]) if node._prim is _pack}  # many numbers in one box
+    values = _newest_first(root, packs, everything=True)[::-1]
     # An object is one box however often it is used; a number is a box at each use, as equal numbers are not related.
-    others = [x for v in values for x in v._args if not isinstance(x, Value)]
+    others = [x for v in values if v not in packs for x in v._args if not isinstance(x, Value)]
     numbers = sum(isinstance(x, (float, bool)) for x in others)
     count = len(values) + numbers + len({id(x) for x in others if not isinstance(x, (float, bool))})
     if count > max_nodes:
@@ -2695,7 +3962,7 @@ def draw(
     if rankdir is None:  # long and thin graphs go downwards: fitted to a page's width, their text would be too small
         depth: dict[Value, int] = {}
         for v in values:
-            depth[v] = 1 + max((depth[x] for x in v._args if isinstance(x, Value)), default=-1)
+            depth[v] = 1 + max((depth[x] for x in v._args if isinstance(x, Value) and v not in packs), default=-1)
         rankdir = "TB" if depth[root] > 4 and count < 3 * depth[root] else "LR"
 
     graph = graphviz.Digraph(
@@ -2717,11 +3984,16 @@ def draw(
         return name
 
     for v in values:
-        name = box(v, "leaf" if v._prim is None else "result" if v is root else "intermediate", v.label)
-        if v._prim is None:
+        leaf = v._prim is None or v in packs
+        label = f"{v.size} numbers" if v in packs else v.label
+        name = box(v, "leaf" if leaf else "result" if v is root else "intermediate", label)
+        if leaf:
             continue
         op = f"op_{name}"
-        lines = [v._prim.symbol] + [_parameter(k, x) for k, x in v._params.items() if x is not None]
+        if v._prim is _fused:
+            lines = [_formula(v._params["chain"])]
+        else:
+            lines = [v._prim.symbol] + [_parameter(k, x) for k, x in v._params.items() if x is not None]
         graph.node(op, f"<{'<br/>'.join(filter(None, map(_text, lines))) or '&#160;'}>", **_ELLIPSE)
         graph.edge(op, name, weight="2")
         entries = _ENTRIES[rankdir].get(len(v._args))

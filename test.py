@@ -27,6 +27,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+import picograd
 from picograd import (
     MLP,
     PRIMITIVES,
@@ -53,6 +54,7 @@ from picograd import (
     logsumexp,
     mse_loss,
     no_grad,
+    optimize,
     primitive,
     relu,
     set_distributed_config,
@@ -102,8 +104,8 @@ class TestPrimitives(unittest.TestCase):
     def test_gradients_of_every_primitive(self):
         rng = np.random.default_rng(SEED)
         for prim in PRIMITIVES.values():
-            if not any(prim.vjps):
-                continue
+            if not any(prim.vjps) or prim in (picograd._program, picograd._fused):
+                continue  # the latter are operations on graphs: see TestOptimizer
             with self.subTest(primitive=prim.name, seed=SEED):
                 self.assertTrue(prim.samples, f"{prim.name} has no samples: give it some, so that its rule is tested")
                 for operands, params in cases(prim, rng):
@@ -763,6 +765,440 @@ class TestValue(unittest.TestCase):
                     rtol=1e-4,
                     atol=1e-6,
                 )
+
+
+class TestOptimizer(unittest.TestCase):
+    """Room 5: each pass alone, optimized against eager on every primitive and on random graphs, and the contract."""
+
+    def compare(self, out, leaves, change, rtol=1e-12):
+        """Values and gradients of an optimized graph are those of eager code, also after the leaves changed."""
+        fast = optimize(out)
+        for run in range(3):
+            if run:
+                change()
+                fast.forward()
+                out.forward()
+            seed = np.random.default_rng(run).uniform(0.5, 1.5, out.shape) if run else None
+            found = []
+            for root in (out, fast):
+                for leaf in leaves:
+                    leaf.grad = None
+                if root._needs:
+                    root.backward(seed)
+                found.append([root.data, *(leaf.grad for leaf in leaves)])
+            for eager, ours in zip(*found):
+                eager, ours = np.asarray(eager.data), np.asarray(ours.data)
+                self.assertEqual((ours.shape, ours.dtype), (eager.shape, eager.dtype))
+                finite = np.abs(eager[np.isfinite(eager)])
+                np.testing.assert_allclose(ours, eager, rtol=rtol, atol=rtol * max(1, finite.max(initial=0)))
+        return fast
+
+    def passed(self, apply, *roots):
+        """What a pass makes of a graph, whose value and gradients it must keep."""
+        leaves = [node for node in picograd._oldest_first(roots) if node._prim is None]
+        new = apply(roots)
+        found = []
+        for graph in (roots, new):
+            for leaf in leaves:
+                leaf.grad = None
+            for root in graph:
+                root.forward().backward()
+            found.append([np.asarray(x.data) for x in [*(r.data for r in graph), *(leaf.grad for leaf in leaves)]])
+        for before, after in zip(*found):
+            np.testing.assert_allclose(after, before, rtol=1e-12)
+        return new[0] if len(new) == 1 else new
+
+    def names(self, root):
+        return sorted(node._prim.name for node in picograd._oldest_first([root]) if node._prim)
+
+    def test_fold_constants(self):
+        x, one = Value(3.0), Value(np.ones(2))
+        node = picograd._record(TABLE[np.multiply], (2.0, 3.0))
+        root = self.passed(picograd.fold_constants, x * node * np.sum(one))
+        self.assertEqual(self.names(root), ["multiply", "multiply", "sum"])
+        self.assertEqual(root._args[0]._args[1], 6.0)
+
+    def test_simplify(self):
+        x, y, a = Value(3.0), Value(2.0), Value(np.arange(1.0, 7).reshape(2, 3), np.float64)
+        for root, names in [
+            (x + 0.0, []),
+            (1.0 * x, []),
+            (x**1, []),
+            (x / 1.0, ["multiply"]),
+            (np.negative(-x), []),
+            (x - (-y), ["add"]),
+            (x + (-y), ["subtract"]),
+            (x**2, ["square"]),
+            (x / 4.0, ["multiply"]),
+            (x / 3.0, ["divide"]),
+            (x * 0.0, ["multiply"]),
+            (a.T.T, []),
+            (np.transpose(a, (0, 1)).reshape(6).reshape(3, 2), ["reshape", "transpose"]),
+            (a.reshape(6).reshape(2, 3), []),
+            (np.mean(a), ["multiply", "sum"]),
+            (a * a, ["square"]),
+            (a * np.broadcast_to(x, (2, 3)), ["multiply"]),
+            (2.0 * (y * (a + 1.0)), ["add", "multiply", "multiply"]),
+        ]:
+            with self.subTest(root=repr(root), names=names):
+                self.assertEqual(self.names(self.passed(picograd.simplify, root)), names)
+        self.assertTrue(math.isnan((Value(math.inf) * 0.0).item()))
+        self.assertTrue(math.isnan(optimize(Value(math.inf) * 0.0).forward().item()), "x * 0 is not 0 for inf")
+
+    def test_merge_common(self):
+        x = Value(0.5)
+        root = self.passed(picograd.merge_common, np.tanh(x) * np.tanh(x) + x * 0.0 + x * -0.0)
+        self.assertEqual(self.names(root), ["add", "add", "multiply", "multiply", "multiply", "tanh"])
+        w = Value(np.ones((3, 3)))
+        source = optimize(np.sum(np.tanh(w @ w))).source
+        self.assertEqual(source.count("np.tanh"), 1, "the derivative uses tanh's own output")
+
+    def test_flatten(self):
+        x = [Value(float(i)) for i in range(1, 9)]
+        root = self.passed(picograd.flatten, x[0] * x[1] + x[2] * x[3] + (x[4] + (x[5] + x[6] * x[7])))
+        self.assertEqual(self.names(root), ["dot"])
+        self.assertEqual((len(root._args), root._params), (8, {"products": 3}))
+        shared = x[0] * x[1]
+        root = self.passed(picograd.flatten, shared + x[2] + x[3] + np.tanh(shared))
+        self.assertEqual(self.names(root), ["dot", "multiply", "tanh"], "a product that others need, too, stays")
+        self.assertEqual(self.names(self.passed(picograd.flatten, sum([Value(np.ones(2)) for _ in range(5)]))), ["dot"])
+
+    def test_batch(self):
+        w, b = [[Value(0.1 * i + j) for i in range(3)] for j in range(4)], [Value(float(j)) for j in range(4)]
+        samples = [[Value(0.3 * n - i) for i in range(3)] for n in range(5)]
+        outs = [np.tanh(sum(p * q for p, q in zip(row, x)) + c) for x in samples for row, c in zip(w, b)]
+        root = self.passed(lambda roots: picograd.simplify(picograd.batch(picograd.flatten(roots))), sum(outs))
+        names = self.names(root)
+        self.assertEqual((names.count("matmul"), names.count("tanh"), names.count("pack")), (1, 1, 3), names)
+        tanh = next(n for n in picograd._oldest_first([root]) if n._prim and n._prim.name == "tanh")
+        self.assertEqual(tanh.shape, (5, 4))
+
+    def test_batch_of_arrays(self):
+        model, rng = MLP(3, [5, 2], seed=0, dtype=np.float64), np.random.default_rng(SEED)
+        x, y = rng.normal(size=(20, 3)), rng.normal(size=(20, 2))
+        one_by_one = sum(np.mean(np.square(model(row) - target)) for row, target in zip(x, y)) / 20
+        fast = self.compare(one_by_one, model.parameters(), lambda: None)
+        self.assertEqual(fast.source.split("def backward")[0].count("np.matmul(c"), 1, fast.source)
+        np.testing.assert_allclose(fast.item(), mse_loss(model(x), y).item())
+        inputs = [Value(row, np.float64) for row in x]
+        loss = sum(np.sum(model(row)) for row in inputs)
+        self.compare(loss, model.parameters() + inputs, lambda: setattr(inputs[3], "data", np.ones(3)))
+
+    def test_fuse(self):
+        x, w, b = (
+            Value(np.random.default_rng(0).normal(size=s), np.float64, n)
+            for s, n in [((4, 3), "x"), ((3, 2), "w"), (2, "b")]
+        )
+        root = self.passed(picograd.fuse, np.tanh(x @ w + b) * 2.0 - 1.0)
+        self.assertEqual(self.names(root), ["fused"])
+        self.assertEqual(picograd._formula(root._params["chain"]), "tanh(x @ w + b) * 2 - 1")
+        check_gradients(
+            lambda x, w, b: picograd.fuse([np.tanh(x @ w + b) * x[:, :1]])[0], *(v.data.data for v in (x, w, b))
+        )
+        self.assertIn("tanh(x @ w + b)", draw(optimize(np.sum(np.tanh(x @ w + b)))).source)
+        long = x
+        for _ in range(100):
+            long = np.sin(long)
+        self.assertEqual(self.names(self.passed(picograd.fuse, long)).count("fused"), 4)
+
+    def test_every_primitive(self):
+        rng = np.random.default_rng(SEED)
+        for prim in PRIMITIVES.values():
+            for operands, params in cases(prim, rng) if prim.samples else ():
+                if prim.name.startswith(("bitwise", "invert")):
+                    operands = [np.asarray(x) > 0 for x in operands]
+                with self.subTest(primitive=prim.name, shapes=[np.shape(x) for x in operands], seed=SEED):
+                    args = [
+                        Value(x, None if isinstance(x, float) else np.float64) if np.result_type(x).kind == "f" else x
+                        for x in operands
+                    ]
+                    leaves = [x for x in args if isinstance(x, Value)]
+                    out = prim(*args, **params)
+                    if isinstance(out, Value):
+                        self.compare(
+                            out, leaves, lambda leaves=leaves: [setattr(x, "data", x.data * 1.01) for x in leaves]
+                        )
+
+    def test_random_graphs(self):
+        """Scalars and arrays, shared and repeated structure, kinks, masks, detached parts; leaves that change."""
+        for seed in range(SEED % 2**20, SEED % 2**20 + 300):
+            rng = np.random.default_rng(seed)
+            with self.subTest(seed=seed), np.errstate(all="ignore"):
+                out, leaves, tensors = random_graph(rng, single=seed % 5 == 0)
+                if out is None or not np.all(np.isfinite(out.data.data)):
+                    continue
+
+                def change(leaves=leaves, tensors=tensors, rng=rng):
+                    for x in leaves + tensors:
+                        x.data = x.data.data + 0.3 * rng.normal(size=x.shape)
+
+                self.compare(out, leaves, change, 2e-4 if seed % 5 == 0 else 1e-9)
+
+    def test_leaves_and_roots(self):
+        a = Value(2.0, label="a")
+        fast = optimize(a)
+        self.assertIsNot(fast, a)
+        fast.backward(3.0)
+        a.data = 5.0
+        self.assertEqual((a.grad, fast.forward().data, fast.grad), (3.0, 5.0, 3.0))
+        b = Value(np.ones(3))
+        fast = optimize(b)
+        kept = fast.forward().data.data
+        b.data.data[0] = 7.0
+        self.assertEqual(fast.forward().data.data.tolist(), [7, 1, 1])
+        kept[:] = 0
+        self.assertEqual(b.data.data.tolist(), [7, 1, 1], "a root's data is its own")
+        for root in (optimize(b.detach() * 2.0), optimize(b > 0)):
+            with self.assertRaisesRegex(TypeError, "no gradient flows"):
+                root.backward()
+        with self.assertRaisesRegex(TypeError, "root must be a Value, got float"):
+            optimize(a, 3.0)
+        with self.assertRaisesRegex(TypeError, "at least one root"):
+            optimize()
+
+    def test_several_roots_are_one_program(self):
+        w, x = Value(np.ones((3, 2)), np.float64), Tensor(np.ones((4, 3)), np.float64)
+        prediction = np.tanh(x @ w)
+        loss, fast = optimize(np.sum(prediction**2), prediction)
+        self.assertEqual(loss.source.count("np.tanh"), 1)
+        x.data = np.full((4, 3), 0.1)
+        loss.forward()
+        np.testing.assert_allclose(fast.data, np.tanh(np.full((4, 2), 0.3)))
+        for root, seed in ((loss, None), (fast, np.ones((4, 2))), (loss, None)):
+            w.grad = None
+            root.backward(seed)
+            got, w.grad = w.grad, None
+            again = np.tanh(x @ w)
+            (np.sum(again**2) if root is loss else np.sum(again)).backward()
+            np.testing.assert_allclose(got, w.grad, rtol=1e-12)
+
+    def test_results_are_never_overwritten(self):
+        x = Value(np.ones(1000))
+        y, total = optimize(np.tanh(x), np.sum(np.tanh(x)))
+        first = y.data
+        y.backward()
+        g = x.grad
+        x.grad = None
+        x.data = np.zeros(1000)
+        y.forward()
+        y.backward()
+        self.assertAlmostEqual(float(first.data[0]), math.tanh(1), places=6)
+        self.assertAlmostEqual(float(g.data[0]), 1 - math.tanh(1) ** 2, places=6)
+        self.assertEqual(x.grad.data[0], 1.0)
+        held = x._grad
+        x.grad = None
+        y.forward()
+        y.backward()
+        self.assertIsNot(x._grad, held, "somebody holds it")
+
+    def test_backward_accumulates_and_repeats(self):
+        x = Value(np.array([1.0, 2.0]))
+        fast = optimize(np.sum(x**3))
+        fast.backward()
+        once = x.grad.data.copy()
+        fast.backward()
+        np.testing.assert_array_equal(x.grad, 2 * once)
+
+    def test_shape_changes_are_refused_and_lose_nothing(self):
+        x, w = Tensor(np.ones((4, 3))), Value(np.ones((3, 2)), label="w'</b>")
+        fast = optimize(np.sum(x @ w))
+        x.data = np.ones((5, 3))
+        with self.assertRaisesRegex(ValueError, r"Tensor had shape \(4, 3\).* now has \(5, 3\)"):
+            fast.forward()
+        x.data = np.zeros((4, 3))
+        self.assertEqual(fast.forward().data, 0)
+        w.data = np.ones((3, 3))
+        with self.assertRaisesRegex(ValueError, r"Value \"w'</b>\" had shape \(3, 2\).* now has \(3, 3\)"):
+            fast.forward()
+
+    def test_labels_never_enter_code(self):
+        evil = 'x = __import__("os")\n#'
+        cube = primitive(lambda x: x**3, lambda g, out, x: 3 * g * x**2, name=evil)
+        try:
+            fast = optimize(cube(Value(2.0, label=evil)) * Value(np.ones(3), label=evil))
+            fast.forward().backward()
+            self.assertNotIn("import", fast.source)
+        finally:
+            del PRIMITIVES[evil], TABLE[cube.forward]
+
+    def test_ieee_results(self):
+        x = Value(1.0)
+        fast = optimize(np.log(x) + 1.0 / x + x**0.5)
+        with np.errstate(all="ignore"):
+            for number in (0.0, -1.0, math.inf, 1.0):
+                x.data = number
+                x.grad = None
+                fast.forward().backward()
+                value, g = fast.item(), x.grad.item()
+                x.grad = None
+                again = np.log(x) + 1.0 / x + x**0.5
+                again.backward()
+                np.testing.assert_allclose([value, g], [again.item(), x.grad.item()], rtol=1e-12)
+
+    def test_nests_and_is_optimized_again(self):
+        a = Value(0.5)
+        inner = optimize(np.tanh(a) * a)
+        outer = inner * inner + a
+        again = optimize(outer)
+        for number in (0.5, -1.5):
+            a.data = number
+            reference = Value(number)
+            y = np.tanh(reference) * reference
+            z = y * y + reference
+            z.backward()
+            for root in (outer, again):
+                a.grad = None
+                root.forward().backward()
+                self.assertAlmostEqual(root.item(), z.item(), 12)
+                self.assertAlmostEqual(a.grad.item(), reference.grad.item(), 12)
+        with self.assertRaisesRegex(TypeError, "not inside a function that is being differentiated"):
+            grad(lambda x: optimize(x**3))(2.0)
+
+    def test_pickle_and_copy(self):
+        model = MLP(2, [4, 1], seed=0)
+        fast, prediction = optimize(np.mean(model(np.ones((5, 2))) ** 2), model(np.ones((5, 2))))
+        for copied in (pickle.loads(pickle.dumps((model, fast, prediction))), copy.deepcopy((model, fast, prediction))):
+            twin, f, p = copied
+            f.forward().backward()
+            fast.forward().backward()
+            np.testing.assert_allclose(twin.layers[0].w.grad, model.layers[0].w.grad)
+            self.assertEqual(p.shape, (5,))
+            model.zero_grad()
+            self.assertIsNot(twin.layers[0].w, model.layers[0].w)
+
+    def test_any_size(self):
+        x = v = Value(1.0)
+        for _ in range(10_000):
+            v = np.tanh(v) * 1.1
+        self.compare(v, [x], lambda: setattr(x, "data", 0.5))
+        xs = [Value(i / 1e4) for i in range(10_000)]
+        total = sum((np.sin, np.cos, np.tanh, lambda x: x * x)[i % 4](x) for i, x in enumerate(xs))
+        fast = self.compare(total, xs, lambda: [setattr(x, "data", 0.5) for x in xs])
+        self.assertLess(len(fast.source.splitlines()), 100)
+        with mock.patch.object(picograd, "_MAX_LINES", 5):
+            a = Value(0.3)
+            fast = self.compare(
+                np.tanh(np.sin(np.cos(np.exp(np.tan(a * 2) + a) * a) - a)), [a], lambda: setattr(a, "data", 0.2)
+            )
+            self.assertIn("replayed", fast.source)
+        empty = Value(np.ones((0, 3)), np.float64)
+        self.compare(np.sum(np.tanh(empty)), [empty], lambda: None)
+
+    def test_data_dependent_shapes(self):
+        x = Value(np.array([1.0, -1.0, 2.0]))
+        fast = optimize(np.sum(x[x > 0] ** 2))
+        x.data = np.array([-1.0, 1.0, 3.0])
+        fast.forward().backward()
+        self.assertEqual((fast.item(), x.grad.tolist()), (10.0, [0, 2, 6]))
+
+    def test_training_of_micrograds_moons(self):
+        import_or_skip = __import__("importlib").util.find_spec("micrograd")
+        if not import_or_skip:
+            self.skipTest("micrograd is not installed")
+        import micrograd.nn as theirs
+
+        with mock.patch.object(theirs, "Value", Value):
+            random.seed(1)
+            model = theirs.MLP(2, [8, 8, 1])
+        points = np.random.default_rng(0).normal(size=(30, 2))
+        scores = [model(list(map(Value, p))) for p in points.tolist()]
+        losses = [(1 + -(1 if p[0] > p[1] else -1) * s).relu() for p, s in zip(points, scores)]
+        loss = sum(losses) * (1 / 30) + 1e-4 * sum(p * p for p in model.parameters())
+        nodes = len(picograd._oldest_first([loss]))
+        fast = self.compare(
+            loss, model.parameters(), lambda: [setattr(p, "data", p.data * 0.9) for p in model.parameters()]
+        )
+        self.assertEqual(fast.source.split("def backward")[0].count("np.matmul"), 4, "three layers, and the norm")
+        self.assertGreater(nodes / len(picograd._oldest_first(fast._params["program"].graph)), 20)
+
+
+def random_graph(rng, single=False):
+    """(a Value, its leaves, its Tensors) from random operations; None where none came about."""
+    f32 = np.float32 if single else np.float64
+    unary = [np.tanh, np.sin, lambda x: np.exp(-np.abs(x)), relu, np.square, lambda x: -x, lambda x: x**2, sigmoid]
+    unary += [
+        lambda x: np.where(x > 0, x, 0.1 * x),
+        np.abs,
+        lambda x: x * 1.0,
+        lambda x: 0.0 + x,
+        softplus,
+        gelu,
+        np.copy,
+    ]
+    unary += [lambda x: np.sqrt(np.abs(x) + 1), lambda x: x.detach() * x, lambda x: np.floor(x) + x, lambda x: x / 4]
+    unary += [lambda x: 1 - x, lambda x: 2 * x, lambda x: np.clip(x, -1, 1), lambda x: np.log1p(x * x), lambda x: x**3]
+    binary = [np.add, np.subtract, np.multiply, lambda x, y: x / (np.abs(y) + 1), np.maximum, np.minimum, np.hypot]
+    binary += [
+        lambda x, y: np.where(x > y, x, y),
+        lambda x, y: x * y + x,
+        lambda x, y: x + y + x,
+        np.logaddexp,
+        np.arctan2,
+    ]
+    shaping = [np.sum, np.mean, np.transpose, lambda x: np.sum(x, 0), lambda x: np.mean(x, -1, keepdims=True)]
+    shaping += [lambda x: x[..., :1], lambda x: x[::-1], np.ravel, lambda x: np.max(x, 0), softmax, logsumexp, np.var]
+    shaping += [lambda x: x @ x.T, lambda x: x[np.array([0, 0, 1])], lambda x: np.concatenate([x, x]), np.cumsum]
+    shaping += [lambda x: np.broadcast_to(x, (2, *x.shape)).sum(0), lambda x: np.stack([x, 2 * x]).mean(0)]
+    shaping += [lambda x: np.prod(x, 0), lambda x: np.std(x, 0), lambda x: np.sort(x, 0), lambda x: x[None][0]]
+    kind, leaves, tensors = rng.integers(4), [], []
+
+    def leaf(*shape):
+        x = Value(rng.normal(size=shape) if shape else float(rng.normal()), f32 if shape else None)
+        leaves.append(x)
+        return x
+
+    if kind == 0:  # a few numbers
+        pool = [leaf() for _ in range(rng.integers(1, 6))]
+    elif kind == 1:  # arrays of several shapes, a Tensor, numbers
+        tensors.append(Tensor(rng.normal(size=(2, 3)), f32))
+        pool = [leaf(), leaf(), leaf(2, 3), leaf(3), leaf(3, 2), tensors[0], 1.5]
+    elif kind == 2:  # many numbers
+        pool = [leaf() for _ in range(rng.integers(20, 60))]
+    else:  # many arrays
+        pool = [leaf(3) for _ in range(8)]
+    matrix = leaf(3, 3) if kind == 3 else None
+
+    def pick():
+        return pool[rng.integers(len(pool))]
+
+    for _ in range(rng.integers(1, 5) if kind > 1 else 0):  # the same operation on many operands
+        f, g, shape = unary[rng.integers(len(unary))], binary[rng.integers(len(binary))], rng.integers(4)
+        xs = [pick() for _ in range(rng.integers(4, 40))]
+        if shape == 0:
+            new = [f(x) for x in xs]
+        elif shape == 1:
+            new = [g(x, pick()) for x in xs]
+        elif shape == 2 and kind == 3:
+            new = [x @ matrix for x in xs if x.shape == (3,)]
+        elif shape == 2:
+            weights = [pick() for _ in range(3)]
+            new = [sum(w * pick() for w in weights) + x for x in xs]
+        else:
+            new = [g(x, xs[0]) * float(rng.normal()) for x in xs]
+        pool += new
+    for _ in range(rng.integers(3, 25)):
+        try:
+            choice = rng.random()
+            if choice < 0.4:
+                new = unary[rng.integers(len(unary))](pick())
+            elif choice < 0.75 or kind in (0, 2):
+                new = binary[rng.integers(len(binary))](pick(), pick())
+            elif np.ndim(x := pick()):
+                new = shaping[rng.integers(len(shaping))](x)
+            else:
+                continue
+        except (ValueError, TypeError, IndexError, AttributeError):
+            continue  # shapes that do not fit
+        if isinstance(new, Value) and new.size < 2000:
+            pool.append(new)
+    made = [x for x in pool if isinstance(x, Value) and x._prim and x._needs]
+    if not made:
+        return None, leaves, tensors
+    out = made[-1]
+    for x in made[:-1]:
+        if rng.random() < 0.5:
+            out = out + np.sum(x) * 0.1
+    return (np.sum(out) if out.ndim and rng.random() < 0.6 else out), leaves, tensors
 
 
 class TestNN(unittest.TestCase):
