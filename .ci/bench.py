@@ -18,6 +18,7 @@ was measured. Names that start with "picograd" are ours, and the ratios are ours
 import argparse
 import datetime
 import gc
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -61,6 +62,11 @@ def moons() -> Contenders:
     points += rng.normal(0, 0.1, points.shape)
     points, labels = points.tolist(), np.where(upper, 1, -1).tolist()  # Python numbers: micrograd is fastest on them
 
+    def loss_of(model, value_class):
+        scores = [model(list(map(value_class, point))) for point in points]
+        losses = [(1 + -label * score).relu() for label, score in zip(labels, scores, strict=True)]
+        return sum(losses) * (1 / len(losses)) + 1e-4 * sum(p * p for p in model.parameters())
+
     def train(value_class):
         import micrograd.nn as nn
 
@@ -71,9 +77,7 @@ def moons() -> Contenders:
         nn.Value = original
 
         def step():
-            scores = [model(list(map(value_class, point))) for point in points]
-            losses = [(1 + -label * score).relu() for label, score in zip(labels, scores, strict=True)]
-            loss = sum(losses) * (1 / len(losses)) + 1e-4 * sum(p * p for p in model.parameters())
+            loss = loss_of(model, value_class)
             model.zero_grad()
             loss.backward()
             for p in model.parameters():
@@ -87,12 +91,58 @@ def moons() -> Contenders:
 
         return train(Value)
 
+    def optimized():
+        import micrograd.nn as nn
+
+        from picograd import Value, optimize
+        from picograd.nn import SGD
+
+        original, nn.Value = nn.Value, Value
+        random.seed(1)
+        model = nn.MLP(2, [16, 16, 1])
+        nn.Value = original
+        return replay(optimize(loss_of(model, Value)), SGD(model.parameters(), lr=0.1))
+
     def micrograd():
         from micrograd.engine import Value
 
         return train(Value)
 
-    return {"picograd": ours, "micrograd": micrograd}
+    def matrices():
+        """The same network and loss in PyTorch, on matrices: what nobody would write on scalars there."""
+        import micrograd.nn as nn
+        import torch
+
+        torch.set_num_threads(CORES)
+        random.seed(1)
+        rows = [[[w.data for w in n.w] for n in layer.neurons] for layer in nn.MLP(2, [16, 16, 1]).layers]
+        layers = [
+            (torch.tensor(r, dtype=torch.float64).T.contiguous(), torch.zeros(len(r), dtype=torch.float64))
+            for r in rows
+        ]
+        parameters = [p.requires_grad_() for layer in layers for p in layer]
+        x, y = torch.tensor(points, dtype=torch.float64), torch.tensor(labels, dtype=torch.float64)
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+
+        def step():
+            optimizer.zero_grad()
+            out = x
+            for w, b in layers[:-1]:
+                out = torch.relu(torch.addmm(b, out, w))
+            scores = torch.addmm(layers[-1][1], out, layers[-1][0])[:, 0]
+            loss = torch.relu(1 - y * scores).mean() + 1e-4 * sum((p * p).sum() for p in parameters)
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        return step
+
+    return {
+        "picograd": ours,
+        "picograd optimized": optimized,
+        "micrograd": micrograd,
+        "PyTorch eager, matrices": matrices,
+    }
 
 
 # Matrices: a whole training step of an MLP (float32, tanh, MSE, SGD). Each peer in the fastest of its documented ways.
@@ -117,8 +167,21 @@ def problem(n, *sizes) -> Problem:
     return Problem(sizes, draw((n, sizes[0])), draw((n, sizes[-1])), start)
 
 
-def ours(task: Problem, **backward):
-    from picograd import Tensor
+def replay(loss, optimizer):
+    """A training step of an optimized graph."""
+
+    def step():
+        loss.forward()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.data)
+
+    return step
+
+
+def ours(task: Problem, optimized=False, **backward):
+    from picograd import Tensor, optimize
     from picograd.nn import MLP, SGD, mse_loss
 
     model = MLP(task.sizes[0], task.sizes[1:], activation="tanh")
@@ -126,6 +189,8 @@ def ours(task: Problem, **backward):
         parameter.data = start
     x, y = Tensor(task.x), Tensor(task.y[:, 0] if task.sizes[-1] == 1 else task.y)  # one output: the axis is dropped
     optimizer = SGD(model.parameters(), lr=RATE)
+    if optimized:
+        return replay(optimize(mse_loss(model(x), y)), optimizer)
 
     def step():
         optimizer.zero_grad()
@@ -271,7 +336,126 @@ MATRIX_PEERS = {
 
 def mlp(*shape) -> Contenders:
     task = problem(*shape)
-    return {name: partial(make, task) for name, make in {"picograd": ours, **MATRIX_PEERS}.items()}
+    return {
+        name: partial(make, task)
+        for name, make in {
+            "picograd": ours,
+            "picograd optimized": partial(ours, optimized=True),
+            **MATRIX_PEERS,
+        }.items()
+    }
+
+
+def samples() -> Contenders:
+    """100 graphs of an MLP on one sample each, summed into a loss, beside one graph of all samples."""
+    task = problem(100, 2, 16, 16, 1)
+
+    def make(one_by_one, fast=True):
+        from picograd import optimize
+        from picograd.nn import MLP, SGD, mse_loss
+
+        model = MLP(2, [16, 16, 1])
+        for parameter, start in zip(model.parameters(), task.start, strict=True):
+            parameter.data = start
+        x, y = task.x, task.y[:, 0]
+
+        def loss():
+            if one_by_one:
+                return sum((model(row) - float(target)) ** 2 for row, target in zip(x, y, strict=True)) * (1 / len(x))
+            return mse_loss(model(x), y)
+
+        optimizer = SGD(model.parameters(), lr=RATE)
+        return replay(optimize(loss()), optimizer) if fast else eager(loss, optimizer)
+
+    return {
+        "picograd optimized, one by one": partial(make, True),
+        "picograd optimized, batched": partial(make, False),
+        "eager, one by one": partial(make, True, False),
+    }
+
+
+def eager(make_loss, optimizer):
+    """A training step that builds its graph anew."""
+
+    def step():
+        loss = make_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.data)
+
+    return step
+
+
+def expression() -> Contenders:
+    """The expression of micrograd's README: two dozen operations on two numbers."""
+
+    def build(a, b):
+        c = a + b
+        d = a * b + b**3
+        c = c + c + 1
+        c = c + 1 + c + (-a)
+        d = d + d * 2 + (b + a).relu()
+        d = d + 3 * d + (b - a).relu()
+        e = c - d
+        f = e**2
+        g = f / 2.0
+        return g + 10.0 / f
+
+    def fast():
+        from picograd import Value, optimize
+
+        a, b = Value(-4.0), Value(2.0)
+        g = optimize(build(a, b))
+
+        def step():
+            g.forward()
+            a.grad = b.grad = None
+            g.backward()
+            return float(g.data)
+
+        return step
+
+    def plain(module):
+        def make():
+            value_class = importlib.import_module(module).Value
+
+            def step():
+                a, b = value_class(-4.0), value_class(2.0)
+                g = build(a, b)
+                g.backward()
+                return float(g.data)
+
+            return step
+
+        return make
+
+    return {"picograd optimized": fast, "eager": plain("picograd"), "micrograd": plain("micrograd.engine")}
+
+
+def optimizing() -> Contenders:
+    """Seconds that `optimize` takes, per 100,000 nodes: micrograd's MLP over as many samples as make so many nodes."""
+
+    def make(samples):
+        from micrograd import nn
+
+        from picograd import Value, optimize
+
+        original, nn.Value = nn.Value, Value
+        model = nn.MLP(2, [16, 16, 1])
+        nn.Value = original
+        points = np.random.default_rng(0).normal(size=(samples, 2)).tolist()
+
+        def measure():
+            loss = sum((1 + -model(list(map(Value, point)))).relu() for point in points)
+            nodes = samples * 648
+            start = time.perf_counter()
+            optimize(loss)
+            return (time.perf_counter() - start) / nodes * 1e5
+
+        return measure
+
+    return {f"picograd, {nodes:,} nodes": partial(make, nodes // 648) for nodes in (10_000, 100_000, 1_000_000)}
 
 
 # Memory: the peak of bytes allocated within one training step, above what is allocated when it starts.
@@ -323,6 +507,7 @@ def memory(*shape) -> Contenders:
     return {
         "picograd": lambda: traced(ours(task)),
         "picograd, retain_grads=False": lambda: traced(ours(task, retain_grads=False)),
+        "picograd optimized": lambda: traced(ours(task, optimized=True)),
         "PyTorch eager": lambda: profiled(pytorch(task)),
     }
 
@@ -361,6 +546,9 @@ ROWS = {
     "mlp-small": Row("training step, 100 x MLP[2,16,16,1], float32", partial(mlp, 100, 2, 16, 16, 1)),
     "mlp-medium": Row("training step, 128 x MLP[784,256,128,10], float32", partial(mlp, 128, 784, 256, 128, 10)),
     "mlp-large": Row("training step, 1024 x MLP[784,512,512,10], float32", partial(mlp, 1024, 784, 512, 512, 10)),
+    "samples": Row("training step, MLP[2,16,16,1] on 100 samples, each its own graph", samples),
+    "expression": Row("forward and backward of the expression in micrograd's README", expression, tolerance=1e-9),
+    "optimize": Row("time of optimize() per 100,000 nodes", optimizing, steps=False),
     "memory": Row(
         "peak bytes allocated within a step above its start, 1024 x MLP[784,512,512,10], float32",
         partial(memory, 1024, 784, 512, 512, 10),
