@@ -1696,13 +1696,6 @@ class Value(Array):
             raise ValueError(f"backward: gradient must have shape {self.shape}, got {np.shape(_raw(gradient))}")
         return _conform(gradient, self._data, "backward: gradient")
 
-    def __getattr__(self, name):
-        # Only for what is missing: the data of a node that another was written over. See `_write_over`.
-        if name != "_data" or self._prim is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        self._data = _evaluate(self._prim, [_raw(x) for x in self._args], self._params)
-        return self._data
-
     # --- what Python and NumPy ask of a number or array ---
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
@@ -1806,16 +1799,24 @@ def _write_over(function: Callable, spent: Value, *others: Value):
     ):
         return prim(spent, *others)
     out = prim.forward(raw, *(x._data for x in others), out=raw)
-    del spent._data
+    spent.__class__ = _Overwritten
     return _node(out, prim, (spent, *others), _NO_PARAMS)
 
 
-def _held(x, otherwise):
-    """The raw value of an operand, unless another was written over it."""
-    try:
-        return Array._data.__get__(x) if isinstance(x, Array) else x
-    except AttributeError:
-        return otherwise
+class _Overwritten(Value):
+    """A node that another's data was written over. Computed anew if somebody asks, it is a plain Value again."""
+
+    __slots__ = ()
+
+    @property
+    def _data(self):
+        self._data = _evaluate(self._prim, [_raw(x) for x in self._args], self._params)
+        return self._data
+
+    @_data.setter
+    def _data(self, new):
+        self.__class__ = Value
+        self._data = new
 
 
 class _Place(int):
@@ -1886,25 +1887,26 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
     """
     grads, ndarray = {root: seed}, np.ndarray
     for node in _newest_first(root, stop):
-        prim, args, params = node._prim, node._args, node._params
-        if prim is None or node not in grads or (stop and node in stop):  # a leaf, or no rule gave it a gradient
+        prim = node._prim
+        if prim is None:  # a leaf
             continue
-        g = grads[node]
+        g = grads.get(node)
+        if g is None or (stop and node in stop):  # no rule gave it a gradient, or the sweep ends here
+            continue
+        args, params, out, variadic = node._args, node._params, node, prim.operands is None
         if not retain:
             del grads[node]
             node._grad = None
         if symbolic:
             # A Tensor becomes a node: what a rule computes from it is recorded, too, and a replay reads it anew.
-            out, operands = node, [_record(_detach, (x,)) if isinstance(x, Tensor) else x for x in args]
+            operands = [_record(_detach, (x,)) if isinstance(x, Tensor) else x for x in args]
         else:
             # Where data was written over, no rule reads it; g has its shape and dtype, which is all that `_fit` needs.
-            large = type(g) is np.ndarray and g.size >= _OVERWRITE_ELEMENTS
-            out = _held(node, g) if large else node._data
-            if large and "operands" not in prim.reads:
-                operands = [_held(x, g) for x in args]
-            else:
+            out = g if type(node) is _Overwritten else node._data
+            if "operands" in prim.reads:
                 operands = [x._data if isinstance(x, Array) else x for x in args]
-        variadic = prim.operands is None
+            else:
+                operands = [g if type(x) is _Overwritten else x._data if isinstance(x, Array) else x for x in args]
         weak = type(out) is float and not variadic
         for i, x in enumerate(args):
             if not isinstance(x, Value) or not x._needs:
@@ -1926,7 +1928,8 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
                 raw = x._data if symbolic else operands[i]
                 if type(h) is not ndarray or type(raw) is not ndarray or h.dtype != raw.dtype or h.shape != raw.shape:
                     h = _fit(h, raw)
-            grads[x] = grads[x] + h if x in grads else h
+            had = grads.get(x)
+            grads[x] = h if had is None else had + h
     return grads
 
 
