@@ -3,8 +3,9 @@
     python demo.py                                         two interleaved half circles, two classes
     python demo.py data.csv --target species               a table of numbers; see `python demo.py --help`
 
-graph/initial_graph.png and graph/trained_model.png (beside this file) show the network and its loss on one sample, the
-first that it trains on: untrained, and trained with gradients. Without Graphviz it trains all the same.
+The pictures in graph/ (beside this file) show the network and its loss on one sample, the first that it trains on:
+initial_graph.png as it was built, optimized_graph.png as `optimize` rewrote it, and trained_model.png trained, with
+gradients. Without Graphviz it trains all the same.
 """
 
 import argparse
@@ -15,14 +16,17 @@ import math
 import reprlib
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from picograd import Tensor, Value, draw, no_grad
+from picograd import Tensor, Value, draw, no_grad, optimize
 from picograd.nn import MLP, Adam, cross_entropy, mse_loss
 
 GRAPHS = Path(__file__).resolve().parent / "graph"
@@ -219,36 +223,69 @@ def score(model: MLP, x: np.ndarray, y: np.ndarray, classes: int) -> str:
     return f"R^2: {1 - np.sum((y - out) ** 2) / variation if variation else math.nan:.3f}"
 
 
-def loss_of(model: MLP, x: np.ndarray, y: np.ndarray, classes: int) -> Value:
-    out = model(Tensor(x))
+def loss_of(model: MLP, x: Any, y: Any, classes: int) -> Value:
+    out = model(x)
     out.label = "logits" if classes else "prediction"
     loss = cross_entropy(out, y) if classes else mse_loss(out, y)
     loss.label = "loss"
     return loss
 
 
+def operations(root: Value) -> int:
+    """How many operations a graph has."""
+    nodes = [root]
+    seen = set(nodes)
+    for node in nodes:  # the list grows as it is walked
+        new = node._prev - seen
+        seen |= new
+        nodes += new
+    return sum(node._op != "" for node in nodes)
+
+
+def milliseconds(step: Callable[[], object]) -> float:
+    """The median time of a call."""
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
 def train(model, x, y, classes, epochs, rng, stopped) -> int:
-    """Runs Adam on minibatches, with a learning rate that falls to 0, until stopped(). Returns the epochs completed."""
+    """Runs Adam on minibatches, with a learning rate that falls to 0, until stopped(). Returns the epochs completed.
+
+    The graph of one minibatch is built and optimized once. Every step puts its rows into the graph's Tensors.
+    """
     optimizer = Adam(model.parameters(), LEARNING_RATE, weight_decay=0.1, decoupled=True)
     batches = max(1, min(32, len(x) // 16), len(x) // 1024)
+    size = len(x) // batches  # the same for all: an optimized graph has its shapes. What is left over changes by epoch
+    inputs, targets = Tensor(x[:size]), Tensor(y[:size], dtype=np.int64 if classes else np.float32)
+    built = loss_of(model, inputs, targets, classes)
+    loss = optimize(built)
+    eager = milliseconds(lambda: loss_of(model, inputs, targets, classes).backward(retain_grads=False))
+    fast = milliseconds(lambda: loss.forward().backward())
+    print(f"graph: {operations(built)} operations, {eager:.3f} ms forward and backward on {size} rows; ", end="")
+    print(f"optimized: {operations(loss.graph)} operations, {fast:.3f} ms", flush=True)
     began = shown = time.monotonic()
     live = sys.stdout.isatty()
     for epoch in range(1, epochs + 1):
         optimizer.lr = LEARNING_RATE * (1 - (epoch - 1) / epochs)
         total = 0.0
-        for rows in np.array_split(rng.permutation(len(x)), batches):
+        for rows in rng.permutation(len(x))[: batches * size].reshape(batches, size):
             if stopped():
                 return epoch - 1
+            inputs.data, targets.data = x[rows], y[rows]
+            loss.forward()
             optimizer.zero_grad()
-            loss = loss_of(model, x[rows], y[rows], classes)
-            loss.backward(retain_grads=False)
+            loss.backward()
             optimizer.step()
-            total += loss.item() * len(rows)
+            total += loss.item() / batches
         now = time.monotonic()
         if epoch == epochs or (now - shown > 0.1 if live else epoch * 10 // epochs > (epoch - 1) * 10 // epochs):
             shown = now
             minutes, seconds = divmod(round((now - began) / epoch * (epochs - epoch)), 60)
-            line = f"epoch {epoch:{len(str(epochs))}}/{epochs}  loss {total / len(x):.4f}"
+            line = f"epoch {epoch:{len(str(epochs))}}/{epochs}  loss {total:.4f}"
             line += f"  train {score(model, x, y, classes)}  {minutes}:{seconds:02} left"
             if live:
                 width = shutil.get_terminal_size().columns - 1
@@ -289,8 +326,10 @@ def run(data: str | None, target: str, epochs: int, seed: int) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one ends everything
 
     signal.signal(signal.SIGINT, interrupt)
-    sample, failures = (x[~held][0], y[~held][0], classes), {}
-    picture(loss_of(model, *sample), "initial_graph.png", failures)
+    sample, failures = (Tensor(x[~held][0]), y[~held][0], classes), {}
+    loss = loss_of(model, *sample)
+    picture(loss, "initial_graph.png", failures)
+    picture(optimize(loss), "optimized_graph.png", failures)
     done = train(model, x[~held], y[~held], classes, epochs, rng, lambda: interrupts)
     if done < epochs:
         print("\n" * sys.stdout.isatty() + f"Interrupted: {done} of {epochs} epochs are complete.", flush=True)
@@ -301,7 +340,7 @@ def run(data: str | None, target: str, epochs: int, seed: int) -> int:
     if failures:
         print(f"Not drawn: {', '.join(failures)}: {'; '.join(dict.fromkeys(failures.values()))}")
     else:
-        print("Drawn: graph/initial_graph.png, graph/trained_model.png")
+        print("Drawn: graph/initial_graph.png, graph/optimized_graph.png, graph/trained_model.png")
     result = score(model, x[held], y[held], classes)
     if "nan" in result:
         print("R^2 is not defined here: the target is the same in all test rows.")

@@ -3410,7 +3410,9 @@ class Optimized(Value):
             x._grad = g if x._grad is None else x._grad + g
         self._grad = seed
 
-    def _picture(self) -> Value:
+    @property
+    def graph(self) -> Value:
+        """What the graph became, with its current data: a copy to look at, which `draw` shows."""
         root = self._params["program"].picture(self._params["index"])
         root.label, root._grad = self.label, self._grad
         return root
@@ -3949,7 +3951,7 @@ def draw(
         ) from error
 
     if isinstance(root, Optimized):
-        root = root._picture()
+        root = root.graph
     packs = {node for node in _oldest_first([root]) if node._prim is _pack}  # many numbers in one box
     values = _newest_first(root, packs, everything=True)[::-1]
     # An object is one box however often it is used; a number is a box at each use, as equal numbers are not related.

@@ -1757,7 +1757,7 @@ class TestDemo(unittest.TestCase):
         self.assertEqual([int(line.split()[1].split("/")[0]) for line in progress], list(range(4, 41, 4)))
         for line in progress:
             self.assertRegex(line, r"^epoch +\d+/40  loss \d\.\d{4}  train accuracy: \d+\.\d%  \d+:\d\d left$")
-        for name in ("initial_graph.png", "trained_model.png"):
+        for name in ("initial_graph.png", "optimized_graph.png", "trained_model.png"):
             picture = (self.folder / "graph" / name).read_bytes()
             self.assertEqual(picture[:8], b"\x89PNG\r\n\x1a\n")
             self.assertLessEqual(struct.unpack(">I", picture[16:20])[0], 900, f"{name} is wider than a page")
@@ -1766,7 +1766,8 @@ class TestDemo(unittest.TestCase):
     def test_seed_decides_everything(self):
         def lines(seed):
             run = self.demo("--epochs", 2, "--seed", seed)
-            return [line.rsplit("  ", 1)[0] for line in run.stdout.splitlines()]  # without the time left
+            lines = [line.rsplit("  ", 1)[0] for line in run.stdout.splitlines()]  # without the time left
+            return [line for line in lines if " ms" not in line]
 
         with ThreadPoolExecutor(2) as pool:
             first, second, other = pool.map(lines, (1, 1, 2))
@@ -1932,7 +1933,7 @@ class TestDemo(unittest.TestCase):
                 self.assertEqual((run.returncode, run.stderr), (0, ""))
                 said = [line for line in run.stdout.splitlines() if "Not drawn" in line]
                 self.assertEqual(len(said), 1, run.stdout)
-                self.assertRegex(said[0], rf"^Not drawn: graph/initial_graph.png, graph/trained_model.png: .*{reason}")
+                self.assertRegex(said[0], rf"^Not drawn: (graph/\w+_\w+.png, ){{2}}graph/trained_model.png: .*{reason}")
                 self.assertRegex(run.stdout.splitlines()[-1], r"^test accuracy: \d+\.\d%$")
 
     @unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
@@ -1960,7 +1961,9 @@ class TestDemo(unittest.TestCase):
         self.assertRegex(lines[-1], r"^test accuracy: \d+\.\d%$")
         self.assertTrue(any(re.match(r"Interrupted: \d+ of 100000 epochs", line) for line in lines), lines)
         if shutil.which("dot"):
-            self.assertEqual(sorted(os.listdir(pictures)), ["initial_graph.png", "trained_model.png"])
+            self.assertEqual(
+                sorted(os.listdir(pictures)), ["initial_graph.png", "optimized_graph.png", "trained_model.png"]
+            )
 
     @staticmethod
     def read(terminal):
