@@ -3090,6 +3090,8 @@ class _Lowering:
             return self.local(node, f"{self.name(a)}.reshape({node.shape})")
         if node._prim.name == "transpose":
             return self.local(node, f"{self.name(a)}.transpose({params.get('axes') or ''})")
+        if node._prim.name == "broadcast_to" and type(_raw(a)) is not float:
+            return self.local(node, f"np.broadcast_to({self.name(a)}, {node.shape})")
         return False
 
     def getitem(self, node, a, *parts, index):
