@@ -15,7 +15,7 @@ The rooms, in reading order. A reader meets a thing before it is used.
 
 1. Primitives    one table: NumPy callable -> forward and one vector-Jacobian rule per argument. The only place that
                  knows any operation; everything below reads it.
-2. Workers       the configuration of distributed tensors.
+2. Workers       large tensors: block programs on all cores, in threads or processes, and the array that defers them.
 3. Tensor        an array without gradient: inputs, labels, and what `.data` and `.grad` hand out.
 4. Value         a node of the graph: data, gradient, the primitive that made it and its operands; `backward`, `grad`.
 5. Optimizer     `optimize`: passes that make a traced graph small, and its lowering to a straight-line program.
@@ -39,6 +39,7 @@ import sys
 import tempfile
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -1207,7 +1208,13 @@ for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Workers
 #
-# The configuration of distributed tensors: which tensors count as distributed.
+# Large tensors compute in blocks, on all cores. In: a block program, which is a tuple of steps (primitive, places of
+# its operands, dtype) on slots, the inputs first and then the result of each step; and the inputs. Out: arrays.
+# `run_blocks` cuts the work into blocks that fit in a core's cache, and does all steps on one block before the next, so
+# that a chain of operations goes through memory once. Reductions combine the blocks' results in a fixed order.
+# `Chunked` is the array that makes such programs: it defers element-wise work until somebody looks.
+# Invariants: the cut depends on shape and dtype only, so results do not depend on the workers; what is seen of an array
+# is what NumPy would have given at once.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1222,6 +1229,7 @@ class DistributedConfig:
 
 
 _config = DistributedConfig()
+_chunking = False  # whether any tensor may be distributed: enabled, or one was told to be
 
 
 def get_distributed_config() -> DistributedConfig:
@@ -1234,7 +1242,7 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
 
     Returns the new configuration. TypeError or ValueError names a wrong argument, and nothing is changed.
     """
-    global _config
+    global _config, _chunking
     for name, value in changes.items():
         if name not in DistributedConfig.__dataclass_fields__:
             known = ", ".join(DistributedConfig.__dataclass_fields__)
@@ -1250,7 +1258,787 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
                 raise ValueError(f"set_distributed_config: {name} must be at least 1, got {value}")
             changes[name] = int(value)
     _config = replace(_config, **changes)
+    _chunking |= _config.enabled
     return _config
+
+
+@contextlib.contextmanager
+def distributed_config(**changes: Any) -> Iterator[DistributedConfig]:
+    """Sets the configuration for a block of code, and restores it afterwards."""
+    global _config
+    before = _config
+    try:
+        yield set_distributed_config(**changes)
+    finally:
+        _config = before
+
+
+def _usable_cores() -> int:
+    """The cores that this process may use: by its affinity, and by the quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for path, parse in (
+        ("/sys/fs/cgroup/cpu.max", lambda text: text.split()),
+        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", lambda text: (text, 100_000)),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = parse(Path(path).read_text())
+            if int(quota) > 0:
+                cores = min(cores, max(1, round(int(quota) / int(period))))
+    return cores
+
+
+def _num_workers() -> int:
+    global _cores
+    if _config.num_workers is not None:
+        return _config.num_workers
+    _cores = _cores or _usable_cores()
+    return _cores
+
+
+_cores: int | None = None
+
+# --- memory: buffers that are used again, since fresh pages cost as much as the arithmetic on them ---
+
+_KEPT_BYTES = 1 << 30  # of freed buffers that are kept for the next results
+_SMALL_BYTES = 1 << 22  # below, malloc does as well
+
+
+class _Memory:
+    """Buffers for large arrays: private memory for threads; for processes shared memory, with a file to map it by."""
+
+    def __init__(self):
+        self.free: dict[tuple[int, bool], list] = collections.defaultdict(list)
+        self.kept = 0
+        self.lock = threading.RLock()  # reentrant: an array may die, and come here, at any allocation
+
+    def empty(self, shape, dtype, shared: bool) -> np.ndarray:
+        dtype = np.dtype(dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes < _SMALL_BYTES and not shared:
+            return np.empty(shape, dtype)
+        size = -(-max(nbytes, 1) >> 20) << 20
+        with self.lock:
+            kept = self.free[size, shared]
+            self.kept -= size if kept else 0
+            try:
+                buffer = kept.pop() if kept else _Segment(size) if shared else _private_buffer(size)
+            except OSError as error:
+                if not shared:
+                    raise
+                _workers.warn(f"shared memory cannot be had here ({error}); computing in threads")
+                return np.empty(shape, dtype)
+        array = np.ndarray(shape, dtype, buffer.map if shared else buffer)
+        weakref.finalize(array, self.take_back, buffer, size, shared).atexit = False
+        return array
+
+    def take_back(self, buffer, size, shared):
+        """The array in a buffer, and all views of it, are gone."""
+        with self.lock:
+            if self.kept + size <= _KEPT_BYTES:
+                self.kept += size
+                self.free[size, shared].append(buffer)
+            elif shared:
+                buffer.close()
+
+
+def _private_buffer(size):
+    import mmap
+
+    buffer = (
+        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MAP_ANONYMOUS")
+        else bytearray(size)
+    )
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
+
+
+class _Segment:
+    """Anonymous shared memory, which ends with the last process that has it, also after a crash; /dev/shm is not used.
+    Where the system has none, `multiprocessing.shared_memory`."""
+
+    serial = itertools.count()
+    known: dict[int, _Segment] = {}  # by the id of the mapping that its arrays are made on
+
+    def __init__(self, size: int):
+        import mmap
+
+        self.memory = None
+        if hasattr(os, "memfd_create"):
+            fd = os.memfd_create("picograd")
+            os.ftruncate(fd, size)
+            self.map = mmap.mmap(fd, size)
+            self.name: tuple = (os.getpid(), fd, next(self.serial), size)
+        else:
+            from multiprocessing import shared_memory
+
+            self.memory = shared_memory.SharedMemory(create=True, size=size)
+            self.map, self.name = self.memory.buf, (self.memory.name, None, next(self.serial), size)
+        self.known[id(self.map)] = self
+
+    def close(self) -> None:
+        """Gives the memory back to the system, though workers may still have it mapped."""
+        del self.known[id(self.map)]
+        if self.memory is not None:
+            self.memory.unlink()
+        elif self.name[0] == os.getpid():
+            os.ftruncate(self.name[1], 0)
+            os.close(self.name[1])
+
+
+_memory = _Memory()
+
+
+def _describe(x: np.ndarray):
+    """How another process finds an array: in which segment, and where there; None if it is in private memory."""
+    base = x
+    while isinstance(base, np.ndarray):
+        base = base.base
+    base = base.obj if isinstance(base, memoryview) else base
+    segment = _Segment.known.get(id(base))
+    if segment is None:
+        return None
+    whole = np.frombuffer(segment.map, np.uint8)
+    offset = x.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+    return segment.name, offset, x.shape, x.strides, x.dtype
+
+
+_mapped: dict[tuple, Any] = {}  # in a worker: the segments that it has mapped
+
+
+def _find(name, offset, shape, strides, dtype) -> np.ndarray:
+    """In a worker: the array that `_describe` described."""
+    if name not in _mapped:
+        import mmap
+
+        place, fd, _, size = name
+        for old in [old for old in _mapped if old[:2] == name[:2]]:
+            del _mapped[old]  # the descriptor was closed, and is another segment's now
+        if fd is None:
+            from multiprocessing import shared_memory
+
+            _mapped[name] = shared_memory.SharedMemory(place)
+        else:
+            with open(f"/proc/{place}/fd/{fd}", "r+b") as file:
+                _mapped[name] = mmap.mmap(file.fileno(), size)
+    found = _mapped[name]
+    return np.ndarray(shape, dtype, getattr(found, "buf", found), offset, strides)
+
+
+# --- block programs ---
+
+_BLOCK_BYTES = (
+    1 << 20
+)  # of an array in a block: 256k float32 fit in a core's cache, and the interpreter lock is rarely passed
+_REDUCERS = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum, "any": np.logical_or}
+_REDUCERS |= {"all": np.logical_and}
+
+
+@dataclass
+class _Job:
+    """A block program on its arrays.
+
+    steps: (primitive, places of the operands, dtype of the result), ...; places count the inputs first, then the steps.
+    inputs: arrays, and numbers, that broadcast to `shape`.
+    outputs: {place: array of that shape to write to}.
+    reduction: (name in _REDUCERS, axes) for the last place, or None. Its partial results go to `parts`, of the shape of
+        the result with an axis more in front, for the number of the cut if that axis is reduced.
+    """
+
+    steps: tuple
+    inputs: list
+    shape: tuple[int, ...]
+    outputs: dict
+    reduction: tuple | None = None
+    parts: np.ndarray | None = None
+
+    def plan(self) -> tuple[int, int]:
+        """(axis, rows): a block is `rows` along that axis, one index of each axis before and all of those after."""
+        itemsize = max(
+            [dtype.itemsize for *_, dtype in self.steps] + [x.dtype.itemsize for x in self.inputs if np.ndim(x)]
+        )
+        limit, axis = max(1, _BLOCK_BYTES // itemsize), 0
+        while axis < len(self.shape) - 1 and math.prod(self.shape[axis + 1 :]) > limit:
+            axis += 1
+        return axis, max(1, limit // math.prod(self.shape[axis + 1 :]))
+
+    def tasks(self) -> list[tuple]:
+        """What can run at once: an index of each axis that is neither cut nor reduced, and the number of the cut."""
+        axis, rows = self.plan()
+        reduced = self.reduction[1] if self.reduction else ()
+        free = [range(1) if i in reduced else range(n) for i, n in enumerate(self.shape[:axis])]
+        return [(*outer, k) for outer in itertools.product(*free) for k in range(-(-self.shape[axis] // rows))]
+
+    def buffers(self) -> list[tuple]:
+        """For each step the scratch buffer of its result, by number and dtype: one that no later step reads, if there
+        is one, so that few are in the cache."""
+        n = len(self.inputs)
+        last = {i: step for step, (_, operands, _) in enumerate(self.steps) for i in operands}
+        taken, free, keys = {}, [], []
+        for step, (_, operands, dtype) in enumerate(self.steps):
+            dead = [taken.pop(i) for i in set(operands) if last[i] == step and i in taken]
+            free += dead
+            key = next((key for key in free if key[1] == dtype), (step, dtype))
+            if key in free:
+                free.remove(key)
+            taken[n + step] = key
+            keys.append(key)
+        return keys
+
+    def run(self, tasks: Iterable[tuple]) -> None:
+        axis, rows = self.plan()
+        self.keys = self.buffers()
+        reduced = self.reduction[1] if self.reduction else ()
+        scratch: dict = {}
+        for *outer, k in tasks:
+            inner = [range(n) if i in reduced else (j,) for i, (j, n) in enumerate(zip(outer, self.shape))]
+            total, cut = None, slice(k * rows, min((k + 1) * rows, self.shape[axis]))
+            for index in itertools.product(*inner):
+                block = (*(slice(i, i + 1) for i in index), cut)
+                result = self.block(block, scratch)
+                if self.reduction:
+                    name, axes = self.reduction
+                    part = _REDUCERS[name].reduce(result, axes, self.parts.dtype, None, True)
+                    total = part if total is None else _REDUCERS[name](total, part, total)
+            if self.reduction:
+                place = tuple(slice(None) if i in reduced else s for i, s in enumerate(block))
+                self.parts[(k if axis in reduced else 0, *place)] = total
+
+    def block(self, block: tuple[slice, ...], scratch: dict):
+        """All steps on one block; the last result."""
+        ndim, values = len(self.shape), []
+        for x in self.inputs:
+            if np.ndim(x):
+                offset = ndim - x.ndim
+                places = [slice(None) if n == 1 else s for n, s in zip(x.shape, block[offset:])]
+                x = x[tuple(places)]
+            values.append(x)
+        shape = tuple(len(range(*s.indices(n))) for s, n in zip(block, self.shape)) + self.shape[len(block) :]
+        size, n_inputs = math.prod(shape), len(self.inputs)
+        for place, (prim, operands, dtype) in enumerate(self.steps, n_inputs):
+            args = [values[i] for i in operands]
+            target = self.outputs.get(place)
+            if target is not None:
+                target = target[block]
+            elif np.broadcast_shapes(*map(np.shape, args)) == shape:
+                key = self.keys[place - n_inputs]
+                if key not in scratch or scratch[key].size < size:
+                    scratch[key] = np.empty(size, dtype)
+                target = scratch[key][:size].reshape(shape)
+            _fault.step = prim.name
+            if prim is _as_dtype:
+                out = args[0].astype(dtype)
+                if target is not None:
+                    np.copyto(target, out)
+            elif target is not None and isinstance(prim.forward, np.ufunc):
+                out = prim.forward(*args, out=target)
+            else:
+                out = prim.forward(*args)
+                if place in self.outputs:
+                    np.copyto(target, out)
+            values.append(out)
+        out = values[-1]
+        return out if np.shape(out) == shape else np.broadcast_to(out, shape)
+
+
+class _Fault(threading.local):
+    """What went wrong in this thread's blocks: floating-point faults, by kind and primitive, to be warned of once."""
+
+    step = ""
+
+    def __init__(self):
+        self.found: dict[tuple[str, str], None] = {}
+
+    def __call__(self, kind, flag):
+        self.found[kind, self.step] = None
+
+
+_fault = _Fault()
+
+
+def _run_tasks(job: _Job, tasks: Iterable[tuple], state: dict) -> list:
+    """Runs tasks in this thread; the floating-point faults that were met."""
+    _fault.found = {}
+    with np.errstate(**{kind: "call" if how == "warn" else how for kind, how in state.items()}, call=_fault):
+        job.run(tasks)
+    return list(_fault.found)
+
+
+# --- the executor ---
+
+
+class _Workers:
+    """One `concurrent.futures` pool, made at first use, of the kind and size that the configuration asks for."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.pool, self.kind, self.warned = None, None, set()
+
+    def get(self, processes: bool, n: int):
+        """The pool, or None where everything runs in this thread."""
+        with self.lock:
+            if self.kind != (processes, n):
+                if self.pool is not None:
+                    self.pool.shutdown(wait=False)
+                self.pool, self.kind = self.make(processes, n), (processes, n)
+            return self.pool
+
+    def make(self, processes: bool, n: int):
+        import concurrent.futures
+        import multiprocessing
+
+        if processes:
+            return concurrent.futures.ProcessPoolExecutor(
+                n, multiprocessing.get_context(), _start_worker, (os.getpid(),)
+            )
+        return concurrent.futures.ThreadPoolExecutor(n, "picograd")
+
+    def drop(self, pool) -> None:
+        """Forgets a pool that is broken: the next operation gets a fresh one."""
+        with self.lock:
+            if self.pool is pool:
+                self.pool = self.kind = None
+
+    def warn(self, text: str) -> None:
+        if text not in self.warned:
+            self.warned.add(text)
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def _start_worker(parent: int) -> None:
+    """In a new worker process: an interrupt is for the parent, which waits for the blocks that are under way; and
+    when the parent is gone, even by kill -9, so is the worker."""
+    import signal
+    import time
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch():
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.kill(parent, 0)  # sends nothing, and fails when there is no such process
+                time.sleep(0.5)
+        os._exit(1)
+
+    if os.name == "posix":
+        threading.Thread(target=watch, daemon=True).start()
+
+
+_workers = _Workers()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: globals().update(_workers=_Workers()))
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Hides the user's script from worker processes that start: they need nothing of it, and would run it again."""
+    main, missing = sys.modules.get("__main__"), object()
+    kept = {name: vars(main).get(name, missing) for name in ("__file__", "__spec__")} if main else {}
+    try:
+        if main:
+            vars(main).pop("__file__", None)
+            main.__spec__ = None
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is not missing:
+                setattr(main, name, value)
+
+
+def _in_worker() -> bool:
+    """Whether this is a worker process of some pool: it must not start workers of its own."""
+    module = sys.modules.get("multiprocessing.process")
+    return module is not None and module.parent_process() is not None
+
+
+def _remote(job: _Job, arrays: list, tasks: list, state: dict):
+    """In a worker process: finds the arrays, and runs the tasks."""
+    *found, job.parts = [_find(*x) if isinstance(x, tuple) else x for x in arrays]
+    n = len(job.inputs)
+    return _run_tasks(replace(job, inputs=found[:n], outputs=dict(zip(job.outputs, found[n:]))), tasks, state)
+
+
+def _in_processes(job: _Job, tasks: list, n: int, state: dict) -> list | None:
+    """Has worker processes do a job's tasks; the faults that were met, or None if they could not do it."""
+    from concurrent.futures import wait
+    from concurrent.futures.process import BrokenProcessPool
+
+    futures: list = []
+    pool = None
+    try:
+        arrays = []
+        for x in [*job.inputs, *job.outputs.values(), job.parts]:
+            if isinstance(x, np.ndarray) and _describe(x) is None and x.nbytes > _TRAVELS_BYTES:
+                x = _copy(x, _memory.empty(x.shape, x.dtype, True))  # to where the workers see it
+            arrays.append(x)
+        places = [(_describe(x) or x) if isinstance(x, np.ndarray) else x for x in arrays]
+        n_inputs = len(job.inputs)
+        if any(
+            isinstance(x, np.ndarray) and (i >= n_inputs or x.nbytes > _TRAVELS_BYTES) for i, x in enumerate(places)
+        ):
+            return None  # there is no shared memory
+        travelling = replace(job, inputs=[None] * len(job.inputs), outputs=dict.fromkeys(job.outputs), parts=None)
+        pool = _workers.get(True, n)
+        cuts = [len(tasks) * i // n for i in range(n + 1)]
+        with _starting, _without_main():
+            for a, b in zip(cuts, cuts[1:]):
+                if a < b:
+                    futures.append(pool.submit(_remote, travelling, places, tasks[a:b], state))
+        return [future.result() for future in futures]
+    except BrokenProcessPool:
+        _workers.drop(pool)
+        warnings.warn("a worker process died; its work is done again, in threads", RuntimeWarning, stacklevel=2)
+    except OSError as error:
+        _workers.warn(f"worker processes cannot be had here ({error}); computing in threads")
+    finally:
+        wait(futures)  # also after an interrupt: nobody may write to these arrays any more
+    return None
+
+
+_starting = threading.Lock()
+_TRAVELS_BYTES = 1 << 16  # arrays below travel with the instructions
+
+
+def _copy(x: np.ndarray, out: np.ndarray) -> np.ndarray:
+    np.copyto(out, x)
+    return out
+
+
+def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
+    """Does a job's tasks in n threads, of which this is one, each taking the next; the faults that were met."""
+    if n == 1 or len(tasks) == 1:
+        return [_run_tasks(job, tasks, state)]
+    queue = collections.deque(tasks)
+
+    def work():
+        def taken():
+            with contextlib.suppress(IndexError):
+                while True:
+                    yield queue.popleft()
+
+        return _run_tasks(job, taken(), state)
+
+    futures = [_workers.get(False, n - 1).submit(work) for _ in range(min(n, len(tasks)) - 1)]
+    try:
+        return [work(), *(future.result() for future in futures)]
+    finally:
+        queue.clear()  # after an error or an interrupt, the others stop at the next block
+        from concurrent.futures import wait
+
+        wait(futures)
+
+
+def run_blocks(
+    steps: tuple, inputs: Sequence, shape: tuple[int, ...], outputs: Sequence[int] = (), reduction: tuple | None = None
+) -> tuple[list[np.ndarray], Any]:
+    """Runs a block program on all cores.
+
+    steps: (primitive, places of its operands, dtype of its result) of element-wise primitives. Places count the inputs
+        first, then the steps.
+    inputs: arrays, and numbers, that broadcast to shape.
+    outputs: the places whose results are wanted as whole arrays.
+    reduction: (name in _REDUCERS, axes as non-negative numbers, dtype) of the last result.
+
+    Returns the arrays, and the reduction's result with its axes kept as length 1. Floating-point faults are warned of
+    as the caller's `np.errstate` says, once for each primitive.
+    """
+    state, n = np.geterr(), _num_workers()
+    processes = _config.use_processes and not _in_worker() and all(prim.name in _BUILTIN for prim, *_ in steps)
+    inputs = [  # what a view repeats is there once
+        x[tuple([slice(0, 1) if step == 0 else slice(None) for step in x.strides])] if isinstance(x, np.ndarray) else x
+        for x in inputs
+    ]
+    first = len(inputs)
+    dtypes = {i: steps[i - first][2] for i in outputs}
+    arrays = {i: _memory.empty(shape, dtype, processes) for i, dtype in dtypes.items()}
+    job = _Job(steps, inputs, shape, arrays, reduction[:2] if reduction else None)
+    tasks = job.tasks()
+    if reduction:
+        name, axes, dtype = reduction
+        axis, rows = job.plan()
+        cuts = -(-shape[axis] // rows) if axis in axes else 1
+        kept = [1 if i in axes else n for i, n in enumerate(shape)]
+        job.parts = _memory.empty((cuts, *kept), dtype, processes)
+    faults = None
+    if processes and n > 1 and len(tasks) > 1:
+        faults = _in_processes(job, tasks, n, state)
+    if faults is None:
+        faults = _in_threads(job, tasks, 1 if _in_worker() else n, state)
+    for kind, name in dict.fromkeys(fault for found in faults for fault in found):
+        warnings.warn(f"{kind} encountered in {name}", RuntimeWarning, stacklevel=2)
+    total = job.parts
+    if reduction:
+        if cuts > 1 and reduction[0] == "sum" and dtype.kind == "f":  # no error is added to that within the blocks
+            total = np.add.reduce(total, 0, np.result_type(dtype, np.float64)).astype(dtype)
+        else:
+            total = np.array(total[0]) if cuts == 1 else _REDUCERS[reduction[0]].reduce(total, 0)
+    return list(arrays.values()), total
+
+
+# --- arrays that defer ---
+
+_MAX_PENDING = 32  # steps that wait for each other; then they are computed
+_chunk_lock = threading.RLock()
+_BUILTIN = frozenset(PRIMITIVES)  # what worker processes know, too
+
+
+class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
+    """A large array that computes in blocks; element-wise operations on it wait until somebody needs the result.
+
+    Either `array` has the data, or `prim` and `args` say how to compute it. Raw values of distributed Tensors and
+    Values are of this kind. That something waits is never seen: `array` is handed out by `expose` alone, which first
+    computes all that reads it; and as long as somebody outside holds it, and might write to it, nothing waits.
+    """
+
+    __slots__ = ("shape", "dtype", "array", "prim", "args", "state", "runs", "readers", "__weakref__")
+    __hash__ = object.__hash__
+
+    ndim = property(lambda self: len(self.shape))
+    size = property(lambda self: math.prod(self.shape))
+    nbytes = property(lambda self: self.size * self.dtype.itemsize)
+    T = property(lambda self: self.expose().T)
+
+    def __init__(self, array=None, shape=None, dtype=None, prim=None, args=(), state=None):
+        self.array, self.prim, self.args, self.state, self.runs = array, prim, args, state, 0
+        self.shape, self.dtype = (shape, dtype) if array is None else (array.shape, array.dtype)
+        self.readers: list[weakref.ref] = []
+
+    # --- what waits ---
+
+    def pending(self) -> list[Chunked]:
+        """All that has to be computed for this, operands first."""
+        found: dict[Chunked, None] = {}
+        stack = [self]
+        while stack:
+            node = stack[-1]
+            if node.array is not None or node in found:
+                stack.pop()
+                continue
+            rest = [x for x in node.args if type(x) is Chunked and x.array is None and x not in found]
+            if rest:
+                stack += rest
+            else:
+                found[stack.pop()] = None
+        return list(found)
+
+    def run(self, reduction: tuple | None = None):
+        """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
+        kept is kept now: nothing is computed a third time."""
+        nodes = self.pending()
+        inputs: list = []
+        places: dict[int, int] = {}
+        for x in [x for node in nodes for x in node.args] or [self]:
+            if not (type(x) is Chunked and x.array is None) and id(x) not in places:
+                places[id(x)] = len(inputs)
+                inputs.append(x)
+        places.update((id(node), len(inputs) + i) for i, node in enumerate(nodes))
+        steps = tuple([(node.prim, tuple([places[id(x)] for x in node.args]), node.dtype) for node in nodes])
+        kept = [node for node in nodes if node.runs or (node is self and reduction is None)]
+        raw = [x.buffer() if type(x) is Chunked else x for x in inputs]
+        with np.errstate(**(self.state or np.geterr())):
+            arrays, total = run_blocks(steps, raw, self.shape, [places[id(node)] for node in kept], reduction)
+        for node in nodes:
+            node.runs += 1
+        for node, array in zip(kept, arrays):
+            node.array, node.prim, node.args = array, None, ()
+        return total
+
+    def buffer(self) -> np.ndarray:
+        """The array, where the workers see it."""
+        array = self.array
+        if _config.use_processes and array.nbytes > _TRAVELS_BYTES and _describe(array) is None and not _in_worker():
+            del array
+            if not self.held_outside() and self.array.base is None:
+                self.array = _copy(self.array, _memory.empty(self.shape, self.dtype, True))
+        return self.array
+
+    def force(self) -> np.ndarray:
+        """The array, for reading at once."""
+        with _chunk_lock:
+            if self.array is None:
+                self.run()
+            return self.array
+
+    def expose(self) -> np.ndarray:
+        """The array, to be handed out: whoever gets it may keep it, and write to it."""
+        with _chunk_lock:
+            readers, self.readers = self.readers, []
+            for ref in readers:
+                if (reader := ref()) is not None:
+                    reader.force()
+            return self.force()
+
+    def held_outside(self) -> bool:
+        """Whether somebody else holds the array or a view of it."""
+        if sys.getrefcount(self.array) > _HELD_ONCE:
+            return True
+        base = self.array.base
+        return isinstance(base, np.ndarray) and sys.getrefcount(base) > _BASE_HELD_ONCE
+
+    def assign(self, new) -> None:
+        """In place: the data of `new`, of this shape, once it is there as a whole."""
+        with _chunk_lock:
+            array = new.force() if type(new) is Chunked else np.asarray(new)
+            if array.dtype != self.dtype:
+                array = array.astype(self.dtype, casting="same_kind")
+            old = self.expose()
+            owns = not isinstance(old.base, np.ndarray)
+            del old
+            if owns and not self.held_outside():
+                self.array = array
+            else:
+                np.copyto(self.array, array)
+
+    # --- NumPy's protocols: so that the primitives' rules run on it ---
+
+    def __array__(self, dtype=None, copy=None):
+        array = self.expose()
+        return np.array(array, dtype) if copy or (dtype is not None and dtype != array.dtype) else array
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        prim = TABLE.get(ufunc)
+        if method == "__call__" and not kwargs and isinstance(prim, Primitive):
+            return _evaluate(prim, inputs, _NO_PARAMS)
+        out = kwargs.pop("out", None)
+        if out is not None:
+            kwargs["out"] = tuple([x.expose() if type(x) is Chunked else x for x in out])
+        return getattr(ufunc, method)(*[x.force() if type(x) is Chunked else x for x in inputs], **kwargs)
+
+    def __array_function__(self, function, kinds, args, kwargs):
+        prim = TABLE.get(function)
+        if function in (np.shape, np.ndim, np.size) and len(args) == 1:
+            return getattr(self, function.__name__)
+        if isinstance(prim, Primitive) and set(kwargs) <= {*prim.params, *(prim.operands or ())}:
+            return prim(*args, **kwargs)
+
+        def plain(x):
+            if isinstance(x, (list, tuple)):
+                return type(x)(map(plain, x))
+            return x.expose() if type(x) is Chunked else x
+
+        return function(*map(plain, args), **{name: plain(x) for name, x in kwargs.items()})
+
+    def __getitem__(self, index):
+        return self.expose()[index]
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __bool__(self):
+        return bool(self.force())
+
+    def astype(self, dtype, copy=True):
+        return _evaluate(_as_dtype, (self,), {"dtype": np.dtype(dtype)}) if dtype != self.dtype or copy else self
+
+    def reshape(self, *shape):
+        return self.expose().reshape(*shape)
+
+    def swapaxes(self, a, b):
+        return self.expose().swapaxes(a, b)
+
+    def tolist(self):
+        return self.force().tolist()
+
+    def __reduce__(self):
+        return np.array, (self.force(),)
+
+
+def _references():
+    """What `held_outside` counts if nobody does; it differs between versions of Python."""
+    probe = Chunked(np.empty(4)[:2])
+    base = probe.array.base
+    del base
+
+    def counts(self):
+        held = sys.getrefcount(self.array)
+        base = self.array.base
+        return held, sys.getrefcount(base)
+
+    return counts(probe)
+
+
+_HELD_ONCE, _BASE_HELD_ONCE = _references()
+
+
+def _result_dtype(prim: Primitive, args: Sequence, params: dict) -> np.dtype:
+    """The dtype of an element-wise result: what one element gives."""
+    key = prim, tuple([x.dtype if hasattr(x, "dtype") else type(x) for x in args]), params.get("dtype")
+    if key not in _dtypes:
+        with np.errstate(all="ignore"):
+            ones = [np.ones(1, x.dtype) if hasattr(x, "dtype") else x for x in args]
+            _dtypes[key] = np.asarray(prim.forward(*ones, **params)).dtype
+    return _dtypes[key]
+
+
+_dtypes: dict[tuple, np.dtype] = {}
+
+
+def _evaluate_chunked(prim: Primitive, raw: Sequence, params: dict):
+    """The forward of a primitive on raw operands of which some are chunked: deferred, reduced, or done at once."""
+    state = np.geterr()
+    plain = set(state.values()) <= {"ignore", "warn"}
+    if plain and prim.elementwise and (not params or prim is _as_dtype):
+        return _deferred(prim, raw, params, state)
+    if plain and prim.name in _REDUCTIONS and type(raw[0]) is Chunked and raw[0].size:
+        return _reduced(prim.name, raw[0], **params)
+    return _evaluate(prim, [x.expose() if type(x) is Chunked else x for x in raw], params)
+
+
+def _deferred(prim, raw, params, state) -> Chunked:
+    shape = np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])  # errors are raised here, at the call
+    dtype = _result_dtype(prim, raw, params)
+    with _chunk_lock:
+        args, wait = [], True
+        for x in raw:
+            if type(x) is Chunked:
+                if x.array is None and x.state != state:
+                    x.force()
+                wait &= x.array is None or not x.held_outside()
+            elif isinstance(x, np.ndarray):
+                wait &= x.nbytes <= _TRAVELS_BYTES
+                x = x.copy() if wait else x
+            args.append(x)
+        new = Chunked(None, shape, dtype, prim, tuple(args), state)
+        if not wait or len(new.pending()) >= _MAX_PENDING:
+            new.force()
+        else:
+            for x in args:
+                if type(x) is Chunked:
+                    x.readers = [ref for ref in x.readers if (r := ref()) is not None and r.array is None]
+                    x.readers.append(weakref.ref(new))
+    return new
+
+
+_REDUCTIONS = {*_REDUCERS, "mean", "var", "std"}
+
+
+def _reduced(name: str, x: Chunked, axis=None, keepdims=False, ddof=0):
+    """A reduction in one pass; var and std, which need the mean first, in two."""
+    ndim = x.ndim
+    axes = tuple(range(ndim)) if axis is None else tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    axes = np.lib.array_utils.normalize_axis_tuple(axes, ndim)
+    count = math.prod(x.shape[i] for i in axes)
+    if name in ("var", "std"):
+        centred = x - _reduced("mean", x, axes, True)
+        total = np.asarray(_reduced("sum", np.square(centred), axes, True)) / max(count - ddof, 0)
+        total = np.sqrt(total) if name == "std" else total
+        total = total.astype(x.dtype if x.dtype.kind == "f" else np.float64)
+    else:
+        kind = "sum" if name == "mean" else name
+        dtype = _REDUCERS[kind].reduce(np.ones(1, x.dtype)).dtype
+        if name == "mean" and x.dtype.kind != "f":
+            dtype = np.dtype(np.float64)
+        with _chunk_lock:
+            total = x.run((kind, axes, dtype))
+        total = np.true_divide(total, count, dtype=dtype) if name == "mean" else total
+    return (
+        total[()]
+        if not total.ndim
+        else total
+        if keepdims
+        else _settle(total.reshape([n for i, n in enumerate(x.shape) if i not in axes]))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1261,6 +2049,9 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
 # `Array` is what Tensor and Value share: one way to compute a primitive on raw operands, and one set of methods.
 # Invariant: a raw value never is a 0-d ndarray, and a computation on Python floats alone gives a Python float again.
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+_new = object.__new__
 
 
 def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub") -> Any:
@@ -1297,7 +2088,9 @@ def _raw(x):
 
 
 def _public(raw):
-    """A raw value as it is handed out: Python's weak scalars become NumPy scalars."""
+    """A raw value as it is handed out: Python's weak scalars become NumPy scalars, chunked arrays arrays."""
+    if type(raw) is Chunked:
+        return raw.expose()
     return np.float64(raw) if type(raw) is float else np.bool_(raw) if type(raw) is bool else raw
 
 
@@ -1318,6 +2111,8 @@ def _evaluate(prim: Primitive, raw: Sequence, params: dict):
     for x in raw:
         if type(x) is float or type(x) is bool:
             weak = True
+        elif type(x) is Chunked:
+            return _evaluate_chunked(prim, raw, params)
         else:
             strong = True
     if not strong:
@@ -1342,7 +2137,7 @@ def _evaluate(prim: Primitive, raw: Sequence, params: dict):
 def _constant(x, prim: Primitive):
     """Checks an operand that is neither Value nor Tensor: a Python float or bool, or a raw array."""
     if isinstance(x, (float, int, np.floating, np.integer, np.bool_)):
-        return bool(x) if isinstance(x, (bool, np.bool_)) else float(x)
+        return bool(x) if isinstance(x, (bool, np.bool_)) else x if type(x) is int else float(x)
     if not isinstance(x, (np.ndarray, list, tuple)):
         raise TypeError(f"{prim.name}: expected a Value, Tensor, array or number, got {type(x).__name__}")
     try:
@@ -1356,13 +2151,21 @@ def _constant(x, prim: Primitive):
 
 def _take_dtype(operands: tuple) -> tuple:
     """Raw arrays among the operands take the dtype of those they meet, else float32; masks, and integers that meet
-    integers, stay as they are."""
+    integers, stay as they are. Other integers become floats."""
     held = {x._data.dtype for x in operands if isinstance(x, Array) and not isinstance(x._data, (float, bool))}
     floating = [dtype for dtype in held if dtype.kind == "f"]
     dtype = np.result_type(*floating) if floating else np.dtype(np.float32)
     kinds = "f" if held and not floating else "fiu"
+    whole = held and not floating
     return tuple(
-        x.astype(dtype, copy=False) if type(x) is np.ndarray and x.dtype.kind in kinds else x for x in operands
+        [
+            x.astype(dtype, copy=False)
+            if type(x) is np.ndarray and x.dtype.kind in kinds
+            else float(x)
+            if type(x) is int and not whole
+            else x
+            for x in operands
+        ]
     )
 
 
@@ -1376,12 +2179,20 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         elif type(x) is not float:
             constants = True
     if kind is None:
+        if _chunking and any(type(x) is Chunked for x in operands):
+            return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
+    if _chunking and (prim.elementwise or prim.name in _REDUCTIONS):
+        for x in operands:
+            if isinstance(x, Array):
+                x._follow_config()
     if constants:
         operands = _take_dtype(tuple([x if isinstance(x, Array) else _constant(x, prim) for x in operands]))
     out = _evaluate(prim, [x._data if isinstance(x, Array) else x for x in operands], params)
     if kind is Value:
         return _node(out, prim, operands, params)
+    if len(operands) == 1:
+        return _wrap(out, operands[0]._choice)
     choices = {x._choice for x in operands if isinstance(x, Tensor)}
     return _wrap(out, True if True in choices else None if None in choices else False)
 
@@ -1395,10 +2206,19 @@ class Array:
     shape: tuple[int, ...] = property(lambda self: np.shape(self._data))
     ndim: int = property(lambda self: np.ndim(self._data))
     size: int = property(lambda self: np.size(self._data))
-    dtype: np.dtype = property(lambda self: _public(self._data).dtype)
+    dtype: np.dtype = property(lambda self: (self._data if hasattr(self._data, "dtype") else _public(self._data)).dtype)
     nbytes: int = property(lambda self: self.size * self.dtype.itemsize)
     T = property(lambda self: np.transpose(self))
     mT = property(lambda self: np.matrix_transpose(self))
+
+    def _follow_config(self) -> None:
+        """Makes the raw array chunked if this is distributed now, and an ndarray if it is not."""
+        chunked = type(self._data) is Chunked
+        if self.distributed:
+            if not chunked and type(self._data) is np.ndarray:
+                self._data = Chunked(self._data)
+        elif chunked:
+            self._data = self._data.expose()
 
     def item(self) -> float | int | bool:
         """The one element as a Python number; ValueError if there are more."""
@@ -1469,8 +2289,10 @@ class Tensor(Array):
     __slots__ = ("_choice", "_owner")
 
     def __init__(self, data: Any, dtype: Any = None, distributed: bool | None = None):
+        global _chunking
         if not (distributed is None or isinstance(distributed, bool)):
             raise TypeError(f"Tensor: distributed must be True, False or None, got {distributed!r}")
+        _chunking |= distributed is True
         self._data, self._choice, self._owner = _as_raw(data, dtype, "Tensor"), distributed, None
 
     @property
@@ -1493,7 +2315,8 @@ class Tensor(Array):
         return _config.enabled and self.ndim > 0 and self.size >= _config.min_elements_for_parallel
 
     def enable_distributed(self) -> None:
-        self._choice = True
+        global _chunking
+        self._choice = _chunking = True
 
     def disable_distributed(self) -> None:
         self._choice = False
@@ -1523,7 +2346,8 @@ class Tensor(Array):
     def __setitem__(self, index, new):
         if not self.ndim:
             raise TypeError("a 0-d Tensor cannot be indexed; assign to .data")
-        self._data[tuple(map(_raw, index)) if isinstance(index, tuple) else _raw(index)] = _raw(new)
+        index = tuple(map(_public, map(_raw, index))) if isinstance(index, tuple) else _public(_raw(index))
+        _public(self._data)[index] = _public(_raw(new))
 
     def __reduce__(self):
         return _wrap, (self._data, self._choice)
@@ -1548,7 +2372,7 @@ class Tensor(Array):
 
 def _wrap(raw, choice=None, owner=None) -> Tensor:
     """A Tensor around a raw value, not copied; with an owner (object, attribute), assigning to .data writes through."""
-    tensor = object.__new__(Tensor)
+    tensor = _new(Tensor)
     tensor._data, tensor._choice, tensor._owner = raw, choice, owner
     return tensor
 
@@ -1587,7 +2411,6 @@ class _Mode(threading.local):
 
 _mode = _Mode()
 _next_number = itertools.count(1).__next__
-_new = object.__new__
 _NO_PARAMS: dict[str, Any] = {}
 
 
@@ -2164,7 +2987,17 @@ def _value_operator(prim: Primitive, swapped=False):
 
 
 def _tensor_operator(prim: Primitive, swapped=False):
+    forward, ndarray = prim.forward, np.ndarray
+
     def method(self, other):
+        x, kind = self._data, type(other)
+        if type(x) is ndarray and self._choice is None and x.size < _config.min_elements_for_parallel:
+            # What `_apply` would do for small arrays, spelled out: there, its checks cost more than the arithmetic.
+            y = other._data if kind is Tensor and other._choice is None else other
+            if kind is int and x.dtype.kind == "f":
+                y = float(other)
+            if type(y) is float or (type(y) is ndarray and kind is Tensor and y.size <= x.size):
+                return _wrap(forward(y, x) if swapped else forward(x, y))
         if isinstance(other, Value) or not isinstance(other, _OPERANDS):
             return NotImplemented
         out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
@@ -2184,7 +3017,10 @@ def _in_place_operator(prim: Primitive):
             return out
         if out.shape != self.shape:
             raise ValueError(f"Tensor: in place, shape {self.shape} cannot take a result of shape {out.shape}")
-        np.copyto(self._data, out._data, casting="same_kind")
+        if type(self._data) is Chunked:
+            self._data.assign(out._data)
+        else:
+            np.copyto(self._data, _public(out._data), casting="same_kind")
         return self
 
     return method

@@ -7,6 +7,7 @@ primitive is tested by being in the table with samples.
 import copy
 import html
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -17,7 +18,9 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
+import tracemalloc
 import unittest
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +37,7 @@ from picograd import (
     SGD,
     TABLE,
     Adam,
+    Chunked,
     Layer,
     Module,
     Neuron,
@@ -42,6 +46,7 @@ from picograd import (
     binary_cross_entropy_with_logits,
     check_gradients,
     cross_entropy,
+    distributed_config,
     draw,
     elementwise_grad,
     gelu,
@@ -334,6 +339,449 @@ class TestPrimitives(unittest.TestCase):
             v[0] = 3.0
         with self.assertRaises(ValueError):
             v + Value([1.0, 2.0, 3.0])
+
+
+class TestWorkers(unittest.TestCase):
+    """Room 2: block programs, deferral that is never seen, threads and processes, and what goes wrong with them."""
+
+    def setUp(self):
+        before = get_distributed_config()
+        self.addCleanup(lambda: set_distributed_config(**vars(before)))
+
+    def run_script(self, code, *args, **options):
+        """A script of its own, without an `if __name__ == "__main__"`, as a newcomer writes them."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "script.py"
+            path.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{textwrap.dedent(code)}", encoding="utf-8")
+            command = [sys.executable, *args, str(path)]
+            return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+    def script(self, code, *args, **options):
+        """The output of a script that must succeed without a word on stderr."""
+        run = self.run_script(code, *args, **options)
+        self.assertEqual((run.returncode, run.stderr), (0, ""), run.stdout)
+        return run.stdout
+
+    def test_config(self):
+        set_distributed_config(enabled=False, num_workers=None)
+        with distributed_config(enabled=True, num_workers=3) as config:
+            self.assertEqual((config.enabled, get_distributed_config().num_workers), (True, 3))
+            with (
+                self.assertRaisesRegex(ValueError, "num_workers must be at least 1, got 0"),
+                distributed_config(num_workers=0),
+            ):
+                self.fail("not reached")
+        self.assertEqual((get_distributed_config().enabled, get_distributed_config().num_workers), (False, None))
+        if hasattr(os, "sched_getaffinity"):
+            cores = os.sched_getaffinity(0)
+            self.addCleanup(os.sched_setaffinity, 0, cores)
+            os.sched_setaffinity(0, {min(cores)})
+            self.assertEqual(picograd._usable_cores(), 1)
+
+    def test_who_is_distributed(self):
+        data = np.ones((4, 3))
+        with distributed_config(enabled=True, min_elements_for_parallel=10):
+            free, forced, off = Tensor(data), Tensor(data[:1], distributed=True), Tensor(data, distributed=False)
+            self.assertEqual([t.distributed for t in (free, forced, off)], [True, True, False])
+            self.assertEqual([(t * 2).distributed for t in (free, forced, off)], [True, True, False])
+            self.assertEqual([t.sum().distributed for t in (free, forced, off)], [False] * 3)
+            self.assertEqual([free[:2].distributed, free.T.distributed, (free + off).distributed], [False, True, True])
+            self.assertIs(type((free * 2)._data), Chunked)
+            self.assertIs(type((off * 2)._data), np.ndarray)
+            later = free * 2
+        self.assertFalse(free.distributed)
+        self.assertIs(type((free * 2)._data), np.ndarray, "Tensors follow the configuration in force")
+        np.testing.assert_array_equal((later + free).data, 3 * data)
+        forced.disable_distributed()
+        self.assertIs(type((forced * 2)._data), np.ndarray)
+
+    def test_elementwise_and_reductions_are_numpys(self):
+        rng = np.random.default_rng(SEED)
+        shapes = [(40, 7), (1, 300), (300, 1), (5, 6, 70), (300,), (3, 0)]
+        for processes in (False, True):
+            with distributed_config(enabled=True, min_elements_for_parallel=1, use_processes=processes, num_workers=2):
+                for shape in shapes if not processes else shapes[:4]:
+                    a, b, row = (rng.normal(size=s).astype(np.float32) for s in (shape, shape, shape[-1:]))
+                    x, y, r = Tensor(a), Tensor(b), Tensor(row)
+                    n = Tensor(np.arange(a.size).reshape(shape), np.int32)
+                    with mock.patch.object(picograd, "_BLOCK_BYTES", 256), np.errstate(all="ignore"):
+                        pairs = [
+                            (x * 2 + 1, a * 2 + 1),
+                            (np.tanh(x) * y - x**2 / (1 + y * y), np.tanh(a) * b - a**2 / (1 + b * b)),
+                            (np.where(x > y, x, -r), np.where(a > b, a, -row)),
+                            (r - x, row - a),
+                            (n * x + n, n.data * a + n.data),
+                            (n // 3 + n, n.data // 3 + n.data),
+                            (relu(x) + np.abs(y), np.maximum(a, 0) + np.abs(b)),
+                            ((x > 0) & (y > 0), (a > 0) & (b > 0)),
+                            (np.clip(x, -1, 1) + x.astype(np.float64), np.clip(a, -1, 1) + a.astype(np.float64)),
+                        ]
+                        for ours, theirs in pairs:
+                            self.assertEqual((ours.shape, ours.dtype), (theirs.shape, theirs.dtype))
+                            np.testing.assert_allclose(ours.data, theirs, rtol=1e-6, atol=1e-6)
+                        for axis in [None, *range(-len(shape), len(shape)), tuple(range(len(shape)))]:
+                            for name in ("sum", "mean", "max", "min", "prod", "var", "std", "any", "all"):
+                                if not a.size and name in ("max", "min", "mean", "var", "std"):
+                                    continue
+                                for keepdims in (False, True):
+                                    for t, array in ((x * 1, a), (n * 1, n.data)):
+                                        if name == "prod" and t.dtype != np.float32:
+                                            continue
+                                        ours = getattr(np, name)(t, axis=axis, keepdims=keepdims)
+                                        theirs = np.asarray(getattr(np, name)(array, axis=axis, keepdims=keepdims))
+                                        self.assertEqual((ours.shape, ours.dtype), (theirs.shape, theirs.dtype), name)
+                                        np.testing.assert_allclose(
+                                            ours.data, theirs, rtol=1e-4, atol=1e-5, err_msg=name
+                                        )
+        with distributed_config(enabled=True, min_elements_for_parallel=1):
+            x = Tensor([1.0, np.nan, -np.inf])
+            for name in ("sum", "max", "min", "mean"):
+                self.assertTrue(np.isnan(getattr(x * 1, name)().item()), name)
+            with self.assertRaises(ValueError):
+                Tensor(np.ones((2, 3))) + Tensor(np.ones(4))
+            with self.assertRaises(np.exceptions.AxisError):
+                Tensor(np.ones((2, 3))).sum(axis=2)
+
+    def test_results_do_not_depend_on_the_workers(self):
+        data = np.random.default_rng(SEED).normal(size=(300, 1000)).astype(np.float32)
+        found = set()
+        for processes, n in ((False, 1), (False, 2), (False, 5), (True, 2), (True, 3)):
+            with distributed_config(enabled=True, num_workers=n, use_processes=processes):
+                x = Tensor(data)
+                results = [np.tanh(x).sum(), (x * 3 - 1).mean(0), np.exp(x).sum(1), np.std(x * 2), (x * 2).max()]
+                found.add(b"".join(np.asarray(r.data).tobytes() for r in results))
+        self.assertEqual(len(found), 1)
+
+    def test_sums_are_accurate(self):
+        data = np.random.default_rng(SEED).uniform(size=3_000_000).astype(np.float32)
+        exact = math.fsum(data.tolist())
+        with distributed_config(enabled=True):
+            self.assertLessEqual(
+                abs(np.sum(Tensor(data) * 1).item() - exact), abs(float(data.sum()) - exact) + 1e-7 * exact
+            )
+
+    def test_chains_fuse(self):
+        with distributed_config(enabled=True):
+            x = Tensor(np.ones((4000, 1000)))
+            x * 1
+            with mock.patch.object(picograd, "run_blocks", wraps=picograd.run_blocks) as runs:
+                y = np.tanh(x * 2 + 1) - x
+                runs.assert_not_called()
+                repr(y), y.shape, y.dtype
+                runs.assert_not_called()
+                y.sum()
+                self.assertEqual((runs.call_count, len(runs.call_args[0][0]), runs.call_args[0][3]), (1, 4, []))
+                tracemalloc.start()
+                (x * 2 + 1).sum()
+                self.assertLess(tracemalloc.get_traced_memory()[1], 8e6, "nothing of full size is allocated")
+                tracemalloc.stop()
+                runs.reset_mock()
+                y.mean()
+                y.max()
+                self.assertEqual(
+                    [len(call[0][0]) for call in runs.call_args_list], [4, 0], "kept when it was needed again"
+                )
+                runs.reset_mock()
+                z = x
+                for _ in range(30):
+                    z = z + z
+                self.assertEqual(z.max().item(), 2.0**30)
+                self.assertLessEqual(sum(len(call[0][0]) for call in runs.call_args_list), 60)
+                for _ in range(200):
+                    z = z * 1.0
+                self.assertLessEqual(max(len(call[0][0]) for call in runs.call_args_list), 32, "what waits is bounded")
+
+    def test_deferral_is_never_seen(self):
+        """Random programs of operations, views, in-place forms and writes from outside, against eager NumPy."""
+        for processes, count in ((False, 300), (True, 60)):
+            config = {"enabled": True, "min_elements_for_parallel": 1, "num_workers": 2, "use_processes": processes}
+            with distributed_config(**config), mock.patch.object(picograd, "_BLOCK_BYTES", 512):
+                for seed in range(SEED % 2**20, SEED % 2**20 + count):
+                    with self.subTest(seed=seed, processes=processes):
+                        self.random_program(np.random.default_rng(seed))
+
+    def random_program(self, rng):
+        shape, ours, theirs, held = (20, 10), [], [], []
+        for _ in range(2):
+            array = rng.normal(size=shape)
+            ours.append(Tensor(array, np.float64))
+            theirs.append(array)
+        for _ in range(25):
+            i, j = rng.integers(len(ours), size=2)
+            t, a, u, b = ours[i], theirs[i], ours[j], theirs[j]
+            action = rng.integers(12)
+            if action < 4:
+                f = [
+                    lambda x, y: x * 0.5 + y,
+                    lambda x, y: np.tanh(x) - y,
+                    lambda x, y: np.maximum(x, y),
+                    lambda x, y: -x * 0.9,
+                ]
+                f = f[rng.integers(len(f))]
+                if t.shape == u.shape:
+                    ours.append(f(t, u))
+                    theirs.append(f(a, b))
+            elif action == 4:
+                ours.append(t[1:])
+                theirs.append(a[1:])
+            elif action == 5 and t.ndim == 2:
+                ours.append(t.T)
+                theirs.append(a.T)
+            elif action == 6:
+                t += 0.25
+                a += 0.25
+            elif action == 7 and t.shape == u.shape:
+                t *= u
+                a *= b
+            elif action == 8 and a.size:
+                t.data[0] = 1.5
+                a[0] = 1.5
+            elif action == 9 and a.size:
+                held.append((t.data, a))
+            elif action == 10 and held:
+                mine, its = held[rng.integers(len(held))]
+                if its.size:
+                    mine[-1] += 1
+                    its[-1] += 1
+            elif action == 11:
+                if rng.random() < 0.5:
+                    held.clear()
+                elif len(ours) > 2:
+                    del ours[i], theirs[i], t, u
+            if rng.random() < 0.2 and ours:
+                k = rng.integers(len(ours))
+                np.testing.assert_allclose(ours[k].sum().item(), theirs[k].sum(), rtol=1e-9, atol=1e-9)
+        for t, a in zip(ours, theirs):
+            np.testing.assert_allclose(t.data, a, rtol=1e-12)
+
+    def test_values_compute_in_blocks_both_ways(self):
+        rng = np.random.default_rng(SEED)
+        data, weights = rng.normal(size=(300, 50)), rng.normal(size=50)
+        for processes in (False, True):
+            grads = []
+            for enabled in (False, True):
+                with distributed_config(enabled=enabled, min_elements_for_parallel=1000, use_processes=processes):
+                    x, w, b = Value(data, np.float64), Value(weights, np.float64), Value(weights, np.float64)
+                    loss = np.mean((w * x + b).tanh() ** 2) + np.max(x) + np.sum(np.where(x > 0, x, 0.0), axis=0).mean()
+                    loss.backward()
+                    grads.append([loss.data.data, *(v.grad.data for v in (x, w, b))])
+                    x.grad.data[0] = 0  # what was handed out belongs to whoever has it
+            for ours, theirs in zip(*grads):
+                np.testing.assert_allclose(
+                    ours[1:] if np.ndim(ours) else ours, theirs[1:] if np.ndim(ours) else theirs, rtol=1e-10
+                )
+
+    def test_training_while_distributed(self):
+        rng = np.random.default_rng(0)
+        data, labels = rng.normal(size=(400, 20)), rng.integers(0, 3, 400)
+        losses = []
+        for enabled in (False, True):
+            with distributed_config(enabled=enabled, min_elements_for_parallel=100):
+                model = MLP(20, [30, 3], seed=0)
+                optimizer = Adam(model.parameters(), 0.01)
+                for _ in range(5):
+                    optimizer.zero_grad()
+                    loss = cross_entropy(model(Tensor(data)), labels)
+                    loss.backward()
+                    optimizer.step()
+                losses.append(loss.item())
+        self.assertAlmostEqual(*losses, 5)
+
+    def test_errstate_and_warnings(self):
+        with (
+            distributed_config(enabled=True, min_elements_for_parallel=1),
+            mock.patch.object(picograd, "_BLOCK_BYTES", 64),
+        ):
+            x = Tensor(np.zeros(100))
+            with self.assertWarnsRegex(RuntimeWarning, "divide by zero encountered in divide") as caught:
+                (1 / x).sum()
+            self.assertEqual(len(caught.warnings), 1, "once, not for each block")
+            with np.errstate(all="ignore"):
+                quiet = 1 / x
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                quiet.sum()
+            with np.errstate(divide="raise"), self.assertRaises(FloatingPointError):
+                1 / x
+
+    def test_user_primitives_and_failures(self):
+        def broken(x):
+            raise KeyError("broken")
+
+        half = primitive(lambda x: x / 2, lambda g, out, x: g / 2, name="half", elementwise=True)
+        fails = primitive(lambda x: broken(x) if x.size > 1 else x, lambda g, out, x: g, name="fails", elementwise=True)
+        try:
+            for processes in (False, True):
+                with distributed_config(enabled=True, min_elements_for_parallel=1, use_processes=processes):
+                    x = Tensor(np.arange(1000.0))
+                    self.assertEqual(half(x).sum().item(), 249750)
+                    with self.assertRaisesRegex(KeyError, "broken"):
+                        fails(x).sum()
+                    before = x.data.copy()
+                    with self.assertRaises(KeyError):
+                        x += fails(x)
+                    np.testing.assert_array_equal(x.data, before)
+                    self.assertEqual((x + 1).sum().item(), 500500)
+        finally:
+            for prim in (half, fails):
+                del PRIMITIVES[prim.name], TABLE[prim.forward]
+
+    def test_threads_of_the_user(self):
+        with distributed_config(enabled=True, min_elements_for_parallel=1), ThreadPoolExecutor(8) as pool:
+            x = Tensor(np.arange(10_000.0), np.float64)
+            y = np.sqrt(x) * 2
+            sums = list(pool.map(lambda i: (y + i).sum().item(), range(50)))
+            np.testing.assert_allclose(sums, [float((np.sqrt(np.arange(1e4)) * 2 + i).sum()) for i in range(50)])
+
+    def test_pickle_and_copy(self):
+        with distributed_config(enabled=True, min_elements_for_parallel=1):
+            x = Tensor(np.arange(100.0)) * 2
+            for twin in (pickle.loads(pickle.dumps(x)), copy.copy(x), copy.deepcopy(x)):
+                twin.data[0] = 7
+                self.assertEqual((x.data[0], twin.data[1], twin.shape), (0, 2, (100,)))
+
+    def test_killed_worker(self):
+        out = self.script(
+            """
+            import os, signal, threading, time, warnings
+            import numpy as np, picograd
+            from picograd import Tensor, set_distributed_config
+            set_distributed_config(enabled=True, use_processes=True, num_workers=2)
+            x = Tensor(np.arange(4_000_000) % 1000)
+            expected = float((np.tanh(x.numpy()) * 2).sum(dtype=float))
+            (x + 1).sum()
+            def kill():
+                time.sleep(0.01)
+                os.kill(next(iter(picograd._workers.pool._processes)), signal.SIGKILL)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                killer = threading.Thread(target=kill)
+                killer.start()
+                for _ in range(200):
+                    assert abs((np.tanh(x) * 2).sum().item() - expected) < 1e-4 * expected
+                    if caught:
+                        break
+                killer.join()
+            assert [str(w.message)[:20] for w in caught] == ["a worker process die"], [str(w.message) for w in caught]
+            pool = picograd._workers.pool
+            assert (x + 1).sum().item() > 0 and picograd._workers.pool is not pool
+            print("right")
+            """
+        )
+        self.assertEqual(out, "right\n")
+
+    @unittest.skipUnless(sys.platform == "linux", "looks at /proc and /dev/shm")
+    def test_nothing_is_left_behind(self):
+        out = self.script(
+            """
+            import gc, os
+            import numpy as np, picograd
+            from picograd import Tensor, set_distributed_config
+            set_distributed_config(enabled=True, use_processes=True, num_workers=2)
+            x = Tensor(np.ones(300_000))
+            def fds():
+                return len(os.listdir("/proc/self/fd"))
+            def memory():
+                return int(open("/proc/self/statm").read().split()[1]) * 4096
+            before = set(os.listdir("/dev/shm"))
+            for i in range(1100):
+                y = (x * i + 1).data
+                assert y[5] == i + 1
+                del y
+                if i == 100:
+                    start = fds(), memory()
+            gc.collect()
+            assert fds() <= start[0] + 1, (fds(), start)
+            assert memory() < start[1] + 20e6, (memory(), start)
+            assert set(os.listdir("/dev/shm")) <= before
+            print(os.getpid())
+            """
+        )
+        self.assertFalse([name for name in os.listdir("/dev/shm") if out.strip() in name])
+
+    @unittest.skipUnless(sys.platform == "linux", "sends signals")
+    def test_interrupt_leaves_a_usable_session(self):
+        out = self.script(
+            """
+            import os, signal, threading, time
+            import numpy as np
+            from picograd import Tensor, set_distributed_config
+            for processes in (False, True):
+                set_distributed_config(enabled=True, use_processes=processes, num_workers=2)
+                x = Tensor(np.ones(3_000_000))
+                (x + 1).sum()
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+                try:
+                    while True:
+                        np.tanh(x).sum()
+                except KeyboardInterrupt:
+                    pass
+                assert (x + 1).sum().item() == 6_000_000
+                x += 1
+                assert x.data[-1] == 2
+            print("usable")
+            """
+        )
+        self.assertEqual(out.strip(), "usable")
+
+    def test_start_methods(self):
+        for method in multiprocessing.get_all_start_methods():
+            with self.subTest(method):
+                out = self.script(
+                    f"""
+                    import multiprocessing, os
+                    multiprocessing.set_start_method({method!r})
+                    import numpy as np, picograd
+                    from picograd import Tensor, set_distributed_config
+                    print("started")
+                    set_distributed_config(
+                        enabled=True, use_processes=True, num_workers=2, min_elements_for_parallel=10
+                    )
+                    x = Tensor(np.ones(1_000_000))
+                    assert (x * 2 + 1).sum().item() == 3_000_000
+                    assert len(picograd._workers.pool._processes) == 2
+                    if hasattr(os, "fork"):
+                        pid = os.fork()
+                        if not pid:
+                            import warnings
+                            warnings.simplefilter("ignore")  # a forkserver does not serve a fork: threads, then
+                            ok = (x * 3).sum().item() == 3_000_000
+                            if picograd._workers.pool:
+                                picograd._workers.pool.shutdown()
+                            os._exit(0 if ok else 1)
+                        assert os.waitpid(pid, 0)[1] == 0
+                    assert (x * 3).sum().item() == 3_000_000
+                    """
+                )
+                self.assertEqual(out, "started\n", "the script is not run again by workers")
+
+    def test_inside_a_worker_of_somebody_else(self):
+        out = self.script(
+            """
+            import multiprocessing, numpy as np
+            from picograd import Tensor, distributed_config
+            def work(n):
+                with distributed_config(enabled=True, use_processes=True, min_elements_for_parallel=1):
+                    return (Tensor(np.ones(n)) * 2).sum().item()
+            if __name__ == "__main__":
+                with multiprocessing.Pool(2) as pool:
+                    print(pool.map(work, [300_000, 400_000]))
+            """
+        )
+        self.assertEqual(out.strip(), "[600000.0, 800000.0]")
+
+    def test_without_shared_memory(self):
+        config = {"enabled": True, "use_processes": True, "num_workers": 2, "min_elements_for_parallel": 1}
+        with (
+            mock.patch.object(picograd._Segment, "__init__", side_effect=OSError("no memory")),
+            distributed_config(**config),
+        ):
+            x = Tensor(np.ones((1000, 1000)))
+            picograd._workers.warned.clear()
+            with self.assertWarnsRegex(RuntimeWarning, "shared memory cannot be had here") as caught:
+                for _ in range(3):
+                    self.assertEqual((x * 2).sum().item(), 2_000_000)
+            self.assertEqual(len(caught.warnings), 1)
 
 
 class TestTensor(unittest.TestCase):
