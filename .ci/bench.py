@@ -17,6 +17,7 @@ was measured. Names that start with "picograd" are ours, and the ratios are ours
 
 import argparse
 import datetime
+import functools
 import gc
 import importlib
 import importlib.metadata
@@ -27,6 +28,7 @@ import os
 import pathlib
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -46,7 +48,7 @@ import numpy as np  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PEERS = ("micrograd", "torch", "jax", "autograd", "mygrad")
+PEERS = ("micrograd", "torch", "jax", "autograd", "mygrad", "numexpr")
 
 Contenders = dict[str, Callable[[], Callable[[], float]]]
 
@@ -512,6 +514,176 @@ def memory(*shape) -> Contenders:
     }
 
 
+# Large tensors: all cores, in threads and in processes, beside what a user would take instead.
+
+LARGE = 10**8
+
+
+@functools.cache
+def numbers(*shape) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+def large(ours, by_numpy, torch_function, numexpr=None, shape=(LARGE,), compiled=True) -> Contenders:
+    """The same function of one array: ours on a distributed Tensor, NumPy's on the array, and the others'."""
+
+    def chunked(processes):
+        from picograd import Tensor, distributed_config
+
+        with distributed_config(enabled=True, use_processes=processes):
+            x = Tensor(numbers(*shape))
+
+        def work():
+            with distributed_config(enabled=True, use_processes=processes, num_workers=CORES):
+                return float(np.ravel(ours(x))[0])
+
+        return work
+
+    def numpy():
+        x = numbers(*shape)
+        return lambda: float(np.ravel(by_numpy(x))[0])
+
+    def by_torch(compile=False):
+        import torch
+
+        torch.set_num_threads(CORES)
+        x = torch.from_numpy(numbers(*shape))
+        f = torch.compile(torch_function) if compile else torch_function
+        with torch.no_grad():
+            f(x)
+        return torch.no_grad()(lambda: float(f(x).ravel()[0]))
+
+    def by_numexpr():
+        import numexpr as ne
+
+        ne.set_num_threads(CORES)
+        x = numbers(*shape)
+        return lambda: float(np.ravel(ne.evaluate(numexpr, {"x": x}))[0])
+
+    contenders = {
+        "picograd, threads": lambda: chunked(False),
+        "picograd, processes": lambda: chunked(True),
+        "NumPy": numpy,
+        "PyTorch eager": by_torch,
+    }
+    if compiled and shutil.which("c++"):
+        contenders["torch.compile"] = lambda: by_torch(True)
+    return contenders | ({"numexpr": by_numexpr} if numexpr else {})
+
+
+def reading() -> float:
+    """Reads the array once, with all cores: what no sum can beat."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    x = numbers(LARGE)
+    pool = ThreadPoolExecutor(CORES)
+    return lambda: sum(pool.map(np.add.reduce, np.array_split(x, CORES)))
+
+
+def chunked_sum() -> Contenders:
+    rows = large(
+        lambda x: (x * 2 + 1).sum().data,
+        lambda x: (x * 2 + 1).sum(),
+        lambda x: (x * 2 + 1).sum(),
+        "sum(x * 2 + 1)",
+    )
+    return rows | {"reading it once": reading}
+
+
+def chunked_map() -> Contenders:
+    return large(lambda x: (x * 2 + 1).data, lambda x: x * 2 + 1, lambda x: x * 2 + 1, "x * 2 + 1")
+
+
+def chunked_mix(reduce) -> Contenders:
+    def f(tanh):
+        return lambda x: reduce(tanh(x) * 2 - x**2)
+
+    def torch_function(x):
+        return reduce(x.tanh() * 2 - x**2)
+
+    return large(lambda x: f(np.tanh)(x).data, f(np.tanh), torch_function, shape=(LARGE // 100, 100), compiled=False)
+
+
+def chunked_small() -> Contenders:
+    def make(kind):
+        from picograd import Tensor, distributed_config
+
+        x = numbers(10_000)
+        if kind == "NumPy":
+            return lambda: float((x * 2 + 1).sum())
+        x = Tensor(x, distributed=True if kind == "forced" else None)
+
+        def work():
+            for _ in range(10):
+                total = (x * 2 + 1).sum()
+            return float(total.data)
+
+        if kind != "enabled":
+            return work
+        with distributed_config(enabled=True):
+            return distributed_config(enabled=True)(work)
+
+    def ten(make_one):
+        def make_ten():
+            one = make_one()
+
+            def work():
+                for _ in range(10):
+                    total = one()
+                return total
+
+            return work
+
+        return make_ten
+
+    return {
+        "picograd, enabled": lambda: make("enabled"),
+        "picograd, not enabled": lambda: make("plain"),
+        "NumPy": ten(lambda: make("NumPy")),
+    }
+
+
+def chunked_values() -> Contenders:
+    """Forward and backward of ((w * x + b).tanh() ** 2).mean(), x of 10**7 elements, w and b of shape (100,)."""
+    data, weights = numbers(10**5, 100), numbers(100)
+
+    def ours(enabled, processes=False):
+        from picograd import Tensor, Value, distributed_config
+
+        x, w, b = Tensor(data), Value(weights), Value(weights)
+
+        def step():
+            with distributed_config(enabled=enabled, use_processes=processes, num_workers=CORES):
+                w.grad = b.grad = None
+                loss = ((w * x + b).tanh() ** 2).mean()
+                loss.backward()
+                return loss.item() + w.grad.data[0]
+
+        return step
+
+    def by_torch():
+        import torch
+
+        torch.set_num_threads(CORES)
+        x = torch.from_numpy(data)
+        w, b = (torch.from_numpy(weights.copy()).requires_grad_() for _ in range(2))
+
+        def step():
+            w.grad = b.grad = None
+            loss = ((w * x + b).tanh() ** 2).mean()
+            loss.backward()
+            return loss.item() + float(w.grad[0])
+
+        return step
+
+    return {
+        "picograd, threads": lambda: ours(True),
+        "picograd, processes": lambda: ours(True, True),
+        "picograd, not distributed": lambda: ours(False),
+        "PyTorch eager": by_torch,
+    }
+
+
 # Start-up.
 
 
@@ -539,6 +711,7 @@ class Row(NamedTuple):
     unit: str = "ms"
     steps: bool = True  # time the calls, which return the loss; else they return what was measured
     tolerance: float = 1e-4  # of the losses, relative
+    agree: bool = True  # whether all contenders return the same
 
 
 ROWS = {
@@ -549,6 +722,16 @@ ROWS = {
     "samples": Row("training step, MLP[2,16,16,1] on 100 samples, each its own graph", samples),
     "expression": Row("forward and backward of the expression in micrograd's README", expression, tolerance=1e-9),
     "optimize": Row("time of optimize() per 100,000 nodes", optimizing, steps=False),
+    "sum": Row("(x * 2 + 1).sum(), x of 10**8 float32", chunked_sum, agree=False),
+    "map": Row("x * 2 + 1 as an array, x of 10**8 float32", chunked_map),
+    "mean0": Row(
+        "mean over axis 0 of np.tanh(x) * 2 - x**2, x of (10**6, 100) float32",
+        partial(chunked_mix, lambda y: y.mean(0)),
+    ),
+    "mean1": Row("mean over axis 1 of the same", partial(chunked_mix, lambda y: y.mean(1))),
+    "max": Row("maximum of the same", partial(chunked_mix, lambda y: y.max())),
+    "values": Row("forward and backward of ((w * x + b).tanh() ** 2).mean(), 10**7 elements", chunked_values),
+    "small": Row("ten times (x * 2 + 1).sum(), x of 10**4 float32", chunked_small),
     "memory": Row(
         "peak bytes allocated within a step above its start, 1024 x MLP[784,512,512,10], float32",
         partial(memory, 1024, 784, 512, 512, 10),
@@ -583,7 +766,7 @@ def check_agreement(ready, tolerance):
 def run(row: Row, rounds: int):
     """-> {contender: one measurement per round}, {absent contender: package}."""
     ready, absent = set_up(row.contenders())
-    if row.steps:
+    if row.steps and row.agree:
         check_agreement(ready, row.tolerance)
     gc.collect()
     gc.freeze()  # else each collection in a contender's time walks over all that its peers ever imported
