@@ -1730,7 +1730,12 @@ def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
 
 
 def run_blocks(
-    steps: tuple, inputs: Sequence, shape: tuple[int, ...], outputs: Sequence[int] = (), reduction: tuple | None = None
+    steps: tuple,
+    inputs: Sequence,
+    shape: tuple[int, ...],
+    outputs: Sequence[int] = (),
+    reduction: tuple | None = None,
+    into: Sequence[np.ndarray] | None = None,
 ) -> tuple[list[np.ndarray], Any]:
     """Runs a block program on all cores.
 
@@ -1739,6 +1744,7 @@ def run_blocks(
     inputs: arrays, and numbers, that broadcast to shape.
     outputs: the places whose results are wanted as whole arrays.
     reduction: (name in _REDUCERS, axes as non-negative numbers, dtype) of the last result.
+    into: arrays for the outputs, in place of new ones.
 
     Returns the arrays, and the reduction's result with its axes kept as length 1. Floating-point faults are warned of
     as the caller's `np.errstate` says, once for each primitive.
@@ -1751,7 +1757,9 @@ def run_blocks(
     ]
     first = len(inputs)
     dtypes = {i: steps[i - first][2] for i in outputs}
-    arrays = {i: _memory.empty(shape, dtype, processes) for i, dtype in dtypes.items()}
+    if into is None:
+        into = [_memory.empty(shape, dtype, processes) for dtype in dtypes.values()]
+    arrays = dict(zip(dtypes, into))
     job = _Job(steps, inputs, shape, arrays, reduction[:2] if reduction else None)
     tasks = job.tasks()
     if reduction:
@@ -2214,7 +2222,7 @@ class Array:
     def _follow_config(self) -> None:
         """Makes the raw array chunked if this is distributed now, and an ndarray if it is not."""
         chunked = type(self._data) is Chunked
-        if self.distributed:
+        if self.distributed and not _mode.tracing:
             if not chunked and type(self._data) is np.ndarray:
                 self._data = Chunked(self._data)
         elif chunked:
@@ -2406,6 +2414,7 @@ def _on_arrays(function, args, kwargs):
 
 class _Mode(threading.local):
     recording = True  # whether operations make nodes with history, in this thread
+    tracing = False  # whether arrays stay plain, in this thread
     depth = 0  # how many gradient functions are at work around this call, in this thread
 
 
@@ -3760,9 +3769,10 @@ class _Lowering:
         self.sections = {"seed": 1}  # of a local: 0 if made by forward, 1 by backward
         self.saved: dict[str, None] = {}  # locals of forward that backward needs, in order
         self.number = itertools.count()
-        nodes = _oldest_first(roots)
-        before = set(nodes)
-        nodes += [node for node in _oldest_first(gradients) if node not in before]
+        first = _oldest_first(roots)
+        later = [node for node in _oldest_first(gradients) if node not in set(first)]
+        first, later = ([part for node in nodes for part in self.parts(node)] for nodes in (first, later))
+        before, nodes = set(first), first + later
         self.names[seed] = "seed"
         self.plan(nodes, roots, gradients)
         for self.place, node in enumerate(nodes):
@@ -3783,6 +3793,8 @@ class _Lowering:
             last.update((x, i) for x in node._args if isinstance(x, Value))
         last.update(dict.fromkeys([*roots, *gradients], math.inf))
         for node in reversed(nodes):
+            if node._prim is _fused and not self.blocked(node):
+                last[node._params["chain"][-1]] = last[node]
             if type(node._data) is np.ndarray and not self.fills(node):
                 for x in node._args:
                     if isinstance(x, Value):
@@ -3855,12 +3867,42 @@ class _Lowering:
 
     # --- lines ---
 
+    @staticmethod
+    def blocked(node: Value) -> bool:
+        """Whether a fused chain is large enough to run in blocks, on all cores."""
+        return (
+            _config.enabled
+            and node.size >= _config.min_elements_for_parallel
+            and all(n._prim.elementwise and not n._params and n.shape == node.shape for n in node._params["chain"])
+        )
+
+    def parts(self, node: Value) -> tuple:
+        """A fused chain is written out, unless it runs in blocks."""
+        return (*node._params["chain"], node) if node._prim is _fused and not self.blocked(node) else (node,)
+
+    def fused(self, node, *outside, chain):
+        if not self.blocked(node):
+            self.names[node] = self.names[chain[-1]]
+            return
+        outside = list(
+            dict.fromkeys([x for n in chain for x in n._args if not isinstance(x, Value) or x not in set(chain)])
+        )
+        places = {x if isinstance(x, Array) else id(x): i for i, x in enumerate([*outside, *chain])}
+        steps = tuple(
+            [(n._prim, tuple([places[x if isinstance(x, Array) else id(x)] for x in n._args]), n.dtype) for n in chain]
+        )
+        names = ", ".join([self.name(x) for x in outside])
+        last = len(outside) + len(chain) - 1
+        self.line(f"_blocks({self.bind('c', steps)}, [{names}], {node.shape}, [{last}], None, [{self.target(node)}])")
+
     def fills(self, node: Value) -> bool:
         """Whether an array is written to a buffer of its own; what other primitives return may be a view."""
         prim = node._prim
         if prim is None or type(node._data) is not np.ndarray:
             return False
         if prim.name in self.EMITTERS and PRIMITIVES[prim.name] is prim:
+            if prim is _fused:
+                return self.blocked(node)
             return self.takes(node) if prim.name == "getitem" else prim.name not in self.VIEWS
         return prim.elementwise and not node._params and (isinstance(prim.forward, np.ufunc) or prim.reads == "out")
 
@@ -3996,7 +4038,7 @@ class _Lowering:
     EMITTERS = {
         **dict.fromkeys(("reshape", "transpose", "broadcast_to"), view),
         **dict.fromkeys(("concatenate", "stack"), joined),
-        **{f.__name__: f for f in (getitem, detach, matmul, sum, where, astype, pack, scatter, dot)},
+        **{f.__name__: f for f in (getitem, detach, matmul, sum, where, astype, pack, scatter, dot, fused)},
         "copy": lambda self, node, a: self.astype(node, a, None),
     }
 
@@ -4015,9 +4057,12 @@ class _Lowering:
         for name, x in self.inputs.items():
             source = self.bind("i", x)
             head.append(f"{name} = {source}._data")
-            if type(x._data) is not float:
-                head.append(f"if {name}.shape != {x.shape}: _changed({source}, {x.shape})")
-        self.space["_changed"] = _changed
+            if type(x._data) is np.ndarray:
+                wrong = f"type({name}) is not _array or {name}.shape != {x.shape}"
+                head.append(f"if {wrong}: {name} = _checked({source}, {x.shape})")
+            elif type(x._data) is not float:
+                head.append(f"if {name}.shape != (): _checked({source}, ())")
+        self.space |= {"_array": np.ndarray, "_checked": _checked, "_blocks": run_blocks}
         saved = "".join(f"{name}, " for name in self.saved)
         outs = [f"{name} = _fresh({i})" for i, name in enumerate(self.outputs)]
         arrays = list(self.outputs.values())
@@ -4051,7 +4096,10 @@ class _ShapeChanged(ValueError):
     """A leaf's data no longer has the shape that a program was made for."""
 
 
-def _changed(x: Array, shape: tuple) -> None:
+def _checked(x: Array, shape: tuple) -> np.ndarray:
+    """The array of an input, which must have the shape that it had."""
+    if x.shape == shape:
+        return _public(x._data)
     label = f" {x.label!r}" if getattr(x, "label", "") else ""
     raise _ShapeChanged(
         f"optimize: {type(x).__name__}{label} had shape {shape} when the graph was optimized, and now has {x.shape}; "
@@ -4065,6 +4113,17 @@ PASSES = (fold_constants, merge_common, flatten, batch, simplify, merge_common)
 JOINT_PASSES = (fold_constants, simplify, simplify, merge_common, reduce_products)  # of values and gradients together
 
 
+@contextlib.contextmanager
+def _tracing() -> Iterator[None]:
+    """While a graph is rewritten: arrays are plain in this thread, and arithmetic on examples warns of nothing."""
+    _mode.tracing = True
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    finally:
+        _mode.tracing = False
+
+
 class _Program:
     """A graph made to run again and again: its values by `forward`, then the gradients of one root by `backward`.
 
@@ -4075,7 +4134,11 @@ class _Program:
     def __init__(self, roots: Sequence[Value]):
         self.lock = threading.RLock()
         self.traced = _rewrite(roots, lambda node, args: _twin(node, node._prim, args, node._params))
-        with np.errstate(all="ignore"):
+        for node in _oldest_first(self.traced):
+            for x in (node, *node._args):
+                if isinstance(x, Array) and type(x._data) is Chunked:
+                    x._data = x._data.expose()  # the passes look at arrays
+        with _tracing():
             graph = list(self.traced)
             for apply in PASSES:
                 graph = apply(graph)
@@ -4104,7 +4167,7 @@ class _Program:
         if len(nodes) > _MAX_LINES:
             self.compiled[index] = None, []
             return self.compiled[index]
-        with np.errstate(all="ignore"):
+        with _tracing():
             seed = _leaf(_filled_like(root._data, 1))
             packs = {node for node in nodes if node._prim is _pack and all(_is_input(x) for x in node._args)}
             gradients = _backpropagate(root, seed, packs, False, True) if root._needs else {}
@@ -4112,6 +4175,8 @@ class _Program:
             joint = [*self.graph, *(gradients[x] for x in targets)]
             for apply in JOINT_PASSES:
                 joint = apply(joint)
+            if _config.enabled:
+                joint = fuse(joint)
             joint = [x if isinstance(x, Value) else _record(_detach, (x,)) for x in joint]
         n = len(self.graph)
         self.compiled[index] = _Lowering(joint[:n], seed, joint[n:]), targets

@@ -1532,6 +1532,16 @@ class TestOptimizer(unittest.TestCase):
         empty = Value(np.ones((0, 3)), np.float64)
         self.compare(np.sum(np.tanh(empty)), [empty], lambda: None)
 
+    def test_large_chains_run_in_blocks(self):
+        rng = np.random.default_rng(SEED)
+        x, w = Tensor(rng.normal(size=(300, 50)), np.float64), Value(rng.normal(size=50), np.float64)
+        with distributed_config(enabled=True, min_elements_for_parallel=1000):
+            loss = np.mean((w * x + 0.5).tanh() ** 2 * np.sin(x))
+            fast = self.compare(loss, [w], lambda: setattr(w, "data", w.data * 0.9))
+            self.assertIn("_blocks(", fast.source)
+            with mock.patch.object(picograd, "_BLOCK_BYTES", 1000):
+                self.compare(loss, [w], lambda: setattr(x, "data", rng.normal(size=(300, 50))))
+
     def test_data_dependent_shapes(self):
         x = Value(np.array([1.0, -1.0, 2.0]))
         fast = optimize(np.sum(x[x > 0] ** 2))
