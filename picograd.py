@@ -1333,6 +1333,8 @@ class _Memory:
 
     def take_back(self, buffer, size, shared):
         """The array in a buffer, and all views of it, are gone."""
+        if shared and buffer.name[0] != os.getpid() and buffer.memory is None:
+            return  # of a process that forked into this one: its arrays may still be there
         with self.lock:
             if self.kept + size <= _KEPT_BYTES:
                 self.kept += size
@@ -1627,7 +1629,8 @@ def _start_worker(parent: int) -> None:
 
 _workers = _Workers()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: globals().update(_workers=_Workers()))
+    # Neither its pool nor its freed shared buffers are the child's to use.
+    os.register_at_fork(after_in_child=lambda: globals().update(_workers=_Workers(), _memory=_Memory()))
 
 
 @contextlib.contextmanager
@@ -1667,17 +1670,13 @@ def _in_processes(job: _Job, tasks: list, n: int, state: dict) -> list | None:
     futures: list = []
     pool = None
     try:
-        arrays = []
-        for x in [*job.inputs, *job.outputs.values(), job.parts]:
-            if isinstance(x, np.ndarray) and _describe(x) is None and x.nbytes > _TRAVELS_BYTES:
-                x = _copy(x, _memory.empty(x.shape, x.dtype, True))  # to where the workers see it
-            arrays.append(x)
+        arrays = [*job.inputs, *job.outputs.values(), job.parts]
         places = [(_describe(x) or x) if isinstance(x, np.ndarray) else x for x in arrays]
         n_inputs = len(job.inputs)
         if any(
             isinstance(x, np.ndarray) and (i >= n_inputs or x.nbytes > _TRAVELS_BYTES) for i, x in enumerate(places)
         ):
-            return None  # there is no shared memory
+            return None  # an array is where workers do not see it; to copy it there would cost more than to compute
         travelling = replace(job, inputs=[None] * len(job.inputs), outputs=dict.fromkeys(job.outputs), parts=None)
         pool = _workers.get(True, n)
         cuts = [len(tasks) * i // n for i in range(n + 1)]
@@ -2082,6 +2081,8 @@ def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub") -> Any:
         raise ValueError(f"{who}: data must be rectangular, got ragged nested sequences ({error})") from None
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{who}: data must be real numbers, got {type(data).__name__} of dtype {array.dtype}")
+    if _config.enabled and array.size >= _config.min_elements_for_parallel:
+        return run_blocks(((_as_dtype, (0,), np.dtype(dtype or np.float32)),), [array], array.shape, [1])[0][0]
     return _settle(array.astype(dtype or np.float32))
 
 
