@@ -96,6 +96,7 @@ class Primitive:
             if name in given:
                 raise TypeError(f"{takes}; argument {name!r} came twice")
             given[name] = value
+        given = {name: int(x) if type(x) is np.int64 else x for name, x in given.items()}  # such as an axis
         missing = [name for name in self.operands if name not in given]
         if missing:
             raise TypeError(f"{takes}; argument {missing[0]!r} is missing")
@@ -397,18 +398,24 @@ gelu = primitive(  # the tanh form: Hendrycks and Gimpel 2016, "Gaussian Error L
 
 def _unreduce(g, a, axis, keepdims):
     """Gives back to a reduced array, as length 1, the axes that the reduction dropped."""
-    return g if keepdims or axis is None or axis == () else np.expand_dims(g, axis)
+    return g if keepdims or axis is None or axis == () or not np.ndim(a) else np.expand_dims(g, axis)
 
 
-def _count(a, axis):
+def _share(a, axis, ddof=0):
+    """1 / how many elements a reduction takes together; infinity if that is 0."""
     shape = np.shape(a)
-    axes = range(len(shape)) if axis is None else (axis if isinstance(axis, tuple) else (axis,))
-    return math.prod(shape[i] for i in axes)
+    axes = range(len(shape)) if axis is None or not shape else axis if isinstance(axis, tuple) else (axis,)
+    count = math.prod(shape[i] for i in axes) - ddof
+    return 1.0 / count if count else math.inf
 
 
 def _prod_a(g, out, a, axis=None, keepdims=False):
     # The product of the others, exact with zeros: what comes before times what comes after, along one joint last axis.
     shape = np.shape(a)
+    if not shape:
+        return g
+    if not np.size(a):
+        return np.zeros_like(a)
     axes = tuple(i % len(shape) for i in (range(len(shape)) if axis is None else np.atleast_1d(axis)))
     order = tuple(i for i in range(len(shape)) if i not in axes) + axes
     moved = np.transpose(a, order)
@@ -424,7 +431,7 @@ def _prod_a(g, out, a, axis=None, keepdims=False):
 
 def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
     centred = a - np.mean(a, axis=axis, keepdims=True)
-    return _unreduce(g, a, axis, keepdims) * centred * (2.0 / (_count(a, axis) - ddof))
+    return _unreduce(g, a, axis, keepdims) * centred * (2.0 * _share(a, axis, ddof))
 
 
 def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
@@ -503,7 +510,7 @@ primitive(
 primitive(
     np.mean,
     lambda g, out, a, axis=None, keepdims=False: np.broadcast_to(
-        _unreduce(g * (1.0 / _count(a, axis)), a, axis, keepdims), np.shape(a)
+        _unreduce(g * _share(a, axis), a, axis, keepdims), np.shape(a)
     ),
     samples=_axes(),
 )
@@ -555,6 +562,10 @@ def average(a, axis=None, weights=None, *, keepdims=False):
     if weights is None:
         return np.mean(a, axis=axis, keepdims=keepdims)
     if np.ndim(weights) == 1 and np.ndim(a) > 1:
+        if np.shape(weights)[0] != np.shape(a)[axis]:
+            raise ValueError(
+                f"average: weights have length {np.shape(weights)[0]}, axis {axis} has {np.shape(a)[axis]}"
+            )
         weights = np.reshape(weights, [-1 if i == axis % np.ndim(a) else 1 for i in range(np.ndim(a))])
     weights = np.broadcast_to(weights, np.shape(a))
     return np.sum(a * weights, axis=axis, keepdims=keepdims) / np.sum(weights, axis=axis, keepdims=keepdims)
@@ -566,6 +577,11 @@ def average(a, axis=None, weights=None, *, keepdims=False):
 def _inverse(axes):
     """The permutation that undoes a transposition."""
     return None if axes is None else tuple(int(i) for i in np.argsort([i % len(axes) for i in axes]))
+
+
+def _axis(axis, a) -> int:
+    """An axis of a, counted from 0; AxisError if it has no such axis."""
+    return np.lib.array_utils.normalize_axis_index(axis, np.ndim(a))
 
 
 _reshape = primitive(
@@ -594,12 +610,16 @@ primitive(np.copy, lambda g, out, a: g, elementwise=True)
 
 
 @composed(np.reshape)
-def reshape(a, shape):
+def reshape(a, shape, order="C"):
+    if order != "C":
+        raise TypeError(f"reshape: order {order!r} is not supported on a Value or Tensor, only 'C'")
     return _reshape(a, tuple(shape) if isinstance(shape, Iterable) else (shape,))
 
 
 @composed(np.ravel)
-def ravel(a):
+def ravel(a, order="C"):
+    if order != "C":
+        raise TypeError(f"ravel: order {order!r} is not supported on a Value or Tensor, only 'C'")
     return _reshape(a, (-1,))
 
 
@@ -638,7 +658,7 @@ def swapaxes(a, axis1, axis2):
     return np.transpose(a, tuple(axes))
 
 
-@composed(np.matrix_transpose)
+@composed(np.matrix_transpose, np.linalg.matrix_transpose)
 def matrix_transpose(x):
     return swapaxes(x, -1, -2)
 
@@ -664,7 +684,7 @@ atleast_3d = composed(np.atleast_3d)(
 
 def _concatenate_i(i, g, out, arrays, axis=0):
     start = sum(np.shape(a)[axis] for a in arrays[:i])
-    return g[(slice(None),) * (axis % np.ndim(g)) + (slice(start, start + np.shape(arrays[i])[axis]),)]
+    return g[_lead(axis, g) + (slice(start, start + np.shape(arrays[i])[axis]),)]
 
 
 _concatenate = primitive(
@@ -676,7 +696,7 @@ _concatenate = primitive(
 )
 _stack = primitive(
     lambda *arrays, axis=0: np.stack(arrays, axis),
-    lambda i, g, out, arrays, axis=0: g[(slice(None),) * (axis % np.ndim(g)) + (i,)],
+    lambda i, g, out, arrays, axis=0: g[_lead(axis, g) + (i,)],
     name="stack",
     variadic=True,
     samples=[(((2, 3), (2, 3)), {"axis": -1}), (((), (), ()), {})],
@@ -722,9 +742,7 @@ def append(arr, values, axis=None):
 @composed(np.array_split)
 def array_split(ary, indices_or_sections, axis=0):
     parts = np.array_split(np.arange(np.shape(ary)[axis]), indices_or_sections)
-    return [
-        ary[(slice(None),) * (axis % np.ndim(ary)) + (slice(p[0], p[-1] + 1) if len(p) else slice(0),)] for p in parts
-    ]
+    return [ary[_lead(axis, ary) + (slice(p[0], p[-1] + 1) if len(p) else slice(0),)] for p in parts]
 
 
 @composed(np.split)
@@ -778,31 +796,35 @@ _scatter = primitive(
 )
 
 
-def _index(a, index):
-    """`a[index]` for a Value or Tensor."""
-    index = index if isinstance(index, tuple) else (index,)
-    index = tuple(np.asarray(i) if isinstance(i, list) else i for i in index)
-    parts = [i for i in index if isinstance(i, Array)]
-    return _getitem(a, *parts, index=tuple(_HOLE if isinstance(i, Array) else i for i in index))
+def _index_array(i):
+    """A list in an index, as an array; of integers if it is empty."""
+    return (np.asarray(i) if len(i) else np.zeros(0, int)) if isinstance(i, (list, tuple)) else i
+
+
+def _lead(axis, a) -> tuple:
+    """The part of an index before that axis."""
+    return (slice(None),) * _axis(axis, a)
 
 
 @composed(np.take)
 def take(a, indices, axis=None):
-    indices = np.asarray(indices) if isinstance(indices, (list, tuple)) else indices
-    return ravel(a)[indices] if axis is None else a[(slice(None),) * (axis % np.ndim(a)) + (indices,)]
+    indices = _index_array(indices)
+    if getattr(getattr(indices, "dtype", None), "kind", "i") == "b":
+        raise TypeError("take: indices must be integers, got booleans")
+    return ravel(a)[indices] if axis is None else a[_lead(axis, a) + (indices,)]
 
 
 @composed(np.take_along_axis)
 def take_along_axis(arr, indices, axis=-1):
     if axis is None:
         return ravel(arr)[indices]
-    where = list(np.ogrid[tuple(slice(n) for n in np.shape(indices))])
+    where = list(np.ogrid[tuple(slice(n) for n in np.shape(arr))])
     where[axis] = indices
     return arr[tuple(where)]
 
 
 @composed(np.sort)
-def sort(a, axis=-1):
+def sort(a, axis=-1, kind=None, order=None, *, stable=None):
     return take_along_axis(ravel(a) if axis is None else a, np.argsort(a, axis), -1 if axis is None else axis)
 
 
@@ -840,7 +862,7 @@ def pad(array, pad_width, mode="constant", constant_values=0):
 @composed(np.flip)
 def flip(m, axis=None):
     ndim = np.ndim(m)
-    axes = {i % ndim for i in (range(ndim) if axis is None else np.atleast_1d(axis))}
+    axes = range(ndim) if axis is None else np.lib.array_utils.normalize_axis_tuple(axis, ndim)
     return m[tuple(slice(None, None, -1 if i in axes else None) for i in range(ndim))]
 
 
@@ -855,13 +877,15 @@ def roll(a, shift, axis=None):
     for s, i in np.broadcast(shift, axis):
         n = np.shape(a)[i]
         cut = (n - int(s) % n) if n else 0
-        lead = (slice(None),) * (int(i) % np.ndim(a))
+        lead = (slice(None),) * _axis(int(i), a)
         a = _concatenate(a[lead + (slice(cut, None),)], a[lead + (slice(None, cut),)], axis=int(i))
     return a
 
 
 @composed(np.rot90)
 def rot90(m, k=1, axes=(0, 1)):
+    if len({_axis(i, m) for i in axes}) != 2:
+        raise ValueError(f"rot90: axes must be two different ones, got {axes}")
     for _ in range(k % 4):
         m = flip(swapaxes(m, *axes), axes[0])
     return m
@@ -870,9 +894,8 @@ def rot90(m, k=1, axes=(0, 1)):
 def _window_x(g, out, x, window_shape, axis):
     total = 0.0
     for offset in np.ndindex(*window_shape):  # one shifted copy of g per place in the window
-        index = [slice(None)] * np.ndim(x)
-        for i, start in zip(axis, offset):
-            index[i] = slice(start, start + np.shape(g)[i])
+        starts = [sum(start for i, start in zip(axis, offset) if i == j) for j in range(np.ndim(x))]
+        index = [slice(start, start + n) for start, n in zip(starts, np.shape(g))]
         total = total + _scatter(g[(Ellipsis,) + offset], shape=np.shape(x), index=tuple(index))
     return total
 
@@ -880,7 +903,10 @@ def _window_x(g, out, x, window_shape, axis):
 _window = primitive(
     np.lib.stride_tricks.sliding_window_view,
     _window_x,
-    samples=[(((4, 5),), {"window_shape": (2, 3), "axis": (0, 1)}), (((2, 5),), {"window_shape": (3,), "axis": (1,)})],
+    samples=[
+        (((4, 5),), {"window_shape": (2, 3), "axis": (0, 1)}),
+        (((2, 5),), {"window_shape": (2, 3), "axis": (1, 1)}),
+    ],
 )
 
 
@@ -892,8 +918,17 @@ def sliding_window_view(x, window_shape, axis=None):
 
 
 @composed(np.diff)
-def diff(a, n=1, axis=-1):
-    lead = (slice(None),) * (axis % np.ndim(a))
+def diff(a, n=1, axis=-1, prepend=None, append=None):
+    if n < 0:
+        raise ValueError(f"diff: n must not be negative, got {n}")
+    ends = [
+        (x if np.ndim(x) else np.full_like(a[_lead(axis, a) + (slice(1),)], x))
+        for x in (prepend, append)
+        if x is not None
+    ]
+    if ends:
+        a = _concatenate(*ends[: prepend is not None], a, *ends[prepend is not None :], axis=_axis(axis, a))
+    lead = _lead(axis, a)
     for _ in range(n):
         a = a[lead + (slice(1, None),)] - a[lead + (slice(None, -1),)]
     return a
@@ -909,7 +944,9 @@ def diagonal(a, offset=0, axis1=0, axis2=1):
 
 @composed(np.diag)
 def diag(v, k=0):
-    if np.ndim(v) != 1:
+    if np.ndim(v) not in (1, 2):
+        raise ValueError(f"diag: expected 1 or 2 dimensions, got {np.ndim(v)}")
+    if np.ndim(v) == 2:
         return diagonal(v, k)
     n = np.shape(v)[0] + abs(k)
     i = np.arange(np.shape(v)[0])
@@ -974,7 +1011,7 @@ def vdot(a, b):
     return np.matmul(ravel(a), ravel(b))
 
 
-@composed(np.outer)
+@composed(np.outer, np.linalg.outer)
 def outer(a, b):
     return _reshape(a, (-1, 1)) * _reshape(b, (1, -1))
 
@@ -983,7 +1020,7 @@ def outer(a, b):
 def tensordot(a, b, axes=2):
     if not isinstance(axes, Iterable):
         axes = (range(np.ndim(a) - axes, np.ndim(a)), range(axes))
-    left, right = ([i % np.ndim(x) for i in (s if isinstance(s, Iterable) else (s,))] for x, s in zip((a, b), axes))
+    left, right = ([_axis(i, x) for i in (s if isinstance(s, Iterable) else (s,))] for x, s in zip((a, b), axes))
     if [np.shape(a)[i] for i in left] != [np.shape(b)[i] for i in right]:
         raise ValueError(f"tensordot: axes {axes} do not match in shapes {np.shape(a)} and {np.shape(b)}")
     rows = [i for i in range(np.ndim(a)) if i not in left]
@@ -1032,7 +1069,7 @@ _einsum = primitive(
 
 
 @composed(np.einsum)
-def einsum(subscripts, *operands):
+def einsum(subscripts, *operands, optimize=True):
     """`np.einsum` with a subscript string: explicit or implicit, with ellipses and repeated letters."""
     if not isinstance(subscripts, str):
         raise TypeError(f"einsum: subscripts must be a string on a Value or Tensor, got {type(subscripts).__name__}")
@@ -1078,8 +1115,14 @@ def _t(a):
 
 
 def _solve_a(g, out, a, b):
-    x = np.linalg.solve(_t(a), g)
+    x = _solve_b(g, out, a, b)
     return -(np.expand_dims(x, -1) * np.expand_dims(out, -2)) if np.ndim(b) == 1 else -np.matmul(x, _t(out))
+
+
+def _solve_b(g, out, a, b):
+    if np.ndim(b) > 1:
+        return np.linalg.solve(_t(a), g)
+    return np.linalg.solve(_t(a), np.expand_dims(g, -1))[..., 0]  # also where one vector b meets a batch of matrices
 
 
 def _cholesky_a(g, out, a):
@@ -1098,8 +1141,12 @@ primitive(
 primitive(
     np.linalg.solve,
     _solve_a,
-    lambda g, out, a, b: np.linalg.solve(_t(a), g),
-    samples=[((((3, 3), "definite"), (3,)), {}), ((((2, 3, 3), "definite"), (3, 2)), {})],
+    _solve_b,
+    samples=[
+        ((((3, 3), "definite"), (3,)), {}),
+        ((((2, 3, 3), "definite"), (3,)), {}),
+        ((((2, 3, 3), "definite"), (3, 2)), {}),
+    ],
 )
 primitive(
     np.linalg.det,
@@ -1161,7 +1208,7 @@ _detach = primitive(lambda a: a, None, name="detach", elementwise=True)
 
 
 @composed(np.nan_to_num)
-def nan_to_num(x, nan=0.0, posinf=None, neginf=None):
+def nan_to_num(x, copy=True, nan=0.0, posinf=None, neginf=None):
     """`np.nan_to_num`; replaced elements have no gradient."""
     info = np.finfo(x.dtype)
     high, low = (info.max if posinf is None else posinf), (info.min if neginf is None else neginf)
@@ -2125,7 +2172,7 @@ def _evaluate(prim: Primitive, raw: Sequence, params: dict):
         else:
             strong = True
     if not strong:
-        if prim.scalar is not None and not params:
+        if prim.scalar is not None and not params and all([type(x) is float for x in raw]):
             try:
                 return prim.scalar(*raw)
             except (ArithmeticError, ValueError):
@@ -2136,8 +2183,9 @@ def _evaluate(prim: Primitive, raw: Sequence, params: dict):
         if not np.ndim(out):
             return float(out) if isinstance(out, np.floating) else bool(out) if isinstance(out, np.bool_) else out
         return out.astype(np.float32) if out.dtype == np.float64 else out
-    if weak and not prim.elementwise:  # NumPy's functions that are no ufuncs would take a Python float for a float64
-        dtype = np.result_type(*raw)
+    if weak and not isinstance(prim.forward, np.ufunc):  # others would take a Python float for a float64
+        floats = [x.dtype for x in raw if hasattr(x, "dtype") and x.dtype.kind == "f"]
+        dtype = np.result_type(*floats) if floats else np.dtype(np.float32)
         raw = [dtype.type(x) if type(x) is float else x for x in raw]
     out = prim.forward(*raw, **params)
     return out if type(out) is np.ndarray and out.ndim else _settle(out)
@@ -2255,7 +2303,7 @@ class Array:
 
     def __getitem__(self, index):
         index = index if isinstance(index, tuple) else (index,)
-        index = tuple(np.asarray(i) if isinstance(i, list) else i for i in index)
+        index = tuple(_index_array(i) if isinstance(i, list) else i for i in index)
         parts = [i for i in index if isinstance(i, Array)]
         return _getitem(self, *parts, index=tuple(_HOLE if isinstance(i, Array) else i for i in index))
 
@@ -2278,6 +2326,9 @@ class Array:
 
     def __int__(self):
         return int(self.item())
+
+    def __index__(self):
+        return operator.index(self.item())
 
     def __round__(self, decimals=0):
         return np.round(self, decimals)
@@ -2456,13 +2507,18 @@ class Value(Array):
     @data.setter
     def data(self, new):
         if _raw(new) is not self._data:
-            self._data = _conform(new, self._data, "Value.data")
+            new = _conform(new, self._data, "Value.data")
+            if np.shape(new) != self.shape:
+                self._grad = None  # it was that of other data
+            self._data = new
 
     @property
     def grad(self) -> Tensor:
         """The gradient as a Tensor, zeros before any backward; assign 0 or None to reset it."""
         if self._grad is None:
             self._grad = _filled_like(self._data, 0)
+        elif type(self._grad) is np.ndarray and not self._grad.flags.writeable:  # a broadcast view
+            self._grad = self._grad.copy()
         return _wrap(self._grad, None, (self, "_grad"))
 
     @grad.setter
@@ -2539,7 +2595,13 @@ class Value(Array):
         return _entry(ufunc)(*inputs)
 
     def __array_function__(self, function, kinds, args, kwargs):
-        return _entry(function)(*args, **kwargs)
+        entry = _entry(function)
+        if isinstance(entry, Primitive) and entry.operands:
+            # By NumPy's names, in whose order they came; its defaults need no support.
+            n = len(entry.operands)
+            given = dict(zip(_argument_names(function)[n:], args[n:])) | kwargs
+            return entry(*args[:n], **{k: x for k, x in given.items() if x is not None or k in entry.params})
+        return entry(*args, **kwargs)
 
     def __array__(self, dtype=None, copy=None):
         raise TypeError(
@@ -2556,7 +2618,8 @@ class Value(Array):
     def __copy__(self):
         twin = _node(self._data, self._prim, self._args, self._params)
         twin._data = _settle(np.array(self._data)) if isinstance(self._data, np.ndarray) else self._data
-        twin._grad, twin._needs, twin.label = self._grad, self._needs, self.label
+        twin._grad = self._grad.copy() if isinstance(self._grad, np.ndarray) else self._grad
+        twin._needs, twin.label = self._needs, self.label
         return twin
 
     def __reduce__(self):
@@ -2659,8 +2722,9 @@ class _Place(int):
 def _rebuild(rows) -> Value:
     nodes: list[Value] = []
     for prim, args, params, needs, data, grad, label in rows:
-        node = _node(data, None, tuple(nodes[x] if type(x) is _Place else x for x in args), params)
-        node._prim, node._needs, node._grad, node.label = prim, needs, grad, label
+        node = _node(data, None, (), params)
+        node._prim, node._args, node._params = prim, tuple([nodes[x] if type(x) is _Place else x for x in args]), params
+        node._needs, node._grad, node.label = needs, grad, label
         nodes.append(node)
     return nodes[-1]
 
@@ -2786,6 +2850,8 @@ def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Calla
     On a Value, or inside another gradient function, the gradients are Values again, to be differentiated further.
     """
     numbers = (argnums,) if isinstance(argnums, (int, np.integer)) else tuple(argnums)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"argnums: names an argument twice: {argnums}")
     for i in numbers:
         if not -len(args) <= i < len(args):
             raise ValueError(f"argnums: asks for argument {i}, but the function was called with {len(args)}")
@@ -2797,6 +2863,8 @@ def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Calla
         for i, variable in zip(numbers, variables):
             args[i] = variable
         out = f(*args, **kwargs)
+        if not isinstance(out, (Array, np.ndarray, np.number, int, float)):
+            raise TypeError(f"the function to differentiate must return a Value or number, got {type(out).__name__}")
         rows = []
         for seed in seeds(_raw(out)):
             grads = {}
@@ -2958,6 +3026,9 @@ def check_gradients(
 # --- operators and methods of both classes, all from the table ---
 
 
+_FLOAT = np.dtype(np.float64)
+
+
 def _value_operator(prim: Primitive, swapped=False):
     scalar, differentiable = prim.scalar, prim.vjps[0] is not None
 
@@ -2968,7 +3039,8 @@ def _value_operator(prim: Primitive, swapped=False):
         elif kind is float:
             y = other
         elif kind is int:
-            y = other = float(other)
+            whole = type(self._data) is not float and getattr(self._data, "dtype", _FLOAT).kind in "iu"
+            y = other = other if whole else float(other)
         elif isinstance(other, _OPERANDS):
             y = None
         else:
@@ -4379,12 +4451,15 @@ class Module:
 
     def named_parameters(self) -> Iterator[tuple[str, Value]]:
         """(dotted name, parameter), in order of definition; a shared one once."""
-        seen: set[Value] = set()
+        seen: set = set()
 
         def walk(x, name):
+            if isinstance(x, (Value, Module)):
+                if id(x) in seen:
+                    return
+                seen.add(id(x))
             if isinstance(x, Value):
-                if x not in seen:
-                    seen.add(x)
+                if x._prim is None:  # a result that a module remembers is no parameter
                     yield name, x
                 return
             items = x if isinstance(x, dict) else vars(x) if isinstance(x, Module) else {}
@@ -4406,13 +4481,27 @@ class Module:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the parameters to a .npz file of exactly that path, all or nothing."""
         arrays = {name: p.data.data for name, p in self.named_parameters()}
-        _write_whole(Path(path), lambda file: np.savez(file, **arrays))
+
+        def write(file):
+            import zipfile
+
+            with zipfile.ZipFile(file, "w") as archive:  # what np.savez writes, for parameters of any name
+                for name, array in arrays.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+
+        _write_whole(Path(path), write)
 
     def load(self, path: str | os.PathLike) -> None:
         """Reads what `save` wrote. ValueError if names or shapes differ, and then no parameter is changed."""
         parameters = dict(self.named_parameters())
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except OSError:
+            raise
+        except Exception as error:  # of many kinds, for the many ways in which a file can be another or broken
+            raise ValueError(f"load: {str(path)!r} is not a file that save wrote ({error})") from None
         for name in {**parameters, **arrays}:
             if name not in arrays or name not in parameters:
                 where = "the model" if name in arrays else f"the file {str(path)!r}"
@@ -4421,20 +4510,18 @@ class Module:
                 raise ValueError(
                     f"load: parameter {name!r} has shape {parameters[name].shape}, in the file {arrays[name].shape}"
                 )
+        new = {name: _conform(arrays[name], p._data, f"load: parameter {name!r}") for name, p in parameters.items()}
         for name, p in parameters.items():
-            p.data = arrays[name]
+            p._data = new[name]
 
 
 def _write_whole(path: Path, write: Callable) -> None:
-    """Calls write(file) on a temporary file beside path and then puts it in path's place."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
+    """Calls write(file) on a file beside path, and then puts it, complete, in path's place."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
+        new = Path(folder, path.name)
+        with open(new, "wb") as file:
             write(file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        os.replace(new, path)
 
 
 _ACTIVATIONS = {"tanh": np.tanh, "relu": relu, "sigmoid": sigmoid, "gelu": gelu, "softplus": softplus, None: None}
@@ -4533,7 +4620,7 @@ class MLP(Module):
     def __call__(self, x: Any) -> Value:
         for layer in self.layers:
             x = layer(x)
-        return _reshape(x, x.shape[:-1]) if x.shape[-1] == 1 else x
+        return _reshape(x, (-1,) * (x.ndim - 1)) if x.shape[-1] == 1 else x
 
     def __repr__(self):
         widths, count = [layer.b.size for layer in self.layers], sum(p.size for p in self.parameters())
@@ -4569,8 +4656,8 @@ def cross_entropy(logits: Value, labels: Any) -> Value:
         raise ValueError(f"cross_entropy: labels must be from 0 to {k - 1}, got {raw.min()} to {raw.max()}")
     # A mask instead of indices: it runs on any kind of array. As a node, a Tensor of labels is read anew by a replay.
     labels = _node(labels._data, _detach, (labels,), _NO_PARAMS) if isinstance(labels, Tensor) else raw
-    mask = np.expand_dims(labels, -1) == np.arange(k)
-    return -np.sum(np.where(mask, log_softmax(logits), 0.0)) / max(raw.size, 1)
+    mask = labels[..., None] == np.arange(k)
+    return -np.mean(np.sum(np.where(mask, log_softmax(logits), 0.0), axis=-1))
 
 
 def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
@@ -4606,7 +4693,9 @@ class _Optimizer:
             if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
                 raise TypeError(f"{name} must be a number, got {x!r}")
             if not 0 <= x < (1 if name in ("momentum", "betas") else math.inf):
-                raise ValueError(f"{name} must be {'below 1' if x >= 1 else 'finite and not negative'}, got {x}")
+                raise ValueError(
+                    f"{name} must be {'below 1' if 1 <= x < math.inf else 'finite and not negative'}, got {x}"
+                )
         self._arrays = [(p, {}) for p in self.params if np.ndim(p._data)]
         self._scalars = [p for p in self.params if not np.ndim(p._data)]
         self._scalar_state: dict[str, np.ndarray] = {}
@@ -4623,14 +4712,24 @@ class _Optimizer:
                 self._update(p._data, p._grad, state)
         if not self._scalars:
             return
-        grads = [p._grad for p in self._scalars]
-        if None not in grads:
-            data = np.array([p._data for p in self._scalars], np.float64)
-            self._update(data, np.array(grads, np.float64), self._scalar_state)
-            for p, x in zip(self._scalars, data.tolist()):
-                p._data = x if type(p._data) is float else p._data.dtype.type(x)
-        elif any(g is not None for g in grads):
-            raise ValueError("step: some scalar parameters have a gradient and some have none yet")
+        live = [i for i, p in enumerate(self._scalars) if p._grad is not None]
+        if not live:
+            return
+        ps = [self._scalars[i] for i in live]
+        data, grads = (np.array([getattr(p, name) for p in ps], np.float64) for name in ("_data", "_grad"))
+        state, all_live = self._scalar_state, len(live) == len(self._scalars)
+        if not all_live:  # the others, and their state, stay as they are
+            for name in self._STATE:
+                _state(state, name, np.zeros(len(self._scalars)))
+            state = {name: x[live] if isinstance(x, np.ndarray) else x for name, x in state.items()}
+        self._update(data, grads, state)
+        for name, x in state.items() if not all_live else ():
+            if isinstance(x, np.ndarray):
+                self._scalar_state[name][live] = x
+            else:
+                self._scalar_state[name] = x
+        for p, x in zip(ps, data.tolist()):
+            p._data = x if type(p._data) is float else p._data.dtype.type(x)
 
     def __repr__(self):
         options = ", ".join(f"{name}={x}" for name, x in vars(self).items() if name[0] != "_" and name != "params")
@@ -4650,6 +4749,8 @@ class SGD(_Optimizer):
     def __init__(self, params: Iterable[Value], lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+
+    _STATE = ("scratch", "velocity")
 
     def _update(self, data, grad, state):
         scratch = _state(state, "scratch", data)
@@ -4682,6 +4783,8 @@ class Adam(_Optimizer):
             super().__init__(params := list(params), lr=lr, betas=beta, eps=eps, weight_decay=weight_decay)
         self.lr, self.betas, self.eps = lr, tuple(betas), eps
         self.weight_decay, self.decoupled = weight_decay, decoupled
+
+    _STATE = ("mean", "square", "scratch")
 
     def _update(self, data, grad, state):
         mean, square, scratch = (_state(state, name, data) for name in ("mean", "square", "scratch"))
@@ -4799,10 +4902,7 @@ def _save_picture(graph: Any, path: Path) -> None:
         content = picture.pipe(format=path.suffix[1:].lower())
     except ExecutableNotFound as error:
         path, content, missing = path.with_suffix(".gv"), graph.source.encode(), error
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".draw-") as folder:
-        new = Path(folder, path.name)
-        new.write_bytes(content)
-        os.replace(new, path)
+    _write_whole(path, lambda file: file.write(content))
     if missing:
         raise RuntimeError(
             "draw: Graphviz's program `dot`, which makes the picture, was not found on PATH. To install it:\n"

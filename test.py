@@ -126,6 +126,72 @@ class TestPrimitives(unittest.TestCase):
                     except AssertionError as error:
                         self.fail(f"{prim.name}{[np.shape(x) for x in operands]}{params}: {error}")
 
+    def test_axes_and_indices_are_checked_as_numpy_does(self):
+        m, v = Value(np.arange(4.0).reshape(2, 2)), Value(np.arange(3.0))
+        for f in (
+            lambda: np.take(m, 0, axis=2),
+            lambda: np.flip(m, 2),
+            lambda: np.flip(v, (0, 0)),
+            lambda: np.fliplr(v),
+            lambda: np.diff(m, axis=3),
+            lambda: np.diff(v, n=-1),
+            lambda: np.tensordot(m, m, ([2], [0])),
+            lambda: np.rot90(m, 1, (0, 0)),
+            lambda: np.diag(Value(np.ones((2, 2, 2)))),
+            lambda: np.average(m, axis=0, weights=[1.0]),
+        ):
+            with self.assertRaises(ValueError):
+                f()
+        with self.assertRaisesRegex(TypeError, "indices must be integers"):
+            np.take(m, [True, False])
+        self.assertEqual((v[[]].shape, np.take(v, []).shape), ((0,), (0,)))
+        self.assertEqual(np.take_along_axis(Value(np.ones((3, 4))), np.array([[1]]), 1).shape, (3, 1))
+        self.assertEqual(v[np.argmax(v) - 1].item(), 1.0)
+        self.assertEqual([5, 6, 7][np.argmax(v)], 7)
+
+    def test_numpys_order_of_arguments(self):
+        m = Value(np.arange(6.0).reshape(2, 3))
+        for ours, theirs in [
+            (np.sum(m, 1, None, None, True), np.sum(m.data.data, 1, None, None, True)),
+            (np.var(m, 0, None), np.var(m.data.data, 0)),
+            (np.sort(m, 1, "stable"), np.sort(m.data.data, 1)),
+            (np.diff(m, prepend=0.0), np.diff(m.data.data, prepend=0.0)),
+            (np.einsum("ij->i", m, optimize=True), np.einsum("ij->i", m.data.data)),
+            (np.linalg.outer(m[0], m[1]), np.outer(m.data.data[0], m.data.data[1])),
+            (np.sum(m, axis=np.int64(1)), np.sum(m.data.data, axis=1)),
+        ]:
+            np.testing.assert_allclose(ours.data.data, theirs)
+            np.sum(ours).backward()
+        with self.assertRaisesRegex(TypeError, "dtype"):
+            np.mean(m, 0, np.float64)
+
+    def test_empty_and_0d_reductions_have_gradients(self):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for f in (np.mean, np.var, np.std, lambda x: np.prod(x, axis=0)):
+                x = Value(np.zeros((0, 3)))
+                np.sum(f(x)).backward()
+                self.assertEqual(x.grad.shape, (0, 3))
+            x = Value([1.0])
+            np.var(x, ddof=1).backward()
+            self.assertTrue(math.isnan(x.grad.data[0]))
+        for f in (np.sum, np.max, np.prod):
+            x = Value(1.3)
+            f(x, axis=0).backward()
+            self.assertEqual(x.grad, 1.0)
+
+    def test_numbers_are_weak_in_every_elementwise_function(self):
+        x = Value([1.0, 2.0, 3.0])
+        for y in (
+            np.clip(Value(0.5), x, 3.0),
+            np.where(x > 1, Value(0.5), x),
+            x * np.where(x > 0, Value(1.0), Value(0.1)),
+            np.clip(Value(0.1), np.zeros(2), 1),
+        ):
+            self.assertEqual(y.dtype, np.float32)
+        both = (Value(3.0) > 1) + (Value(3.0) > 2)
+        self.assertEqual((both.dtype, both.item()), (bool, True))
+
     def test_forward_of_elementwise_primitives_is_numpys(self):
         rng = np.random.default_rng(SEED)
         for key, prim in TABLE.items():
@@ -776,9 +842,9 @@ class TestWorkers(unittest.TestCase):
             mock.patch.object(picograd._Segment, "__init__", side_effect=OSError("no memory")),
             distributed_config(**config),
         ):
-            x = Tensor(np.ones((1000, 1000)))
             picograd._workers.warned.clear()
             with self.assertWarnsRegex(RuntimeWarning, "shared memory cannot be had here") as caught:
+                x = Tensor(np.ones((1000, 1000)))
                 for _ in range(3):
                     self.assertEqual((x * 2).sum().item(), 2_000_000)
             self.assertEqual(len(caught.warnings), 1)
@@ -789,6 +855,13 @@ class TestTensor(unittest.TestCase):
 
     def tearDown(self):
         set_distributed_config(enabled=False, num_workers=None, min_elements_for_parallel=100_000, use_processes=False)
+
+    def test_integers_stay_integers(self):
+        t = Tensor([0, 1], dtype=int)
+        self.assertEqual([(t + 1).dtype, (2 * t).dtype, (t // 2).dtype], [np.int64] * 3)
+        self.assertEqual((t + 0.5).dtype, np.float64)
+        t += 1
+        self.assertEqual(Value([1.0, 2.0, 3.0])[t].tolist(), [2, 3])
 
     def test_dtypes(self):
         self.assertEqual(Tensor([1, 2]).dtype, np.float32)
@@ -942,6 +1015,62 @@ class TestTensor(unittest.TestCase):
 
 class TestValue(unittest.TestCase):
     """Room 4: nodes, data and gradients, backward, functions of functions."""
+
+    def test_gradients_need_a_number(self):
+        for f in (lambda x: None, lambda x: "a"):
+            with self.assertRaisesRegex(TypeError, "must return a Value or number"):
+                grad(f)(2.0)
+        with self.assertRaisesRegex(ValueError, "twice"):
+            grad(lambda x, y: x * y, (0, 0))(2.0, 3.0)
+
+    def test_copies_under_no_grad_keep_their_graph(self):
+        x = Value(2.0)
+        y = x * x * 3
+        with no_grad():
+            x2, y2 = copy.deepcopy((x, y))
+        y2.forward().backward()
+        self.assertEqual(x2.grad, 12.0)
+        p = Value([1.0])
+        p.grad = 1
+        q = copy.copy(p)
+        q.grad.data[0] = 7
+        self.assertEqual(p.grad.data[0], 1)
+
+    def test_gradients_can_be_written_to_and_follow_the_shape(self):
+        x = Value(np.ones(3))
+        y = x * 2
+        y.sum().backward()
+        y.grad *= 0
+        x.data = np.ones(4)
+        self.assertEqual(x.grad.shape, (4,))
+        (x * 2).sum().backward()
+        self.assertEqual(x.grad.tolist(), [2] * 4)
+
+    def test_layers_written_over(self):
+        """A layer's product and sum give up their buffers; who asks for them gets them computed again."""
+        layer, x = Layer(64, 512, seed=0, dtype=np.float64), np.random.default_rng(SEED).normal(size=(64, 64))
+        w, b = (Value(p, np.float64) for p in (layer.w, layer.b))
+        ours, plain = layer(x), np.tanh(x @ w + b)
+        self.assertIs(type(ours._args[0]), picograd._Overwritten)
+        for out in (ours, plain):
+            np.sum(out**2).backward()
+        np.testing.assert_allclose(layer.w.grad, w.grad, rtol=1e-12)
+        np.testing.assert_allclose(layer.b.grad, b.grad, rtol=1e-12)
+        self.assertIs(type(ours._args[0]), picograd._Overwritten, "backward needs neither")
+        np.testing.assert_allclose(ours._args[0].data, x @ w.data.data + b.data.data)
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(layer(x)))._args[0]._args[0].data, x @ w.data.data)
+        layer.b.data = layer.b.data + 1.0
+        np.testing.assert_allclose(layer(x).forward().data, np.tanh(x @ w.data.data + 1.0))
+
+    def test_rules_read_what_they_say(self):
+        """`reads` decides what may be written over: a rule must not touch the rest."""
+        for prim in PRIMITIVES.values():
+            if set(prim.reads.split()) == {"out", "operands"} or prim is picograd.PRIMITIVES["matmul"]:
+                continue
+            out = np.ones(3) if "out" in prim.reads else None
+            for rule in prim.vjps:
+                rule(np.ones(3), out, *[None] * len(prim.operands))
+            prim.forward(*[np.ones(3)] * len(prim.operands), out=np.empty(3))
 
     def test_the_readme(self):
         a, b = Value(2.0, label="a"), Value(3.0, label="b")
@@ -1661,6 +1790,61 @@ def random_graph(rng, single=False):
 
 class TestNN(unittest.TestCase):
     """Room 6: modules, losses against their formulas, optimizers against theirs, saving, importing."""
+
+    def test_replays_take_batches_of_other_sizes(self):
+        for k, loss_of in ((1, mse_loss), (3, cross_entropy)):
+            model = MLP(2, [4, k], seed=0)
+            x, y = Tensor(np.ones((5, 2))), Tensor(np.zeros(5), np.float32 if k == 1 else np.int64)
+            loss = loss_of(model(x), y)
+            x.data, y.data = np.ones((3, 2)), np.zeros(3)
+            loss.forward().backward()
+            self.assertAlmostEqual(loss.item(), loss_of(model(np.ones((3, 2))), y).item(), 6)
+
+    def test_saving_any_name_and_loading_any_file(self):
+        class Odd(Module):
+            def __init__(self):
+                self.allow_pickle, self.file = Value([7.0]), Value([8.0])
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "m.npz"
+            Odd().save(path)
+            model = Odd()
+            model.file.data = 0
+            model.load(path)
+            self.assertEqual(model.file.data.data[0], 8)
+            other = Path(folder) / "other"
+            other.touch()
+            self.assertEqual(path.stat().st_mode, other.stat().st_mode, "the permissions of any new file")
+            for content in (b"junk", b"", path.read_bytes()[:60]):
+                path.write_bytes(content)
+                with self.assertRaisesRegex(ValueError, "is not a file that save wrote"):
+                    model.load(path)
+            np.savez(path, allow_pickle=np.array([0.0]), **{"other": np.array(["x"])})
+            with self.assertRaises(ValueError):
+                model.load(path)
+            self.assertEqual(model.allow_pickle.data.data[0], 7)
+
+    def test_what_a_module_remembers_is_no_parameter(self):
+        class Remembers(Module):
+            def __init__(self, parent=None):
+                self.w, self.parent = Value([1.0, 2.0]), parent
+                self.last = self.w * 2
+
+        child = Remembers()
+        child.parent = Remembers(child)
+        self.assertEqual([name for name, _ in child.named_parameters()], ["w", "parent.w"])
+
+    def test_numbers_without_gradient_are_left_alone(self):
+        for make in (lambda ps: SGD(ps, 0.1, momentum=0.9), lambda ps: Adam(ps, 0.1)):
+            p, q, alone = Value(1.0), Value(2.0), Value(1.0)
+            both, one = make([p, q]), make([alone])
+            for _ in range(3):
+                for x in (p, alone):
+                    x.grad = None
+                    (x * x).backward()
+                both.step()
+                one.step()
+            self.assertEqual((p.item(), q.item()), (alone.item(), 2.0))
 
     def test_shapes(self):
         model = MLP(3, [4, 1], seed=0)
