@@ -7,6 +7,7 @@ primitive is tested by being in the table with samples.
 import copy
 import html
 import math
+import operator
 import os
 import pickle
 import random
@@ -1707,6 +1708,139 @@ class TestMicrograd(unittest.TestCase):
             self.assertLess(losses[-1], losses[0] / 2)
         finally:
             theirs.Value = original
+
+
+class Counted(np.lib.mixins.NDArrayOperatorsMixin):
+    """An array of a library of its own: it speaks NumPy's protocols, counts what it did, and lacks `np.sort`."""
+
+    calls, copies_home = 0, 0
+
+    def __init__(self, array):
+        self._array = np.asarray(array)
+
+    shape = property(lambda self: self._array.shape)
+    dtype = property(lambda self: self._array.dtype)
+    ndim = property(lambda self: self._array.ndim)
+    size = property(lambda self: self._array.size)
+
+    def __array__(self, dtype=None, copy=None):
+        Counted.copies_home += 1
+        return np.array(self._array, dtype)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if any(isinstance(x, (Tensor, Value)) for x in inputs):
+            return NotImplemented
+        return self.compute(getattr(ufunc, method), inputs, kwargs)
+
+    def __array_function__(self, function, kinds, args, kwargs):
+        if function in (np.shape, np.ndim, np.size, np.result_type):
+            return function(*map(self.inside, args))
+        if function is np.argsort or any(issubclass(kind, (Tensor, Value)) for kind in kinds):
+            return NotImplemented
+        return self.compute(function, args, kwargs)
+
+    def __getitem__(self, index):
+        return self.compute(operator.getitem, (self, index), {})
+
+    def astype(self, dtype, copy=True):
+        return self.compute(np.asarray, (self, dtype), {})
+
+    def swapaxes(self, i, j):
+        return self.compute(np.swapaxes, (self, i, j), {})
+
+    @staticmethod
+    def inside(x):
+        return type(x)(map(Counted.inside, x)) if isinstance(x, (tuple, list)) else getattr(x, "_array", x)
+
+    @staticmethod
+    def compute(function, args, kwargs):
+        Counted.calls += 1
+        out = function(*Counted.inside(args), **kwargs)
+        return Counted(out) if isinstance(out, (np.ndarray, np.generic)) else out
+
+
+class TestForeign(unittest.TestCase):
+    """Arrays of another library, by a double that needs none."""
+
+    def setUp(self):
+        Counted.calls = Counted.copies_home = 0
+        rng = np.random.default_rng(3)
+        self.x, self.labels = rng.normal(size=(12, 4)).astype(np.float32), rng.integers(0, 3, 12)
+
+    def gradients(self, x, labels):
+        model = MLP(4, [5, 3], activation="gelu", seed=2)
+        loss = cross_entropy(model(x), labels)
+        home = Counted.copies_home
+        loss.backward()
+        return loss, [p.grad.data for p in model.parameters()], home
+
+    def test_a_network_on_foreign_arrays_has_the_gradients_of_numpy(self):
+        expected, wanted, _ = self.gradients(self.x, self.labels)
+        self.assertEqual(Counted.calls, 0)
+        loss, got, home = self.gradients(Counted(self.x), Counted(self.labels))
+        self.assertEqual(home, 0)  # the forward brings nothing home
+        self.assertEqual(Counted.copies_home, len(got) + 1)  # the backward the gradients and the loss
+        self.assertGreater(Counted.calls, 50)
+        self.assertAlmostEqual(loss.item(), expected.item(), 6)
+        for g, h in zip(got, wanted):
+            self.assertIs(type(g), np.ndarray)
+            np.testing.assert_allclose(g, h, rtol=1e-4, atol=1e-7)
+
+    def test_it_is_kept_without_a_copy_and_gradients_take_its_kind(self):
+        x, y = Counted(self.x.astype(np.float64)), Counted(self.labels)
+        v, t = Value(x), Tensor(y)
+        self.assertIs(v.data.data, x)
+        self.assertIs(t.data, y)
+        self.assertEqual((v.dtype, t.dtype, v.shape), (np.float64, y.dtype, (12, 4)))
+        self.assertTrue(v.distributed and t.distributed)
+        (v * v).sum().backward()
+        self.assertIsInstance(v.grad.data, Counted)
+        self.assertEqual(Counted.copies_home, 0)
+        np.testing.assert_allclose(v.grad.numpy(), 2 * self.x, rtol=1e-6)
+        with self.assertRaisesRegex(TypeError, "dtype of data must be floating, got int64"):
+            Value(y)
+        self.assertEqual(Value(y, np.float32).dtype, np.float32)
+
+    def test_leaves_of_every_kind_get_their_own_kind(self):
+        a, b, c = Value(2.0), Value(np.ones(4)), Value(np.ones(()), dtype=np.float32)
+        (a * a * Counted(self.x) * b + c).sum().backward()
+        self.assertEqual([type(v.grad.data) for v in (a, b, c)], [np.float64, np.ndarray, np.float32])
+        np.testing.assert_allclose(a.grad.data, 4 * self.x.sum(), rtol=1e-4)
+        np.testing.assert_allclose(b.grad.data, 4 * self.x.sum(0), rtol=1e-4)
+        self.assertEqual(c.grad, 48)
+        np.testing.assert_allclose(grad(lambda w: (Counted(self.x) @ w).sum())(np.ones(4)), self.x.sum(0), rtol=1e-4)
+
+    def test_what_it_does_not_offer_is_refused_and_nothing_is_computed(self):
+        v = Value(Counted(self.x))
+        for refused in (
+            lambda: np.sort(v),
+            lambda: np.linalg.cholesky(v @ v.T),
+            lambda: Value(self.x)[Counted(self.labels)],
+            lambda: np.take(Value(self.x), Tensor(Counted(self.labels)), axis=0),
+            lambda: v[[0, 0]].sum().backward(),
+            lambda: v[::2].sum().backward(),
+        ):
+            with self.assertRaises(TypeError):
+                refused()
+        self.assertEqual(Counted.copies_home, 0)
+        np.testing.assert_array_equal(v.grad.numpy(), 0)
+
+    def test_optimize_replays_it(self):
+        w, x = Value(np.ones(4)), Tensor(Counted(self.x))
+        loss = optimize(((x @ w + 0.0) ** 2.0).mean())
+        self.assertIn("replayed", loss.source)
+        w.data = np.full(4, 0.5)
+        x.data = Counted(self.x + 1)
+        loss.forward().backward()
+        np.testing.assert_allclose(w.grad.data, (self.x + 1).T @ ((self.x + 1) @ np.full(4, 0.5)) / 6, rtol=1e-4)
+
+    def test_a_picture_computes_nothing(self):
+        v = Value(Counted(self.x[:1, :2]))
+        y = (v * v).sum()
+        y.backward()
+        self.assertIn("(1, 2) float32", draw(y).source)
+        self.assertIn("shape=(1, 2)", repr(v))
+        self.assertEqual(Counted.copies_home, 0)
 
 
 class TestDemo(unittest.TestCase):
