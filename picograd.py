@@ -1197,7 +1197,6 @@ def _plain(function):
 for _function in (
     np.shape,
     np.ndim,
-    np.size,
     np.allclose,
     np.array_equal,
     np.array_equiv,
@@ -1205,6 +1204,9 @@ for _function in (
     np.iscomplexobj,
 ):
     _plain(_function)
+
+
+TABLE[np.size] = lambda a, axis=None: np.size(np.broadcast_to(0.0, np.shape(a)), axis)  # Dask does not offer it
 
 
 def _like(function):
@@ -1491,7 +1493,7 @@ class Array:
 
     shape: tuple[int, ...] = property(lambda self: np.shape(self._data))
     ndim: int = property(lambda self: np.ndim(self._data))
-    size: int = property(lambda self: np.size(self._data))
+    size: int = property(lambda self: math.prod(self.shape))
     dtype: np.dtype = property(lambda self: _public(self._data).dtype)
     nbytes: int = property(lambda self: self.size * self.dtype.itemsize)
     T = property(lambda self: np.transpose(self))
@@ -2134,7 +2136,7 @@ def _hand_out(result, x):
 
 
 def _one_number(raw):
-    if np.size(raw) != 1:
+    if math.prod(np.shape(raw)) != 1:
         raise ValueError(
             f"grad: the function must return one number, got shape {np.shape(raw)}; see jacobian and elementwise_grad"
         )
@@ -2472,10 +2474,11 @@ def _simpler_power(node, x, y):
 
 
 def _simpler_mean(node, a, axis=None, keepdims=False):
-    if node.dtype.itemsize < 4 or not node.size or not np.size(_raw(a)):
+    n = math.prod(np.shape(_raw(a)))
+    if node.dtype.itemsize < 4 or not node.size or not n:
         return None
     total = np.sum(a, axis=axis, keepdims=keepdims)
-    return _twin(node, TABLE[np.multiply], (total, node.size / np.size(_raw(a)))) if _alike(total, node) else None
+    return _twin(node, TABLE[np.multiply], (total, node.size / n)) if _alike(total, node) else None
 
 
 def _simpler_reshape(node, x, shape):
