@@ -2361,6 +2361,25 @@ class TestDemo(unittest.TestCase):
                 sorted(os.listdir(pictures)), ["initial_graph.png", "optimized_graph.png", "trained_model.png"]
             )
 
+    @unittest.skipUnless(distributed, f"needs dask[distributed], see .ci/requirements.txt: {no_dask}")
+    @unittest.skipUnless(os.name == "posix", "needs a group of processes")
+    def test_training_on_a_dask_cluster_and_ctrl_c(self):
+        self.last_line("--dask", "--epochs", 2, pattern=r"test accuracy: \d+\.\d%")
+        command = [sys.executable, "-u", str(self.folder / "demo.py"), "--dask", "--epochs", "1000"]
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+        with subprocess.Popen(command, **pipe, start_new_session=True) as process:
+            kill = threading.Timer(20, process.kill)
+            kill.start()
+            line = process.stdout.readline()
+            while line and "Dask cluster" not in line:
+                line = process.stdout.readline()
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+            lines = process.stdout.read().splitlines()
+            kill.cancel()
+        self.assertEqual(process.returncode, 130, lines)
+        self.assertRegex(lines[0], r"^Interrupted: \d+ of 1000 epochs")
+        self.assertRegex(lines[-1], r"^test accuracy: \d+\.\d%$")
+
     @staticmethod
     def read(terminal):
         try:
