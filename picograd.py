@@ -1360,8 +1360,8 @@ def _computed(arrays: Sequence) -> list:
     """Foreign arrays as NumPy's; those of Dask together, in one pass over its cluster. Others as they are."""
     lazy = [x for x in arrays if hasattr(x, "__dask_graph__")]
     done = iter(sys.modules["dask"].compute(*lazy, traverse=False) if lazy else ())
-    arrays = [next(done) if hasattr(x, "__dask_graph__") else x for x in arrays]
-    return [x if type(x) is float else _settle(np.array(x)) for x in arrays]
+    taken = ((x, next(done) if hasattr(x, "__dask_graph__") else x) for x in arrays)
+    return [_settle(np.array(y)) if _is_foreign(x) else x for x, y in taken]
 
 
 def _settle(out):
@@ -1903,6 +1903,7 @@ def _write_over(function: Callable, spent: Value, *others: Value):
     if not (
         "operands" not in getattr(prim, "reads", "operands")
         and (spent._prim is None or "out" not in spent._prim.reads)
+        and not any(_is_foreign(x._data) for x in others)
         and all(np.broadcast_shapes(raw.shape, x.shape) == raw.shape for x in others)
         and np.result_type(raw, *(x._data for x in others)) == raw.dtype
     ):
@@ -2319,7 +2320,10 @@ def _in_place_operator(prim: Primitive):
             return out
         if out.shape != self.shape:
             raise ValueError(f"Tensor: in place, shape {self.shape} cannot take a result of shape {out.shape}")
-        np.copyto(self._data, out._data, casting="same_kind")
+        if _is_foreign(self._data):
+            self.data = out
+        else:
+            np.copyto(self._data, _computed([out._data])[0], casting="same_kind")
         return self
 
     return method
@@ -3847,6 +3851,8 @@ class _Optimizer:
         self.params = list(params)
         if not self.params or not all(isinstance(p, Value) for p in self.params):
             raise TypeError("params must be a non-empty list of Values")
+        if any(_is_foreign(p._data) for p in self.params):
+            raise TypeError("params must be held in NumPy: optimizers work in place")
         if len(set(self.params)) < len(self.params):
             raise ValueError("params must name each parameter once")
         for name, x in options.items():

@@ -1837,6 +1837,19 @@ class TestForeign(unittest.TestCase):
         self.assertEqual(Counted.copies_home, 0)
         np.testing.assert_array_equal(v.grad.numpy(), 0)
 
+    def test_in_place(self):
+        t, u = Tensor(Counted(self.x)), Tensor(self.x)
+        same = t
+        t += 1.0
+        u -= t
+        self.assertIs(t, same)
+        self.assertIsInstance(t.data, Counted)
+        np.testing.assert_allclose(t.numpy(), self.x + 1)
+        self.assertIs(type(u.data), np.ndarray)
+        np.testing.assert_allclose(u.data, -1, rtol=1e-5)
+        with self.assertRaisesRegex(TypeError, "held in NumPy"):
+            Adam([Value(t)])
+
     def test_optimize_replays_it(self):
         w, x = Value(np.ones(4)), Tensor(Counted(self.x))
         loss = optimize(((x @ w + 0.0) ** 2.0).mean())
