@@ -2,6 +2,7 @@
 
     python demo.py                                         two interleaved half circles, two classes
     python demo.py data.csv --target species               a table of numbers; see `python demo.py --help`
+    python demo.py --dask                                  the same on a Dask cluster, here of two local processes
 
 The pictures in graph/ (beside this file) show the network and its loss on one sample, the first that it trains on:
 initial_graph.png as it was built, optimized_graph.png as `optimize` rewrote it, and trained_model.png trained, with
@@ -9,7 +10,9 @@ gradients. Without Graphviz it trains all the same.
 """
 
 import argparse
+import contextlib
 import csv
+import importlib.util
 import io
 import itertools
 import math
@@ -252,12 +255,11 @@ def milliseconds(step: Callable[[], object]) -> float:
     return 1e3 * statistics.median(times)
 
 
-def train(model, x, y, classes, epochs, rng, stopped) -> int:
-    """Runs Adam on minibatches, with a learning rate that falls to 0, until stopped(). Returns the epochs completed.
+def minibatches(model, x, y, classes, optimizer, rng, stopped) -> Callable[[], float | None]:
+    """Prepares training on minibatches; returns what runs one epoch: the mean loss, or None if stopped().
 
     The graph of one minibatch is built and optimized once. Every step puts its rows into the graph's Tensors.
     """
-    optimizer = Adam(model.parameters(), LEARNING_RATE, weight_decay=0.1, decoupled=True)
     batches = max(1, min(32, len(x) // 16), len(x) // 1024)
     size = len(x) // batches  # the same for all: an optimized graph has its shapes. What is left over changes by epoch
     inputs, targets = Tensor(x[:size]), Tensor(y[:size], dtype=np.int64 if classes else np.float32)
@@ -267,25 +269,81 @@ def train(model, x, y, classes, epochs, rng, stopped) -> int:
     fast = milliseconds(lambda: loss.forward().backward())
     print(f"graph: {operations(built)} operations, {eager:.3f} ms forward and backward on {size} rows; ", end="")
     print(f"optimized: {operations(loss.graph)} operations, {fast:.3f} ms", flush=True)
-    began = shown = time.monotonic()
-    live = sys.stdout.isatty()
-    for epoch in range(1, epochs + 1):
-        optimizer.lr = LEARNING_RATE * (1 - (epoch - 1) / epochs)
+
+    def epoch():
         total = 0.0
         for rows in rng.permutation(len(x))[: batches * size].reshape(batches, size):
             if stopped():
-                return epoch - 1
+                return None
             inputs.data, targets.data = x[rows], y[rows]
             loss.forward()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.item() / batches
+        return total
+
+    return epoch
+
+
+def over_chunks(model, x, y, classes, optimizer, stopped) -> Callable[[], float | None]:
+    """Like minibatches, with one step an epoch on all rows: Dask arrays, in chunks where the cluster's workers are."""
+    import dask.array as da
+    from dask.distributed import default_client
+
+    client = default_client()
+    size = -(-len(x) // len(client.ncores()))
+    inputs = client.persist(da.from_array(x.astype(np.float32), chunks=(size, -1)))
+    targets = client.persist(da.from_array(y.astype(np.int64 if classes else np.float32), chunks=size))
+    built = loss_of(model, inputs, targets, classes)
+    print(f"graph: {operations(built)} operations on {len(x)} rows in {inputs.numblocks[0]} chunks; ", end="")
+    print(f"one step is one pass over the {len(client.ncores())} workers of a Dask cluster", flush=True)
+
+    def epoch():
+        if stopped():
+            return None
+        loss = loss_of(model, inputs, targets, classes)
+        optimizer.zero_grad()
+        loss.backward(retain_grads=False)
+        optimizer.step()
+        return loss.item()
+
+    return epoch
+
+
+def local_cluster() -> contextlib.AbstractContextManager:
+    """A Dask cluster of two processes on this machine, and a client of it: the one that Dask computes with from now."""
+    from dask.distributed import Client, LocalCluster
+
+    stack = contextlib.ExitStack()
+    where = {"host": "127.0.0.1", "dashboard_address": None, "scheduler_kwargs": {"dashboard_address": "127.0.0.1:0"}}
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a terminal's Ctrl-C is not for the workers
+    cluster = stack.enter_context(LocalCluster(n_workers=2, threads_per_worker=1, silence_logs=60, **where))
+    signal.signal(signal.SIGINT, before)
+    stack.enter_context(Client(cluster))
+    return stack
+
+
+def train(model, x, y, classes, epochs, rng, stopped, dask=False) -> int:
+    """Runs Adam with a learning rate that falls to 0, until stopped(). Returns the epochs completed."""
+    rate = LEARNING_RATE * (5 if dask else 1)  # an epoch is one step then, not many
+    optimizer = Adam(model.parameters(), rate, weight_decay=0.1, decoupled=True)
+    if dask:
+        run_epoch = over_chunks(model, x, y, classes, optimizer, stopped)
+    else:
+        run_epoch = minibatches(model, x, y, classes, optimizer, rng, stopped)
+    began = shown = time.monotonic()
+    live = sys.stdout.isatty()
+    for epoch in range(1, epochs + 1):
+        optimizer.lr = rate * (1 - (epoch - 1) / epochs)
+        loss = run_epoch()
+        if loss is None:
+            return epoch - 1
         now = time.monotonic()
         if epoch == epochs or (now - shown > 0.1 if live else epoch * 10 // epochs > (epoch - 1) * 10 // epochs):
             shown = now
             minutes, seconds = divmod(round((now - began) / epoch * (epochs - epoch)), 60)
-            line = f"epoch {epoch:{len(str(epochs))}}/{epochs}  loss {total:.4f}"
+            line = f"epoch {epoch:{len(str(epochs))}}/{epochs}  loss {loss:.4f}"
             line += f"  train {score(model, x, y, classes)}  {minutes}:{seconds:02} left"
             if live:
                 width = shutil.get_terminal_size().columns - 1
@@ -306,7 +364,7 @@ def picture(loss: Value, name: str, failures: dict[str, str]) -> None:
         failures[f"graph/{name}"] = str(error).split(". ")[0].splitlines()[0]
 
 
-def run(data: str | None, target: str, epochs: int, seed: int) -> int:
+def run(data: str | None, target: str, epochs: int, seed: int, dask: bool) -> int:
     rng = np.random.default_rng(seed)
     title, x, y, classes = two_moons(rng) if data is None else read_table(data, "-1" if target is None else target)
     held = hold_back(y, classes, rng)
@@ -330,7 +388,8 @@ def run(data: str | None, target: str, epochs: int, seed: int) -> int:
     loss = loss_of(model, *sample)
     picture(loss, "initial_graph.png", failures)
     picture(optimize(loss), "optimized_graph.png", failures)
-    done = train(model, x[~held], y[~held], classes, epochs, rng, lambda: interrupts)
+    with local_cluster() if dask else contextlib.nullcontext():
+        done = train(model, x[~held], y[~held], classes, epochs, rng, lambda: interrupts, dask)
     if done < epochs:
         print("\n" * sys.stdout.isatty() + f"Interrupted: {done} of {epochs} epochs are complete.", flush=True)
     model.zero_grad()
@@ -363,6 +422,9 @@ def main() -> int:
     )
     parser.add_argument("--epochs", type=int, default=100, metavar="N", help="passes over the data (default: 100)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
+    parser.add_argument(
+        "--dask", action="store_true", help="train on a Dask cluster of two local processes, one step an epoch"
+    )
     sys.stdout.reconfigure(errors="backslashreplace")  # names of columns, on a terminal that has not all letters
     arguments = parser.parse_args()
     for name, least in (("epochs", 1), ("seed", 0)):
@@ -370,6 +432,8 @@ def main() -> int:
             parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
     if arguments.target is not None and arguments.data is None:
         parser.error("--target is a column of data.csv, which was not given")
+    if arguments.dask and not importlib.util.find_spec("distributed"):
+        parser.error('--dask needs Dask: pip install "dask[distributed]"')
     try:
         return run(**vars(arguments))
     except UserError as error:

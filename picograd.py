@@ -59,7 +59,8 @@ import numpy as np
 #
 # Rules are written with generic arithmetic and NumPy's functions, so one rule serves Python floats, arrays and Values;
 # on Values a rule builds a graph, which is what gives gradients of gradients. A rule may return a gradient in the
-# broadcast shape of its operands: `_fit` in room 4 is the one place that sums it back to the operand's shape.
+# broadcast shape of its operands, or one that broadcasts to the operand's: `_fit` in room 4 is the one place that sums
+# it back, or spreads it out.
 # An operand whose rule is None carries no gradient.
 #
 # `TABLE` maps NumPy's callables to primitives, or, where an operation is a composition of others, to a function.
@@ -414,7 +415,7 @@ def _prod_a(g, out, a, axis=None, keepdims=False):
     shape = np.shape(a)
     if not shape:
         return g
-    if not np.size(a):
+    if not math.prod(shape):
         return np.zeros_like(a)
     axes = tuple(i % len(shape) for i in (range(len(shape)) if axis is None else np.atleast_1d(axis)))
     order = tuple(i for i in range(len(shape)) if i not in axes) + axes
@@ -504,14 +505,12 @@ _AXIS = [(((2, 3),), {"axis": 0}), (((3,),), {})]
 
 primitive(
     np.sum,
-    lambda g, out, a, axis=None, keepdims=False: np.broadcast_to(_unreduce(g, a, axis, keepdims), np.shape(a)),
+    lambda g, out, a, axis=None, keepdims=False: _unreduce(g, a, axis, keepdims),
     samples=_axes(),
 )
 primitive(
     np.mean,
-    lambda g, out, a, axis=None, keepdims=False: np.broadcast_to(
-        _unreduce(g * _share(a, axis), a, axis, keepdims), np.shape(a)
-    ),
+    lambda g, out, a, axis=None, keepdims=False: _unreduce(g * _share(a, axis), a, axis, keepdims),
     samples=_axes(),
 )
 primitive(
@@ -600,7 +599,7 @@ primitive(
     samples=[(((3, 1),), {"shape": (2, 3, 4)}), (((),), {"shape": (2,)})],
 )
 _as_dtype = primitive(  # `float` stands for Python's own: a weak scalar
-    lambda a, dtype: float(a) if dtype is float else np.asarray(a).astype(dtype),
+    lambda a, dtype: float(a) if dtype is float else (a if hasattr(a, "astype") else np.asarray(a)).astype(dtype),
     lambda g, out, a, dtype: g,
     name="astype",
     elementwise=True,
@@ -764,12 +763,29 @@ def _filled(index, parts):
 def _put(a, *parts, shape, index):
     """Zeros of that shape with `a` added at that index: the transpose of indexing."""
     index = _filled(index, parts)
+    if _is_foreign(a):
+        return _put_foreign(a, shape, index)
     out = np.zeros(shape, getattr(a, "dtype", np.float64))
     if all(i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer)) for i in index):
         out[index] = a
     else:
         np.add.at(out, index, a)  # an index array may name an element twice
     return out
+
+
+def _put_foreign(a, shape, index):
+    """`_put` of an array of another library, which may not offer assignment: zeros around it."""
+    index = [i for i in index if i is not None]
+    for at in [k for k, i in enumerate(index) if i is Ellipsis]:
+        index[at : at + 1] = [slice(None)] * (len(shape) - len(index) + 1)
+    ends = []
+    for n, i in itertools.zip_longest(shape, index, fillvalue=slice(None)):
+        if not isinstance(i, (slice, int, np.integer)) or (isinstance(i, slice) and i.indices(n)[2] != 1):
+            raise TypeError(f"getitem: on {_library(a)}, only integers and slices of step 1 have a gradient, got {i!r}")
+        start, stop, _ = i.indices(n) if isinstance(i, slice) else (i % n, i % n + 1, 1)
+        ends.append((start, max(start, stop)))
+    block = np.reshape(a, tuple(stop - start for start, stop in ends))
+    return np.pad(block, [(start, n - stop) for n, (start, stop) in zip(shape, ends)])
 
 
 _getitem = primitive(
@@ -1228,7 +1244,6 @@ def _plain(function):
 for _function in (
     np.shape,
     np.ndim,
-    np.size,
     np.allclose,
     np.array_equal,
     np.array_equiv,
@@ -1236,6 +1251,9 @@ for _function in (
     np.iscomplexobj,
 ):
     _plain(_function)
+
+
+TABLE[np.size] = lambda a, axis=None: np.size(np.broadcast_to(0.0, np.shape(a)), axis)  # Dask does not offer it
 
 
 def _like(function):
@@ -2099,9 +2117,11 @@ def _reduced(name: str, x: Chunked, axis=None, keepdims=False, ddof=0):
 # 3. Tensor
 #
 # An array without gradient. What it holds is "raw", as inside every node of a graph: a Python float (a weak scalar,
-# which takes on the dtype of the arrays it meets), a NumPy scalar or an ndarray. In: anything array-like. Out: Tensors.
+# which takes on the dtype of the arrays it meets), a NumPy scalar or an ndarray; or a foreign array: one of another
+# library that speaks NumPy's protocols, such as a `dask.array`, kept as it is. In: anything array-like. Out: Tensors.
 # `Array` is what Tensor and Value share: one way to compute a primitive on raw operands, and one set of methods.
 # Invariant: a raw value never is a 0-d ndarray, and a computation on Python floats alone gives a Python float again.
+# One with a foreign operand gives a foreign array, and computes nothing by itself.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -2122,6 +2142,11 @@ def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub") -> Any:
             raise TypeError(f"{who}: the dtype of data must be {expected}, got {dtype}; pass dtype=")
     if dtype is None and isinstance(data, (int, float, np.bool_, np.integer, np.floating)):
         return float(data)
+    if _is_foreign(data):
+        data = _known_shape(data if dtype is None else data.astype(dtype), who)
+        if data.dtype.kind not in kinds:
+            raise TypeError(f"{who}: the dtype of data must be {expected}, got {data.dtype}; pass dtype=")
+        return data
     try:
         array = np.asarray(data)
     except ValueError as error:
@@ -2131,6 +2156,58 @@ def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub") -> Any:
     if _config.enabled and array.size >= _config.min_elements_for_parallel:
         return run_blocks(((_as_dtype, (0,), np.dtype(dtype or np.float32)),), [array], array.shape, [1])[0][0]
     return _settle(array.astype(dtype or np.float32))
+
+
+_RAW = (np.ndarray, np.generic, float, Chunked)
+
+
+def _is_foreign(x) -> bool:
+    """Whether x is an array of another library that takes part in NumPy's functions, such as a `dask.array`."""
+    if isinstance(x, _RAW) or isinstance(x, Array):
+        return False
+    protocols = "__array_function__", "__array_ufunc__", "shape", "dtype"
+    return all(getattr(x, name, None) is not None for name in protocols)
+
+
+def _known_shape(x, who):
+    """x, a foreign array, if its shape is known."""
+    if any(n != n for n in x.shape):
+        raise ValueError(f"{who}: unknown shape {x.shape}; call compute_chunk_sizes() on the {_library(x)} first")
+    return x
+
+
+def _library(x) -> str:
+    """What a foreign array is called in messages."""
+    return ".".join(type(x).__module__.split(".")[:2])
+
+
+_refusal = threading.RLock()  # as the filters of warnings are the whole process's
+
+
+@contextlib.contextmanager
+def _lazily(prim: Primitive, x) -> Iterator[None]:
+    """Within it, a primitive of foreign arrays such as x fails if their library does not offer what it needs.
+
+    Dask warns in that case, then computes the whole array in this process.
+    """
+    with _refusal, warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        try:
+            yield
+        except (FutureWarning, NotImplementedError, AttributeError) as error:
+            raise _not_offered(prim, x) from error
+
+
+def _not_offered(prim: Primitive, x) -> TypeError:
+    return TypeError(f"{prim.name}: {_library(x)} does not offer it, or not in this form; compute the operands first")
+
+
+def _computed(arrays: Sequence) -> list:
+    """Foreign arrays as NumPy's; those of Dask together, in one pass over its cluster. Others as they are."""
+    lazy = [x for x in arrays if hasattr(x, "__dask_graph__")]
+    done = iter(sys.modules["dask"].compute(*lazy, traverse=False) if lazy else ())
+    taken = ((x, next(done) if hasattr(x, "__dask_graph__") else x) for x in arrays)
+    return [_settle(np.array(y)) if _is_foreign(x) else x for x, y in taken]
 
 
 def _settle(out):
@@ -2158,7 +2235,7 @@ def _conform(x, like, who):
             raise ValueError(f"{who}: expected a number, got shape {np.shape(x)}")
         return float(x)
     raw = _as_raw(x, like.dtype, who)
-    return raw if np.ndim(raw) or not np.ndim(like) else np.full(np.shape(like), raw)
+    return raw if np.ndim(raw) or not np.ndim(like) else np.full_like(like, raw)
 
 
 def _evaluate(prim: Primitive, raw: Sequence, params: dict):
@@ -2171,6 +2248,8 @@ def _evaluate(prim: Primitive, raw: Sequence, params: dict):
             return _evaluate_chunked(prim, raw, params)
         else:
             strong = True
+            if not isinstance(x, _RAW) and _is_foreign(x):
+                return _evaluate_foreign(prim, raw, params, x)
     if not strong:
         if prim.scalar is not None and not params and all([type(x) is float for x in raw]):
             try:
@@ -2191,16 +2270,34 @@ def _evaluate(prim: Primitive, raw: Sequence, params: dict):
     return out if type(out) is np.ndarray and out.ndim else _settle(out)
 
 
+def _evaluate_foreign(prim: Primitive, raw: Sequence, params: dict, foreign):
+    """The forward of a primitive if an operand is a foreign array; so is its result, and nothing is computed yet."""
+    # NumPy would compute a foreign index into its own array; Dask's Cholesky factor is the upper one.
+    if prim.name == "cholesky" or ("index" in params and not _is_foreign(raw[0])):
+        raise _not_offered(prim, foreign)
+    if not prim.elementwise:
+        dtype = np.result_type(*[getattr(x, "dtype", x) for x in raw])
+        raw = [dtype.type(x) if type(x) is float else x for x in raw]
+    with _lazily(prim, foreign):
+        out = prim.forward(*raw, **params)
+    if not _is_foreign(out):
+        raise _not_offered(prim, foreign)
+    return _known_shape(out, prim.name)
+
+
 def _constant(x, prim: Primitive):
     """Checks an operand that is neither Value nor Tensor: a Python float or bool, or a raw array."""
     if isinstance(x, (float, int, np.floating, np.integer, np.bool_)):
         return bool(x) if isinstance(x, (bool, np.bool_)) else x if type(x) is int else float(x)
-    if not isinstance(x, (np.ndarray, list, tuple)):
+    if _is_foreign(x):
+        x = _known_shape(x, prim.name)
+    elif not isinstance(x, (np.ndarray, list, tuple)):
         raise TypeError(f"{prim.name}: expected a Value, Tensor, array or number, got {type(x).__name__}")
-    try:
-        x = np.asarray(x)
-    except ValueError as error:
-        raise ValueError(f"{prim.name}: operand must be rectangular, got ragged sequences ({error})") from None
+    else:
+        try:
+            x = np.asarray(x)
+        except ValueError as error:
+            raise ValueError(f"{prim.name}: operand must be rectangular, got ragged sequences ({error})") from None
     if x.dtype.kind not in "fiub":
         raise TypeError(f"{prim.name}: operands must be real numbers, got an array of dtype {x.dtype}")
     return x
@@ -2216,11 +2313,11 @@ def _take_dtype(operands: tuple) -> tuple:
     whole = held and not floating
     return tuple(
         [
-            x.astype(dtype, copy=False)
-            if type(x) is np.ndarray and x.dtype.kind in kinds
-            else float(x)
+            float(x)
             if type(x) is int and not whole
             else x
+            if isinstance(x, (Array, int, float, bool)) or x.dtype.kind not in kinds
+            else x.astype(dtype, copy=False)
             for x in operands
         ]
     )
@@ -2262,7 +2359,7 @@ class Array:
 
     shape: tuple[int, ...] = property(lambda self: np.shape(self._data))
     ndim: int = property(lambda self: np.ndim(self._data))
-    size: int = property(lambda self: np.size(self._data))
+    size: int = property(lambda self: math.prod(self.shape))
     dtype: np.dtype = property(lambda self: (self._data if hasattr(self._data, "dtype") else _public(self._data)).dtype)
     nbytes: int = property(lambda self: self.size * self.dtype.itemsize)
     T = property(lambda self: np.transpose(self))
@@ -2281,10 +2378,10 @@ class Array:
         """The one element as a Python number; ValueError if there are more."""
         if self.size != 1:
             raise ValueError(f"{type(self).__name__}.item: expected one element, got shape {self.shape}")
-        return _public(self._data).item()
+        return _public(_computed([self._data])[0]).item()
 
     def tolist(self) -> Any:
-        return _public(self._data).tolist()
+        return _public(_computed([self._data])[0]).tolist()
 
     def reshape(self, *shape):
         return np.reshape(self, shape[0] if len(shape) == 1 else shape)
@@ -2303,7 +2400,7 @@ class Array:
 
     def __getitem__(self, index):
         index = index if isinstance(index, tuple) else (index,)
-        index = tuple(_index_array(i) if isinstance(i, list) else i for i in index)
+        index = tuple(_index_array(i) if isinstance(i, list) else _wrap(i) if _is_foreign(i) else i for i in index)
         parts = [i for i in index if isinstance(i, Array)]
         return _getitem(self, *parts, index=tuple(_HOLE if isinstance(i, Array) else i for i in index))
 
@@ -2339,7 +2436,8 @@ class Tensor(Array):
 
     data: numbers, nested sequences, an array, a Tensor or a Value; copied. Arrays become float32 unless dtype says
         otherwise or data is a Tensor or Value; a single number is held in double precision and is weak, like a Python
-        float. Ragged sequences raise ValueError; complex, text and objects TypeError.
+        float. Ragged sequences raise ValueError; complex, text and objects TypeError. An array of another library
+        that speaks NumPy's protocols, such as a `dask.array`, is kept, with its dtype, and counts as distributed.
     dtype: a floating, integer or boolean NumPy dtype.
     distributed: True or False to force it, None to leave it to `set_distributed_config`.
 
@@ -2370,8 +2468,8 @@ class Tensor(Array):
     @property
     def distributed(self) -> bool:
         """Whether it counts as distributed: forced, or large enough by the configuration in force; never if 0-d."""
-        if self._choice is not None:
-            return self._choice and self.ndim > 0
+        if self._choice is not None or _is_foreign(self._data):
+            return _is_foreign(self._data) or (self._choice and self.ndim > 0)
         return _config.enabled and self.ndim > 0 and self.size >= _config.min_elements_for_parallel
 
     def enable_distributed(self) -> None:
@@ -2418,7 +2516,9 @@ class Tensor(Array):
     def __repr__(self):
         if not self.ndim:
             return f"Tensor({self._data})"
-        values = f", data={self.tolist()}" if self.size <= 8 else ""
+        values = _chunks_of(self._data)
+        if not _is_foreign(self._data) and self.size <= 8:
+            values = f", data={self.tolist()}"
         return f"Tensor(shape={self.shape}, dtype={self.dtype}, distributed={self.distributed}{values})"
 
     def __str__(self):
@@ -2427,7 +2527,11 @@ class Tensor(Array):
     def __format__(self, spec):
         if spec and self.ndim:
             raise TypeError(f"Tensor: format {spec!r} needs one number, got shape {self.shape}")
-        return format(self.data, spec) if spec else str(self)
+        return format(_computed([self.data])[0], spec) if spec else str(self)
+
+
+def _chunks_of(raw) -> str:
+    return f", chunksize={raw.chunksize}" if hasattr(raw, "chunksize") else ""
 
 
 def _wrap(raw, choice=None, owner=None) -> Tensor:
@@ -2561,9 +2665,12 @@ class Value(Array):
         gradient: of this Value's shape, the gradient to start from; ones unless given.
         retain_grads: whether the nodes in between keep theirs (replacing an earlier one); False saves the memory.
 
+        A gradient is of its leaf's kind. What is a Dask array before, and belongs to a leaf that is none, is computed
+        in one pass over the cluster, and this Value with it if it is a number.
+
         If it fails (a rule raises, Ctrl-C), the leaves' gradients are as before.
         """
-        grads = _backpropagate(self, self._seed(gradient), retain=retain_grads)
+        grads = _at_home(_backpropagate(self, self._seed(gradient), retain=retain_grads), self)
         # A leaf owns its gradient: a view, or an array that is the gradient of another node too, is copied.
         uses = collections.Counter(map(id, grads.values()))
         for node, g in grads.items():
@@ -2637,8 +2744,8 @@ class Value(Array):
     def __repr__(self):
         label = f", label={self.label!r}" if self.label else ""
         made = f", op={self._prim.name!r}" if self._prim else ""
-        if self.ndim:
-            return f"Value(shape={self.shape}, dtype={self.dtype}{made}{label})"
+        if self.ndim or _is_foreign(self._data):
+            return f"Value(shape={self.shape}, dtype={self.dtype}{_chunks_of(self._data)}{made}{label})"
         return f"Value(data={self._data}, grad={self._grad or 0.0}{made}{label})"
 
     def __format__(self, spec):
@@ -2690,6 +2797,7 @@ def _write_over(function: Callable, spent: Value, *others: Value):
     if not (
         "operands" not in getattr(prim, "reads", "operands")
         and (spent._prim is None or "out" not in spent._prim.reads)
+        and not any(_is_foreign(x._data) for x in others)
         and all(np.broadcast_shapes(raw.shape, x.shape) == raw.shape for x in others)
         and np.result_type(raw, *(x._data for x in others)) == raw.dtype
     ):
@@ -2753,7 +2861,9 @@ def _filled_like(raw, number):
     """A raw value of that shape and dtype; of a Python bool, a float."""
     if type(raw) is float or type(raw) is bool:
         return float(number)
-    return type(raw)(number) if isinstance(raw, np.generic) else np.full_like(raw, number)
+    if not raw.ndim:
+        return raw.dtype.type(number)  # also of a foreign array: a seed needs no cluster
+    return np.full_like(raw, number)
 
 
 def _fit(g, raw):
@@ -2769,12 +2879,30 @@ def _fit(g, raw):
             else:
                 g = (np.add.reduce if type(g) is np.ndarray else np.sum)(g, axis=axes, keepdims=len(axes) != extra)
             g = np.reshape(g, np.shape(g)[extra:]) if extra > 0 and len(axes) != extra else g
-        g = g if g.shape == shape else np.broadcast_to(g, shape)
+        if np.shape(g) != shape:
+            g = np.zeros_like(raw) + g if _is_foreign(raw) else np.broadcast_to(g, shape)  # so in the chunks of raw
     weak = type(raw) is float
+    if weak and _is_foreign(g):
+        return g  # `_at_home` computes it with all others
     if weak == (type(_raw(g)) is float) and (weak or g.dtype == raw.dtype):
         return g
     dtype = float if weak else raw.dtype
     return _as_dtype(g, dtype) if isinstance(g, Value) else _settle(_as_dtype.forward(g, dtype))
+
+
+def _at_home(grads: dict[Value, Any], root: Value) -> dict[Value, Any]:
+    """The gradients of leaves held by Python or NumPy, computed if they are foreign; with them the root, if a number.
+
+    One pass computes them all, and nothing is changed before it is done.
+    """
+    away = [x for x, g in grads.items() if x._prim is None and _is_foreign(g) and not _is_foreign(x._data)]
+    if away:
+        with_root = _is_foreign(root._data) and not root.ndim
+        done = _computed([grads[x] for x in away] + [root._data] * with_root)
+        if with_root:
+            root._data = done[-1]
+        grads.update((x, float(g) if type(x._data) is float else g) for x, g in zip(away, done))
+    return grads
 
 
 def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=False) -> dict[Value, Any]:
@@ -2804,7 +2932,10 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
                 operands = [x._data if isinstance(x, Array) else x for x in args]
             else:
                 operands = [g if type(x) is _Overwritten else x._data if isinstance(x, Array) else x for x in args]
-        weak = type(out) is float and not variadic
+        weak = type(out) is float and type(g) is float and not variadic
+        foreign = None
+        if not (weak or (isinstance(g, _RAW) and isinstance(out, _RAW))):
+            foreign = next((x for x in (g, out) if _is_foreign(x)), None)
         for i, x in enumerate(args):
             if not isinstance(x, Value) or not x._needs:
                 continue
@@ -2819,6 +2950,8 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
                 except (ArithmeticError, ValueError, TypeError):  # also a complex power: NumPy has the IEEE answer
                     h = float(rule(_public(g), _public(out), *map(_public, operands), **params))
             else:
+                if foreign is not None:
+                    rule = _lazily(prim, foreign)(rule)
                 h = rule(i, g, out, operands, **params) if variadic else rule(g, out, *operands, **params)
                 if h is None:
                     continue
@@ -2870,6 +3003,7 @@ def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Calla
             grads = {}
             if isinstance(out, Value) and out._needs:
                 grads = _backpropagate(out, _leaf(seed) if symbolic else seed, set(variables), False, symbolic)
+                grads = grads if symbolic else _at_home(grads, out)
             rows.append([grads[v] if v in grads else _filled_like(v._data, 0) for v in variables])
     finally:
         _mode.recording, _mode.depth = before, _mode.depth - 1
@@ -2902,7 +3036,7 @@ def _hand_out(result, x):
 
 
 def _one_number(raw):
-    if np.size(raw) != 1:
+    if math.prod(np.shape(raw)) != 1:
         raise ValueError(
             f"grad: the function must return one number, got shape {np.shape(raw)}; see jacobian and elementwise_grad"
         )
@@ -3041,7 +3175,7 @@ def _value_operator(prim: Primitive, swapped=False):
         elif kind is int:
             whole = type(self._data) is not float and getattr(self._data, "dtype", _FLOAT).kind in "iu"
             y = other = other if whole else float(other)
-        elif isinstance(other, _OPERANDS):
+        elif isinstance(other, _OPERANDS) or _is_foreign(other):
             y = None
         else:
             return NotImplemented
@@ -3080,7 +3214,7 @@ def _tensor_operator(prim: Primitive, swapped=False):
                 y = float(other)
             if type(y) is float or (type(y) is ndarray and kind is Tensor and y.size <= x.size):
                 return _wrap(forward(y, x) if swapped else forward(x, y))
-        if isinstance(other, Value) or not isinstance(other, _OPERANDS):
+        if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or _is_foreign(other)):
             return NotImplemented
         out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
         return out._data if isinstance(out._data, (bool, np.bool_)) else out  # of numbers, a comparison is a bool
@@ -3092,7 +3226,7 @@ def _in_place_operator(prim: Primitive):
     """`t += x`: arrays are written to once the whole result is there; a 0-d Tensor is replaced, like a number."""
 
     def method(self, other):
-        if isinstance(other, Value) or not isinstance(other, _OPERANDS):
+        if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or _is_foreign(other)):
             return NotImplemented
         out = _apply(prim, (self, other), _NO_PARAMS)
         if not self.ndim and not out.ndim:
@@ -3101,8 +3235,10 @@ def _in_place_operator(prim: Primitive):
             raise ValueError(f"Tensor: in place, shape {self.shape} cannot take a result of shape {out.shape}")
         if type(self._data) is Chunked:
             self._data.assign(out._data)
+        elif _is_foreign(self._data):
+            self.data = out
         else:
-            np.copyto(self._data, _public(out._data), casting="same_kind")
+            np.copyto(self._data, _computed([_public(out._data)])[0], casting="same_kind")
         return self
 
     return method
@@ -3257,10 +3393,11 @@ def _simpler_power(node, x, y):
 
 
 def _simpler_mean(node, a, axis=None, keepdims=False):
-    if node.dtype.itemsize < 4 or not node.size or not np.size(_raw(a)):
+    n = math.prod(np.shape(_raw(a)))
+    if node.dtype.itemsize < 4 or not node.size or not n:
         return None
     total = np.sum(a, axis=axis, keepdims=keepdims)
-    return _twin(node, TABLE[np.multiply], (total, node.size / np.size(_raw(a)))) if _alike(total, node) else None
+    return _twin(node, TABLE[np.multiply], (total, node.size / n)) if _alike(total, node) else None
 
 
 def _simpler_reshape(node, x, shape):
@@ -3313,6 +3450,8 @@ def _key(x):
         return id(x)
     if isinstance(x, float):
         return (x, math.copysign(1.0, x)) if x == x else "nan"
+    if _is_foreign(x):
+        return id(x)
     if isinstance(x, (tuple, list)):
         return tuple([_key(i) for i in x])
     if isinstance(x, slice):
@@ -4183,6 +4322,7 @@ def _checked(x: Array, shape: tuple) -> np.ndarray:
 # --- programs ---
 
 PASSES = (fold_constants, merge_common, flatten, batch, simplify, merge_common)
+FOREIGN_PASSES = (fold_constants, simplify, merge_common)  # if there are arrays of other libraries
 JOINT_PASSES = (fold_constants, simplify, simplify, merge_common, reduce_products)  # of values and gradients together
 
 
@@ -4213,7 +4353,8 @@ class _Program:
                     x._data = x._data.expose()  # the passes look at arrays
         with _tracing():
             graph = list(self.traced)
-            for apply in PASSES:
+            self.foreign = any(_is_foreign(node._data) for node in _oldest_first(graph))
+            for apply in FOREIGN_PASSES if self.foreign else PASSES:
                 graph = apply(graph)
         self.graph = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
         nodes = _oldest_first(self.traced)
@@ -4237,7 +4378,7 @@ class _Program:
         nodes = _oldest_first(self.graph)
         if self.compiled:
             self.refresh()  # so that the rules run on real data: an inverse of zeros would fail
-        if len(nodes) > _MAX_LINES:
+        if self.foreign or len(nodes) > _MAX_LINES:
             self.compiled[index] = None, []
             return self.compiled[index]
         with _tracing():
@@ -4263,15 +4404,19 @@ class _Program:
             try:
                 if lowering is None:
                     raise ArithmeticError
-                self.results, saved = lowering.space["forward"]()
+                results, saved = lowering.space["forward"]()
                 self.state = self.current, saved
             except _ShapeChanged:
                 raise
             except (ArithmeticError, ValueError):
                 self.refresh()
-                self.results = [root._data for root in self.graph]
-            for node in self.nodes:
-                node._data = self.results[node._params["index"]]
+                results = [root._data for root in self.graph]
+            self.show(results)
+
+    def show(self, results: list) -> None:
+        self.results = results
+        for node in self.nodes:
+            node._data = results[node._params["index"]]
 
     def refresh(self) -> None:
         """Replays the rewritten graph, node by node."""
@@ -4292,7 +4437,10 @@ class _Program:
                     return list(zip(targets, lowering.space["backward"](seed, state[1])))
                 except (ArithmeticError, ValueError):
                     self.refresh()
-            found = _backpropagate(self.graph[index], seed, retain=False)
+            root = self.graph[index]
+            found = _at_home(_backpropagate(root, seed, retain=False), root)
+            if self.foreign:  # the root may be computed by now
+                self.show([root._data for root in self.graph])
             return [(node, g) for node, g in found.items() if node._prim is None]
 
     def gradients(self, index: int, g) -> dict[Value, Any]:
@@ -4324,7 +4472,8 @@ class _Program:
     @property
     def source(self) -> str:
         lowering, _ = self.compile(self.current)
-        return lowering.source if lowering else "# too large to be compiled: replayed node by node\n"
+        why = "its arrays are computed by another library" if self.foreign else "too large to be compiled"
+        return lowering.source if lowering else f"# {why}: replayed node by node\n"
 
 
 def _retraced(roots) -> _Program:
@@ -4553,7 +4702,7 @@ def _layer_input(x, nin: int, dtype):
     if isinstance(x, (list, tuple)) and any(isinstance(i, Array) for i in x):
         x = np.stack([i if isinstance(i, Value) else Value(i) for i in x])
         x = x if x.dtype == dtype else x.astype(dtype)
-    elif not isinstance(x, (Array, np.ndarray)):
+    elif not isinstance(x, (Array, np.ndarray)) and not _is_foreign(x):
         x = _as_raw(x, dtype, "input")
     shape = x.shape
     if len(shape) not in (1, 2) or shape[-1] != nin:
@@ -4628,11 +4777,11 @@ class MLP(Module):
         return f"MLP({self.layers[0].w.shape[0]}, {widths}, activation={activation!r}) with {count} parameters"
 
 
-# --- losses: the mean over the samples, a 0-d Value ---
+# --- losses: the mean over the samples, a 0-d Value. Foreign labels are not checked, which would compute them ---
 
 
 def _same_shape(name, prediction, target):
-    target = target if isinstance(target, Array) else np.asarray(target)
+    target = target if isinstance(target, Array) or _is_foreign(target) else np.asarray(target)
     shape = prediction.shape if isinstance(prediction, Array) else np.shape(prediction)
     if shape != target.shape:
         raise ValueError(f"{name}: prediction and target must have the same shape, got {shape} and {target.shape}")
@@ -4646,13 +4795,14 @@ def mse_loss(prediction: Value, target: Any) -> Value:
 
 def cross_entropy(logits: Value, labels: Any) -> Value:
     """The mean of -log(softmax(logits)[label]), for logits (n, k) or (k,) and integer labels (n,) or () below k."""
-    raw = np.asarray(_raw(labels))
+    raw = _raw(labels)
+    raw = raw if _is_foreign(raw) else np.asarray(raw)
     if np.shape(logits)[:-1] != raw.shape or not np.ndim(logits):
         raise ValueError(f"cross_entropy: labels must have shape {np.shape(logits)[:-1]}, got {raw.shape}")
     k = np.shape(logits)[-1]
-    if raw.dtype.kind not in "iub" and not np.array_equal(raw, np.floor(raw)):
+    if raw.dtype.kind not in "iub" and (_is_foreign(raw) or not np.array_equal(raw, np.floor(raw))):
         raise TypeError(f"cross_entropy: labels must be integers, got dtype {raw.dtype}")
-    if raw.size and not (0 <= raw.min() and raw.max() < k):
+    if not _is_foreign(raw) and raw.size and not (0 <= raw.min() and raw.max() < k):
         raise ValueError(f"cross_entropy: labels must be from 0 to {k - 1}, got {raw.min()} to {raw.max()}")
     # A mask instead of indices: it runs on any kind of array. As a node, a Tensor of labels is read anew by a replay.
     labels = _node(labels._data, _detach, (labels,), _NO_PARAMS) if isinstance(labels, Tensor) else raw
@@ -4663,8 +4813,8 @@ def cross_entropy(logits: Value, labels: Any) -> Value:
 def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
     """The mean of softplus(x) - x * y: the cross-entropy of sigmoid(x) with targets y in [0, 1] of the same shape."""
     targets = _same_shape("binary_cross_entropy_with_logits", logits, targets)
-    raw = np.asarray(_raw(targets))
-    if raw.size and not (0 <= raw.min() and raw.max() <= 1):
+    raw = _raw(targets)
+    if not _is_foreign(raw) and np.size(raw) and not (0 <= np.min(raw) and np.max(raw) <= 1):
         raise ValueError(f"binary_cross_entropy_with_logits: targets must be in [0, 1], got {raw.min()} to {raw.max()}")
     return np.mean(softplus(logits) - logits * targets)
 
@@ -4672,7 +4822,7 @@ def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
 def hinge_loss(scores: Value, labels: Any) -> Value:
     """The mean of relu(1 - y * s), for labels y of -1 or 1 of the same shape."""
     labels = _same_shape("hinge_loss", scores, labels)
-    if not np.all(np.abs(np.asarray(_raw(labels))) == 1):
+    if not _is_foreign(_raw(labels)) and not np.all(np.abs(np.asarray(_raw(labels))) == 1):
         raise ValueError("hinge_loss: labels must be -1 or 1")
     return np.mean(relu(1.0 - labels * scores))
 
@@ -4687,6 +4837,8 @@ class _Optimizer:
         self.params = list(params)
         if not self.params or not all(isinstance(p, Value) for p in self.params):
             raise TypeError("params must be a non-empty list of Values")
+        if any(_is_foreign(p._data) for p in self.params):
+            raise TypeError("params must be held in NumPy: optimizers work in place")
         if len(set(self.params)) < len(self.params):
             raise ValueError("params must name each parameter once")
         for name, x in options.items():
@@ -4867,6 +5019,8 @@ def _summary(raw: Any, grad: Any) -> list[str]:
         rows = np.array2string(np.asarray(x), separator=", ", formatter={"all": number})
         return " ".join(rows.split())  # in one line: columns of numbers would tear the picture apart
 
+    if _is_foreign(raw) or _is_foreign(grad):
+        return [f"{np.shape(raw)} {_public(raw).dtype}"]  # numbers would have to be computed
     if 0 < np.size(raw) <= 4:
         return [numbers(raw)] if grad is None else [numbers(raw), f"grad {numbers(grad)}"]
     lines = [f"{np.shape(raw)} {raw.dtype}"]

@@ -4,10 +4,13 @@ Gradients are checked against central finite differences in double precision, fo
 primitive is tested by being in the table with samples.
 """
 
+import contextlib
 import copy
+import gc
 import html
 import math
 import multiprocessing
+import operator
 import os
 import pickle
 import random
@@ -20,10 +23,11 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
 import tracemalloc
 import unittest
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 from xml.etree import ElementTree
@@ -68,6 +72,15 @@ from picograd import (
     softplus,
     value_and_grad,
 )
+
+try:
+    import dask
+    import dask.array as da
+    from dask import distributed
+except ImportError as error:
+    distributed, no_dask = None, str(error)
+else:
+    no_dask = ""
 
 needs_dot = unittest.skipUnless(shutil.which("dot"), "needs Graphviz's program dot")
 HERE = Path(__file__).resolve().parent
@@ -2351,6 +2364,402 @@ class TestMicrograd(unittest.TestCase):
             theirs.Value = original
 
 
+class Counted(np.lib.mixins.NDArrayOperatorsMixin):
+    """An array of a library of its own: it speaks NumPy's protocols, counts what it did, and lacks `np.sort`."""
+
+    calls, copies_home = 0, 0
+
+    def __init__(self, array):
+        self._array = np.asarray(array)
+
+    shape = property(lambda self: self._array.shape)
+    dtype = property(lambda self: self._array.dtype)
+    ndim = property(lambda self: self._array.ndim)
+    size = property(lambda self: self._array.size)
+
+    def __array__(self, dtype=None, copy=None):
+        Counted.copies_home += 1
+        return np.array(self._array, dtype)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if any(isinstance(x, (Tensor, Value)) for x in inputs):
+            return NotImplemented
+        return self.compute(getattr(ufunc, method), inputs, kwargs)
+
+    def __array_function__(self, function, kinds, args, kwargs):
+        if function in (np.shape, np.ndim, np.size, np.result_type):
+            return function(*map(self.inside, args))
+        if function is np.argsort or any(issubclass(kind, (Tensor, Value)) for kind in kinds):
+            return NotImplemented
+        return self.compute(function, args, kwargs)
+
+    def __getitem__(self, index):
+        return self.compute(operator.getitem, (self, index), {})
+
+    def astype(self, dtype, copy=True):
+        return self.compute(np.asarray, (self, dtype), {})
+
+    def swapaxes(self, i, j):
+        return self.compute(np.swapaxes, (self, i, j), {})
+
+    @staticmethod
+    def inside(x):
+        return type(x)(map(Counted.inside, x)) if isinstance(x, (tuple, list)) else getattr(x, "_array", x)
+
+    @staticmethod
+    def compute(function, args, kwargs):
+        Counted.calls += 1
+        out = function(*Counted.inside(args), **kwargs)
+        return Counted(out) if isinstance(out, (np.ndarray, np.generic)) else out
+
+
+class TestForeign(unittest.TestCase):
+    """Arrays of another library, by a double that needs none."""
+
+    def setUp(self):
+        Counted.calls = Counted.copies_home = 0
+        rng = np.random.default_rng(3)
+        self.x, self.labels = rng.normal(size=(12, 4)).astype(np.float32), rng.integers(0, 3, 12)
+
+    def gradients(self, x, labels):
+        model = MLP(4, [5, 3], activation="gelu", seed=2)
+        loss = cross_entropy(model(x), labels)
+        home = Counted.copies_home
+        loss.backward()
+        return loss, [p.grad.data for p in model.parameters()], home
+
+    def test_a_network_on_foreign_arrays_has_the_gradients_of_numpy(self):
+        expected, wanted, _ = self.gradients(self.x, self.labels)
+        self.assertEqual(Counted.calls, 0)
+        loss, got, home = self.gradients(Counted(self.x), Counted(self.labels))
+        self.assertEqual(home, 0)  # the forward brings nothing home
+        self.assertEqual(Counted.copies_home, len(got) + 1)  # the backward the gradients and the loss
+        self.assertGreater(Counted.calls, 50)
+        self.assertAlmostEqual(loss.item(), expected.item(), 6)
+        for g, h in zip(got, wanted):
+            self.assertIs(type(g), np.ndarray)
+            np.testing.assert_allclose(g, h, rtol=1e-4, atol=1e-7)
+
+    def test_it_is_kept_without_a_copy_and_gradients_take_its_kind(self):
+        x, y = Counted(self.x.astype(np.float64)), Counted(self.labels)
+        v, t = Value(x), Tensor(y)
+        self.assertIs(v.data.data, x)
+        self.assertIs(t.data, y)
+        self.assertEqual((v.dtype, t.dtype, v.shape), (np.float64, y.dtype, (12, 4)))
+        self.assertTrue(v.distributed and t.distributed)
+        (v * v).sum().backward()
+        self.assertIsInstance(v.grad.data, Counted)
+        self.assertEqual(Counted.copies_home, 0)
+        np.testing.assert_allclose(v.grad.numpy(), 2 * self.x, rtol=1e-6)
+        with self.assertRaisesRegex(TypeError, "dtype of data must be floating, got int64"):
+            Value(y)
+        self.assertEqual(Value(y, np.float32).dtype, np.float32)
+
+    def test_leaves_of_every_kind_get_their_own_kind(self):
+        a, b, c = Value(2.0), Value(np.ones(4)), Value(np.ones(()), dtype=np.float32)
+        (a * a * Counted(self.x) * b + c).sum().backward()
+        self.assertEqual([type(v.grad.data) for v in (a, b, c)], [np.float64, np.ndarray, np.float32])
+        np.testing.assert_allclose(a.grad.data, 4 * self.x.sum(), rtol=1e-4)
+        np.testing.assert_allclose(b.grad.data, 4 * self.x.sum(0), rtol=1e-4)
+        self.assertEqual(c.grad, 48)
+        np.testing.assert_allclose(grad(lambda w: (Counted(self.x) @ w).sum())(np.ones(4)), self.x.sum(0), rtol=1e-4)
+
+    def test_what_it_does_not_offer_is_refused_and_nothing_is_computed(self):
+        v = Value(Counted(self.x))
+        for refused in (
+            lambda: np.sort(v),
+            lambda: np.linalg.cholesky(v @ v.T),
+            lambda: Value(self.x)[Counted(self.labels)],
+            lambda: np.take(Value(self.x), Tensor(Counted(self.labels)), axis=0),
+            lambda: v[[0, 0]].sum().backward(),
+            lambda: v[::2].sum().backward(),
+        ):
+            with self.assertRaises(TypeError):
+                refused()
+        self.assertEqual(Counted.copies_home, 0)
+        np.testing.assert_array_equal(v.grad.numpy(), 0)
+
+    def test_in_place(self):
+        t, u = Tensor(Counted(self.x)), Tensor(self.x)
+        same = t
+        t += 1.0
+        u -= t
+        self.assertIs(t, same)
+        self.assertIsInstance(t.data, Counted)
+        np.testing.assert_allclose(t.numpy(), self.x + 1)
+        self.assertIs(type(u.data), np.ndarray)
+        np.testing.assert_allclose(u.data, -1, rtol=1e-5)
+        with self.assertRaisesRegex(TypeError, "held in NumPy"):
+            Adam([Value(t)])
+
+    def test_optimize_replays_it(self):
+        w, x = Value(np.ones(4)), Tensor(Counted(self.x))
+        loss = optimize(((x @ w + 0.0) ** 2.0).mean())
+        self.assertIn("replayed", loss.source)
+        w.data = np.full(4, 0.5)
+        x.data = Counted(self.x + 1)
+        loss.forward().backward()
+        np.testing.assert_allclose(w.grad.data, (self.x + 1).T @ ((self.x + 1) @ np.full(4, 0.5)) / 6, rtol=1e-4)
+
+    def test_a_picture_computes_nothing(self):
+        v = Value(Counted(self.x[:1, :2]))
+        y = (v * v).sum()
+        y.backward()
+        self.assertIn("(1, 2) float32", draw(y).source)
+        self.assertIn("shape=(1, 2)", repr(v))
+        self.assertEqual(Counted.copies_home, 0)
+
+
+LOOPBACK = {"host": "127.0.0.1", "dashboard_address": None, "silence_logs": 60}
+LOOPBACK["scheduler_kwargs"] = {"dashboard_address": "127.0.0.1:0"}  # any port: no dashboard, but it listens
+
+
+def slowly(block):
+    time.sleep(0.2)
+    return block
+
+
+@unittest.skipUnless(distributed, f"needs dask[distributed], see .ci/requirements.txt: {no_dask}")
+class TestDask(unittest.TestCase):
+    """Dask arrays, on a real cluster of two processes of this machine."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, **LOOPBACK, memory_limit=0)
+        cls.client = distributed.Client(cls.cluster)
+        rng = np.random.default_rng(5)
+        cls.x = rng.normal(size=(60, 6)).astype(np.float32)
+        cls.labels = rng.integers(0, 3, 60)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.client.close()
+        cls.cluster.close()
+
+    def chunked(self, array, rows=30):
+        return da.from_array(array, chunks=(rows, *array.shape[1:]))
+
+    @contextlib.contextmanager
+    def passes(self):
+        """Counts the passes over a graph, here in this process."""
+        count = []
+
+        def get(*args, **kwargs):
+            count.append(1)
+            return dask.get(*args, **kwargs)
+
+        with dask.config.set(scheduler=get):
+            yield count
+
+    def train(self, x, labels, steps, each=lambda: None):
+        model = MLP(6, [8, 3], seed=1)
+        optimizer = Adam(model.parameters(), lr=0.05)
+        for _ in range(steps):
+            loss = cross_entropy(model(x), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            each()
+        return loss, model
+
+    def test_gradients_are_those_of_numpy_for_every_loss(self):
+        signs = np.sign(self.x[:, 0])
+        for out, loss, target in (
+            (3, cross_entropy, self.labels),
+            (1, mse_loss, self.x[:, 1]),
+            (1, binary_cross_entropy_with_logits, np.maximum(signs, 0)),
+            (1, hinge_loss, signs),
+        ):
+            results = []
+            for wrap in (lambda a: a, self.chunked, lambda a: Tensor(self.chunked(a))):
+                model = MLP(6, [5, out], seed=2)
+                value = loss(model(wrap(self.x)), wrap(target))
+                value.backward()
+                results.append([value.data.data] + [p.grad.data for p in model.parameters()])
+            for got in results[1:]:
+                for g, h in zip(got, results[0]):
+                    self.assertIs(type(g), type(h))
+                    self.assertEqual(g.dtype, np.float32)
+                    np.testing.assert_allclose(g, h, rtol=1e-4, atol=1e-6)
+
+    def test_one_backward_is_one_pass_and_nothing_before_it_computes(self):
+        with self.passes() as count:
+            model, x = MLP(6, [5, 3], seed=2), Value(self.chunked(self.x))
+            loss = cross_entropy(model(x), self.chunked(self.labels))
+            repr(x), repr(loss), loss.distributed, x.shape, draw(loss)
+            self.assertEqual(len(count), 0)
+            loss.backward()
+            self.assertEqual(len(count), 1)
+            loss.item(), f"{loss.data:.3f}"  # the loss came with the gradients
+            self.assertIsInstance(x.grad.data, da.Array)  # of a leaf that is Dask's: not computed
+            self.assertEqual(x.grad.data.chunks, x.data.data.chunks)
+            self.assertEqual(len(count), 1)
+            self.assertGreater(np.abs(x.grad.numpy()).sum(), 0)
+            self.assertEqual(len(count), 2)
+
+    def test_a_tensor_is_the_dask_array(self):
+        doubles = da.from_array(self.x.astype(np.float64), chunks=(20, 3))
+        t = Tensor(doubles)
+        self.assertIs(t.data, doubles)
+        self.assertEqual((t.shape, t.dtype, t.distributed), ((60, 6), np.float64, True))
+        self.assertEqual(repr(t), "Tensor(shape=(60, 6), dtype=float64, distributed=True, chunksize=(20, 3))")
+        self.assertIn("chunksize=(20, 3)", repr(Value(doubles)))
+        np.testing.assert_array_equal(np.asarray(t), self.x)
+        np.testing.assert_array_equal(t.numpy(), self.x)
+        self.assertAlmostEqual(float(t[0, 0]), float(self.x[0, 0]))
+        before = set_distributed_config().min_elements_for_parallel
+        self.addCleanup(set_distributed_config, enabled=False, min_elements_for_parallel=before)
+        set_distributed_config(enabled=True, min_elements_for_parallel=1)
+        self.assertIsInstance((t + 1.0).data, da.Array)
+
+    def test_operations_in_both_directions(self):
+        w = np.linspace(-1, 1, 24).reshape(6, 4)
+        for f in (
+            lambda x: x @ w,
+            lambda x: w.T @ x.T,
+            lambda x: np.matmul(x, x.T),
+            *(
+                lambda x, f=f, axis=axis, keep=keep: f(x, axis=axis, keepdims=keep)
+                for f in (np.sum, np.mean, np.max, np.min, np.prod, np.var, np.std, logsumexp)
+                for axis, keep in ((None, False), (0, True), (-1, False), ((0, 1), True))
+            ),
+            lambda x: np.where(x > 0, x, 0.1 * x),
+            lambda x: np.maximum(x, 0.5) - np.minimum(0.2, x),
+            lambda x: np.exp(x) + np.log(x * x + 1.0),
+            softmax,
+            log_softmax,
+            relu,
+            sigmoid,
+            softplus,
+            gelu,
+            lambda x: np.clip(x, -0.5, 0.5),
+            lambda x: x[3:50, 2],
+            lambda x: x[7],
+            lambda x: x[..., None, 1:-1],
+            lambda x: x[-1, -2],
+            lambda x: np.reshape(x, (-1,)),
+            lambda x: np.reshape(x, (6, 10, 6)),
+            lambda x: x.T,
+            lambda x: np.concatenate([x, 2.0 * x], axis=1),
+            lambda x: np.concatenate([x, w.T]),
+            lambda x: np.stack([x, x * x]),
+            lambda x: np.cumsum(x, axis=0),
+            lambda x: np.einsum("ij,jk->i", x, w),
+        ):
+            results = []
+            for wrap in (lambda a: a, lambda a: da.from_array(a, chunks=(20, 3))):
+                with self.passes() as count:
+                    x = Value(wrap(self.x.astype(np.float64)), None if results else np.float64)
+                    out = f(x)
+                    np.sum(out * out).backward()
+                    self.assertEqual(len(count), 0)
+                    results.append((out.data.numpy(), x.grad.numpy()))
+                    self.assertIsInstance(x.grad.data, da.Array if len(results) == 2 else np.ndarray)
+            for got, expected in zip(results[1], results[0]):
+                np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-9)
+
+    def test_what_dask_does_not_offer_is_refused_before_anything_is_computed(self):
+        x, i = Value(self.chunked(self.x)), self.chunked(self.labels)
+        with self.passes() as count:
+            for name, f in (
+                ("det", lambda: np.linalg.det(x[:6])),
+                ("signdet", lambda: np.linalg.slogdet(x[:6])),
+                ("argsort", lambda: np.sort(x)),
+                ("cholesky", lambda: np.linalg.cholesky(x[:6])),
+                ("getitem", lambda: np.take(Value(self.x), i, axis=0)),
+                ("getitem", lambda: Tensor(self.x)[Tensor(i)]),
+                ("getitem", lambda: np.take_along_axis(x, i[:, None], 1)),
+                ("getitem", lambda: np.sum(x[[1, 1]]).backward()),
+            ):
+                with self.assertRaisesRegex(TypeError, f"^{name}: .*dask.array"):
+                    f()
+            for f in (lambda: x[x.data.data > 0], lambda: Value(x.data.data[x.data.data > 0])):
+                with self.assertRaisesRegex(ValueError, r"compute_chunk_sizes\(\)"):
+                    f()
+            self.assertEqual(len(count), 0)
+
+    def test_training_reaches_the_loss_of_training_in_memory(self):
+        expected, model = self.train(self.x, self.labels, 20)
+        loss, other = self.train(self.chunked(self.x), self.chunked(self.labels), 20)
+        self.assertAlmostEqual(loss.item(), expected.item(), 4)
+        for p, q in zip(model.parameters(), other.parameters()):
+            self.assertIs(type(q.data.data), np.ndarray)
+            np.testing.assert_allclose(q.data.data, p.data.data, rtol=1e-2, atol=1e-3)
+
+    def test_an_optimized_graph(self):
+        x, labels = Tensor(self.chunked(self.x)), self.chunked(self.labels)
+        model = MLP(6, [5, 3], seed=2)
+        loss = optimize(cross_entropy(model(x), labels) + 0.0)
+        self.assertIn("replayed", loss.source)
+        model.layers[1].b.data += 1.0
+        x.data = self.chunked(self.x + 0.5)
+        with self.passes() as count:
+            loss.forward().backward()
+            self.assertEqual(len(count), 1)
+        got = [p.grad.data for p in model.parameters()]
+        model.zero_grad()
+        eager = cross_entropy(model(self.x + np.float32(0.5)), self.labels)
+        eager.backward()
+        self.assertAlmostEqual(loss.item(), eager.item(), 5)
+        for g, p in zip(got, model.parameters()):
+            np.testing.assert_allclose(g, p.grad.data, rtol=1e-4, atol=1e-6)
+
+    def test_a_worker_that_dies_during_backward(self):
+        expected, model = self.train(self.x, self.labels, 1)
+        slow = self.chunked(self.x, 10).map_blocks(slowly, dtype=np.float32)
+        pids = self.client.run(os.getpid)
+        killer = threading.Timer(0.3, os.kill, (next(iter(pids.values())), signal.SIGKILL))
+        killer.start()
+        loss, other = self.train(slow, self.chunked(self.labels, 10), 1)
+        killer.join()
+        self.assertAlmostEqual(loss.item(), expected.item(), 5)
+        for p, q in zip(model.parameters(), other.parameters()):
+            np.testing.assert_allclose(q.data.data, p.data.data, rtol=1e-3, atol=1e-4)
+        self.client.wait_for_workers(2, timeout=20)
+        self.assertNotEqual(self.client.run(os.getpid), pids)
+
+    def test_a_scheduler_that_is_lost_during_backward_changes_nothing(self):
+        model, w = MLP(6, [5, 3], seed=2), Value(1.0)
+        mse_loss(model(self.x[:2]), np.zeros((2, 3))).backward()
+        before = [(p.data.numpy(), p.grad.numpy()) for p in model.parameters()]
+        with (
+            dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+            distributed.LocalCluster(n_workers=1, processes=False, protocol="tcp://", **LOOPBACK) as cluster,
+            distributed.Client(cluster, timeout=2, set_as_default=True) as client,
+        ):
+            slow = self.chunked(self.x, 5).map_blocks(slowly, dtype=np.float32)
+            loss = cross_entropy(model(slow) * w, self.chunked(self.labels, 5))
+            lost = threading.Timer(0.3, client.sync, (cluster.scheduler.close,))
+            lost.start()
+            with self.assertRaises((OSError, RuntimeError, CancelledError)):
+                loss.backward()
+            lost.join()
+        for p, (data, gradient) in zip(model.parameters(), before):
+            np.testing.assert_array_equal(p.data.numpy(), data)
+            np.testing.assert_array_equal(p.grad.numpy(), gradient)
+        self.assertEqual(w.grad, 0)
+
+    def test_memory_of_the_client_stays_flat(self):
+        tasks, sizes = [], []
+        compute = dask.compute
+
+        def measured(*arrays, **options):
+            tasks.append(sum(len(x.__dask_graph__()) for x in arrays))
+            return compute(*arrays, **options)
+
+        def each():
+            if len(tasks) % 10 == 0:
+                gc.collect()
+                sizes.append(sum(isinstance(x, (Value, da.Array)) for x in gc.get_objects()))
+
+        x, labels = self.client.persist([self.chunked(self.x), self.chunked(self.labels)])
+        with mock.patch("dask.compute", measured):
+            self.train(x, labels, 50, each)
+        self.assertEqual(len(set(tasks)), 1)  # graphs do not grow
+        self.assertEqual(len(sizes), 5)
+        self.assertEqual(len(set(sizes)), 1)
+
+
 class TestDemo(unittest.TestCase):
     """demo.py as its users run it, in a copy: two moons and CSV files, pictures, progress, errors, Ctrl-C."""
 
@@ -2606,6 +3015,25 @@ class TestDemo(unittest.TestCase):
             self.assertEqual(
                 sorted(os.listdir(pictures)), ["initial_graph.png", "optimized_graph.png", "trained_model.png"]
             )
+
+    @unittest.skipUnless(distributed, f"needs dask[distributed], see .ci/requirements.txt: {no_dask}")
+    @unittest.skipUnless(os.name == "posix", "needs a group of processes")
+    def test_training_on_a_dask_cluster_and_ctrl_c(self):
+        self.last_line("--dask", "--epochs", 2, pattern=r"test accuracy: \d+\.\d%")
+        command = [sys.executable, "-u", str(self.folder / "demo.py"), "--dask", "--epochs", "1000"]
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+        with subprocess.Popen(command, **pipe, start_new_session=True) as process:
+            kill = threading.Timer(20, process.kill)
+            kill.start()
+            line = process.stdout.readline()
+            while line and "Dask cluster" not in line:
+                line = process.stdout.readline()
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+            lines = process.stdout.read().splitlines()
+            kill.cancel()
+        self.assertEqual(process.returncode, 130, lines)
+        self.assertRegex(lines[0], r"^Interrupted: \d+ of 1000 epochs")
+        self.assertRegex(lines[-1], r"^test accuracy: \d+\.\d%$")
 
     @staticmethod
     def read(terminal):

@@ -48,7 +48,7 @@ import numpy as np  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PEERS = ("micrograd", "torch", "jax", "autograd", "mygrad", "numexpr")
+PEERS = ("micrograd", "torch", "jax", "autograd", "mygrad", "numexpr", "dask")
 
 Contenders = dict[str, Callable[[], Callable[[], float]]]
 
@@ -460,6 +460,55 @@ def optimizing() -> Contenders:
     return {f"picograd, {nodes:,} nodes": partial(make, nodes // 648) for nodes in (10_000, 100_000, 1_000_000)}
 
 
+# Beyond one machine, with processes of this one: each worker has one thread and half of the rows, or all.
+
+
+def block(i: int, rows: int, columns: int) -> np.ndarray:
+    return np.random.default_rng(i).standard_normal((rows, columns), dtype=np.float32)
+
+
+def distributing() -> Contenders:
+    """Full-batch steps on rows that are made where they stay, in blocks; the engine in memory has the same rows."""
+    rows, blocks = (5_000 if "--quick" in sys.argv else 500_000), 4
+    task = problem(1, 100, 64, 1)
+
+    def in_memory():
+        x, y = (np.concatenate([block(i, rows, n) for i in range(blocks)]) for n in (100, 1))
+        return ours(task._replace(x=x, y=y), retain_grads=False)
+
+    def on_workers(n):
+        os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")  # it tells at length that it closes
+        import dask.array as da
+        from dask import delayed
+        from dask.distributed import Client, LocalCluster, wait
+
+        loopback = {"host": "127.0.0.1", "dashboard_address": None, "silence_logs": 60}
+        loopback["scheduler_kwargs"] = {"dashboard_address": "127.0.0.1:0"}
+        cluster = LocalCluster(n_workers=n, threads_per_worker=1, memory_limit=0, **loopback)
+        client = Client(cluster, set_as_default=False)
+
+        def made(columns):
+            parts = [delayed(block)(i, rows, columns) for i in range(blocks)]
+            return da.concatenate([da.from_delayed(part, (rows, columns), np.float32) for part in parts])
+
+        x, y = client.persist([made(100), made(1)])
+        with client.as_current():
+            wait([x, y])
+        step = ours(task._replace(x=x, y=y), retain_grads=False)
+
+        def on_cluster():
+            with client.as_current():
+                return step()
+
+        return on_cluster
+
+    return {
+        "picograd, in memory": in_memory,
+        "picograd on Dask, 1 worker": partial(on_workers, 1),
+        "picograd on Dask, 2 workers": partial(on_workers, 2),
+    }
+
+
 # Memory: the peak of bytes allocated within one training step, above what is allocated when it starts.
 
 
@@ -738,6 +787,7 @@ ROWS = {
         unit="MiB",
         steps=False,
     ),
+    "dask": Row("training step, 2,000,000 x MLP[100,64,1], float32, in memory and on workers", distributing),
     "import": Row("import picograd where NumPy is imported already, beside importing NumPy", imports, steps=False),
 }
 SCALE = {"ms": 1e3, "MiB": 2.0**-20}
