@@ -3,7 +3,7 @@
 
     python .ci/bench.py                      every row (minutes); run it on a quiet machine, quote the ratios
     python .ci/bench.py --rows moons import  only these
-    python .ci/bench.py --quick              two rounds of each, to see that everything runs and agrees
+    python .ci/bench.py --quick              two rounds of each at small sizes, to see that everything runs and agrees
     python .ci/bench.py --list               the rows
 
 The peers come from requirements.txt and bench-requirements.txt beside this file; one that is not installed is reported
@@ -48,6 +48,7 @@ import numpy as np  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+QUICK = "--quick" in sys.argv  # small sizes: everything runs, nothing is measured
 PEERS = ("micrograd", "torch", "jax", "autograd", "mygrad", "numexpr", "dask")
 
 Contenders = dict[str, Callable[[], Callable[[], float]]]
@@ -457,7 +458,8 @@ def optimizing() -> Contenders:
 
         return measure
 
-    return {f"picograd, {nodes:,} nodes": partial(make, nodes // 648) for nodes in (10_000, 100_000, 1_000_000)}
+    sizes = (10_000, 20_000) if QUICK else (10_000, 100_000, 1_000_000)
+    return {f"picograd, {nodes:,} nodes": partial(make, nodes // 648) for nodes in sizes}
 
 
 # Beyond one machine, with processes of this one: each worker has one thread and half of the rows, or all.
@@ -469,7 +471,7 @@ def block(i: int, rows: int, columns: int) -> np.ndarray:
 
 def distributing() -> Contenders:
     """Full-batch steps on rows that are made where they stay, in blocks; the engine in memory has the same rows."""
-    rows, blocks = (5_000 if "--quick" in sys.argv else 500_000), 4
+    rows, blocks = (5_000 if QUICK else 500_000), 4
     task = problem(1, 100, 64, 1)
 
     def in_memory():
@@ -565,7 +567,7 @@ def memory(*shape) -> Contenders:
 
 # Large tensors: all cores, in threads and in processes, beside what a user would take instead.
 
-LARGE = 10**8
+LARGE = 10**6 if QUICK else 10**8
 
 
 @functools.cache
@@ -761,6 +763,7 @@ class Row(NamedTuple):
     steps: bool = True  # time the calls, which return the loss; else they return what was measured
     tolerance: float = 1e-4  # of the losses, relative
     agree: bool = True  # whether all contenders return the same
+    rounds: int = 15  # at most
 
 
 ROWS = {
@@ -770,7 +773,7 @@ ROWS = {
     "mlp-large": Row("training step, 1024 x MLP[784,512,512,10], float32", partial(mlp, 1024, 784, 512, 512, 10)),
     "samples": Row("training step, MLP[2,16,16,1] on 100 samples, each its own graph", samples),
     "expression": Row("forward and backward of the expression in micrograd's README", expression, tolerance=1e-9),
-    "optimize": Row("time of optimize() per 100,000 nodes", optimizing, steps=False),
+    "optimize": Row("time of optimize() per 100,000 nodes", optimizing, steps=False, rounds=3),
     "sum": Row("(x * 2 + 1).sum(), x of 10**8 float32", chunked_sum, agree=False),
     "map": Row("x * 2 + 1 as an array, x of 10**8 float32", chunked_map),
     "mean0": Row(
@@ -904,7 +907,7 @@ def main():
     for name in arguments.rows:
         row = ROWS[name]
         print(f"\n{name}: {row.title}", flush=True)
-        print(table(row, *run(row, 2 if arguments.quick else arguments.rounds)), flush=True)
+        print(table(row, *run(row, 2 if arguments.quick else min(row.rounds, arguments.rounds))), flush=True)
 
 
 if __name__ == "__main__":
