@@ -2143,10 +2143,9 @@ def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub") -> Any:
     if dtype is None and isinstance(data, (int, float, np.bool_, np.integer, np.floating)):
         return float(data)
     if _is_foreign(data):
-        data = _known_shape(data if dtype is None else data.astype(dtype), who)
-        if data.dtype.kind not in kinds:
+        if data.dtype.kind not in (kinds if dtype is None else "fiub"):
             raise TypeError(f"{who}: the dtype of data must be {expected}, got {data.dtype}; pass dtype=")
-        return data
+        return _known_shape(data if dtype is None else data.astype(dtype), who)
     try:
         array = np.asarray(data)
     except ValueError as error:
@@ -2955,6 +2954,8 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
                 h = rule(i, g, out, operands, **params) if variadic else rule(g, out, *operands, **params)
                 if h is None:
                     continue
+                if foreign is g and not _is_foreign(h):
+                    raise _not_offered(prim, g)
                 raw = x._data if symbolic else operands[i]
                 if type(h) is not ndarray or type(raw) is not ndarray or h.dtype != raw.dtype or h.shape != raw.shape:
                     h = _fit(h, raw)
