@@ -3983,9 +3983,11 @@ class _Lowering:
         self.saved: dict[str, None] = {}  # locals of forward that backward needs, in order
         self.number = itertools.count()
         first = _oldest_first(roots)
-        later = [node for node in _oldest_first(gradients) if node not in set(first)]
+        before = set(first)
+        later = [node for node in _oldest_first(gradients) if node not in before]
         first, later = ([part for node in nodes for part in self.parts(node)] for nodes in (first, later))
-        before, nodes = set(first), first + later
+        before.update(first)
+        nodes = first + later
         self.names[seed] = "seed"
         self.plan(nodes, roots, gradients)
         for self.place, node in enumerate(nodes):
