@@ -1411,13 +1411,11 @@ class _Memory:
 def _private_buffer(size):
     import mmap
 
-    buffer = (
-        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MAP_ANONYMOUS")
-        else bytearray(size)
-    )
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return bytearray(size)
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)
+        buffer.madvise(mmap.MADV_HUGEPAGE)  # a fault for 2 MB instead of 4 kB
     return buffer
 
 
@@ -1495,9 +1493,7 @@ def _find(name, offset, shape, strides, dtype) -> np.ndarray:
 
 # --- block programs ---
 
-_BLOCK_BYTES = (
-    1 << 20
-)  # of an array in a block: 256k float32 fit in a core's cache, and the interpreter lock is rarely passed
+_BLOCK_BYTES = 1 << 20  # of an array in a block: 256k float32. Smaller ones pass the interpreter's lock on too often
 _REDUCERS = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum, "any": np.logical_or}
 _REDUCERS |= {"all": np.logical_and}
 
@@ -1528,7 +1524,7 @@ class _Job:
         limit, axis = max(1, _BLOCK_BYTES // itemsize), 0
         while axis < len(self.shape) - 1 and math.prod(self.shape[axis + 1 :]) > limit:
             axis += 1
-        return axis, max(1, limit // math.prod(self.shape[axis + 1 :]))
+        return axis, max(1, limit // max(1, math.prod(self.shape[axis + 1 :])))
 
     def tasks(self) -> list[tuple]:
         """What can run at once: an index of each axis that is neither cut nor reduced, and the number of the cut."""
@@ -1764,11 +1760,6 @@ _starting = threading.Lock()
 _TRAVELS_BYTES = 1 << 16  # arrays below travel with the instructions
 
 
-def _copy(x: np.ndarray, out: np.ndarray) -> np.ndarray:
-    np.copyto(out, x)
-    return out
-
-
 def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
     """Does a job's tasks in n threads, of which this is one, each taking the next; the faults that were met."""
     if n == 1 or len(tasks) == 1:
@@ -1922,7 +1913,9 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
         if _config.use_processes and array.nbytes > _TRAVELS_BYTES and _describe(array) is None and not _in_worker():
             del array
             if not self.held_outside() and self.array.base is None:
-                self.array = _copy(self.array, _memory.empty(self.shape, self.dtype, True))
+                shared = _memory.empty(self.shape, self.dtype, True)
+                np.copyto(shared, self.array)
+                self.array = shared
         return self.array
 
     def force(self) -> np.ndarray:
@@ -3942,6 +3935,7 @@ def _formula(chain: tuple) -> str:
 # --- lowering: the joint graph of values and gradients as straight-line Python ---
 
 _INFIX = {np.add: "{} + {}", np.subtract: "{} - {}", np.multiply: "{} * {}", np.divide: "{} / {}", np.negative: "-{}"}
+_INFIX |= {np.greater: "{} > {}", np.less: "{} < {}", np.square: "{0} * {0}"}
 _MAX_LINES = 300_000  # of a program; Python takes 6 us to compile a line. Larger graphs are replayed node by node.
 
 
@@ -4150,10 +4144,14 @@ class _Lowering:
         """An expression for a 0-d result: plain arithmetic where Python's is that of the engine."""
         prim, args, params = node._prim, node._args, node._params
         kinds = {type(_raw(x)) for x in args}
-        if not params and kinds <= {float} and (prim.forward in _INFIX or prim.scalar):
-            infix = _INFIX.get(prim.forward)
-            names = [self.name(x) for x in args]
-            return infix.format(*names) if infix else f"{self.function(prim.scalar)}({', '.join(names)})"
+        weak = kinds <= {float, bool} and float in kinds and type(node._data) in (float, bool)
+        if prim is _dot and kinds <= {float} and len(args) < 100:
+            names, end = [self.name(x) for x in args], 2 * params["products"]
+            return " + ".join([*map("{} * {}".format, names[:end:2], names[1:end:2]), *names[end:]])
+        if not params and weak and prim.forward in _INFIX:
+            return _INFIX[prim.forward].format(*map(self.name, args))
+        if not params and kinds <= {float} and prim.scalar:
+            return f"{self.function(prim.scalar)}({', '.join(map(self.name, args))})"
         if not params and prim.forward in _INFIX and all(np.ndim(_raw(x)) == 0 for x in args) and bool not in kinds:
             return _INFIX[prim.forward].format(*map(self.name, args))
         a = args[0] if args else None
@@ -4343,8 +4341,8 @@ def _tracing() -> Iterator[None]:
 class _Program:
     """A graph made to run again and again: its values by `forward`, then the gradients of one root by `backward`.
 
-    `graph` are the roots that the passes made; `inner` its leaves' gradients' places. If arithmetic on Python floats
-    raises where IEEE arithmetic has an answer, or the graph is too large to be compiled, the graph itself is replayed.
+    `graph` are the roots that the passes made. Where arithmetic on Python floats raises though IEEE arithmetic has an
+    answer, and where the graph is too large to be compiled, that graph is replayed.
     """
 
     def __init__(self, roots: Sequence[Value]):
@@ -4366,7 +4364,7 @@ class _Program:
         self.results = [root._data for root in roots]
         self.state: tuple | None = None  # (compiled for root, locals that backward needs) of the last forward
         self.swept: tuple | None = None  # (seed, gradients) of the last backward of a larger graph
-        self.nodes: weakref.WeakSet[Value] = weakref.WeakSet()  # the Values that show the results
+        self.nodes: list[weakref.ref] = []  # the Values that show the results
         self.current = next((i for i, root in enumerate(self.graph) if root._needs), 0)
         self.compile(self.current)
         for node in {*nodes, *_oldest_first(self.graph)}.difference(self.leaves):
@@ -4418,8 +4416,9 @@ class _Program:
 
     def show(self, results: list) -> None:
         self.results = results
-        for node in self.nodes:
-            node._data = results[node._params["index"]]
+        for ref in self.nodes:
+            if (node := ref()) is not None:
+                node._data = results[node._params["index"]]
 
     def refresh(self) -> None:
         """Replays the rewritten graph, node by node."""
@@ -4554,7 +4553,7 @@ def _optimized(program: _Program, index: int, grad=None, label: str = "") -> Opt
     node._data, node._grad, node._prim, node._args = program.results[index], grad, _program, tuple(program.leaves)
     node._params = {"program": program, "index": index}
     node._needs, node._number, node.label = program.traced[index]._needs, _next_number(), label
-    program.nodes.add(node)
+    program.nodes.append(weakref.ref(node))
     return node
 
 
