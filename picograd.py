@@ -27,6 +27,7 @@ To add an operation, call `primitive(forward, *vjps)`; nothing else in the file 
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import itertools
@@ -1515,6 +1516,10 @@ class _Job:
     outputs: dict
     reduction: tuple | None = None
     parts: np.ndarray | None = None
+    cut: tuple[int, int] = (0, 0)
+
+    def __post_init__(self):
+        self.cut = self.cut if any(self.cut) else self.plan()
 
     def plan(self) -> tuple[int, int]:
         """(axis, rows): a block is `rows` along that axis, one index of each axis before and all of those after."""
@@ -1528,7 +1533,7 @@ class _Job:
 
     def tasks(self) -> list[tuple]:
         """What can run at once: an index of each axis that is neither cut nor reduced, and the number of the cut."""
-        axis, rows = self.plan()
+        axis, rows = self.cut
         reduced = self.reduction[1] if self.reduction else ()
         free = [range(1) if i in reduced else range(n) for i, n in enumerate(self.shape[:axis])]
         return [(*outer, k) for outer in itertools.product(*free) for k in range(-(-self.shape[axis] // rows))]
@@ -1550,7 +1555,7 @@ class _Job:
         return keys
 
     def run(self, tasks: Iterable[tuple]) -> None:
-        axis, rows = self.plan()
+        axis, rows = self.cut
         self.keys = self.buffers()
         reduced = self.reduction[1] if self.reduction else ()
         scratch: dict = {}
@@ -1632,20 +1637,21 @@ def _run_tasks(job: _Job, tasks: Iterable[tuple], state: dict) -> list:
 
 
 class _Workers:
-    """One `concurrent.futures` pool, made at first use, of the kind and size that the configuration asks for."""
+    """The `concurrent.futures` pools, of threads and of processes, made at first use, of the size that is asked for."""
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.pool, self.kind, self.warned = None, None, set()
+        self.pools: dict[bool, tuple[int, Any]] = {}  # of processes? -> (size, pool)
+        self.warned: set[str] = set()
 
     def get(self, processes: bool, n: int):
-        """The pool, or None where everything runs in this thread."""
         with self.lock:
-            if self.kind != (processes, n):
-                if self.pool is not None:
-                    self.pool.shutdown(wait=False)
-                self.pool, self.kind = self.make(processes, n), (processes, n)
-            return self.pool
+            size, pool = self.pools.get(processes, (0, None))
+            if size != n:
+                if pool is not None:
+                    pool.shutdown(wait=False)
+                self.pools[processes] = n, self.make(processes, n)
+            return self.pools[processes][1]
 
     def make(self, processes: bool, n: int):
         import concurrent.futures
@@ -1660,8 +1666,7 @@ class _Workers:
     def drop(self, pool) -> None:
         """Forgets a pool that is broken: the next operation gets a fresh one."""
         with self.lock:
-            if self.pool is pool:
-                self.pool = self.kind = None
+            self.pools = {kind: (n, other) for kind, (n, other) in self.pools.items() if other is not pool}
 
     def warn(self, text: str) -> None:
         if text not in self.warned:
@@ -1689,6 +1694,7 @@ def _start_worker(parent: int) -> None:
 
 
 _workers = _Workers()
+atexit.register(lambda: _workers.pools.clear())  # while what their ends need is still there
 if hasattr(os, "register_at_fork"):
     # Neither its pool nor its freed shared buffers are the child's to use.
     os.register_at_fork(after_in_child=lambda: globals().update(_workers=_Workers(), _memory=_Memory()))
@@ -1819,7 +1825,7 @@ def run_blocks(
     tasks = job.tasks()
     if reduction:
         name, axes, dtype = reduction
-        axis, rows = job.plan()
+        axis, rows = job.cut
         cuts = -(-shape[axis] // rows) if axis in axes else 1
         kept = [1 if i in axes else n for i, n in enumerate(shape)]
         job.parts = _memory.empty((cuts, *kept), dtype, processes)
