@@ -1373,8 +1373,7 @@ class _Memory:
     """Buffers for large arrays: private memory for threads; for processes shared memory, with a file to map it by."""
 
     def __init__(self):
-        self.free: dict[tuple[int, bool], list] = collections.defaultdict(list)
-        self.kept = 0
+        self.free: list[tuple[int, bool, Any]] = []  # (size, shared?, buffer), the last freed at the end
         self.lock = threading.RLock()  # reentrant: an array may die, and come here, at any allocation
 
     def empty(self, shape, dtype, shared: bool) -> np.ndarray:
@@ -1384,10 +1383,12 @@ class _Memory:
             return np.empty(shape, dtype)
         size = -(-max(nbytes, 1) >> 20) << 20
         with self.lock:
-            kept = self.free[size, shared]
-            self.kept -= size if kept else 0
+            fitting = [i for i, entry in enumerate(self.free) if entry[:2] == (size, shared)]
             try:
-                buffer = kept.pop() if kept else _Segment(size) if shared else _private_buffer(size)
+                if fitting:
+                    buffer = self.free.pop(fitting[-1])[2]
+                else:
+                    buffer = _Segment(size) if shared else _private_buffer(size)
             except OSError as error:
                 if not shared:
                     raise
@@ -1402,11 +1403,11 @@ class _Memory:
         if shared and buffer.name[0] != os.getpid() and buffer.memory is None:
             return  # of a process that forked into this one: its arrays may still be there
         with self.lock:
-            if self.kept + size <= _KEPT_BYTES:
-                self.kept += size
-                self.free[size, shared].append(buffer)
-            elif shared:
-                buffer.close()
+            self.free.append((size, shared, buffer))
+            while sum(size for size, *_ in self.free) > _KEPT_BYTES:
+                _, shared, buffer = self.free.pop(0)
+                if shared:
+                    buffer.close()
 
 
 def _private_buffer(size):

@@ -779,6 +779,7 @@ ROWS = {
     "mean0": Row(
         "mean over axis 0 of np.tanh(x) * 2 - x**2, x of (10**6, 100) float32",
         partial(chunked_mix, lambda y: y.mean(0)),
+        tolerance=1e-3,  # NumPy's sum down the rows is that far off
     ),
     "mean1": Row("mean over axis 1 of the same", partial(chunked_mix, lambda y: y.mean(1))),
     "max": Row("maximum of the same", partial(chunked_mix, lambda y: y.max())),
