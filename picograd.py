@@ -2049,12 +2049,18 @@ _dtypes: dict[tuple, np.dtype] = {}
 def _evaluate_chunked(prim: Primitive, raw: Sequence, params: dict):
     """The forward of a primitive on raw operands of which some are chunked: deferred, reduced, or done at once."""
     state = np.geterr()
-    plain = set(state.values()) <= {"ignore", "warn"}
+    # Not under `raise` or `call`; and the layout of results from arrays that are not in C order is for NumPy to choose.
+    plain = set(state.values()) <= {"ignore", "warn"} and all(map(_in_c_order, raw))
     if plain and prim.elementwise and (not params or prim is _as_dtype):
         return _deferred(prim, raw, params, state)
     if plain and prim.name in _REDUCTIONS and type(raw[0]) is Chunked and raw[0].size:
         return _reduced(prim.name, raw[0], **params)
     return _evaluate(prim, [x.expose() if type(x) is Chunked else x for x in raw], params)
+
+
+def _in_c_order(x) -> bool:
+    array = x.array if type(x) is Chunked else x
+    return not isinstance(array, np.ndarray) or array.ndim < 2 or array.flags.c_contiguous
 
 
 def _deferred(prim, raw, params, state) -> Chunked:

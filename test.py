@@ -630,6 +630,10 @@ class TestWorkers(unittest.TestCase):
             if rng.random() < 0.2 and ours:
                 k = rng.integers(len(ours))
                 np.testing.assert_allclose(ours[k].sum().item(), theirs[k].sum(), rtol=1e-9, atol=1e-9)
+            if rng.random() < 0.1 and ours:  # a view or a copy, as the layout has it
+                k = rng.integers(len(ours))
+                ours.append(ours[k].reshape(-1))
+                theirs.append(theirs[k].reshape(-1))
         for t, a in zip(ours, theirs):
             np.testing.assert_allclose(t.data, a, rtol=1e-12)
 
