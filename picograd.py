@@ -2372,12 +2372,15 @@ class Array:
 
     def _follow_config(self) -> None:
         """Makes the raw array chunked if this is distributed now, and an ndarray if it is not."""
-        chunked = type(self._data) is Chunked
+        raw = self._data
+        small = isinstance(raw, (float, bool)) or raw.size < _config.min_elements_for_parallel
+        if small and type(raw) is not Chunked and getattr(self, "_choice", None) is None:
+            return  # the usual case, before anything else is asked
         if self.distributed and not _mode.tracing:
-            if not chunked and type(self._data) is np.ndarray:
-                self._data = Chunked(self._data)
-        elif chunked:
-            self._data = self._data.expose()
+            if type(raw) is np.ndarray:
+                self._data = Chunked(raw)
+        elif type(raw) is Chunked:
+            self._data = raw.expose()
 
     def item(self) -> float | int | bool:
         """The one element as a Python number; ValueError if there are more."""
@@ -2658,7 +2661,12 @@ class Value(Array):
         return self._prim.symbol if self._prim else ""
 
     def forward(self) -> Value:
-        """Computes the graph anew from the current data of its leaves and Tensors; returns this Value."""
+        """Computes the graph anew from the current data of its leaves and Tensors; returns this Value.
+
+        Their shapes may change where no operation was told one: matrix products, element-wise operations, reductions
+        and nn's networks and losses take a batch of another size. What computes shapes or indices when it is called
+        (reshape to a shape, repeat, roll, split, trace, tile, pad, ...) goes on with those of the first time.
+        """
         for node in reversed(_newest_first(self, everything=True)):
             if node._prim is not None:
                 node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
