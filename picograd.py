@@ -1615,6 +1615,7 @@ class _Fault(threading.local):
     """What went wrong in this thread's blocks: floating-point faults, by kind and primitive, to be warned of once."""
 
     step = ""
+    depth = 0  # jobs that this thread is in: a primitive of a user may compute in blocks itself
 
     def __init__(self):
         self.found: dict[tuple[str, str], None] = {}
@@ -1628,10 +1629,13 @@ _fault = _Fault()
 
 def _run_tasks(job: _Job, tasks: Iterable[tuple], state: dict) -> list:
     """Runs tasks in this thread; the floating-point faults that were met."""
-    _fault.found = {}
-    with np.errstate(**{kind: "call" if how == "warn" else how for kind, how in state.items()}, call=_fault):
-        job.run(tasks)
-    return list(_fault.found)
+    before, _fault.found, _fault.depth = _fault.found, {}, _fault.depth + 1
+    try:
+        with np.errstate(**{kind: "call" if how == "warn" else how for kind, how in state.items()}, call=_fault):
+            job.run(tasks)
+        return list(_fault.found)
+    finally:
+        _fault.found, _fault.depth = before, _fault.depth - 1
 
 
 # --- the executor ---
@@ -1645,14 +1649,27 @@ class _Workers:
         self.pools: dict[bool, tuple[int, Any]] = {}  # of processes? -> (size, pool)
         self.warned: set[str] = set()
 
-    def get(self, processes: bool, n: int):
+    @contextlib.contextmanager
+    def use(self, processes: bool, n: int) -> Iterator[Any]:
+        """The pool of a kind and size, for one job at a time. If that fails or is interrupted, even while it is handed
+        over, waits until nobody works on it any more, and forgets the pool: the next job gets a fresh one."""
         with self.lock:
             size, pool = self.pools.get(processes, (0, None))
             if size != n:
                 if pool is not None:
                     pool.shutdown(wait=False)
-                self.pools[processes] = n, self.make(processes, n)
-            return self.pools[processes][1]
+                pool = self.make(processes, n)
+                self.pools[processes] = n, pool
+            try:
+                yield pool
+            except BaseException:
+                self.pools.pop(processes, None)
+                waiting = True
+                while waiting:
+                    with contextlib.suppress(KeyboardInterrupt):  # one is on its way already
+                        pool.shutdown(wait=True, cancel_futures=True)
+                        waiting = False
+                raise
 
     def make(self, processes: bool, n: int):
         import concurrent.futures
@@ -1663,11 +1680,6 @@ class _Workers:
                 n, multiprocessing.get_context(), _start_worker, (os.getpid(),)
             )
         return concurrent.futures.ThreadPoolExecutor(n, "picograd")
-
-    def drop(self, pool) -> None:
-        """Forgets a pool that is broken: the next operation gets a fresh one."""
-        with self.lock:
-            self.pools = {kind: (n, other) for kind, (n, other) in self.pools.items() if other is not pool}
 
     def warn(self, text: str) -> None:
         if text not in self.warned:
@@ -1697,8 +1709,13 @@ def _start_worker(parent: int) -> None:
 _workers = _Workers()
 atexit.register(lambda: _workers.pools.clear())  # while what their ends need is still there
 if hasattr(os, "register_at_fork"):
-    # Neither its pool nor its freed shared buffers are the child's to use.
-    os.register_at_fork(after_in_child=lambda: globals().update(_workers=_Workers(), _memory=_Memory()))
+    # Neither its pools nor its freed shared buffers are the child's to use, and a lock may be held by a thread that the
+    # child has not.
+    os.register_at_fork(
+        after_in_child=lambda: globals().update(
+            _workers=_Workers(), _memory=_Memory(), _chunk_lock=threading.RLock(), _fault=_Fault()
+        )
+    )
 
 
 @contextlib.contextmanager
@@ -1718,9 +1735,9 @@ def _without_main() -> Iterator[None]:
 
 
 def _in_worker() -> bool:
-    """Whether this is a worker process of some pool: it must not start workers of its own."""
+    """Whether this is a worker process of some pool, or in the middle of a job: then it must not start workers."""
     module = sys.modules.get("multiprocessing.process")
-    return module is not None and module.parent_process() is not None
+    return _fault.depth > 0 or (module is not None and module.parent_process() is not None)
 
 
 def _remote(job: _Job, arrays: list, tasks: list, state: dict):
@@ -1732,38 +1749,28 @@ def _remote(job: _Job, arrays: list, tasks: list, state: dict):
 
 def _in_processes(job: _Job, tasks: list, n: int, state: dict) -> list | None:
     """Has worker processes do a job's tasks; the faults that were met, or None if they could not do it."""
-    from concurrent.futures import wait
     from concurrent.futures.process import BrokenProcessPool
 
-    futures: list = []
-    pool = None
+    arrays = [*job.inputs, *job.outputs.values(), job.parts]
+    places = [(_describe(x) or x) if isinstance(x, np.ndarray) else x for x in arrays]
+    n_inputs = len(job.inputs)
+    if any(isinstance(x, np.ndarray) and (i >= n_inputs or x.nbytes > _TRAVELS_BYTES) for i, x in enumerate(places)):
+        return None  # an array is where workers do not see it; to copy it there would cost more than to compute
+    travelling = replace(job, inputs=[None] * n_inputs, outputs=dict.fromkeys(job.outputs), parts=None)
+    cuts = [len(tasks) * i // n for i in range(n + 1)]
+    shares = [tasks[a:b] for a, b in zip(cuts, cuts[1:]) if a < b]
     try:
-        arrays = [*job.inputs, *job.outputs.values(), job.parts]
-        places = [(_describe(x) or x) if isinstance(x, np.ndarray) else x for x in arrays]
-        n_inputs = len(job.inputs)
-        if any(
-            isinstance(x, np.ndarray) and (i >= n_inputs or x.nbytes > _TRAVELS_BYTES) for i, x in enumerate(places)
-        ):
-            return None  # an array is where workers do not see it; to copy it there would cost more than to compute
-        travelling = replace(job, inputs=[None] * len(job.inputs), outputs=dict.fromkeys(job.outputs), parts=None)
-        pool = _workers.get(True, n)
-        cuts = [len(tasks) * i // n for i in range(n + 1)]
-        with _starting, _without_main():
-            for a, b in zip(cuts, cuts[1:]):
-                if a < b:
-                    futures.append(pool.submit(_remote, travelling, places, tasks[a:b], state))
-        return [future.result() for future in futures]
+        with _workers.use(True, n) as pool:
+            with _without_main():
+                futures = [pool.submit(_remote, travelling, places, share, state) for share in shares]
+            return [future.result() for future in futures]
     except BrokenProcessPool:
-        _workers.drop(pool)
         warnings.warn("a worker process died; its work is done again, in threads", RuntimeWarning, stacklevel=2)
     except OSError as error:
         _workers.warn(f"worker processes cannot be had here ({error}); computing in threads")
-    finally:
-        wait(futures)  # also after an interrupt: nobody may write to these arrays any more
     return None
 
 
-_starting = threading.Lock()
 _TRAVELS_BYTES = 1 << 16  # arrays below travel with the instructions
 
 
@@ -1781,14 +1788,12 @@ def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
 
         return _run_tasks(job, taken(), state)
 
-    futures = [_workers.get(False, n - 1).submit(work) for _ in range(min(n, len(tasks)) - 1)]
-    try:
-        return [work(), *(future.result() for future in futures)]
-    finally:
-        queue.clear()  # after an error or an interrupt, the others stop at the next block
-        from concurrent.futures import wait
-
-        wait(futures)
+    with _workers.use(False, n - 1) as pool:
+        try:
+            futures = [pool.submit(work) for _ in range(min(n, len(tasks)) - 1)]
+            return [work(), *(future.result() for future in futures)]
+        finally:
+            queue.clear()  # after an error or an interrupt, the others stop at the next block
 
 
 def run_blocks(
@@ -2376,7 +2381,7 @@ class Array:
         small = isinstance(raw, (float, bool)) or raw.size < _config.min_elements_for_parallel
         if small and type(raw) is not Chunked and getattr(self, "_choice", None) is None:
             return  # the usual case, before anything else is asked
-        if self.distributed and not _mode.tracing:
+        if self.distributed and not _mode.tracing and not _fault.depth:
             if type(raw) is np.ndarray:
                 self._data = Chunked(raw)
         elif type(raw) is Chunked:
