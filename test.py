@@ -1478,7 +1478,7 @@ class TestOptimizer(unittest.TestCase):
         x, y = rng.normal(size=(20, 3)), rng.normal(size=(20, 2))
         one_by_one = sum(np.mean(np.square(model(row) - target)) for row, target in zip(x, y)) / 20
         fast = self.compare(one_by_one, model.parameters(), lambda: None)
-        self.assertEqual(fast.source.split("def backward")[0].count("np.matmul(c"), 1, fast.source)
+        self.assertEqual(len(re.findall(r"\bc\d+\.dot", fast.source.split("def backward")[0])), 1, fast.source)
         np.testing.assert_allclose(fast.item(), mse_loss(model(x), y).item())
         inputs = [Value(row, np.float64) for row in x]
         loss = sum(np.sum(model(row)) for row in inputs)
@@ -1718,7 +1718,7 @@ class TestOptimizer(unittest.TestCase):
         fast = self.compare(
             loss, model.parameters(), lambda: [setattr(p, "data", p.data * 0.9) for p in model.parameters()]
         )
-        self.assertEqual(fast.source.split("def backward")[0].count("np.matmul"), 4, "three layers, and the norm")
+        self.assertEqual(fast.source.split("def backward")[0].count(".dot("), 4, "three layers, and the norm")
         self.assertGreater(nodes / len(picograd._oldest_first(fast._params["program"].graph)), 20)
 
 

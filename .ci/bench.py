@@ -222,7 +222,7 @@ def by_hand(task: Problem):
 
     def step():
         for i in layers:
-            np.matmul(inputs[i], p[2 * i], out=outputs[i])
+            np.dot(inputs[i], p[2 * i], out=outputs[i])
             np.add(outputs[i], p[2 * i + 1], out=outputs[i])
             if i < layers[-1]:
                 np.tanh(outputs[i], out=outputs[i])
@@ -230,10 +230,10 @@ def by_hand(task: Problem):
         loss = float(np.vdot(delta, delta)) / delta.size
         np.multiply(delta, 2 / delta.size, out=delta)
         for i in reversed(layers):
-            np.matmul(inputs[i].T, deltas[i], out=g[2 * i])
-            np.matmul(ones, deltas[i], out=g[2 * i + 1])  # a sum over rows, but BLAS does it and NumPy's sum is slower
+            np.dot(inputs[i].T, deltas[i], out=g[2 * i])
+            np.dot(ones, deltas[i], out=g[2 * i + 1])  # a sum over rows, but BLAS does it and NumPy's sum is slower
             if i:
-                np.matmul(deltas[i], p[2 * i].T, out=deltas[i - 1])
+                np.dot(deltas[i], p[2 * i].T, out=deltas[i - 1])
                 np.multiply(inputs[i], inputs[i], out=slopes[i - 1])
                 np.subtract(1, slopes[i - 1], out=slopes[i - 1])
                 np.multiply(deltas[i - 1], slopes[i - 1], out=deltas[i - 1])
