@@ -403,6 +403,19 @@ gelu = primitive(  # the tanh form: Hendrycks and Gimpel 2016, "Gaussian Error L
 # --- reductions; axis may be None, an int (also negative) or a tuple ---
 
 
+def _sum(a, axis=None, keepdims=False):
+    """`np.sum`; of an array by its method, which is there sooner."""
+    return a.sum(axis, keepdims=keepdims) if type(a) is np.ndarray else np.sum(a, axis=axis, keepdims=keepdims)
+
+
+def _mean(a, axis=None, keepdims=False):
+    """`np.mean`; of the usual arrays as NumPy computes it, without what that asks first."""
+    if type(a) is np.ndarray and a.dtype.char in "fd" and a.size:
+        total = a.sum(axis, keepdims=keepdims)
+        return total / (a.size // total.size)
+    return np.mean(a, axis=axis, keepdims=keepdims)
+
+
 def _unreduce(g, a, axis, keepdims):
     """Gives back to a reduced array, as length 1, the axes that the reduction dropped."""
     return g if keepdims or axis is None or axis == () or not np.ndim(a) else np.expand_dims(g, axis)
@@ -509,14 +522,16 @@ def _axes(shape=(2, 3, 4)):
 _SCANS = [(((2, 3),), {"axis": axis}) for axis in (None, 0, -1)]
 _AXIS = [(((2, 3),), {"axis": 0}), (((3,),), {})]
 
-primitive(
-    np.sum,
+TABLE[np.sum] = primitive(
+    _sum,
     lambda g, out, a, axis=None, keepdims=False: _unreduce(g, a, axis, keepdims),
+    name="sum",
     samples=_axes(),
 )
-primitive(
-    np.mean,
+TABLE[np.mean] = primitive(
+    _mean,
     lambda g, out, a, axis=None, keepdims=False: _unreduce(g * _share(a, axis), a, axis, keepdims),
+    name="mean",
     samples=_axes(),
 )
 primitive(
@@ -589,9 +604,15 @@ def _axis(axis, a) -> int:
     return np.lib.array_utils.normalize_axis_index(axis, np.ndim(a))
 
 
+def _shaped(a, shape):
+    """`np.reshape`; of an array by its method, which is there sooner."""
+    return a.reshape(shape) if type(a) is np.ndarray else np.reshape(a, shape)
+
+
 _reshape = primitive(
-    np.reshape,
-    lambda g, out, a, shape: np.reshape(g, np.shape(a)),
+    _shaped,
+    lambda g, out, a, shape: _shaped(g, np.shape(a)),
+    name="reshape",
     samples=[(((2, 6),), {"shape": (3, 4)}), (((2, 6),), {"shape": -1})],
 )
 primitive(
@@ -2347,31 +2368,34 @@ def _take_dtype(operands: tuple) -> tuple:
 
 def _apply(prim: Primitive, operands: tuple, params: dict):
     """Computes a primitive on any kinds of operand: a node if one is a Value, a Tensor if one is, else a raw result."""
-    kind, constants, usual, raw = None, False, not _chunking, []
+    kind, constants, usual, raw = None, False, True, []
+    limit = _config.min_elements_for_parallel if _chunking else math.inf
     for x in operands:
         if isinstance(x, Value):
             kind, x = Value, x._data
         elif isinstance(x, Tensor):
+            usual = usual and not x._choice
             kind, x = kind or Tensor, x._data
         elif type(x) is not float:
             constants = True
-        if type(x) is not np.ndarray:
+        if type(x) is not np.ndarray or x.size >= limit:
             usual = False
         raw.append(x)
-    if usual and not constants and kind is Value:
-        out = prim.forward(*raw, **params)
-        return _node(out if type(out) is np.ndarray and out.ndim else _settle(out), prim, operands, params)
     if kind is None:
         if _chunking and any(type(x) is Chunked for x in operands):
             return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
-    if _chunking and (prim.elementwise or prim.name in _REDUCTIONS):
-        for x in operands:
-            if isinstance(x, Array):
-                x._follow_config()
-    if constants:
-        operands = _take_dtype(tuple([x if isinstance(x, Array) else _constant(x, prim) for x in operands]))
-    out = _evaluate(prim, [x._data if isinstance(x, Array) else x for x in operands], params)
+    if usual and not constants:  # what `_evaluate` would do, without its questions
+        out = prim.forward(*raw, **params)
+        out = out if type(out) is np.ndarray and out.ndim else _settle(out)
+    else:
+        if _chunking and (prim.elementwise or prim.name in _REDUCTIONS):
+            for x in operands:
+                if isinstance(x, Array):
+                    x._follow_config()
+        if constants:
+            operands = _take_dtype(tuple([x if isinstance(x, Array) else _constant(x, prim) for x in operands]))
+        out = _evaluate(prim, [x._data if isinstance(x, Array) else x for x in operands], params)
     if kind is Value:
         return _node(out, prim, operands, params)
     if len(operands) == 1:
