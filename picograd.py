@@ -1319,11 +1319,12 @@ for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """enabled: whether large tensors are distributed unless told otherwise; num_workers: None for all usable cores."""
+    """enabled: whether large tensors are distributed unless told otherwise; num_workers: None for all usable cores;
+    min_elements_for_parallel: a size from which two cores gain something; use_processes: or threads."""
 
     enabled: bool = False
     num_workers: int | None = None
-    min_elements_for_parallel: int = 100_000
+    min_elements_for_parallel: int = 1_000_000
     use_processes: bool = False
 
 
@@ -1528,7 +1529,7 @@ def _find(name, offset, shape, strides, dtype) -> np.ndarray:
 
 # --- block programs ---
 
-_BLOCK_BYTES = 1 << 20  # of an array in a block: 256k float32. Smaller ones pass the interpreter's lock on too often
+_BLOCK_BYTES = 1 << 21  # of an array in a block: 512k float32. Smaller ones pass the interpreter's lock on too often
 _REDUCERS = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum, "any": np.logical_or}
 _REDUCERS |= {"all": np.logical_and}
 
@@ -1590,7 +1591,11 @@ class _Job:
 
     def run(self, tasks: Iterable[tuple]) -> None:
         axis, rows = self.cut
-        self.keys = self.buffers()
+        shapes = [np.shape(x) for x in self.inputs]
+        for _, operands, _ in self.steps:
+            shapes.append(np.broadcast_shapes(*[shapes[i] for i in operands]))
+        whole = [shape == self.shape for shape in shapes]
+        keys = self.buffers()
         reduced = self.reduction[1] if self.reduction else ()
         scratch: dict = {}
         for *outer, k in tasks:
@@ -1598,7 +1603,7 @@ class _Job:
             total, cut = None, slice(k * rows, min((k + 1) * rows, self.shape[axis]))
             for index in itertools.product(*inner):
                 block = (*(slice(i, i + 1) for i in index), cut)
-                result = self.block(block, scratch)
+                result = self.block(block, whole, keys, scratch)
                 if self.reduction:
                     name, axes = self.reduction
                     part = _REDUCERS[name].reduce(result, axes, self.parts.dtype, None, True)
@@ -1607,41 +1612,43 @@ class _Job:
                 place = tuple(slice(None) if i in reduced else s for i, s in enumerate(block))
                 self.parts[(k if axis in reduced else 0, *place)] = total
 
-    def block(self, block: tuple[slice, ...], scratch: dict):
-        """All steps on one block; the last result."""
+    def block(self, block: tuple[slice, ...], whole: list[bool], keys: list[tuple], scratch: dict):
+        """All steps on one block; the last result.
+
+        whole: for each place whether it has the shape of the job; keys: the steps' scratch buffers, kept in `scratch`.
+        """
         ndim, values = len(self.shape), []
-        for x in self.inputs:
-            if np.ndim(x):
-                offset = ndim - x.ndim
-                places = [slice(None) if n == 1 else s for n, s in zip(x.shape, block[offset:])]
-                x = x[tuple(places)]
+        for x, all_of_it in zip(self.inputs, whole):
+            if all_of_it:
+                x = x[block]
+            elif np.ndim(x):
+                x = x[tuple([slice(None) if n == 1 else s for n, s in zip(x.shape, block[ndim - x.ndim :])])]
             values.append(x)
-        shape = tuple(len(range(*s.indices(n))) for s, n in zip(block, self.shape)) + self.shape[len(block) :]
-        size, n_inputs = math.prod(shape), len(self.inputs)
-        for place, (prim, operands, dtype) in enumerate(self.steps, n_inputs):
-            args = [values[i] for i in operands]
-            target = self.outputs.get(place)
+        shape = tuple([s.stop - s.start for s in block]) + self.shape[len(block) :]
+        first = len(self.inputs)
+        for place, (prim, operands, dtype) in enumerate(self.steps, first):
+            args, target = [values[i] for i in operands], self.outputs.get(place)
             if target is not None:
                 target = target[block]
-            elif np.broadcast_shapes(*map(np.shape, args)) == shape:
-                key = self.keys[place - n_inputs]
-                if key not in scratch or scratch[key].size < size:
-                    scratch[key] = np.empty(size, dtype)
-                target = scratch[key][:size].reshape(shape)
+            elif whole[place]:
+                key = keys[place - first], shape
+                if key not in scratch:
+                    scratch[key] = np.empty(shape, dtype)
+                target = scratch[key]
             _fault.step = prim.name
-            if prim is _as_dtype:
-                out = args[0].astype(dtype)
-                if target is not None:
-                    np.copyto(target, out)
-            elif target is not None and isinstance(prim.forward, np.ufunc):
+            if target is None:
+                out = args[0].astype(dtype) if prim is _as_dtype else prim.forward(*args)
+            elif prim is _as_dtype:
+                out = target
+                np.copyto(out, args[0], "unsafe")
+            elif isinstance(prim.forward, np.ufunc):
                 out = prim.forward(*args, out=target)
             else:
                 out = prim.forward(*args)
                 if place in self.outputs:
                     np.copyto(target, out)
             values.append(out)
-        out = values[-1]
-        return out if np.shape(out) == shape else np.broadcast_to(out, shape)
+        return values[-1] if whole[-1] else np.broadcast_to(values[-1], shape)
 
 
 class _Fault(threading.local):
@@ -2196,7 +2203,7 @@ def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub") -> Any:
         raise ValueError(f"{who}: data must be rectangular, got ragged nested sequences ({error})") from None
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{who}: data must be real numbers, got {type(data).__name__} of dtype {array.dtype}")
-    if _config.enabled and array.size >= _config.min_elements_for_parallel:
+    if _config.enabled and array.ndim and array.size >= _config.min_elements_for_parallel:
         return run_blocks(((_as_dtype, (0,), np.dtype(dtype or np.float32)),), [array], array.shape, [1])[0][0]
     return _settle(array.astype(dtype or np.float32))
 

@@ -877,7 +877,9 @@ class TestTensor(unittest.TestCase):
     """Room 3 (and the configuration of room 2)."""
 
     def tearDown(self):
-        set_distributed_config(enabled=False, num_workers=None, min_elements_for_parallel=100_000, use_processes=False)
+        set_distributed_config(
+            enabled=False, num_workers=None, min_elements_for_parallel=1_000_000, use_processes=False
+        )
 
     def test_integers_stay_integers(self):
         t = Tensor([0, 1], dtype=int)
