@@ -376,7 +376,7 @@ def _gelu_x(g, out, x):
 
 
 relu = primitive(
-    lambda x, out=None: np.maximum(x, 0.0, out),
+    lambda x, out=None: np.maximum(x, 0.0, out=out),
     lambda g, out, x: g * (out > 0),  # 0 at the kink
     name="relu",
     reads="out",
@@ -1145,15 +1145,13 @@ def einsum(subscripts, *operands, optimize=True):
                     raise ValueError(f"einsum: {c!r} names axes of different lengths in operand {k}")
                 operands[k] = diagonal(operands[k], 0, i, j)
                 s = s[:i] + s[i + 1 : j] + s[j + 1 :] + c
-        for c in dots:  # lengths of 1 broadcast under an ellipsis: drop them, the other operands have the length
-            if c in s and np.shape(operands[k])[s.index(c)] == 1 and letters.count(c) > 1:
-                operands[k] = squeeze(operands[k], s.index(c))
-                s = s.replace(c, "")
         inputs[k] = s
-    lost = [c for c in output if not any(c in s for s in inputs)]
-    if set(lost) & set(dots):  # every operand had length 1 there: one of them gets it back
-        operands[0] = _reshape(operands[0], (1,) * len(lost) + np.shape(operands[0]))
-        inputs[0] = "".join(lost) + inputs[0]
+    long = {c for s, x in zip(inputs, operands) for c, n in zip(s, np.shape(x)) if n != 1}
+    for k, s in enumerate(inputs):  # lengths of 1 broadcast: drop them, another operand has the length
+        short = [i for i, n in enumerate(np.shape(operands[k])) if n == 1 and s[i] in long]
+        if short:
+            operands[k] = squeeze(operands[k], tuple(short))
+            inputs[k] = "".join([c for i, c in enumerate(s) if i not in short])
     return _einsum(*operands, subscripts=",".join(inputs) + "->" + output)
 
 
@@ -1607,7 +1605,7 @@ class _Job:
                 if self.reduction:
                     name, axes = self.reduction
                     part = _REDUCERS[name].reduce(result, axes, self.parts.dtype, None, True)
-                    total = part if total is None else _REDUCERS[name](total, part, total)
+                    total = part if total is None else _REDUCERS[name](total, part, out=total)
             if self.reduction:
                 place = tuple(slice(None) if i in reduced else s for i, s in enumerate(block))
                 self.parts[(k if axis in reduced else 0, *place)] = total
@@ -1702,13 +1700,14 @@ class _Workers:
                 self.pools[processes] = n, pool
             try:
                 yield pool
-            except BaseException:
+            except BaseException as error:
                 self.pools.pop(processes, None)
-                waiting = True
-                while waiting:
-                    with contextlib.suppress(KeyboardInterrupt):  # one is on its way already
+                for _ in range(9):  # further interrupts; one is on its way already
+                    with contextlib.suppress(KeyboardInterrupt, RuntimeError):
                         pool.shutdown(wait=True, cancel_futures=True)
-                        waiting = False
+                        break
+                if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
+                    raise error.__context__ from None  # it found threading.Condition between two locks
                 raise
 
     def make(self, processes: bool, n: int):
@@ -2619,7 +2618,7 @@ def _on_arrays(function, args, kwargs):
     out = function(*each(_raw, args), **{name: each(_raw, x) for name, x in kwargs.items()})
     target = kwargs.get("out")
     target = target[0] if isinstance(target, tuple) and len(target) == 1 else target
-    if isinstance(target, Tensor):
+    if target is not None:
         return target
     return each(lambda x: _wrap(_settle(x)) if getattr(getattr(x, "dtype", None), "kind", "O") in "fiub" else x, out)
 
@@ -3078,7 +3077,9 @@ def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Calla
     seeds: maps the raw output to the gradients that the backward sweeps start from.
     On a Value, or inside another gradient function, the gradients are Values again, to be differentiated further.
     """
-    numbers = (argnums,) if isinstance(argnums, (int, np.integer)) else tuple(argnums)
+    numbers = tuple(argnums) if isinstance(argnums, (tuple, list)) else (argnums,)
+    if not all(isinstance(i, (int, np.integer)) for i in numbers):
+        raise TypeError(f"argnums: expected an integer or a tuple of integers, got {argnums!r}")
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"argnums: names an argument twice: {argnums}")
     for i in numbers:
@@ -4235,7 +4236,7 @@ class _Lowering:
             self.local(node, self.number_of(node))
         elif emitter is None and self.fills(node):
             names = [self.name(x) for x in args]
-            self.line(f"{self.function(prim.forward)}({', '.join(names)}, {self.target(node, args)})")
+            self.line(f"{self.function(prim.forward)}({', '.join(names)}, out={self.target(node, args)})")
         elif emitter is None or emitter(self, node, *args, **node._params) is False:
             self.local(node, self.call(node))
 
@@ -4301,7 +4302,7 @@ class _Lowering:
     def matmul(self, node, x, y):
         matrices = np.ndim(_raw(x)) <= 2 >= np.ndim(_raw(y))
         x, y = self.name(x), self.name(y)
-        self.line(f"{x}.dot({y}, {self.target(node)})" if matrices else f"np.matmul({x}, {y}, {self.target(node)})")
+        self.line(f"{x}.dot({y}, {self.target(node)})" if matrices else f"np.matmul({x}, {y}, out={self.target(node)})")
 
     def sum(self, node, a, axis=None, keepdims=False):
         name = self.name(a)
@@ -4349,9 +4350,9 @@ class _Lowering:
             return False
         names = [self.name(x) for x in terms]
         out = self.target(node)
-        self.line(f"np.add({names[0]}, {names[1]}, {out})")
+        self.line(f"np.add({names[0]}, {names[1]}, out={out})")
         for name in names[2:]:
-            self.line(f"np.add({out}, {name}, {out})")
+            self.line(f"np.add({out}, {name}, out={out})")
 
     EMITTERS = {
         **dict.fromkeys(("reshape", "transpose", "broadcast_to"), view),
@@ -4787,7 +4788,7 @@ def _activation(activation):
     """The function of an activation's name."""
     if callable(activation):
         return activation
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str | None) or activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be a function or one of {list(_ACTIVATIONS)}, got {activation!r}")
     return _ACTIVATIONS[activation]
 
@@ -4862,8 +4863,9 @@ class MLP(Module):
     def __init__(
         self, nin: int, nouts: Sequence[int], activation: Any = "tanh", seed: Any = None, dtype: Any = np.float32
     ):
-        if not isinstance(nouts, (list, tuple)) or not nouts:
+        if not isinstance(nouts, (list, tuple, np.ndarray)) or not len(nouts):
             raise ValueError(f"nouts must be a list of at least one width, got {nouts!r}")
+        _activation(activation)  # also where no layer has it
         rng = np.random.default_rng(seed)
         widths = [nin, *nouts]
         self.layers = [
@@ -4889,6 +4891,8 @@ class MLP(Module):
 
 def _same_shape(name, prediction, target):
     target = target if isinstance(target, Array) or _is_foreign(target) else np.asarray(target)
+    if target.dtype.kind not in "fiub":
+        raise TypeError(f"{name}: the target must be real numbers, got dtype {target.dtype}")
     shape = prediction.shape if isinstance(prediction, Array) else np.shape(prediction)
     if shape != target.shape:
         raise ValueError(f"{name}: prediction and target must have the same shape, got {shape} and {target.shape}")
@@ -4907,7 +4911,8 @@ def cross_entropy(logits: Value, labels: Any) -> Value:
     if np.shape(logits)[:-1] != raw.shape or not np.ndim(logits):
         raise ValueError(f"cross_entropy: labels must have shape {np.shape(logits)[:-1]}, got {raw.shape}")
     k = np.shape(logits)[-1]
-    if raw.dtype.kind not in "iub" and (_is_foreign(raw) or not np.array_equal(raw, np.floor(raw))):
+    floats = raw.dtype.kind == "f" and not _is_foreign(raw)
+    if raw.dtype.kind not in "iub" and not (floats and np.array_equal(raw, np.floor(raw))):
         raise TypeError(f"cross_entropy: labels must be integers, got dtype {raw.dtype}")
     if not _is_foreign(raw) and raw.size and not (0 <= raw.min() and raw.max() < k):
         raise ValueError(f"cross_entropy: labels must be from 0 to {k - 1}, got {raw.min()} to {raw.max()}")
@@ -4941,9 +4946,13 @@ class _Optimizer:
     """What SGD and Adam share: checked options, one state per array, and all scalar parameters stepped as one array."""
 
     def __init__(self, params: Iterable[Value], **options: float):
+        if isinstance(params, Array):
+            raise TypeError("params must be a list of Values, got a single one")
         self.params = list(params)
         if not self.params or not all(isinstance(p, Value) for p in self.params):
             raise TypeError("params must be a non-empty list of Values")
+        if any(p._prim is not None for p in self.params):
+            raise ValueError("params must be leaves; one of them is the result of an operation")
         if any(_is_foreign(p._data) for p in self.params):
             raise TypeError("params must be held in NumPy: optimizers work in place")
         if len(set(self.params)) < len(self.params):
