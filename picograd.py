@@ -394,10 +394,7 @@ softplus = primitive(
     elementwise=True,
 )
 gelu = primitive(  # the tanh form: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2
-    lambda x: 0.5 * x * (1.0 + np.tanh(_GELU * (x + 0.044715 * x**3))),
-    _gelu_x,
-    name="gelu",
-    elementwise=True,
+    lambda x: 0.5 * x * (1.0 + np.tanh(_GELU * (x + 0.044715 * x**3))), _gelu_x, name="gelu", elementwise=True
 )
 
 # --- reductions; axis may be None, an int (also negative) or a tuple ---
@@ -523,10 +520,7 @@ _SCANS = [(((2, 3),), {"axis": axis}) for axis in (None, 0, -1)]
 _AXIS = [(((2, 3),), {"axis": 0}), (((3,),), {})]
 
 TABLE[np.sum] = primitive(
-    _sum,
-    lambda g, out, a, axis=None, keepdims=False: _unreduce(g, a, axis, keepdims),
-    name="sum",
-    samples=_axes(),
+    _sum, lambda g, out, a, axis=None, keepdims=False: _unreduce(g, a, axis, keepdims), name="sum", samples=_axes()
 )
 TABLE[np.mean] = primitive(
     _mean,
@@ -534,31 +528,11 @@ TABLE[np.mean] = primitive(
     name="mean",
     samples=_axes(),
 )
-primitive(
-    np.prod,
-    _prod_a,
-    samples=_axes(),
-)
-primitive(
-    np.var,
-    _var_a,
-    samples=_axes() + [(((2, 3),), {"ddof": 1})],
-)
-primitive(
-    np.std,
-    _std_a,
-    samples=_axes() + [(((2, 3),), {"ddof": 1})],
-)
-TABLE[np.amax] = primitive(
-    np.max,
-    _extremum_a,
-    samples=_axes(),
-)
-TABLE[np.amin] = primitive(
-    np.min,
-    _extremum_a,
-    samples=_axes(),
-)
+primitive(np.prod, _prod_a, samples=_axes())
+primitive(np.var, _var_a, samples=_axes() + [(((2, 3),), {"ddof": 1})])
+primitive(np.std, _std_a, samples=_axes() + [(((2, 3),), {"ddof": 1})])
+TABLE[np.amax] = primitive(np.max, _extremum_a, samples=_axes())
+TABLE[np.amin] = primitive(np.min, _extremum_a, samples=_axes())
 primitive(np.cumsum, _cumsum_a, samples=_SCANS)
 primitive(np.cumprod, _cumprod_a, samples=_SCANS)
 logsumexp = primitive(_logsumexp, _logsumexp_a, name="logsumexp", samples=_axes())
@@ -1035,12 +1009,7 @@ _MATMUL = [
 ]
 _MATMUL += [((3,), (5, 3, 2)), ((5, 2, 3), (3,))]
 TABLE[np.matmul] = primitive(
-    _matmul,
-    _matmul_x,
-    _matmul_y,
-    name="matmul",
-    reads="operands",
-    samples=[(shapes, {}) for shapes in _MATMUL],
+    _matmul, _matmul_x, _matmul_y, name="matmul", reads="operands", samples=[(shapes, {}) for shapes in _MATMUL]
 )
 
 
@@ -1181,11 +1150,7 @@ def _cholesky_a(g, out, a):
 
 
 _SQUARE = [((((3, 3), "definite"),), {}), ((((2, 3, 3), "definite"),), {})]
-primitive(
-    np.linalg.inv,
-    lambda g, out, a: -np.matmul(_t(out), np.matmul(g, _t(out))),
-    samples=_SQUARE,
-)
+primitive(np.linalg.inv, lambda g, out, a: -np.matmul(_t(out), np.matmul(g, _t(out))), samples=_SQUARE)
 primitive(
     np.linalg.solve,
     _solve_a,
@@ -1196,11 +1161,7 @@ primitive(
         ((((2, 3, 3), "definite"), (3, 2)), {}),
     ],
 )
-primitive(
-    np.linalg.det,
-    lambda g, out, a: np.expand_dims(g * out, (-1, -2)) * _t(np.linalg.inv(a)),
-    samples=_SQUARE,
-)
+primitive(np.linalg.det, lambda g, out, a: np.expand_dims(g * out, (-1, -2)) * _t(np.linalg.inv(a)), samples=_SQUARE)
 _logdet = primitive(
     lambda a: np.linalg.slogdet(a)[1],
     lambda g, out, a: np.expand_dims(g, (-1, -2)) * _t(np.linalg.inv(a)),
@@ -1273,15 +1234,7 @@ def _plain(function):
     TABLE[function] = on_data
 
 
-for _function in (
-    np.shape,
-    np.ndim,
-    np.allclose,
-    np.array_equal,
-    np.array_equiv,
-    np.result_type,
-    np.iscomplexobj,
-):
+for _function in (np.shape, np.ndim, np.allclose, np.array_equal, np.array_equiv, np.result_type, np.iscomplexobj):
     _plain(_function)
 
 
@@ -3886,8 +3839,7 @@ _BATCHED: dict[str, Callable] = {
     "getitem": _batched_getitem,
     "reshape": lambda node, n, operands, stacked: np.reshape(operands[0], (n, *node.shape)),
     "transpose": lambda node, n, operands, stacked: np.transpose(
-        operands[0],
-        (0, *(i % node.ndim + 1 for i in node._params.get("axes") or range(node.ndim)[::-1])),
+        operands[0], (0, *(i % node.ndim + 1 for i in node._params.get("axes") or range(node.ndim)[::-1]))
     ),
 }
 
