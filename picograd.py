@@ -3444,11 +3444,13 @@ def _simpler_power(node, x, y):
     return x if y == 1.0 else _twin(node, TABLE[np.square], (x,))
 
 
-def _simpler_mean(node, a, axis=None, keepdims=False):
+def _simpler_mean(node, a, **params):
     n = math.prod(np.shape(_raw(a)))
     if node.dtype.itemsize < 4 or not node.size or not n:
         return None
-    total = np.sum(a, axis=axis, keepdims=keepdims)
+    if n == node.size and _alike(a, node):
+        return a
+    total = np.sum(a, **params)
     return _twin(node, TABLE[np.multiply], (total, node.size / n)) if _alike(total, node) else None
 
 
@@ -3473,6 +3475,7 @@ _SIMPLER: dict[str, Callable] = {
     "divide": _simpler_divide,
     "power": _simpler_power,
     "mean": _simpler_mean,
+    "sum": lambda node, a, **params: a if np.size(_raw(a)) == node.size else None,
     "reshape": _simpler_reshape,
     "transpose": _simpler_transpose,
     "negative": lambda node, x: x._args[0] if _is(x, "negative") else None,
