@@ -346,7 +346,7 @@ def train(model, x, y, classes, epochs, rng, stopped, dask=False) -> int:
             line = f"epoch {epoch:{len(str(epochs))}}/{epochs}  loss {loss:.4f}"
             line += f"  train {score(model, x, y, classes)}  {minutes}:{seconds:02} left"
             if live:
-                width = shutil.get_terminal_size().columns - 1
+                width = (shutil.get_terminal_size().columns or 80) - 1
                 line = f"\r{line[:width]:{width}}"
             print(line, end="" if live and epoch < epochs else "\n", flush=True)
     return epochs

@@ -832,7 +832,7 @@ class TestWorkers(Strict):
             with self.subTest(method):
                 out = self.script(
                     f"""
-                    import multiprocessing, os
+                    import multiprocessing, os, warnings
                     multiprocessing.set_start_method({method!r})
                     import numpy as np, picograd
                     from picograd import Tensor, set_distributed_config
@@ -844,9 +844,9 @@ class TestWorkers(Strict):
                     assert (x * 2 + 1).sum().item() == 3_000_000
                     assert len(picograd._workers.pools[True][1]._processes) == 2
                     if hasattr(os, "fork"):
+                        warnings.simplefilter("ignore", DeprecationWarning)  # to fork with threads is what is tested
                         pid = os.fork()
                         if not pid:
-                            import warnings
                             warnings.simplefilter("ignore")  # a forkserver does not serve a fork: threads, then
                             ok = (x * 3).sum().item() == 3_000_000
                             for _, pool in picograd._workers.pools.values():
