@@ -2348,6 +2348,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         out = prim.forward(*raw, **params)
         out = out if type(out) is np.ndarray and out.ndim else _settle(out)
     else:
+        raw = x = None  # an array that is held here would seem to be held by somebody who may write to it
         if _chunking and (prim.elementwise or prim.name in _REDUCTIONS):
             for x in operands:
                 if isinstance(x, Array):
@@ -3247,6 +3248,7 @@ def _value_operator(prim: Primitive, swapped=False):
             node._number = _next_number()
             node.label = ""
             return node
+        x = y = None  # see `_apply`
         return _apply(prim, args, _NO_PARAMS)
 
     return method
@@ -3268,6 +3270,7 @@ def _tensor_operator(prim: Primitive, swapped=False):
                 return _wrap(forward(y, x) if swapped else forward(x, y))
         if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or _is_foreign(other)):
             return NotImplemented
+        x = y = None  # see `_apply`
         out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
         return out._data if isinstance(out._data, (bool, np.bool_)) else out  # of numbers, a comparison is a bool
 

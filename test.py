@@ -699,6 +699,12 @@ class TestWorkers(Strict):
             with np.errstate(divide="raise"), self.assertRaises(FloatingPointError):
                 1 / x
 
+    def test_the_first_operation_waits_too(self):
+        with distributed_config(enabled=True, min_elements_for_parallel=1):
+            for make in (Tensor, Value):
+                for f in (lambda x: x * 2, lambda x: 1 - x, lambda x: x + x, np.tanh, lambda x: -x, lambda x: x > 0):
+                    self.assertIsNone(f(make(np.ones(100)))._data.array)
+
     def test_user_primitives_and_failures(self):
         def broken(x):
             raise KeyError("broken")
@@ -877,6 +883,7 @@ class TestWorkers(Strict):
         config = {"enabled": True, "use_processes": True, "num_workers": 2, "min_elements_for_parallel": 1}
         with (
             mock.patch.object(picograd._Segment, "__init__", side_effect=OSError("no memory")),
+            mock.patch.object(picograd, "_memory", picograd._Memory()),  # nor any that is kept
             distributed_config(**config),
         ):
             picograd._workers.warned.clear()
