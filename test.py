@@ -705,6 +705,26 @@ class TestWorkers(Strict):
                 for f in (lambda x: x * 2, lambda x: 1 - x, lambda x: x + x, np.tanh, lambda x: -x, lambda x: x > 0):
                     self.assertIsNone(f(make(np.ones(100)))._data.array)
 
+    @unittest.skipUnless(sys.platform == "linux", "resets the peak of the memory in use")
+    def test_a_reduction_takes_no_memory(self):
+        out = self.script(
+            """
+            import re, numpy as np
+            from picograd import Tensor, set_distributed_config
+            def peak():
+                return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+            for processes in (False, True):
+                set_distributed_config(enabled=True, use_processes=processes)
+                (Tensor(np.ones(1_000_000)) * 2).sum()  # workers start
+                x = Tensor(np.ones(30_000_000, np.float32))
+                open("/proc/self/clear_refs", "w").write("5")
+                before = peak()
+                assert (x * 2 + 1).sum().item() == 90_000_000
+                print(peak() - before < 16)
+            """
+        )
+        self.assertEqual(out.split(), ["True", "True"])
+
     def test_user_primitives_and_failures(self):
         def broken(x):
             raise KeyError("broken")
