@@ -1260,7 +1260,7 @@ for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
 #
 # Large tensors compute in blocks, on all cores. In: a block program, which is a tuple of steps (primitive, places of
 # its operands, dtype) on slots, the inputs first and then the result of each step; and the inputs. Out: arrays.
-# `run_blocks` cuts the work into blocks that fit in a core's cache, and does all steps on one block before the next, so
+# `run_blocks` cuts the work into blocks that fit in the cache, and does all steps on one block before the next, so
 # that a chain of operations goes through memory once. Reductions combine the blocks' results in a fixed order.
 # `Chunked` is the array that makes such programs: it defers element-wise work until somebody looks.
 # Invariants: the cut depends on shape and dtype only, so results do not depend on the workers; what is seen of an array
@@ -3301,8 +3301,8 @@ def _in_place_operator(prim: Primitive):
 
 _OPERANDS = (Array, np.ndarray, np.generic, int, float, list, tuple)
 
-for _ufunc, (_name, _, _) in _OPERATORS.items():
-    _prim = TABLE[_ufunc]
+for _forward, (_name, _, _) in _OPERATORS.items():
+    _prim = TABLE[_forward]
     if len(_prim.vjps) == 1:
         setattr(Array, f"__{_name}__", lambda self, _prim=_prim: _prim(self))
         continue
@@ -4265,7 +4265,7 @@ class _Lowering:
     def sum(self, node, a, axis=None, keepdims=False):
         name = self.name(a)
         if np.ndim(_raw(a)) == 2 and axis in (0, (0,)) and not keepdims and node.dtype.kind == "f":
-            ones = self.bind("c", np.ones(np.shape(_raw(a))[0], node.dtype))
+            ones = self.bind("c", _ones(np.shape(_raw(a))[0], node.dtype))
             self.line(f"{ones}.dot({name}, {self.target(node)})")  # BLAS sums rows faster than NumPy's reduce
         else:
             axis = tuple(map(int, axis)) if isinstance(axis, tuple) else axis if axis is None else int(axis)
