@@ -11,16 +11,19 @@ arrays. Copy this file into a project and import it; NumPy's own functions are t
     >>> print(f"{y.data:.4f} {x.grad:.4f}")
     5.9281 5.1053
 
-The rooms, in reading order. A reader meets a thing before it is used.
+The rooms, in reading order. Those above the cut are a complete engine; those below make it fast and large.
 
-1. Primitives    one table: NumPy callable -> forward and one vector-Jacobian rule per argument. The only place that
-                 knows any operation; everything below reads it.
-2. Workers       large tensors: block programs on all cores, in threads or processes, and the array that defers them.
-3. Tensor        an array without gradient: inputs, labels, and what `.data` and `.grad` hand out.
-4. Value         a node of the graph: data, gradient, the primitive that made it and its operands; `backward`, `grad`.
-5. Optimizer     `optimize`: passes that make a traced graph small, and its lowering to a straight-line program.
+1. Primitives    what an operation is: how it is computed, and one vector-Jacobian rule per operand.
+2. Arrays        raw values, how a primitive is computed on them, and Tensor, an array without gradient.
+3. Value         a node of the graph: data, gradient, the primitive that made it and its operands; the backward sweep.
+4. Gradients     `grad` and its kin: functions of functions.
+5. Catalogue     every operation with its rule; the operators and methods of Value and Tensor.
 6. nn            Module, Neuron, Layer, MLP, losses, SGD, Adam; also importable as `picograd.nn`.
 7. draw          pictures of graphs, with Graphviz.
+--------------   the cut
+8. Blocks        large tensors: block programs on all cores, in threads or processes, and the array that defers them.
+9. Optimizer     `optimize`: passes that make a traced graph small, and its lowering to a straight-line program.
+10. Elsewhere    arrays of other libraries, such as Dask's.
 
 To add an operation, call `primitive(forward, *vjps)`; nothing else in the file needs to change.
 """
@@ -60,7 +63,7 @@ import numpy as np
 #
 # Rules are written with generic arithmetic and NumPy's functions, so one rule serves Python floats, arrays and Values;
 # on Values a rule builds a graph, which is what gives gradients of gradients. A rule may return a gradient in the
-# broadcast shape of its operands, or one that broadcasts to the operand's: `_fit` in room 4 is the one place that sums
+# broadcast shape of its operands, or one that broadcasts to the operand's: `_fit` in room 3 is the one place that sums
 # it back, or spreads it out.
 # An operand whose rule is None carries no gradient.
 #
@@ -221,6 +224,1043 @@ _OPERATORS = {
     np.absolute: ("abs", "abs", abs),
     np.invert: ("invert", "~", None),
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Arrays
+#
+# An array without gradient. What it holds is "raw", as inside every node of a graph: a Python float (a weak scalar,
+# which takes on the dtype of the arrays it meets), a NumPy scalar or an ndarray; or a foreign array: one of another
+# library that speaks NumPy's protocols, such as a `dask.array`, kept as it is. In: anything array-like. Out: Tensors.
+# `Array` is what Tensor and Value share: one way to compute a primitive on raw operands, and one set of methods.
+# Invariant: a raw value never is a 0-d ndarray, and a computation on Python floats alone gives a Python float again.
+# One with a foreign operand gives a foreign array, and computes nothing by itself.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+_new = object.__new__
+
+
+def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub") -> Any:
+    """Copies data into a raw value; dtype float32 unless given, or data is a number or has one of its own."""
+    expected = "floating" if kinds == "f" else "floating, integer or boolean"
+    if dtype is not None:
+        dtype = np.dtype(dtype)
+        if dtype.kind not in kinds:
+            raise TypeError(f"{who}: dtype must be {expected}, got {dtype}")
+    if isinstance(data, Array):
+        data = data._data
+        dtype = dtype or getattr(data, "dtype", None)
+        if dtype is not None and dtype.kind not in kinds:
+            raise TypeError(f"{who}: the dtype of data must be {expected}, got {dtype}; pass dtype=")
+    if dtype is None and isinstance(data, (int, float, np.bool_, np.integer, np.floating)):
+        return float(data)
+    if _is_foreign(data):
+        if data.dtype.kind not in (kinds if dtype is None else "fiub"):
+            raise TypeError(f"{who}: the dtype of data must be {expected}, got {data.dtype}; pass dtype=")
+        return _known_shape(data if dtype is None else data.astype(dtype), who)
+    try:
+        array = np.asarray(data)
+    except ValueError as error:
+        raise ValueError(f"{who}: data must be rectangular, got ragged nested sequences ({error})") from None
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{who}: data must be real numbers, got {type(data).__name__} of dtype {array.dtype}")
+    if _config.enabled and array.ndim and array.size >= _config.min_elements_for_parallel:
+        return run_blocks(((_as_dtype, (0,), np.dtype(dtype or np.float32)),), [array], array.shape, [1])[0][0]
+    return _settle(array.astype(dtype or np.float32))
+
+
+def _settle(out):
+    """A result of NumPy as a raw value."""
+    return out[()] if type(out) is np.ndarray and not out.ndim else out
+
+
+def _raw(x):
+    """The raw value of a Value or Tensor; anything else as it is."""
+    return x._data if isinstance(x, Array) else x
+
+
+def _public(raw):
+    """A raw value as it is handed out: Python's weak scalars become NumPy scalars, chunked arrays arrays."""
+    if type(raw) is Chunked:
+        return raw.expose()
+    return np.float64(raw) if type(raw) is float else np.bool_(raw) if type(raw) is bool else raw
+
+
+def _conform(x, like, who):
+    """x, copied, as a replacement of the raw value `like`: of its dtype, and of its shape if x is a number."""
+    x = _raw(x)
+    if type(like) is float:
+        if np.ndim(x):
+            raise ValueError(f"{who}: expected a number, got shape {np.shape(x)}")
+        return float(x)
+    raw = _as_raw(x, like.dtype, who)
+    return raw if np.ndim(raw) or not np.ndim(like) else np.full_like(like, raw)
+
+
+def _evaluate(prim: Primitive, raw: Sequence, params: dict):
+    """The forward of a primitive on raw operands."""
+    weak = strong = False
+    for x in raw:
+        if type(x) is float or type(x) is bool:
+            weak = True
+        elif type(x) is Chunked:
+            return _evaluate_chunked(prim, raw, params)
+        else:
+            strong = True
+            if not isinstance(x, _RAW) and _is_foreign(x):
+                return _evaluate_foreign(prim, raw, params, x)
+    if not strong:
+        if prim.scalar is not None and not params and all([type(x) is float for x in raw]):
+            try:
+                return prim.scalar(*raw)
+            except (ArithmeticError, ValueError):
+                pass  # Python raises where IEEE arithmetic has an answer: NumPy gives that answer and its warning
+        out = _settle(prim.forward(*map(_public, raw), **params))
+        if "dtype" in params:
+            return out
+        if not np.ndim(out):
+            return float(out) if isinstance(out, np.floating) else bool(out) if isinstance(out, np.bool_) else out
+        return out.astype(np.float32) if out.dtype == np.float64 else out
+    if weak and not isinstance(prim.forward, np.ufunc):  # others would take a Python float for a float64
+        floats = [x.dtype for x in raw if hasattr(x, "dtype") and x.dtype.kind == "f"]
+        dtype = np.result_type(*floats) if floats else np.dtype(np.float32)
+        raw = [dtype.type(x) if type(x) is float else x for x in raw]
+    out = prim.forward(*raw, **params)
+    return out if type(out) is np.ndarray and out.ndim else _settle(out)
+
+
+def _constant(x, prim: Primitive):
+    """Checks an operand that is neither Value nor Tensor: a Python float or bool, or a raw array."""
+    if isinstance(x, (float, int, np.floating, np.integer, np.bool_)):
+        return bool(x) if isinstance(x, (bool, np.bool_)) else x if type(x) is int else float(x)
+    if _is_foreign(x):
+        x = _known_shape(x, prim.name)
+    elif not isinstance(x, (np.ndarray, list, tuple)):
+        raise TypeError(f"{prim.name}: expected a Value, Tensor, array or number, got {type(x).__name__}")
+    else:
+        try:
+            x = np.asarray(x)
+        except ValueError as error:
+            raise ValueError(f"{prim.name}: operand must be rectangular, got ragged sequences ({error})") from None
+    if x.dtype.kind not in "fiub":
+        raise TypeError(f"{prim.name}: operands must be real numbers, got an array of dtype {x.dtype}")
+    return x
+
+
+def _take_dtype(operands: tuple) -> tuple:
+    """Raw arrays among the operands take the dtype of those they meet, else float32; masks, and integers that meet
+    integers, stay as they are. Other integers become floats."""
+    held = {x._data.dtype for x in operands if isinstance(x, Array) and not isinstance(x._data, (float, bool))}
+    floating = [dtype for dtype in held if dtype.kind == "f"]
+    dtype = np.result_type(*floating) if floating else np.dtype(np.float32)
+    kinds = "f" if held and not floating else "fiu"
+    whole = held and not floating
+    return tuple(
+        [
+            float(x)
+            if type(x) is int and not whole
+            else x
+            if isinstance(x, (Array, int, float, bool)) or x.dtype.kind not in kinds
+            else x.astype(dtype, copy=False)
+            for x in operands
+        ]
+    )
+
+
+def _apply(prim: Primitive, operands: tuple, params: dict):
+    """Computes a primitive on any kinds of operand: a node if one is a Value, a Tensor if one is, else a raw result."""
+    kind, constants, usual, raw = None, False, True, []
+    limit = _config.min_elements_for_parallel if _chunking else math.inf
+    for x in operands:
+        if isinstance(x, Value):
+            kind, x = Value, x._data
+        elif isinstance(x, Tensor):
+            usual = usual and not x._choice
+            kind, x = kind or Tensor, x._data
+        elif type(x) is not float:
+            constants = True
+        if type(x) is not np.ndarray or x.size >= limit:
+            usual = False
+        raw.append(x)
+    if kind is None:
+        if _chunking and any(type(x) is Chunked for x in operands):
+            return _evaluate(prim, operands, params)
+        return prim.forward(*operands, **params)
+    if usual and not constants:  # what `_evaluate` would do, without its questions
+        out = prim.forward(*raw, **params)
+        out = out if type(out) is np.ndarray and out.ndim else _settle(out)
+    else:
+        raw = x = None  # an array that is held here would seem to be held by somebody who may write to it
+        if _chunking and (prim.elementwise or prim.name in _REDUCTIONS):
+            for x in operands:
+                if isinstance(x, Array):
+                    x._follow_config()
+        if constants:
+            operands = _take_dtype(tuple([x if isinstance(x, Array) else _constant(x, prim) for x in operands]))
+        out = _evaluate(prim, [x._data if isinstance(x, Array) else x for x in operands], params)
+    if kind is Value:
+        return _node(out, prim, operands, params)
+    if len(operands) == 1:
+        return _wrap(out, operands[0]._choice)
+    choices = {x._choice for x in operands if isinstance(x, Tensor)}
+    return _wrap(out, True if True in choices else None if None in choices else False)
+
+
+class Array:
+    """What Tensor and Value share. Operators, and a method for every entry of the table, are added below."""
+
+    __slots__ = ("_data", "__weakref__")
+    __hash__ = object.__hash__
+
+    shape: tuple[int, ...] = property(lambda self: getattr(self._data, "shape", ()))
+    ndim: int = property(lambda self: len(self.shape))
+    size: int = property(lambda self: math.prod(self.shape))
+    dtype: np.dtype = property(lambda self: (self._data if hasattr(self._data, "dtype") else _public(self._data)).dtype)
+    nbytes: int = property(lambda self: self.size * self.dtype.itemsize)
+    T = property(lambda self: np.transpose(self))
+    mT = property(lambda self: np.matrix_transpose(self))
+
+    def _follow_config(self) -> None:
+        """Makes the raw array chunked if this is distributed now, and an ndarray if it is not."""
+        raw = self._data
+        small = isinstance(raw, (float, bool)) or raw.size < _config.min_elements_for_parallel
+        if small and type(raw) is not Chunked and getattr(self, "_choice", None) is None:
+            return  # the usual case, before anything else is asked
+        if self.distributed and not _mode.tracing and not _fault.depth:
+            if type(raw) is np.ndarray:
+                self._data = Chunked(raw)
+        elif type(raw) is Chunked:
+            self._data = raw.expose()
+
+    def item(self) -> float | int | bool:
+        """The one element as a Python number; ValueError if there are more."""
+        raw = self._data
+        if type(raw) is float:
+            return raw
+        if self.size != 1:
+            raise ValueError(f"{type(self).__name__}.item: expected one element, got shape {self.shape}")
+        return _public(_computed([raw])[0] if _is_foreign(raw) else raw).item()
+
+    def tolist(self) -> Any:
+        return _public(_computed([self._data])[0]).tolist()
+
+    def reshape(self, *shape):
+        return np.reshape(self, shape[0] if len(shape) == 1 else shape)
+
+    def transpose(self, *axes):
+        return np.transpose(self, (axes[0] if isinstance(axes[0], (tuple, list)) else axes) if axes else None)
+
+    def flatten(self):
+        return np.ravel(self)
+
+    def astype(self, dtype: Any):
+        dtype, kinds = np.dtype(dtype), "f" if isinstance(self, Value) else "fiub"
+        if dtype.kind not in kinds:
+            raise TypeError(f"astype: dtype must be {'floating' if kinds == 'f' else 'real'}, got {dtype}")
+        return _as_dtype(self, dtype)
+
+    def __getitem__(self, index):
+        index = index if isinstance(index, tuple) else (index,)
+        index = tuple(_index_array(i) if isinstance(i, list) else _wrap(i) if _is_foreign(i) else i for i in index)
+        parts = [i for i in index if isinstance(i, Array)]
+        return _getitem(self, *parts, index=tuple(_HOLE if isinstance(i, Array) else i for i in index))
+
+    def __len__(self):
+        if not self.ndim:
+            raise TypeError(f"a 0-d {type(self).__name__} has no length and cannot be iterated over")
+        return self.shape[0]
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __contains__(self, x):
+        return bool(np.any(np.equal(self._data, _raw(x))))
+
+    def __bool__(self):
+        return bool(self._data)
+
+    def __float__(self):
+        return float(self.item())
+
+    def __int__(self):
+        return int(self.item())
+
+    def __index__(self):
+        return operator.index(self.item())
+
+    def __round__(self, decimals=0):
+        return np.round(self, decimals)
+
+
+class Tensor(Array):
+    """An array without gradient, with NumPy's arithmetic, functions and methods.
+
+    data: numbers, nested sequences, an array, a Tensor or a Value; copied. Arrays become float32 unless dtype says
+        otherwise or data is a Tensor or Value; a single number is held in double precision and is weak, like a Python
+        float. Ragged sequences raise ValueError; complex, text and objects TypeError. An array of another library
+        that speaks NumPy's protocols, such as a `dask.array`, is kept, with its dtype, and counts as distributed.
+    dtype: a floating, integer or boolean NumPy dtype.
+    distributed: True or False to force it, None to leave it to `set_distributed_config`.
+
+    A 0-d Tensor behaves like a number: comparisons give a bool, formatting works, and `+=` makes a new one.
+    """
+
+    __slots__ = ("_choice", "_owner")
+
+    def __init__(self, data: Any, dtype: Any = None, distributed: bool | None = None):
+        global _chunking
+        if not (distributed is None or isinstance(distributed, bool)):
+            raise TypeError(f"Tensor: distributed must be True, False or None, got {distributed!r}")
+        _chunking |= distributed is True
+        self._data, self._choice, self._owner = _as_raw(data, dtype, "Tensor"), distributed, None
+
+    @property
+    def data(self) -> np.ndarray | np.generic:
+        """The array itself (writing to it is seen here); a NumPy scalar for 0-d."""
+        return _public(self._data)
+
+    @data.setter
+    def data(self, new):
+        if _raw(new) is not self._data:
+            self._data = _conform(new, self._data, "Tensor.data")
+            if self._owner:
+                setattr(*self._owner, self._data)
+
+    @property
+    def distributed(self) -> bool:
+        """Whether it counts as distributed: forced, or large enough by the configuration in force; never if 0-d."""
+        if self._choice is not None or _is_foreign(self._data):
+            return _is_foreign(self._data) or (self._choice and self.ndim > 0)
+        return _config.enabled and self.ndim > 0 and self.size >= _config.min_elements_for_parallel
+
+    def enable_distributed(self) -> None:
+        global _chunking
+        self._choice = _chunking = True
+
+    def disable_distributed(self) -> None:
+        self._choice = False
+
+    def numpy(self) -> np.ndarray:
+        """A copy as an ndarray."""
+        return np.array(self._data)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self._data, dtype) if copy else np.asarray(self._data, dtype)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if any(isinstance(x, Value) for x in inputs):
+            return NotImplemented
+        if method == "__call__" and not kwargs and ufunc in TABLE:
+            return TABLE[ufunc](*inputs)
+        return _on_arrays(getattr(ufunc, method), inputs, kwargs)
+
+    def __array_function__(self, function, kinds, args, kwargs):
+        if any(issubclass(kind, Value) for kind in kinds):
+            return NotImplemented
+        entry = TABLE.get(function)
+        if entry is None or "out" in kwargs or "where" in kwargs or "dtype" in kwargs:
+            return _on_arrays(function, args, kwargs)  # no gradient is needed: NumPy itself will do
+        return entry(*args, **kwargs)
+
+    def __setitem__(self, index, new):
+        if not self.ndim:
+            raise TypeError("a 0-d Tensor cannot be indexed; assign to .data")
+        index = tuple(map(_public, map(_raw, index))) if isinstance(index, tuple) else _public(_raw(index))
+        _public(self._data)[index] = _public(_raw(new))
+
+    def __reduce__(self):
+        return _wrap, (self._data, self._choice)
+
+    def __copy__(self):
+        return Tensor(self, distributed=self._choice)
+
+    def __repr__(self):
+        if not self.ndim:
+            return f"Tensor({self._data})"
+        values = _chunks_of(self._data)
+        if not _is_foreign(self._data) and self.size <= 8:
+            values = f", data={self.tolist()}"
+        return f"Tensor(shape={self.shape}, dtype={self.dtype}, distributed={self.distributed}{values})"
+
+    def __str__(self):
+        return repr(self) if self.ndim else str(self.data)
+
+    def __format__(self, spec):
+        if spec and self.ndim:
+            raise TypeError(f"Tensor: format {spec!r} needs one number, got shape {self.shape}")
+        return format(_computed([self.data])[0], spec) if spec else str(self)
+
+
+def _chunks_of(raw) -> str:
+    return f", chunksize={raw.chunksize}" if hasattr(raw, "chunksize") else ""
+
+
+def _wrap(raw, choice=None, owner=None) -> Tensor:
+    """A Tensor around a raw value, not copied; with an owner (object, attribute), assigning to .data writes through."""
+    tensor = _new(Tensor)
+    tensor._data, tensor._choice, tensor._owner = raw, choice, owner
+    return tensor
+
+
+def _on_arrays(function, args, kwargs):
+    """Calls a function of NumPy on the arrays of Tensors, however nested, and wraps the arrays that come out."""
+
+    def each(f, x):
+        if not isinstance(x, (list, tuple)):
+            return f(x)
+        items = [each(f, i) for i in x]
+        return type(x)(items) if type(x) in (list, tuple) else type(x)(*items)
+
+    out = function(*each(_raw, args), **{name: each(_raw, x) for name, x in kwargs.items()})
+    target = kwargs.get("out")
+    target = target[0] if isinstance(target, tuple) and len(target) == 1 else target
+    if target is not None:
+        return target
+    return each(lambda x: _wrap(_settle(x)) if getattr(getattr(x, "dtype", None), "kind", "O") in "fiub" else x, out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Value
+#
+# A node of the graph: raw data, the primitive that made it and its operands. Nodes are numbered as they are made, after
+# their operands; so "newest first" is an order in which every node comes before its operands, and the backward sweep is
+# a loop over nodes sorted by number, with no recursion however deep the graph.
+# Invariant: once made, only a node's data (in a replay) and its gradient change.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Mode(threading.local):
+    recording = True  # whether operations make nodes with history, in this thread
+    tracing = False  # whether arrays stay plain, in this thread
+    depth = 0  # how many gradient functions are at work around this call, in this thread
+
+
+_mode = _Mode()
+_next_number = itertools.count(1).__next__
+_NO_PARAMS: dict[str, Any] = {}
+
+
+class Value(Array):
+    """A number or array that is differentiated.
+
+    data: a number computes in double precision and is weak (it takes on the dtype of arrays that it meets); arrays and
+        sequences become float32 unless dtype says otherwise, Tensors and Values keep their dtype. The data is copied.
+    dtype: a floating NumPy dtype.
+    label: a name, for pictures and messages.
+
+    Operators, methods and NumPy's functions make new Values. Other operands may be Tensors (inputs without gradient),
+    numbers and raw arrays (constants, kept by reference: changing such an array before `backward` is an error that
+    is not noticed). Comparisons and the like give Values without gradient, which can stand in an `if`.
+    """
+
+    __slots__ = ("_grad", "_prim", "_args", "_params", "_needs", "_number", "label")
+
+    def __init__(self, data: Any, dtype: Any = None, label: str = ""):
+        if not isinstance(label, str):
+            raise TypeError(f"Value: label must be a string, got {label!r}")
+        self._data = data if type(data) is float and dtype is None else _as_raw(data, dtype, "Value", "f")
+        self._grad = self._prim = None
+        self._args, self._params, self._needs, self._number, self.label = (), _NO_PARAMS, True, _next_number(), label
+
+    # --- data and gradient ---
+
+    @property
+    def data(self) -> Tensor:
+        """The data as a Tensor; assigning to it, or to its `.data`, changes this Value."""
+        return _wrap(self._data, None, (self, "_data"))
+
+    @data.setter
+    def data(self, new):
+        if _raw(new) is not self._data:
+            new = _conform(new, self._data, "Value.data")
+            if np.shape(new) != self.shape:
+                self._grad = None  # it was that of other data
+            self._data = new
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient as a Tensor, zeros before any backward; assign 0 or None to reset it."""
+        if self._grad is None:
+            self._grad = _filled_like(self._data, 0)
+        elif type(self._grad) is np.ndarray and not self._grad.flags.writeable:  # a broadcast view
+            self._grad = self._grad.copy()
+        return _wrap(self._grad, None, (self, "_grad"))
+
+    @grad.setter
+    def grad(self, new):
+        if new is not None and (new := _raw(new)) is not self._grad:
+            new = _conform(new, _filled_like(self._data, 0), "Value.grad")
+            if np.shape(new) != self.shape:
+                raise ValueError(f"Value.grad: expected shape {self.shape}, got {np.shape(new)}")
+        self._grad = new
+
+    @property
+    def distributed(self) -> bool:
+        return self.data.distributed
+
+    def detach(self) -> Value:
+        """The same data, through which no gradient flows."""
+        return _detach(self)
+
+    # --- the graph ---
+
+    @property
+    def _prev(self) -> set[Value]:
+        """The Values this one was made from, as micrograd calls them."""
+        return {x for x in self._args if isinstance(x, Value)}
+
+    @property
+    def _op(self) -> str:
+        return self._prim.symbol if self._prim else ""
+
+    def forward(self) -> Value:
+        """Computes the graph anew from the current data of its leaves and Tensors; returns this Value.
+
+        Their shapes may change where no operation was told one: matrix products, element-wise operations, reductions
+        and nn's networks and losses take a batch of another size. What computes shapes or indices when it is called
+        (reshape to a shape, repeat, roll, split, trace, tile, pad, ...) goes on with those of the first time.
+        """
+        for node in reversed(_newest_first(self, everything=True)):
+            if node._prim is not None:
+                node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
+        return self
+
+    def backward(self, gradient: Any = None, retain_grads: bool = True) -> None:
+        """Adds the gradient of this Value to the `.grad` of the leaves it was computed from.
+
+        gradient: of this Value's shape, the gradient to start from; ones unless given.
+        retain_grads: whether the nodes in between keep theirs (replacing an earlier one); False saves the memory.
+
+        A gradient is of its leaf's kind. What is a Dask array before, and belongs to a leaf that is none, is computed
+        in one pass over the cluster, and this Value with it if it is a number.
+
+        If it fails (a rule raises, Ctrl-C), the leaves' gradients are as before.
+        """
+        grads = _at_home(_backpropagate(self, self._seed(gradient), retain=retain_grads), self)
+        # A leaf owns its gradient: a view, or an array that is the gradient of another node too, is copied.
+        shared = {id(g) for node, g in grads.items() if node._prim is not None}
+        for leaf in [node for node in grads if node._prim is None]:
+            g = grads[leaf]
+            if leaf._grad is not None:
+                grads[leaf] = leaf._grad + g
+            elif type(g) is np.ndarray and (g.base is not None or id(g) in shared):
+                grads[leaf] = g.copy()
+            shared.add(id(g))
+        for node, g in grads.items():
+            node._grad = g
+
+    def _seed(self, gradient):
+        """The raw gradient that a backward sweep starts from."""
+        if not self._needs:
+            raise TypeError(f"backward: no gradient flows to {self!r}, there is nothing to differentiate")
+        if gradient is None:
+            return _filled_like(self._data, 1)
+        if np.shape(_raw(gradient)) != self.shape:
+            raise ValueError(f"backward: gradient must have shape {self.shape}, got {np.shape(_raw(gradient))}")
+        return _conform(gradient, self._data, "backward: gradient")
+
+    # --- what Python and NumPy ask of a number or array ---
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if method != "__call__":
+            raise TypeError(f"{ufunc.__name__}.{method} is not supported on a Value; use functions of the table")
+        if kwargs:
+            raise TypeError(f"{ufunc.__name__}: {', '.join(kwargs)}= is not supported on a Value")
+        return _entry(ufunc)(*inputs)
+
+    def __array_function__(self, function, kinds, args, kwargs):
+        entry = _entry(function)
+        if isinstance(entry, Primitive) and entry.operands:
+            n = len(entry.operands)
+            if len(args) == n and not kwargs:
+                return _apply(entry, args, _NO_PARAMS)
+            # By NumPy's names, in whose order they came; its defaults need no support.
+            given = dict(zip(_argument_names(function)[n:], args[n:])) | kwargs
+            return entry(*args[:n], **{k: x for k, x in given.items() if x is not None or k in entry.params})
+        return entry(*args, **kwargs)
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError(
+            "a Value does not turn into an array by itself, which would lose its gradient: "
+            "take .data.data for the numbers, np.stack to join Values"
+        )
+
+    def __setitem__(self, index, new):
+        raise TypeError(
+            "a Value cannot be assigned to in place: use np.where(mask, new, v) or np.concatenate, "
+            "or v.data[index] = new to change the data of a leaf"
+        )
+
+    def __copy__(self):
+        twin = _node(self._data, self._prim, self._args, self._params)
+        twin._data = _settle(np.array(self._data)) if isinstance(self._data, np.ndarray) else self._data
+        twin._grad = self._grad.copy() if isinstance(self._grad, np.ndarray) else self._grad
+        twin._needs, twin.label = self._needs, self.label
+        return twin
+
+    def __reduce__(self):
+        # A graph is pickled as a flat list of its inner nodes, oldest first, so that its depth does not matter. Leaves
+        # stay objects of their own in that list: pickle and deepcopy keep their identity.
+        nodes = [node for node in reversed(_newest_first(self, everything=True)) if node._args or node is self]
+        place = {node: _Place(i) for i, node in enumerate(nodes)}
+        rows = [
+            (n._prim, tuple(place.get(x, x) if isinstance(x, Value) else x for x in n._args))
+            + (n._params, n._needs, n._data, n._grad, n.label)
+            for n in nodes
+        ]
+        return _rebuild, (rows,)
+
+    def __repr__(self):
+        label = f", label={self.label!r}" if self.label else ""
+        made = f", op={self._prim.name!r}" if self._prim else ""
+        if self.ndim or _is_foreign(self._data):
+            return f"Value(shape={self.shape}, dtype={self.dtype}{_chunks_of(self._data)}{made}{label})"
+        return f"Value(data={self._data}, grad={self._grad or 0.0}{made}{label})"
+
+    def __format__(self, spec):
+        return format(self.data, spec) if spec else repr(self)
+
+
+def _entry(function):
+    if function not in TABLE:
+        raise TypeError(
+            f"np.{function.__name__} is not in picograd's table, so it has no gradient: "
+            "add it with picograd.primitive, or call it on .data.data where none is needed"
+        )
+    return TABLE[function]
+
+
+def _node(data, prim, args, params) -> Value:
+    """A new node; under `no_grad` a leaf."""
+    node = _new(Value)
+    node._data, node._grad, node._number, node.label = data, None, _next_number(), ""
+    node._needs, place = False, 0
+    for x in args:
+        if isinstance(x, Value) and x._needs and prim and prim.vjps[place] is not None:
+            node._needs = True
+            break
+        if prim.operands:
+            place += 1
+    if _mode.recording:
+        node._prim, node._args, node._params = prim, args, params
+    else:
+        node._prim, node._args, node._params = None, (), _NO_PARAMS
+    return node
+
+
+def _record(prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
+    """A node for the operation, also if its operands are Tensors only: a replay reads them anew."""
+    return _node(_evaluate(prim, [_raw(x) for x in args], params), prim, args, params)
+
+
+_OVERWRITE_ELEMENTS = 1 << 14  # below, a buffer of its own costs less than the checks
+
+
+def _write_over(function: Callable, spent: Value, *others: Value):
+    """function(spent, *others), in the buffer of `spent`: a result that the caller made and nobody else holds.
+
+    Halves the memory of x @ w + b and its activation. Walkers of the graph who ask for the data of `spent` all the same
+    have it computed again, from what the leaves are then.
+    """
+    prim, raw = TABLE.get(function, function), spent._data
+    if type(raw) is not np.ndarray or raw.size < _OVERWRITE_ELEMENTS:
+        return prim(spent, *others)
+    if not (
+        "operands" not in getattr(prim, "reads", "operands")
+        and (spent._prim is None or "out" not in spent._prim.reads)
+        and not any(_is_foreign(x._data) for x in others)
+        and all(np.broadcast_shapes(raw.shape, x.shape) == raw.shape for x in others)
+        and np.result_type(raw, *(x._data for x in others)) == raw.dtype
+    ):
+        return prim(spent, *others)
+    out = prim.forward(raw, *(x._data for x in others), out=raw)
+    spent.__class__ = _Overwritten
+    return _node(out, prim, (spent, *others), _NO_PARAMS)
+
+
+class _Overwritten(Value):
+    """A node that another's data was written over. Computed anew if somebody asks, it is a plain Value again."""
+
+    __slots__ = ()
+
+    @property
+    def _data(self):
+        self._data = _evaluate(self._prim, [_raw(x) for x in self._args], self._params)
+        return self._data
+
+    @_data.setter
+    def _data(self, new):
+        self.__class__ = Value
+        self._data = new
+
+
+class _Place(int):
+    """In a pickled graph, an operand that is the node at this place of the list."""
+
+
+def _rebuild(rows) -> Value:
+    nodes: list[Value] = []
+    for prim, args, params, needs, data, grad, label in rows:
+        node = _node(data, None, (), params)
+        node._prim, node._args, node._params = prim, tuple([nodes[x] if type(x) is _Place else x for x in args]), params
+        node._needs, node._grad, node.label = needs, grad, label
+        nodes.append(node)
+    return nodes[-1]
+
+
+# --- the backward sweep ---
+
+
+def _newest_first(root: Value, stop=frozenset(), everything=False) -> list[Value]:
+    """The nodes that root depends on, newest first: those that a gradient flows to, or everything."""
+    seen, nodes = {root}, [root]
+    for node in nodes:  # the list grows as it is walked
+        if stop and node in stop:
+            continue
+        for x in node._args:
+            if isinstance(x, Value) and (x._needs or everything) and x not in seen:
+                seen.add(x)
+                nodes.append(x)
+    nodes.sort(key=_get_number, reverse=True)
+    return nodes
+
+
+_get_number = operator.attrgetter("_number")
+
+
+def _filled_like(raw, number):
+    """A raw value of that shape and dtype; of a Python bool, a float."""
+    if type(raw) is float or type(raw) is bool:
+        return float(number)
+    if not raw.ndim:
+        return raw.dtype.type(number)  # also of a foreign array: a seed needs no cluster
+    return np.full_like(raw, number)
+
+
+_SPREAD_ELEMENTS = 1 << 12  # below, a gradient that is the same number throughout is written out
+
+
+@functools.lru_cache(16)
+def _ones(n: int, dtype: np.dtype) -> np.ndarray:
+    return np.ones(n, dtype)
+
+
+def _fit(g, raw):
+    """A gradient, as a rule gave it, for an operand like `raw`: summed over broadcast axes, and of its dtype."""
+    shape = () if type(raw) is float else raw.shape
+    had = () if type(g) is float else g.shape
+    if had != shape:
+        if len(had) == 2 and had[1:] == shape and type(g) is np.ndarray:
+            g = _ones(had[0], g.dtype).dot(g)  # a bias' gradient: BLAS sums rows twice as fast as NumPy
+        elif len(had):
+            extra = len(had) - len(shape)
+            axes = tuple([i for i, n in enumerate(had) if i < extra or (n != 1 and shape[i - extra] == 1)])
+            if axes:
+                add = np.add.reduce if type(g) is np.ndarray else np.sum
+                g = add(g, axis=axes, keepdims=len(axes) != extra)
+                g = np.reshape(g, np.shape(g)[extra:]) if extra > 0 and len(axes) != extra else g
+        if np.shape(g) != shape:
+            if _is_foreign(raw):
+                g = np.zeros_like(raw) + g  # in the chunks of raw
+            elif type(g) is not Value and not had and raw.size < _SPREAD_ELEMENTS:
+                g = np.full(shape, g)  # a view takes longer
+            else:
+                g = np.broadcast_to(g, shape)
+    weak = type(raw) is float
+    if weak and _is_foreign(g):
+        return g  # `_at_home` computes it with all others
+    if weak == (type(_raw(g)) is float) and (weak or g.dtype == raw.dtype):
+        return g
+    dtype = float if weak else raw.dtype
+    return _as_dtype(g, dtype) if isinstance(g, Value) else _settle(_as_dtype.forward(g, dtype))
+
+
+def _at_home(grads: dict[Value, Any], root: Value) -> dict[Value, Any]:
+    """The gradients of leaves held by Python or NumPy, computed if they are foreign; with them the root, if a number.
+
+    One pass computes them all, and nothing is changed before it is done.
+    """
+    away = [x for x, g in grads.items() if x._prim is None and _is_foreign(g) and not _is_foreign(x._data)]
+    if away:
+        with_root = _is_foreign(root._data) and not root.ndim
+        done = _computed([grads[x] for x in away] + [root._data] * with_root)
+        if with_root:
+            root._data = done[-1]
+        grads.update((x, float(g) if type(x._data) is float else g) for x, g in zip(away, done))
+    return grads
+
+
+def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=False) -> dict[Value, Any]:
+    """The gradients of every node that root depends on; the sweep does not go past the nodes in `stop`.
+
+    Without `retain` only the gradients of leaves and of nodes in `stop` are kept. With `symbolic` gradients are Values.
+    """
+    grads, ndarray = {root: seed}, np.ndarray
+    for node in _newest_first(root, stop):
+        prim = node._prim
+        if prim is None:  # a leaf
+            continue
+        g = grads.get(node)
+        if g is None or (stop and node in stop):  # no rule gave it a gradient, or the sweep ends here
+            continue
+        args, params, out, variadic = node._args, node._params, node, prim.operands is None
+        if not retain:
+            del grads[node]
+            node._grad = None
+        if symbolic:
+            # A Tensor becomes a node: what a rule computes from it is recorded, too, and a replay reads it anew.
+            operands = [_record(_detach, (x,)) if isinstance(x, Tensor) else x for x in args]
+        else:
+            # Where data was written over, no rule reads it; g has its shape and dtype, which is all that `_fit` needs.
+            out = g if type(node) is _Overwritten else node._data
+            operands = []
+            for x in args:
+                if isinstance(x, (Value, Tensor)):
+                    x = g if type(x) is _Overwritten and "operands" not in prim.reads else x._data
+                operands.append(x)
+        weak, foreign = False, None
+        if type(out) is not ndarray or type(g) is not ndarray:
+            weak = type(out) is float and type(g) is float and not variadic
+            foreign = None if weak else next((x for x in (g, out) if _is_foreign(x)), None)
+        for i, x in enumerate(args):
+            if not isinstance(x, Value) or not x._needs:
+                continue
+            rule = prim.vjps[0 if variadic else i]
+            if rule is None:
+                continue
+            if weak:
+                try:
+                    h = rule(g, out, *operands, **params) if params else rule(g, out, *operands)
+                    if type(h) is not float:
+                        h = float(h)
+                except (ArithmeticError, ValueError, TypeError):  # also a complex power: NumPy has the IEEE answer
+                    h = float(rule(_public(g), _public(out), *map(_public, operands), **params))
+            else:
+                if foreign is not None:
+                    rule = _lazily(prim, foreign)(rule)
+                if variadic:
+                    h = rule(i, g, out, operands, **params)
+                else:
+                    h = rule(g, out, *operands, **params) if params else rule(g, out, *operands)
+                if h is None:
+                    continue
+                if foreign is g and not _is_foreign(h):
+                    raise _not_offered(prim, g)
+                raw = x._data if symbolic else operands[i]
+                if type(h) is not ndarray or type(raw) is not ndarray or h.shape != raw.shape or h.dtype != raw.dtype:
+                    h = _fit(h, raw)
+            had = grads.get(x)
+            grads[x] = h if had is None else had + h
+    return grads
+
+
+@contextlib.contextmanager
+def no_grad() -> Iterator[None]:
+    """Within it, in this thread, results are leaves without history. Also a decorator."""
+    before, _mode.recording = _mode.recording, False
+    try:
+        yield
+    finally:
+        _mode.recording = before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Gradients
+#
+# Functions of functions: in comes a function of NumPy's arithmetic, out a function that returns derivatives of it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Callable):
+    """Calls f with the arguments `argnums` as fresh variables: its output, and per seed the gradients by them.
+
+    seeds: maps the raw output to the gradients that the backward sweeps start from.
+    On a Value, or inside another gradient function, the gradients are Values again, to be differentiated further.
+    """
+    numbers = tuple(argnums) if isinstance(argnums, (tuple, list)) else (argnums,)
+    if not all(isinstance(i, (int, np.integer)) for i in numbers):
+        raise TypeError(f"argnums: expected an integer or a tuple of integers, got {argnums!r}")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"argnums: names an argument twice: {argnums}")
+    for i in numbers:
+        if not -len(args) <= i < len(args):
+            raise ValueError(f"argnums: asks for argument {i}, but the function was called with {len(args)}")
+    args = list(args)
+    symbolic = _mode.depth > 0 or any(isinstance(args[i], Value) for i in numbers)
+    before, _mode.recording, _mode.depth = _mode.recording, True, _mode.depth + 1
+    try:
+        variables = [_variable(args[i], i) for i in numbers]
+        for i, variable in zip(numbers, variables):
+            args[i] = variable
+        out = f(*args, **kwargs)
+        if not isinstance(out, (Array, np.ndarray, np.number, int, float)):
+            raise TypeError(f"the function to differentiate must return a Value or number, got {type(out).__name__}")
+        rows = []
+        for seed in seeds(_raw(out)):
+            grads = {}
+            if isinstance(out, Value) and out._needs:
+                grads = _backpropagate(out, _leaf(seed) if symbolic else seed, set(variables), False, symbolic)
+                grads = grads if symbolic else _at_home(grads, out)
+            rows.append([grads[v] if v in grads else _filled_like(v._data, 0) for v in variables])
+    finally:
+        _mode.recording, _mode.depth = before, _mode.depth - 1
+    return out, rows
+
+
+def _variable(x, i):
+    """A fresh node for argument i of a function; connected to x if that is a Value."""
+    if isinstance(x, Value):
+        return np.positive(x)
+    dtype = getattr(x, "dtype", None)
+    try:
+        return Value(x, dtype if np.ndim(x) and getattr(dtype, "kind", "") == "f" else None)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"argument {i}: {error}") from None
+
+
+def _leaf(raw) -> Value:
+    """A Value around a raw value, which is not copied."""
+    leaf = Value(0.0)
+    leaf._data = raw
+    return leaf
+
+
+def _hand_out(result, x):
+    """A result for argument x: a Value for a Value, or where an outer gradient function needs one; else NumPy's."""
+    if isinstance(x, Value) or (_mode.depth and isinstance(result, Value) and result._needs):
+        return result if isinstance(result, Value) else _leaf(result)
+    return _public(_raw(result))
+
+
+def _one_number(raw):
+    if math.prod(np.shape(raw)) != 1:
+        raise ValueError(
+            f"grad: the function must return one number, got shape {np.shape(raw)}; see jacobian and elementwise_grad"
+        )
+    return [_filled_like(raw, 1)]
+
+
+def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
+    """A function that returns f's value and its gradient by the argument(s) argnums (a tuple for a tuple).
+
+    A number or array in gives a NumPy number or array out, computed in the array's own floating dtype; a Value in gives
+    Values out, which can be differentiated again. f must return one number, else ValueError. Nests to any order.
+    """
+
+    def value_and_gradient(*args, **kwargs):
+        out, (row,) = _differentiate(f, argnums, args, kwargs, _one_number)
+        if isinstance(argnums, (int, np.integer)):
+            return _hand_out(out, args[argnums]), _hand_out(row[0], args[argnums])
+        given = [args[i] for i in argnums]
+        value = _hand_out(out, next((x for x in given if isinstance(x, Value)), None))
+        return value, tuple(map(_hand_out, row, given))
+
+    return value_and_gradient
+
+
+def grad(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
+    """A function that returns the gradient of f; see `value_and_grad`."""
+
+    def gradient(*args, **kwargs):
+        return value_and_grad(f, argnums)(*args, **kwargs)[1]
+
+    return gradient
+
+
+def elementwise_grad(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
+    """The derivative of each output element of an element-wise f by its input element: the gradient of the sum."""
+    return grad(lambda *args, **kwargs: np.sum(f(*args, **kwargs)), argnums)
+
+
+def jacobian(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
+    """A function that returns the derivatives of every output of f by every element of the argument(s) argnums.
+
+    Of shape (*output shape, *argument shape); one backward sweep per output element.
+    """
+
+    def units(raw):
+        if not np.ndim(raw):
+            return [_filled_like(raw, 1)]
+        return [unit.reshape(raw.shape) for unit in np.eye(raw.size, dtype=raw.dtype)]
+
+    def derivatives(*args, **kwargs):
+        single = isinstance(argnums, (int, np.integer))
+        out, rows = _differentiate(f, argnums, args, kwargs, units)
+        results = []
+        for k, i in enumerate((argnums,) if single else argnums):
+            shape = np.shape(_raw(out)) + np.shape(_raw(args[i]))
+            column = [row[k] for row in rows]
+            if shape:
+                stack = np.stack if any(isinstance(g, Value) for g in column) else np.array
+                column = [np.reshape(stack(column), shape) if column else np.zeros(shape)]
+            results.append(_hand_out(column[0], args[i]))
+        return results[0] if single else tuple(results)
+
+    return derivatives
+
+
+def hessian(f: Callable, argnum: int = 0) -> Callable:
+    """A function that returns the second derivatives of f, which returns one number, by the elements of an argument."""
+    return jacobian(grad(f, argnum), argnum)
+
+
+def check_gradients(
+    f: Callable, *args: Any, order: int = 1, step: float = 1e-5, rtol: float = 1e-5, atol: float = 1e-7
+) -> None:
+    """Compares the gradients of f with central finite differences, in double precision.
+
+    f: returns a Value of any shape.
+    args: numbers, floating arrays, Tensors and Values are differentiated, anything else is passed on as it is.
+    order: 2 also checks the gradients of the gradients.
+    step, rtol, atol: of the differences; the two may differ by atol + rtol * their size.
+    Raises AssertionError that names the argument, the element and both numbers.
+    """
+    raws, free = [], []
+    for i, x in enumerate(args):
+        raw = np.asarray(_raw(x))
+        if raw.dtype.kind == "f" or (raw.dtype.kind == "i" and isinstance(x, int)):
+            free.append(i)
+        raws.append(raw.astype(np.float64) if i in free else x)
+    if not free:
+        raise TypeError("check_gradients: expected at least one number or floating array among the arguments")
+    weak = {i for i, x in enumerate(args) if isinstance(_raw(x), (int, float)) and not isinstance(x, np.float64)}
+    weights: list = []
+
+    def total(*values):
+        out = f(*values)
+        if not isinstance(out, Value):
+            raise TypeError(f"check_gradients: the function must return a Value, got {type(out).__name__}")
+        if not weights:  # a fixed random direction, so that errors of different outputs cannot cancel
+            weights.append(np.random.default_rng(0).uniform(0.5, 1.5, out.shape))
+        return np.sum(out * weights[0]) if out.ndim else out
+
+    def values():
+        return [_leaf(float(x) if i in weak else _settle(x.copy())) if i in free else x for i, x in enumerate(raws)]
+
+    for i in free:
+        gradient = np.asarray(grad(total, i)(*values()).data)
+        for element in np.ndindex(raws[i].shape):
+            kept, sides = raws[i][element].copy(), []
+            for change in (step, -step):
+                raws[i][element] = kept + change
+                with no_grad():
+                    sides.append(float(total(*values())))
+            raws[i][element] = kept
+            numeric, exact = (sides[0] - sides[1]) / (2 * step), float(gradient[element])
+            if not abs(numeric - exact) <= atol + rtol * max(abs(numeric), abs(exact)):
+                place = f", element {element}" if element else ""
+                raise AssertionError(f"argument {i}{place}: gradient {exact!r}, by finite differences {numeric!r}")
+        if order > 1:
+            check_gradients(grad(total, i), *raws, order=order - 1, step=step, rtol=max(rtol, 1e-4), atol=atol)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Catalogue
+#
+# Every operation with its rule; then the operators and methods of Value and Tensor, all from the table.
+# ---------------------------------------------------------------------------------------------------------------------
+
 
 # Intervals that the samples of element-wise primitives are drawn from, away from kinks and poles.
 _REAL, _POSITIVE, _UNIT, _OVER_1 = (-2.0, 2.0), (0.3, 3.0), (-0.9, 0.9), (1.1, 3.0)
@@ -774,21 +1814,6 @@ def _put(a, *parts, shape, index):
     return out
 
 
-def _put_foreign(a, shape, index):
-    """`_put` of an array of another library, which may not offer assignment: zeros around it."""
-    index = [i for i in index if i is not None]
-    for at in [k for k, i in enumerate(index) if i is Ellipsis]:
-        index[at : at + 1] = [slice(None)] * (len(shape) - len(index) + 1)
-    ends = []
-    for n, i in itertools.zip_longest(shape, index, fillvalue=slice(None)):
-        if not isinstance(i, (slice, int, np.integer)) or (isinstance(i, slice) and i.indices(n)[2] != 1):
-            raise TypeError(f"getitem: on {_library(a)}, only integers and slices of step 1 have a gradient, got {i!r}")
-        start, stop, _ = i.indices(n) if isinstance(i, slice) else (i % n, i % n + 1, 1)
-        ends.append((start, max(start, stop)))
-    block = np.reshape(a, tuple(stop - start for start, stop in ends))
-    return np.pad(block, [(start, n - stop) for n, (start, stop) in zip(shape, ends)])
-
-
 _getitem = primitive(
     lambda a, *parts, index: a[_filled(index, parts)],
     lambda i, g, out, operands, index: (
@@ -1255,8 +2280,718 @@ def _like(function):
 for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
     _like(_function)
 
+
+# --- operators and methods of both classes, all from the table ---
+
+
+_FLOAT = np.dtype(np.float64)
+
+
+def _value_operator(prim: Primitive, swapped=False):
+    scalar, differentiable = prim.scalar, prim.vjps[0] is not None
+
+    def method(self, other):
+        kind = type(other)
+        if kind is Value:
+            y = other._data
+        elif kind is float:
+            y = other
+        elif kind is int:
+            whole = type(self._data) is not float and getattr(self._data, "dtype", _FLOAT).kind in "iu"
+            y = other = other if whole else float(other)
+        elif isinstance(other, _OPERANDS) or _is_foreign(other):
+            y = None
+        else:
+            return NotImplemented
+        x = self._data
+        args = (other, self) if swapped else (self, other)
+        if type(x) is float and type(y) is float and scalar is not None and _mode.recording:
+            # The path of micrograd's world: what `_apply` would do, spelled out, as a graph has 10^5 such nodes.
+            try:
+                out = scalar(y, x) if swapped else scalar(x, y)
+            except (ArithmeticError, ValueError):
+                return _apply(prim, args, _NO_PARAMS)
+            node = _new(Value)
+            node._data = out
+            node._grad = None
+            node._prim = prim
+            node._args = args
+            node._params = _NO_PARAMS
+            node._needs = differentiable and (self._needs or (kind is Value and other._needs))
+            node._number = _next_number()
+            node.label = ""
+            return node
+        x = y = None  # see `_apply`
+        return _apply(prim, args, _NO_PARAMS)
+
+    return method
+
+
+def _tensor_operator(prim: Primitive, swapped=False):
+    forward, ndarray = prim.forward, np.ndarray
+
+    def method(self, other):
+        x, kind = self._data, type(other)
+        if kind is Value:
+            return NotImplemented
+        if type(x) is ndarray and self._choice is None and x.size < _config.min_elements_for_parallel:
+            # What `_apply` would do for small arrays, spelled out: there, its checks cost more than the arithmetic.
+            y = other._data if kind is Tensor and other._choice is None else other
+            if kind is int and x.dtype.kind == "f":
+                y = float(other)
+            if type(y) is float or (type(y) is ndarray and kind is Tensor and y.size <= x.size):
+                return _wrap(forward(y, x) if swapped else forward(x, y))
+        if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or _is_foreign(other)):
+            return NotImplemented
+        x = y = None  # see `_apply`
+        out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
+        return out._data if isinstance(out._data, (bool, np.bool_)) else out  # of numbers, a comparison is a bool
+
+    return method
+
+
+def _in_place_operator(prim: Primitive):
+    """`t += x`: arrays are written to once the whole result is there; a 0-d Tensor is replaced, like a number."""
+
+    def method(self, other):
+        if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or _is_foreign(other)):
+            return NotImplemented
+        out = _apply(prim, (self, other), _NO_PARAMS)
+        if not self.ndim and not out.ndim:
+            return out
+        if out.shape != self.shape:
+            raise ValueError(f"Tensor: in place, shape {self.shape} cannot take a result of shape {out.shape}")
+        if type(self._data) is Chunked:
+            self._data.assign(out._data)
+        elif _is_foreign(self._data):
+            self.data = out
+        else:
+            np.copyto(self._data, _computed([_public(out._data)])[0], casting="same_kind")
+        return self
+
+    return method
+
+
+_OPERANDS = (Array, np.ndarray, np.generic, int, float, list, tuple)
+
+for _forward, (_name, _, _) in _OPERATORS.items():
+    _prim = TABLE[_forward]
+    if len(_prim.vjps) == 1:
+        setattr(Array, f"__{_name}__", lambda self, _prim=_prim: _prim(self))
+        continue
+    for _class, _operator in ((Value, _value_operator), (Tensor, _tensor_operator)):
+        setattr(_class, f"__{_name}__", _operator(_prim))
+        if hasattr(operator, f"__i{_name}__"):
+            setattr(_class, f"__r{_name}__", _operator(_prim, swapped=True))
+    if hasattr(operator, f"__i{_name}__"):
+        setattr(Tensor, f"__i{_name}__", _in_place_operator(_prim))
+
+# Methods: every primitive that takes its operands one by one, and the compositions that ndarray has as methods.
+for _key, _function in list(TABLE.items()):
+    _name = getattr(_function, "name", _key.__name__)
+    if _name not in vars(Array) and (hasattr(np.ndarray, _name) or getattr(_function, "operands", None)):
+        setattr(Array, _name, lambda self, *args, _function=_function, **kwargs: _function(self, *args, **kwargs))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Workers
+# 6. nn
+#
+# Networks on Values: modules hold parameters, losses give the Value to call `backward` on, optimizers step. In:
+# numbers, arrays, Tensors (a batch that a replay reads anew) or Values (gradients flow on to them). Also importable as
+# the module `picograd.nn`. Invariant: a parameter stays the same Value; only its data and gradient change.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Module:
+    """A part of a network. Its parameters are the Values in its attributes, in lists, tuples, dicts and sub-Modules."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Value]]:
+        """(dotted name, parameter), in order of definition; a shared one once."""
+        seen: set = set()
+
+        def walk(x, name):
+            if isinstance(x, (Value, Module)):
+                if id(x) in seen:
+                    return
+                seen.add(id(x))
+            if isinstance(x, Value):
+                if x._prim is None:  # a result that a module remembers is no parameter
+                    yield name, x
+                return
+            items = x if isinstance(x, dict) else vars(x) if isinstance(x, Module) else {}
+            items = enumerate(x) if isinstance(x, (list, tuple)) else items.items()
+            for key, item in items:
+                yield from walk(item, f"{name}.{key}" if name else str(key))
+
+        return walk(self, "")
+
+    def parameters(self) -> list[Value]:
+        """The parameters, in order of definition."""
+        return [p for _, p in self.named_parameters()]
+
+    def zero_grad(self) -> None:
+        """Resets the gradients of all parameters."""
+        for p in self.parameters():
+            p._grad = None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the parameters to a .npz file of exactly that path, all or nothing."""
+        arrays = {name: p.data.data for name, p in self.named_parameters()}
+
+        def write(file):
+            import zipfile
+
+            with zipfile.ZipFile(file, "w") as archive:  # what np.savez writes, for parameters of any name
+                for name, array in arrays.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+
+        _write_whole(Path(path), write)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Reads what `save` wrote. ValueError if names or shapes differ, and then no parameter is changed."""
+        parameters = dict(self.named_parameters())
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except OSError:
+            raise
+        except Exception as error:  # of many kinds, for the many ways in which a file can be another or broken
+            raise ValueError(f"load: {str(path)!r} is not a file that save wrote ({error})") from None
+        for name in {**parameters, **arrays}:
+            if name not in arrays or name not in parameters:
+                where = "the model" if name in arrays else f"the file {str(path)!r}"
+                raise ValueError(f"load: parameter {name!r} is not in {where}")
+            if arrays[name].shape != parameters[name].shape:
+                raise ValueError(
+                    f"load: parameter {name!r} has shape {parameters[name].shape}, in the file {arrays[name].shape}"
+                )
+        new = {name: _conform(arrays[name], p._data, f"load: parameter {name!r}") for name, p in parameters.items()}
+        for name, p in parameters.items():
+            p._data = new[name]
+
+
+def _write_whole(path: Path, write: Callable) -> None:
+    """Calls write(file) on a file beside path, and then puts it, complete, in path's place."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
+        new = Path(folder, path.name)
+        with open(new, "wb") as file:
+            write(file)
+        os.replace(new, path)
+
+
+_ACTIVATIONS = {"tanh": np.tanh, "relu": relu, "sigmoid": sigmoid, "gelu": gelu, "softplus": softplus, None: None}
+
+
+def _activation(activation):
+    """The function of an activation's name."""
+    if callable(activation):
+        return activation
+    if not isinstance(activation, str | None) or activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be a function or one of {list(_ACTIVATIONS)}, got {activation!r}")
+    return _ACTIVATIONS[activation]
+
+
+def _weights(shape, activation, seed, dtype) -> Value:
+    """Normal weights of a variance that keeps signals' size through a layer: 2 / (nin + nout) for tanh and its like
+    (Glorot and Bengio 2010, eq. 12), 2 / nin for rectifiers (He et al. 2015, eq. 10)."""
+    nin, nout = shape[0], shape[1] if len(shape) > 1 else 1
+    for name, n in (("nin", nin), ("nout", nout)):
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+            raise ValueError(f"{name} must be a positive integer, got {n!r}")
+    rectifier = activation in ("relu", "gelu", "softplus")
+    scale = math.sqrt(2.0 / (nin if rectifier else nin + nout))
+    return Value(np.random.default_rng(seed).normal(0.0, scale, shape), dtype=dtype, label="w")
+
+
+def _layer_input(x, w: Value):
+    """One sample (nin,) or a batch (n, nin) for weights w; a list of numbers and Values becomes one sample."""
+    if isinstance(x, (list, tuple)) and any(isinstance(i, Array) for i in x):
+        x = np.stack([i if isinstance(i, Value) else Value(i) for i in x])
+        x = x if x.dtype == w.dtype else x.astype(w.dtype)
+    elif not isinstance(x, (Array, np.ndarray)) and not _is_foreign(x):
+        x = _as_raw(x, w.dtype, "input")
+    shape, nin = x.shape, w.shape[0]
+    if len(shape) not in (1, 2) or shape[-1] != nin:
+        raise ValueError(f"input: expected width {nin}, shape ({nin},) or (n, {nin}); got shape {shape}")
+    return x
+
+
+class Neuron(Module):
+    """activation(x @ w + b), with w of shape (nin,) and b of (). In: (nin,) or (n, nin); out: () or (n,)."""
+
+    def __init__(self, nin: int, activation: Any = "tanh", seed: Any = None, dtype: Any = np.float32):
+        self.w = _weights((nin,), activation, seed, dtype)
+        self.b = Value(np.zeros(()), dtype=dtype, label="b")
+        self.activation, self._function = activation, _activation(activation)
+
+    def __call__(self, x: Any) -> Value:
+        out = _layer_input(x, self.w) @ self.w + self.b
+        return self._function(out) if self._function else out
+
+    def __repr__(self):
+        return f"Neuron({self.w.size}, activation={self.activation!r})"
+
+
+class Layer(Module):
+    """activation(x @ w + b), w (nin, nout), b (nout,). In: (nin,) or (n, nin); out: (nout,) or (n, nout)."""
+
+    def __init__(self, nin: int, nout: int, activation: Any = "tanh", seed: Any = None, dtype: Any = np.float32):
+        self.w = _weights((nin, nout), activation, seed, dtype)
+        self.b = Value(np.zeros(nout), dtype=dtype, label="b")
+        self.activation, self._function = activation, _activation(activation)
+
+    def __call__(self, x: Any) -> Value:
+        out = _write_over(np.add, _layer_input(x, self.w) @ self.w, self.b)
+        return _write_over(self._function, out) if self._function else out
+
+    def __repr__(self):
+        return f"Layer({self.w.shape[0]}, {self.w.shape[1]}, activation={self.activation!r})"
+
+
+class MLP(Module):
+    """A multi-layer perceptron: layers of the given widths, the last one linear.
+
+    nin: width of the input; nouts: widths of the layers; activation: name or function, of all layers but the last.
+    seed: an integer or NumPy Generator, for the same weights again; dtype: of the parameters.
+
+    In: a list of nin numbers or Values, or (nin,), or a batch (n, nin); a Tensor batch is read anew by a replay.
+    Out: (nouts[-1],) or (n, nouts[-1]); if that is 1, the axis is dropped: () or (n,).
+    """
+
+    def __init__(
+        self, nin: int, nouts: Sequence[int], activation: Any = "tanh", seed: Any = None, dtype: Any = np.float32
+    ):
+        if not isinstance(nouts, (list, tuple, np.ndarray)) or not len(nouts):
+            raise ValueError(f"nouts must be a list of at least one width, got {nouts!r}")
+        _activation(activation)  # also where no layer has it
+        rng = np.random.default_rng(seed)
+        widths = [nin, *nouts]
+        self.layers = [
+            Layer(a, b, activation if i < len(nouts) - 1 else None, rng, dtype)
+            for i, (a, b) in enumerate(zip(widths, widths[1:]))
+        ]
+        for i, layer in enumerate(self.layers, 1):
+            layer.w.label, layer.b.label = f"w{i}", f"b{i}"
+
+    def __call__(self, x: Any) -> Value:
+        for layer in self.layers:
+            x = layer(x)
+        return _apply(_reshape, (x,), {"shape": (-1,) * (x.ndim - 1)}) if x.shape[-1] == 1 else x
+
+    def __repr__(self):
+        widths, count = [layer.b.size for layer in self.layers], sum(p.size for p in self.parameters())
+        activation = self.layers[0].activation
+        return f"MLP({self.layers[0].w.shape[0]}, {widths}, activation={activation!r}) with {count} parameters"
+
+
+# --- losses: the mean over the samples, a 0-d Value. Foreign labels are not checked, which would compute them ---
+
+
+def _same_shape(name, prediction, target):
+    target = target if isinstance(target, Array) or _is_foreign(target) else np.asarray(target)
+    if target.dtype.kind not in "fiub":
+        raise TypeError(f"{name}: the target must be real numbers, got dtype {target.dtype}")
+    shape = prediction.shape if isinstance(prediction, Array) else np.shape(prediction)
+    if shape != target.shape:
+        raise ValueError(f"{name}: prediction and target must have the same shape, got {shape} and {target.shape}")
+    return target
+
+
+def mse_loss(prediction: Value, target: Any) -> Value:
+    """The mean of (prediction - target)**2, for two of the same shape."""
+    return np.mean(np.square(prediction - _same_shape("mse_loss", prediction, target)))
+
+
+def cross_entropy(logits: Value, labels: Any) -> Value:
+    """The mean of -log(softmax(logits)[label]), for logits (n, k) or (k,) and integer labels (n,) or () below k."""
+    raw = _raw(labels)
+    raw = raw if _is_foreign(raw) else np.asarray(raw)
+    if np.shape(logits)[:-1] != raw.shape or not np.ndim(logits):
+        raise ValueError(f"cross_entropy: labels must have shape {np.shape(logits)[:-1]}, got {raw.shape}")
+    k = np.shape(logits)[-1]
+    floats = raw.dtype.kind == "f" and not _is_foreign(raw)
+    if raw.dtype.kind not in "iub" and not (floats and np.array_equal(raw, np.floor(raw))):
+        raise TypeError(f"cross_entropy: labels must be integers, got dtype {raw.dtype}")
+    if not _is_foreign(raw) and raw.size and not (0 <= raw.min() and raw.max() < k):
+        raise ValueError(f"cross_entropy: labels must be from 0 to {k - 1}, got {raw.min()} to {raw.max()}")
+    # A mask instead of indices: it runs on any kind of array. As a node, a Tensor of labels is read anew by a replay.
+    labels = _node(labels._data, _detach, (labels,), _NO_PARAMS) if isinstance(labels, Tensor) else raw
+    mask = labels[..., None] == np.arange(k)
+    return -np.mean(np.sum(np.where(mask, log_softmax(logits), 0.0), axis=-1))
+
+
+def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
+    """The mean of softplus(x) - x * y: the cross-entropy of sigmoid(x) with targets y in [0, 1] of the same shape."""
+    targets = _same_shape("binary_cross_entropy_with_logits", logits, targets)
+    raw = _raw(targets)
+    if not _is_foreign(raw) and np.size(raw) and not (0 <= np.min(raw) and np.max(raw) <= 1):
+        raise ValueError(f"binary_cross_entropy_with_logits: targets must be in [0, 1], got {raw.min()} to {raw.max()}")
+    return np.mean(softplus(logits) - logits * targets)
+
+
+def hinge_loss(scores: Value, labels: Any) -> Value:
+    """The mean of relu(1 - y * s), for labels y of -1 or 1 of the same shape."""
+    labels = _same_shape("hinge_loss", scores, labels)
+    if not _is_foreign(_raw(labels)) and not np.all(np.abs(np.asarray(_raw(labels))) == 1):
+        raise ValueError("hinge_loss: labels must be -1 or 1")
+    return np.mean(relu(1.0 - labels * scores))
+
+
+# --- optimizers ---
+
+
+class _Optimizer:
+    """What SGD and Adam share: checked options, one state per array, and all scalar parameters stepped as one array."""
+
+    def __init__(self, params: Iterable[Value], **options: float):
+        if isinstance(params, Array):
+            raise TypeError("params must be a list of Values, got a single one")
+        self.params = list(params)
+        if not self.params or not all(isinstance(p, Value) for p in self.params):
+            raise TypeError("params must be a non-empty list of Values")
+        if any(p._prim is not None for p in self.params):
+            raise ValueError("params must be leaves; one of them is the result of an operation")
+        if any(_is_foreign(p._data) for p in self.params):
+            raise TypeError("params must be held in NumPy: optimizers work in place")
+        if len(set(self.params)) < len(self.params):
+            raise ValueError("params must name each parameter once")
+        for name, x in options.items():
+            if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
+                raise TypeError(f"{name} must be a number, got {x!r}")
+            if not 0 <= x < (1 if name in ("momentum", "betas") else math.inf):
+                raise ValueError(
+                    f"{name} must be {'below 1' if 1 <= x < math.inf else 'finite and not negative'}, got {x}"
+                )
+        self._arrays = [(p, {}) for p in self.params if np.ndim(p._data)]
+        self._scalars = [p for p in self.params if not np.ndim(p._data)]
+        self._scalar_state: dict[str, np.ndarray] = {}
+
+    def zero_grad(self) -> None:
+        """Resets the gradients of the parameters."""
+        for p in self.params:
+            p._grad = None
+
+    def step(self) -> None:
+        """Changes the parameters by their gradients, in place; one without a gradient yet is left alone."""
+        for p, state in self._arrays:
+            if p._grad is not None:
+                self._update(p._data, p._grad, state)
+        if not self._scalars:
+            return
+        live = [i for i, p in enumerate(self._scalars) if p._grad is not None]
+        if not live:
+            return
+        ps = [self._scalars[i] for i in live]
+        data, grads = (np.array([getattr(p, name) for p in ps], np.float64) for name in ("_data", "_grad"))
+        state, all_live = self._scalar_state, len(live) == len(self._scalars)
+        if not all_live:  # the others, and their state, stay as they are
+            for name in self._STATE:
+                _state(state, name, np.zeros(len(self._scalars)))
+            state = {name: x[live] if isinstance(x, np.ndarray) else x for name, x in state.items()}
+        self._update(data, grads, state)
+        for name, x in state.items() if not all_live else ():
+            if isinstance(x, np.ndarray):
+                self._scalar_state[name][live] = x
+            else:
+                self._scalar_state[name] = x
+        for p, x in zip(ps, data.tolist()):
+            p._data = x if type(p._data) is float else p._data.dtype.type(x)
+
+    def __repr__(self):
+        options = ", ".join(f"{name}={x}" for name, x in vars(self).items() if name[0] != "_" and name != "params")
+        return f"{type(self).__name__}({options}) of {len(self.params)} parameters"
+
+
+def _state(state: dict, name: str, like: np.ndarray) -> np.ndarray:
+    """An array of the optimizer's state, zeros at first."""
+    if name not in state:
+        state[name] = np.zeros_like(like)
+    return state[name]
+
+
+class SGD(_Optimizer):
+    """Stochastic gradient descent: with g the gradient plus weight_decay * p, v = momentum * v + g and p -= lr * v."""
+
+    def __init__(self, params: Iterable[Value], lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+
+    _STATE = ("scratch", "velocity")
+
+    def _update(self, data, grad, state):
+        scratch = _state(state, "scratch", data)
+        if self.weight_decay:
+            grad = np.add(grad, np.multiply(data, self.weight_decay, out=scratch), out=scratch)
+        if self.momentum:
+            velocity = _state(state, "velocity", data)
+            velocity *= self.momentum
+            velocity += grad
+            grad = velocity
+        np.subtract(data, np.multiply(grad, self.lr, out=scratch), out=data)
+
+
+class Adam(_Optimizer):
+    """Adam (Kingma and Ba 2015, algorithm 1). weight_decay is added to the gradient as weight_decay * p; with
+    decoupled=True it is AdamW's (Loshchilov and Hutter 2019): p -= lr * weight_decay * p beside the step."""
+
+    def __init__(
+        self,
+        params: Iterable[Value],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+    ):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas must be two numbers, got {betas!r}")
+        for beta in betas:
+            super().__init__(params := list(params), lr=lr, betas=beta, eps=eps, weight_decay=weight_decay)
+        self.lr, self.betas, self.eps = lr, tuple(betas), eps
+        self.weight_decay, self.decoupled = weight_decay, decoupled
+
+    _STATE = ("mean", "square", "scratch")
+
+    def _update(self, data, grad, state):
+        mean, square, scratch = (_state(state, name, data) for name in ("mean", "square", "scratch"))
+        steps = state["steps"] = state.get("steps", 0) + 1
+        if self.weight_decay and not self.decoupled:
+            grad = grad + self.weight_decay * data
+        elif self.weight_decay:
+            data *= 1.0 - self.lr * self.weight_decay
+        beta1, beta2 = self.betas
+        mean *= beta1
+        mean += np.multiply(grad, 1.0 - beta1, out=scratch)
+        square *= beta2
+        np.multiply(grad, grad, out=scratch)
+        square += np.multiply(scratch, 1.0 - beta2, out=scratch)
+        np.sqrt(np.multiply(square, 1.0 / (1.0 - beta2**steps), out=scratch), out=scratch)
+        scratch += self.eps
+        np.divide(mean, scratch, out=scratch)
+        data -= np.multiply(scratch, self.lr / (1.0 - beta1**steps), out=scratch)
+
+
+# --- the module picograd.nn, out of this same file ---
+
+nn = types.ModuleType(f"{__name__}.nn", "Networks, losses and optimizers of PicoGrad.")
+for _public_name in (Value, Tensor, Module, Neuron, Layer, MLP, SGD, Adam, no_grad):
+    setattr(nn, _public_name.__name__, _public_name)
+for _public_name in (mse_loss, cross_entropy, binary_cross_entropy_with_logits, hinge_loss):
+    setattr(nn, _public_name.__name__, _public_name)
+sys.modules[nn.__name__] = nn
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. draw
+#
+# In: a Value. Out: the picture of the graph it came from, as a `graphviz.Digraph`, and a file if asked for. Boxes are
+# Values, Tensors and constants; ellipses are operations. Graphviz (the Python package, and the program `dot` to make
+# picture files) is imported and needed only here.
+# Invariant: text that others chose (labels, names, parameters) reaches Graphviz through `_text` alone, in HTML-like
+# labels, where nothing but our own tags is markup.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Text has a contrast of at least 12:1 on every fill (WCAG 2 asks for 4.5:1), borders at least 5:1 on the white page.
+# The kinds differ in shape or line as well, for eyes and printers that do not tell the colours apart.
+_INK = {"fontname": "Helvetica,Arial,sans-serif", "fontsize": "10", "fontcolor": "#1a1a1a"}
+_BOXES = {
+    "leaf": {"fillcolor": "#cfe3fa", "color": "#1f5c99"},
+    "input": {"fillcolor": "#d3efd0", "color": "#2a6b2f", "style": "filled"},
+    "constant": {"fillcolor": "#eeeeee", "color": "#5f5f5f", "style": "filled,dashed"},
+    "intermediate": {"fillcolor": "#ffffff", "color": "#5f5f5f"},
+    "result": {"fillcolor": "#ffdf94", "color": "#8a5300", "penwidth": "2"},
+}
+_BOX = {"shape": "box", "style": "filled,rounded", "width": "0", "height": "0", "margin": "0.08,0.05"}
+_ELLIPSE = {"shape": "ellipse", "style": "filled", "width": "0.42", "height": "0.36", "margin": "0.02,0.01"}
+_ELLIPSE |= {"fillcolor": "#ece3f6", "color": "#6a3fa0", "fontsize": "11"}
+# The points of an ellipse where operands enter, so that a - b differs from b - a; more than three are numbered instead.
+_ENTRIES = {
+    "LR": {1: ["w"], 2: ["nw", "sw"], 3: ["nw", "w", "sw"]},
+    "TB": {1: ["n"], 2: ["nw", "ne"], 3: ["nw", "n", "ne"]},
+}
+
+
+def _text(text: Any, limit: int = 80) -> str:
+    """Text as HTML-like label text: markup and unprintable characters escaped, line breaks kept, cut at the limit."""
+    from html import escape
+
+    text = str(text)
+    text = text if len(text) <= limit else text[: limit - 1] + "…"
+    lines = ("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in text.strip().splitlines())
+    return "<br/>".join(escape(line).replace("\\", r"\\") for line in lines)  # a single \N would become the node's name
+
+
+def _summary(raw: Any, grad: Any) -> list[str]:
+    """What a box says of raw data and its gradient: up to four numbers themselves, else shape, dtype and a bound."""
+
+    def number(x, digits=3):
+        return f"{x:.{digits}g}" if isinstance(x, (float, np.floating)) else str(x)
+
+    def numbers(x):
+        if not np.ndim(x):
+            return number(x, 4)
+        rows = np.array2string(np.asarray(x), separator=", ", formatter={"all": number})
+        return " ".join(rows.split())  # in one line: columns of numbers would tear the picture apart
+
+    if _is_foreign(raw) or _is_foreign(grad):
+        return [f"{np.shape(raw)} {_public(raw).dtype}"]  # numbers would have to be computed
+    if 0 < np.size(raw) <= 4:
+        return [numbers(raw)] if grad is None else [numbers(raw), f"grad {numbers(grad)}"]
+    lines = [f"{np.shape(raw)} {raw.dtype}"]
+    if grad is not None:  # the largest absolute value: unlike a norm, it cannot overflow, and it needs no temporary
+        lines.append(f"|grad| ≤ {number(np.maximum(np.max(grad, initial=0), abs(np.min(grad, initial=0))), 4)}")
+    return lines
+
+
+def _parameter(name: str, x: Any) -> str:
+    """One parameter of an operation, in short; an index as Python writes it."""
+
+    def short(x):
+        if isinstance(x, slice):
+            ends = ["" if end is None else str(end) for end in (x.start, x.stop, x.step)]
+            return ":".join(ends if ends[2] else ends[:2])
+        if isinstance(x, np.ndarray):
+            return f"array{x.shape}"
+        if isinstance(x, (np.generic, np.dtype)):
+            return str(x)
+        return "..." if x is Ellipsis else getattr(x, "__name__", None) or reprlib.repr(x)
+
+    return f"[{', '.join(map(short, x))}]" if name == "index" and isinstance(x, tuple) else f"{name}={short(x)}"
+
+
+def _save_picture(graph: Any, path: Path) -> None:
+    """Renders in memory, then puts the complete file in its place, with the permissions of any new file."""
+    from graphviz import ExecutableNotFound
+
+    picture, missing = graph.copy(), None
+    if path.suffix.lower() == ".png":
+        picture.graph_attr["dpi"] = "120"  # text comes out as large as that of the page around it
+    try:
+        content = picture.pipe(format=path.suffix[1:].lower())
+    except ExecutableNotFound as error:
+        path, content, missing = path.with_suffix(".gv"), graph.source.encode(), error
+    _write_whole(path, lambda file: file.write(content))
+    if missing:
+        raise RuntimeError(
+            "draw: Graphviz's program `dot`, which makes the picture, was not found on PATH. To install it:\n"
+            "  Debian, Ubuntu   sudo apt install graphviz\n"
+            "  macOS            brew install graphviz\n"
+            "  Windows          winget install Graphviz.Graphviz, then add its bin folder to PATH\n"
+            "  conda            conda install -c conda-forge graphviz\n"
+            f"The picture's source was saved as {path}; `dot` turns that into a picture, too."
+        ) from missing
+
+
+def draw(
+    root: Value, filename: str | os.PathLike | None = None, *, max_nodes: int = 300, rankdir: str | None = None
+) -> Any:
+    """The graph that a Value was computed by, as a `graphviz.Digraph`, which shows itself in a notebook.
+
+    A box shows a label, the numbers (up to four, else shape and dtype) and, after backward, their gradient (or the
+    largest absolute value in it). Blue boxes are leaves, such as parameters; green ones Tensors, inputs without
+    gradient; grey, dashed ones constants; white ones results in between; the yellow one is the root. An ellipse is an
+    operation with its parameters; unless it is + or *, its operands enter in their order from the top or left.
+
+    filename: where to save a picture, ending in .png (120 dots per inch), .svg or .pdf. An existing file is replaced,
+        once the new one is complete.
+    max_nodes: the most boxes to draw; above that, ValueError says how many there are.
+    rankdir: "LR" (left to right) or "TB" (top to bottom); None takes what keeps a page-wide picture legible.
+
+    ImportError without the package graphviz. RuntimeError if a picture file needs Graphviz's program `dot` and it is
+    not installed: then the picture's source is saved instead, ending in .gv.
+    """
+    if not isinstance(root, Value):
+        raise TypeError(f"draw: root must be a Value, got {type(root).__name__}")
+    if isinstance(max_nodes, bool) or not isinstance(max_nodes, (int, np.integer)) or max_nodes < 1:
+        raise ValueError(f"draw: max_nodes must be a positive integer, got {max_nodes!r}")
+    if rankdir not in (None, *_ENTRIES):
+        raise ValueError(f"draw: rankdir must be 'LR', 'TB' or None, got {rankdir!r}")
+    if filename is not None:
+        if not isinstance(filename, (str, os.PathLike)):
+            raise TypeError(f"draw: filename must be a string or path, got {type(filename).__name__}")
+        filename = Path(filename)
+        if filename.suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"draw: filename must end in .png, .svg or .pdf, got {str(filename)!r}")
+        if not filename.parent.is_dir():
+            raise FileNotFoundError(f"draw: filename must be in an existing folder, got {str(filename)!r}")
+    try:
+        import graphviz
+    except ImportError as error:
+        raise ImportError(
+            "draw needs the Python package graphviz: pip install graphviz, or conda install -c conda-forge "
+            "python-graphviz (the rest of picograd does not need it)"
+        ) from error
+
+    if isinstance(root, Optimized):
+        root = root.graph
+    packs = {node for node in _oldest_first([root]) if node._prim is _pack}  # many numbers in one box
+    values = _newest_first(root, packs, everything=True)[::-1]
+    # An object is one box however often it is used; a number is a box at each use, as equal numbers are not related.
+    others = [x for v in values if v not in packs for x in v._args if not isinstance(x, Value)]
+    numbers = sum(isinstance(x, (float, bool)) for x in others)
+    count = len(values) + numbers + len({id(x) for x in others if not isinstance(x, (float, bool))})
+    if count > max_nodes:
+        raise ValueError(
+            f"draw: the graph has {count} nodes ({len(values)} Values, {count - len(values)} Tensors and constants), "
+            f"and max_nodes is {max_nodes}. Draw a part of it (an inner Value, fewer samples or layers), compute "
+            "with arrays in place of numbers, or pass a larger max_nodes: above a thousand, Graphviz may take minutes."
+        )
+    if rankdir is None:  # long and thin graphs go downwards: fitted to a page's width, their text would be too small
+        depth: dict[Value, int] = {}
+        for v in values:
+            depth[v] = 1 + max((depth[x] for x in v._args if isinstance(x, Value) and v not in packs), default=-1)
+        rankdir = "TB" if depth[root] > 4 and count < 3 * depth[root] else "LR"
+
+    graph = graphviz.Digraph(
+        graph_attr=_INK | {"rankdir": rankdir, "bgcolor": "white", "nodesep": "0.15", "ranksep": "0.25"},
+        node_attr=_INK | _BOX,
+        edge_attr=_INK | {"color": "#5f5f5f", "arrowsize": "0.6", "fontsize": "8", "labeldistance": "1.5"},
+    )
+    names: dict[int, str] = {}
+    fresh = map("v{}".format, itertools.count())
+    kinds = set()
+
+    def box(x, kind, label=""):
+        name = names[id(x)] = next(fresh)
+        kinds.add(kind)
+        lines = [_text(line) for line in _summary(_raw(x), getattr(x, "_grad", None))]
+        if label := _text(label):
+            lines.insert(0, f'<font point-size="11"><b>{label}</b></font>')
+        graph.node(name, f"<{'<br/>'.join(lines)}>", **_BOXES[kind])
+        return name
+
+    for v in values:
+        leaf = v._prim is None or v in packs
+        label = f"{v.size} numbers" if v in packs else v.label
+        name = box(v, "leaf" if leaf else "result" if v is root else "intermediate", label)
+        if leaf:
+            continue
+        op = f"op_{name}"
+        if v._prim is _fused:
+            lines = [_formula(v._params["chain"])]
+        else:
+            lines = [v._prim.symbol] + [_parameter(k, x) for k, x in v._params.items() if x is not None]
+        graph.node(op, f"<{'<br/>'.join(filter(None, map(_text, lines))) or '&#160;'}>", **_ELLIPSE)
+        graph.edge(op, name, weight="2")
+        entries = _ENTRIES[rankdir].get(len(v._args))
+        free = v._prim.name in ("add", "multiply")  # the same in either order: enter where lines cross least
+        for i, x in enumerate(v._args):
+            if isinstance(x, (float, bool)) or id(x) not in names:
+                box(x, "input" if isinstance(x, Tensor) else "constant")
+            place = {} if free else {"headport": entries[i]} if entries else {"headlabel": str(i)}
+            # dot draws heavy edges straight: those of the main line, from one result to the next.
+            graph.edge(names[id(x)], op, weight="2" if isinstance(x, Value) and x._prim else "1", **place)
+    cell = '<td bgcolor="{fillcolor}" color="{color}">{kind}</td>'.format
+    cells = "".join(cell(kind=kind, **look) for kind, look in _BOXES.items() if kind in kinds)
+    graph.attr(label=f'<<table border="0" cellborder="1" cellspacing="4" cellpadding="3"><tr>{cells}</tr></table>>')
+    if filename is not None:
+        _save_picture(graph, filename)
+    return graph
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Blocks
 #
 # Large tensors compute in blocks, on all cores. In: a block program, which is a tuple of steps (primitive, places of
 # its operands, dtype) on slots, the inputs first and then the result of each step; and the inputs. Out: arrays.
@@ -2117,1211 +3852,7 @@ def _reduced(name: str, x: Chunked, axis=None, keepdims=False, ddof=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Tensor
-#
-# An array without gradient. What it holds is "raw", as inside every node of a graph: a Python float (a weak scalar,
-# which takes on the dtype of the arrays it meets), a NumPy scalar or an ndarray; or a foreign array: one of another
-# library that speaks NumPy's protocols, such as a `dask.array`, kept as it is. In: anything array-like. Out: Tensors.
-# `Array` is what Tensor and Value share: one way to compute a primitive on raw operands, and one set of methods.
-# Invariant: a raw value never is a 0-d ndarray, and a computation on Python floats alone gives a Python float again.
-# One with a foreign operand gives a foreign array, and computes nothing by itself.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-_new = object.__new__
-
-
-def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub") -> Any:
-    """Copies data into a raw value; dtype float32 unless given, or data is a number or has one of its own."""
-    expected = "floating" if kinds == "f" else "floating, integer or boolean"
-    if dtype is not None:
-        dtype = np.dtype(dtype)
-        if dtype.kind not in kinds:
-            raise TypeError(f"{who}: dtype must be {expected}, got {dtype}")
-    if isinstance(data, Array):
-        data = data._data
-        dtype = dtype or getattr(data, "dtype", None)
-        if dtype is not None and dtype.kind not in kinds:
-            raise TypeError(f"{who}: the dtype of data must be {expected}, got {dtype}; pass dtype=")
-    if dtype is None and isinstance(data, (int, float, np.bool_, np.integer, np.floating)):
-        return float(data)
-    if _is_foreign(data):
-        if data.dtype.kind not in (kinds if dtype is None else "fiub"):
-            raise TypeError(f"{who}: the dtype of data must be {expected}, got {data.dtype}; pass dtype=")
-        return _known_shape(data if dtype is None else data.astype(dtype), who)
-    try:
-        array = np.asarray(data)
-    except ValueError as error:
-        raise ValueError(f"{who}: data must be rectangular, got ragged nested sequences ({error})") from None
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"{who}: data must be real numbers, got {type(data).__name__} of dtype {array.dtype}")
-    if _config.enabled and array.ndim and array.size >= _config.min_elements_for_parallel:
-        return run_blocks(((_as_dtype, (0,), np.dtype(dtype or np.float32)),), [array], array.shape, [1])[0][0]
-    return _settle(array.astype(dtype or np.float32))
-
-
-_RAW = (np.ndarray, np.generic, float, Chunked)
-
-
-def _is_foreign(x) -> bool:
-    """Whether x is an array of another library that takes part in NumPy's functions, such as a `dask.array`."""
-    if isinstance(x, _RAW) or isinstance(x, Array):
-        return False
-    protocols = "__array_function__", "__array_ufunc__", "shape", "dtype"
-    return all(getattr(x, name, None) is not None for name in protocols)
-
-
-def _known_shape(x, who):
-    """x, a foreign array, if its shape is known."""
-    if any(n != n for n in x.shape):
-        raise ValueError(f"{who}: unknown shape {x.shape}; call compute_chunk_sizes() on the {_library(x)} first")
-    return x
-
-
-def _library(x) -> str:
-    """What a foreign array is called in messages."""
-    return ".".join(type(x).__module__.split(".")[:2])
-
-
-_refusal = threading.RLock()  # as the filters of warnings are the whole process's
-
-
-@contextlib.contextmanager
-def _lazily(prim: Primitive, x) -> Iterator[None]:
-    """Within it, a primitive of foreign arrays such as x fails if their library does not offer what it needs.
-
-    Dask warns in that case, then computes the whole array in this process.
-    """
-    with _refusal, warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        try:
-            yield
-        except (FutureWarning, NotImplementedError, AttributeError) as error:
-            raise _not_offered(prim, x) from error
-
-
-def _not_offered(prim: Primitive, x) -> TypeError:
-    return TypeError(f"{prim.name}: {_library(x)} does not offer it, or not in this form; compute the operands first")
-
-
-def _computed(arrays: Sequence) -> list:
-    """Foreign arrays as NumPy's; those of Dask together, in one pass over its cluster. Others as they are."""
-    lazy = [x for x in arrays if hasattr(x, "__dask_graph__")]
-    done = iter(sys.modules["dask"].compute(*lazy, traverse=False) if lazy else ())
-    taken = ((x, next(done) if hasattr(x, "__dask_graph__") else x) for x in arrays)
-    return [_settle(np.array(y)) if _is_foreign(x) else x for x, y in taken]
-
-
-def _settle(out):
-    """A result of NumPy as a raw value."""
-    return out[()] if type(out) is np.ndarray and not out.ndim else out
-
-
-def _raw(x):
-    """The raw value of a Value or Tensor; anything else as it is."""
-    return x._data if isinstance(x, Array) else x
-
-
-def _public(raw):
-    """A raw value as it is handed out: Python's weak scalars become NumPy scalars, chunked arrays arrays."""
-    if type(raw) is Chunked:
-        return raw.expose()
-    return np.float64(raw) if type(raw) is float else np.bool_(raw) if type(raw) is bool else raw
-
-
-def _conform(x, like, who):
-    """x, copied, as a replacement of the raw value `like`: of its dtype, and of its shape if x is a number."""
-    x = _raw(x)
-    if type(like) is float:
-        if np.ndim(x):
-            raise ValueError(f"{who}: expected a number, got shape {np.shape(x)}")
-        return float(x)
-    raw = _as_raw(x, like.dtype, who)
-    return raw if np.ndim(raw) or not np.ndim(like) else np.full_like(like, raw)
-
-
-def _evaluate(prim: Primitive, raw: Sequence, params: dict):
-    """The forward of a primitive on raw operands."""
-    weak = strong = False
-    for x in raw:
-        if type(x) is float or type(x) is bool:
-            weak = True
-        elif type(x) is Chunked:
-            return _evaluate_chunked(prim, raw, params)
-        else:
-            strong = True
-            if not isinstance(x, _RAW) and _is_foreign(x):
-                return _evaluate_foreign(prim, raw, params, x)
-    if not strong:
-        if prim.scalar is not None and not params and all([type(x) is float for x in raw]):
-            try:
-                return prim.scalar(*raw)
-            except (ArithmeticError, ValueError):
-                pass  # Python raises where IEEE arithmetic has an answer: NumPy gives that answer and its warning
-        out = _settle(prim.forward(*map(_public, raw), **params))
-        if "dtype" in params:
-            return out
-        if not np.ndim(out):
-            return float(out) if isinstance(out, np.floating) else bool(out) if isinstance(out, np.bool_) else out
-        return out.astype(np.float32) if out.dtype == np.float64 else out
-    if weak and not isinstance(prim.forward, np.ufunc):  # others would take a Python float for a float64
-        floats = [x.dtype for x in raw if hasattr(x, "dtype") and x.dtype.kind == "f"]
-        dtype = np.result_type(*floats) if floats else np.dtype(np.float32)
-        raw = [dtype.type(x) if type(x) is float else x for x in raw]
-    out = prim.forward(*raw, **params)
-    return out if type(out) is np.ndarray and out.ndim else _settle(out)
-
-
-def _evaluate_foreign(prim: Primitive, raw: Sequence, params: dict, foreign):
-    """The forward of a primitive if an operand is a foreign array; so is its result, and nothing is computed yet."""
-    # NumPy would compute a foreign index into its own array; Dask's Cholesky factor is the upper one.
-    if prim.name == "cholesky" or ("index" in params and not _is_foreign(raw[0])):
-        raise _not_offered(prim, foreign)
-    if not prim.elementwise:
-        dtype = np.result_type(*[getattr(x, "dtype", x) for x in raw])
-        raw = [dtype.type(x) if type(x) is float else x for x in raw]
-    with _lazily(prim, foreign):
-        out = prim.forward(*raw, **params)
-    if not _is_foreign(out):
-        raise _not_offered(prim, foreign)
-    return _known_shape(out, prim.name)
-
-
-def _constant(x, prim: Primitive):
-    """Checks an operand that is neither Value nor Tensor: a Python float or bool, or a raw array."""
-    if isinstance(x, (float, int, np.floating, np.integer, np.bool_)):
-        return bool(x) if isinstance(x, (bool, np.bool_)) else x if type(x) is int else float(x)
-    if _is_foreign(x):
-        x = _known_shape(x, prim.name)
-    elif not isinstance(x, (np.ndarray, list, tuple)):
-        raise TypeError(f"{prim.name}: expected a Value, Tensor, array or number, got {type(x).__name__}")
-    else:
-        try:
-            x = np.asarray(x)
-        except ValueError as error:
-            raise ValueError(f"{prim.name}: operand must be rectangular, got ragged sequences ({error})") from None
-    if x.dtype.kind not in "fiub":
-        raise TypeError(f"{prim.name}: operands must be real numbers, got an array of dtype {x.dtype}")
-    return x
-
-
-def _take_dtype(operands: tuple) -> tuple:
-    """Raw arrays among the operands take the dtype of those they meet, else float32; masks, and integers that meet
-    integers, stay as they are. Other integers become floats."""
-    held = {x._data.dtype for x in operands if isinstance(x, Array) and not isinstance(x._data, (float, bool))}
-    floating = [dtype for dtype in held if dtype.kind == "f"]
-    dtype = np.result_type(*floating) if floating else np.dtype(np.float32)
-    kinds = "f" if held and not floating else "fiu"
-    whole = held and not floating
-    return tuple(
-        [
-            float(x)
-            if type(x) is int and not whole
-            else x
-            if isinstance(x, (Array, int, float, bool)) or x.dtype.kind not in kinds
-            else x.astype(dtype, copy=False)
-            for x in operands
-        ]
-    )
-
-
-def _apply(prim: Primitive, operands: tuple, params: dict):
-    """Computes a primitive on any kinds of operand: a node if one is a Value, a Tensor if one is, else a raw result."""
-    kind, constants, usual, raw = None, False, True, []
-    limit = _config.min_elements_for_parallel if _chunking else math.inf
-    for x in operands:
-        if isinstance(x, Value):
-            kind, x = Value, x._data
-        elif isinstance(x, Tensor):
-            usual = usual and not x._choice
-            kind, x = kind or Tensor, x._data
-        elif type(x) is not float:
-            constants = True
-        if type(x) is not np.ndarray or x.size >= limit:
-            usual = False
-        raw.append(x)
-    if kind is None:
-        if _chunking and any(type(x) is Chunked for x in operands):
-            return _evaluate(prim, operands, params)
-        return prim.forward(*operands, **params)
-    if usual and not constants:  # what `_evaluate` would do, without its questions
-        out = prim.forward(*raw, **params)
-        out = out if type(out) is np.ndarray and out.ndim else _settle(out)
-    else:
-        raw = x = None  # an array that is held here would seem to be held by somebody who may write to it
-        if _chunking and (prim.elementwise or prim.name in _REDUCTIONS):
-            for x in operands:
-                if isinstance(x, Array):
-                    x._follow_config()
-        if constants:
-            operands = _take_dtype(tuple([x if isinstance(x, Array) else _constant(x, prim) for x in operands]))
-        out = _evaluate(prim, [x._data if isinstance(x, Array) else x for x in operands], params)
-    if kind is Value:
-        return _node(out, prim, operands, params)
-    if len(operands) == 1:
-        return _wrap(out, operands[0]._choice)
-    choices = {x._choice for x in operands if isinstance(x, Tensor)}
-    return _wrap(out, True if True in choices else None if None in choices else False)
-
-
-class Array:
-    """What Tensor and Value share. Operators, and a method for every entry of the table, are added below."""
-
-    __slots__ = ("_data", "__weakref__")
-    __hash__ = object.__hash__
-
-    shape: tuple[int, ...] = property(lambda self: getattr(self._data, "shape", ()))
-    ndim: int = property(lambda self: len(self.shape))
-    size: int = property(lambda self: math.prod(self.shape))
-    dtype: np.dtype = property(lambda self: (self._data if hasattr(self._data, "dtype") else _public(self._data)).dtype)
-    nbytes: int = property(lambda self: self.size * self.dtype.itemsize)
-    T = property(lambda self: np.transpose(self))
-    mT = property(lambda self: np.matrix_transpose(self))
-
-    def _follow_config(self) -> None:
-        """Makes the raw array chunked if this is distributed now, and an ndarray if it is not."""
-        raw = self._data
-        small = isinstance(raw, (float, bool)) or raw.size < _config.min_elements_for_parallel
-        if small and type(raw) is not Chunked and getattr(self, "_choice", None) is None:
-            return  # the usual case, before anything else is asked
-        if self.distributed and not _mode.tracing and not _fault.depth:
-            if type(raw) is np.ndarray:
-                self._data = Chunked(raw)
-        elif type(raw) is Chunked:
-            self._data = raw.expose()
-
-    def item(self) -> float | int | bool:
-        """The one element as a Python number; ValueError if there are more."""
-        raw = self._data
-        if type(raw) is float:
-            return raw
-        if self.size != 1:
-            raise ValueError(f"{type(self).__name__}.item: expected one element, got shape {self.shape}")
-        return _public(_computed([raw])[0] if _is_foreign(raw) else raw).item()
-
-    def tolist(self) -> Any:
-        return _public(_computed([self._data])[0]).tolist()
-
-    def reshape(self, *shape):
-        return np.reshape(self, shape[0] if len(shape) == 1 else shape)
-
-    def transpose(self, *axes):
-        return np.transpose(self, (axes[0] if isinstance(axes[0], (tuple, list)) else axes) if axes else None)
-
-    def flatten(self):
-        return np.ravel(self)
-
-    def astype(self, dtype: Any):
-        dtype, kinds = np.dtype(dtype), "f" if isinstance(self, Value) else "fiub"
-        if dtype.kind not in kinds:
-            raise TypeError(f"astype: dtype must be {'floating' if kinds == 'f' else 'real'}, got {dtype}")
-        return _as_dtype(self, dtype)
-
-    def __getitem__(self, index):
-        index = index if isinstance(index, tuple) else (index,)
-        index = tuple(_index_array(i) if isinstance(i, list) else _wrap(i) if _is_foreign(i) else i for i in index)
-        parts = [i for i in index if isinstance(i, Array)]
-        return _getitem(self, *parts, index=tuple(_HOLE if isinstance(i, Array) else i for i in index))
-
-    def __len__(self):
-        if not self.ndim:
-            raise TypeError(f"a 0-d {type(self).__name__} has no length and cannot be iterated over")
-        return self.shape[0]
-
-    def __iter__(self):
-        return (self[i] for i in range(len(self)))
-
-    def __contains__(self, x):
-        return bool(np.any(np.equal(self._data, _raw(x))))
-
-    def __bool__(self):
-        return bool(self._data)
-
-    def __float__(self):
-        return float(self.item())
-
-    def __int__(self):
-        return int(self.item())
-
-    def __index__(self):
-        return operator.index(self.item())
-
-    def __round__(self, decimals=0):
-        return np.round(self, decimals)
-
-
-class Tensor(Array):
-    """An array without gradient, with NumPy's arithmetic, functions and methods.
-
-    data: numbers, nested sequences, an array, a Tensor or a Value; copied. Arrays become float32 unless dtype says
-        otherwise or data is a Tensor or Value; a single number is held in double precision and is weak, like a Python
-        float. Ragged sequences raise ValueError; complex, text and objects TypeError. An array of another library
-        that speaks NumPy's protocols, such as a `dask.array`, is kept, with its dtype, and counts as distributed.
-    dtype: a floating, integer or boolean NumPy dtype.
-    distributed: True or False to force it, None to leave it to `set_distributed_config`.
-
-    A 0-d Tensor behaves like a number: comparisons give a bool, formatting works, and `+=` makes a new one.
-    """
-
-    __slots__ = ("_choice", "_owner")
-
-    def __init__(self, data: Any, dtype: Any = None, distributed: bool | None = None):
-        global _chunking
-        if not (distributed is None or isinstance(distributed, bool)):
-            raise TypeError(f"Tensor: distributed must be True, False or None, got {distributed!r}")
-        _chunking |= distributed is True
-        self._data, self._choice, self._owner = _as_raw(data, dtype, "Tensor"), distributed, None
-
-    @property
-    def data(self) -> np.ndarray | np.generic:
-        """The array itself (writing to it is seen here); a NumPy scalar for 0-d."""
-        return _public(self._data)
-
-    @data.setter
-    def data(self, new):
-        if _raw(new) is not self._data:
-            self._data = _conform(new, self._data, "Tensor.data")
-            if self._owner:
-                setattr(*self._owner, self._data)
-
-    @property
-    def distributed(self) -> bool:
-        """Whether it counts as distributed: forced, or large enough by the configuration in force; never if 0-d."""
-        if self._choice is not None or _is_foreign(self._data):
-            return _is_foreign(self._data) or (self._choice and self.ndim > 0)
-        return _config.enabled and self.ndim > 0 and self.size >= _config.min_elements_for_parallel
-
-    def enable_distributed(self) -> None:
-        global _chunking
-        self._choice = _chunking = True
-
-    def disable_distributed(self) -> None:
-        self._choice = False
-
-    def numpy(self) -> np.ndarray:
-        """A copy as an ndarray."""
-        return np.array(self._data)
-
-    def __array__(self, dtype=None, copy=None):
-        return np.array(self._data, dtype) if copy else np.asarray(self._data, dtype)
-
-    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
-        if any(isinstance(x, Value) for x in inputs):
-            return NotImplemented
-        if method == "__call__" and not kwargs and ufunc in TABLE:
-            return TABLE[ufunc](*inputs)
-        return _on_arrays(getattr(ufunc, method), inputs, kwargs)
-
-    def __array_function__(self, function, kinds, args, kwargs):
-        if any(issubclass(kind, Value) for kind in kinds):
-            return NotImplemented
-        entry = TABLE.get(function)
-        if entry is None or "out" in kwargs or "where" in kwargs or "dtype" in kwargs:
-            return _on_arrays(function, args, kwargs)  # no gradient is needed: NumPy itself will do
-        return entry(*args, **kwargs)
-
-    def __setitem__(self, index, new):
-        if not self.ndim:
-            raise TypeError("a 0-d Tensor cannot be indexed; assign to .data")
-        index = tuple(map(_public, map(_raw, index))) if isinstance(index, tuple) else _public(_raw(index))
-        _public(self._data)[index] = _public(_raw(new))
-
-    def __reduce__(self):
-        return _wrap, (self._data, self._choice)
-
-    def __copy__(self):
-        return Tensor(self, distributed=self._choice)
-
-    def __repr__(self):
-        if not self.ndim:
-            return f"Tensor({self._data})"
-        values = _chunks_of(self._data)
-        if not _is_foreign(self._data) and self.size <= 8:
-            values = f", data={self.tolist()}"
-        return f"Tensor(shape={self.shape}, dtype={self.dtype}, distributed={self.distributed}{values})"
-
-    def __str__(self):
-        return repr(self) if self.ndim else str(self.data)
-
-    def __format__(self, spec):
-        if spec and self.ndim:
-            raise TypeError(f"Tensor: format {spec!r} needs one number, got shape {self.shape}")
-        return format(_computed([self.data])[0], spec) if spec else str(self)
-
-
-def _chunks_of(raw) -> str:
-    return f", chunksize={raw.chunksize}" if hasattr(raw, "chunksize") else ""
-
-
-def _wrap(raw, choice=None, owner=None) -> Tensor:
-    """A Tensor around a raw value, not copied; with an owner (object, attribute), assigning to .data writes through."""
-    tensor = _new(Tensor)
-    tensor._data, tensor._choice, tensor._owner = raw, choice, owner
-    return tensor
-
-
-def _on_arrays(function, args, kwargs):
-    """Calls a function of NumPy on the arrays of Tensors, however nested, and wraps the arrays that come out."""
-
-    def each(f, x):
-        if not isinstance(x, (list, tuple)):
-            return f(x)
-        items = [each(f, i) for i in x]
-        return type(x)(items) if type(x) in (list, tuple) else type(x)(*items)
-
-    out = function(*each(_raw, args), **{name: each(_raw, x) for name, x in kwargs.items()})
-    target = kwargs.get("out")
-    target = target[0] if isinstance(target, tuple) and len(target) == 1 else target
-    if target is not None:
-        return target
-    return each(lambda x: _wrap(_settle(x)) if getattr(getattr(x, "dtype", None), "kind", "O") in "fiub" else x, out)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Value
-#
-# A node of the graph: raw data, the primitive that made it and its operands. Nodes are numbered as they are made, after
-# their operands; so "newest first" is an order in which every node comes before its operands, and the backward sweep is
-# a loop over nodes sorted by number, with no recursion however deep the graph.
-# Invariant: once made, only a node's data (in a replay) and its gradient change.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Mode(threading.local):
-    recording = True  # whether operations make nodes with history, in this thread
-    tracing = False  # whether arrays stay plain, in this thread
-    depth = 0  # how many gradient functions are at work around this call, in this thread
-
-
-_mode = _Mode()
-_next_number = itertools.count(1).__next__
-_NO_PARAMS: dict[str, Any] = {}
-
-
-class Value(Array):
-    """A number or array that is differentiated.
-
-    data: a number computes in double precision and is weak (it takes on the dtype of arrays that it meets); arrays and
-        sequences become float32 unless dtype says otherwise, Tensors and Values keep their dtype. The data is copied.
-    dtype: a floating NumPy dtype.
-    label: a name, for pictures and messages.
-
-    Operators, methods and NumPy's functions make new Values. Other operands may be Tensors (inputs without gradient),
-    numbers and raw arrays (constants, kept by reference: changing such an array before `backward` is an error that
-    is not noticed). Comparisons and the like give Values without gradient, which can stand in an `if`.
-    """
-
-    __slots__ = ("_grad", "_prim", "_args", "_params", "_needs", "_number", "label")
-
-    def __init__(self, data: Any, dtype: Any = None, label: str = ""):
-        if not isinstance(label, str):
-            raise TypeError(f"Value: label must be a string, got {label!r}")
-        self._data = data if type(data) is float and dtype is None else _as_raw(data, dtype, "Value", "f")
-        self._grad = self._prim = None
-        self._args, self._params, self._needs, self._number, self.label = (), _NO_PARAMS, True, _next_number(), label
-
-    # --- data and gradient ---
-
-    @property
-    def data(self) -> Tensor:
-        """The data as a Tensor; assigning to it, or to its `.data`, changes this Value."""
-        return _wrap(self._data, None, (self, "_data"))
-
-    @data.setter
-    def data(self, new):
-        if _raw(new) is not self._data:
-            new = _conform(new, self._data, "Value.data")
-            if np.shape(new) != self.shape:
-                self._grad = None  # it was that of other data
-            self._data = new
-
-    @property
-    def grad(self) -> Tensor:
-        """The gradient as a Tensor, zeros before any backward; assign 0 or None to reset it."""
-        if self._grad is None:
-            self._grad = _filled_like(self._data, 0)
-        elif type(self._grad) is np.ndarray and not self._grad.flags.writeable:  # a broadcast view
-            self._grad = self._grad.copy()
-        return _wrap(self._grad, None, (self, "_grad"))
-
-    @grad.setter
-    def grad(self, new):
-        if new is not None and (new := _raw(new)) is not self._grad:
-            new = _conform(new, _filled_like(self._data, 0), "Value.grad")
-            if np.shape(new) != self.shape:
-                raise ValueError(f"Value.grad: expected shape {self.shape}, got {np.shape(new)}")
-        self._grad = new
-
-    @property
-    def distributed(self) -> bool:
-        return self.data.distributed
-
-    def detach(self) -> Value:
-        """The same data, through which no gradient flows."""
-        return _detach(self)
-
-    # --- the graph ---
-
-    @property
-    def _prev(self) -> set[Value]:
-        """The Values this one was made from, as micrograd calls them."""
-        return {x for x in self._args if isinstance(x, Value)}
-
-    @property
-    def _op(self) -> str:
-        return self._prim.symbol if self._prim else ""
-
-    def forward(self) -> Value:
-        """Computes the graph anew from the current data of its leaves and Tensors; returns this Value.
-
-        Their shapes may change where no operation was told one: matrix products, element-wise operations, reductions
-        and nn's networks and losses take a batch of another size. What computes shapes or indices when it is called
-        (reshape to a shape, repeat, roll, split, trace, tile, pad, ...) goes on with those of the first time.
-        """
-        for node in reversed(_newest_first(self, everything=True)):
-            if node._prim is not None:
-                node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
-        return self
-
-    def backward(self, gradient: Any = None, retain_grads: bool = True) -> None:
-        """Adds the gradient of this Value to the `.grad` of the leaves it was computed from.
-
-        gradient: of this Value's shape, the gradient to start from; ones unless given.
-        retain_grads: whether the nodes in between keep theirs (replacing an earlier one); False saves the memory.
-
-        A gradient is of its leaf's kind. What is a Dask array before, and belongs to a leaf that is none, is computed
-        in one pass over the cluster, and this Value with it if it is a number.
-
-        If it fails (a rule raises, Ctrl-C), the leaves' gradients are as before.
-        """
-        grads = _at_home(_backpropagate(self, self._seed(gradient), retain=retain_grads), self)
-        # A leaf owns its gradient: a view, or an array that is the gradient of another node too, is copied.
-        shared = {id(g) for node, g in grads.items() if node._prim is not None}
-        for leaf in [node for node in grads if node._prim is None]:
-            g = grads[leaf]
-            if leaf._grad is not None:
-                grads[leaf] = leaf._grad + g
-            elif type(g) is np.ndarray and (g.base is not None or id(g) in shared):
-                grads[leaf] = g.copy()
-            shared.add(id(g))
-        for node, g in grads.items():
-            node._grad = g
-
-    def _seed(self, gradient):
-        """The raw gradient that a backward sweep starts from."""
-        if not self._needs:
-            raise TypeError(f"backward: no gradient flows to {self!r}, there is nothing to differentiate")
-        if gradient is None:
-            return _filled_like(self._data, 1)
-        if np.shape(_raw(gradient)) != self.shape:
-            raise ValueError(f"backward: gradient must have shape {self.shape}, got {np.shape(_raw(gradient))}")
-        return _conform(gradient, self._data, "backward: gradient")
-
-    # --- what Python and NumPy ask of a number or array ---
-
-    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
-        if method != "__call__":
-            raise TypeError(f"{ufunc.__name__}.{method} is not supported on a Value; use functions of the table")
-        if kwargs:
-            raise TypeError(f"{ufunc.__name__}: {', '.join(kwargs)}= is not supported on a Value")
-        return _entry(ufunc)(*inputs)
-
-    def __array_function__(self, function, kinds, args, kwargs):
-        entry = _entry(function)
-        if isinstance(entry, Primitive) and entry.operands:
-            n = len(entry.operands)
-            if len(args) == n and not kwargs:
-                return _apply(entry, args, _NO_PARAMS)
-            # By NumPy's names, in whose order they came; its defaults need no support.
-            given = dict(zip(_argument_names(function)[n:], args[n:])) | kwargs
-            return entry(*args[:n], **{k: x for k, x in given.items() if x is not None or k in entry.params})
-        return entry(*args, **kwargs)
-
-    def __array__(self, dtype=None, copy=None):
-        raise TypeError(
-            "a Value does not turn into an array by itself, which would lose its gradient: "
-            "take .data.data for the numbers, np.stack to join Values"
-        )
-
-    def __setitem__(self, index, new):
-        raise TypeError(
-            "a Value cannot be assigned to in place: use np.where(mask, new, v) or np.concatenate, "
-            "or v.data[index] = new to change the data of a leaf"
-        )
-
-    def __copy__(self):
-        twin = _node(self._data, self._prim, self._args, self._params)
-        twin._data = _settle(np.array(self._data)) if isinstance(self._data, np.ndarray) else self._data
-        twin._grad = self._grad.copy() if isinstance(self._grad, np.ndarray) else self._grad
-        twin._needs, twin.label = self._needs, self.label
-        return twin
-
-    def __reduce__(self):
-        # A graph is pickled as a flat list of its inner nodes, oldest first, so that its depth does not matter. Leaves
-        # stay objects of their own in that list: pickle and deepcopy keep their identity.
-        nodes = [node for node in reversed(_newest_first(self, everything=True)) if node._args or node is self]
-        place = {node: _Place(i) for i, node in enumerate(nodes)}
-        rows = [
-            (n._prim, tuple(place.get(x, x) if isinstance(x, Value) else x for x in n._args))
-            + (n._params, n._needs, n._data, n._grad, n.label)
-            for n in nodes
-        ]
-        return _rebuild, (rows,)
-
-    def __repr__(self):
-        label = f", label={self.label!r}" if self.label else ""
-        made = f", op={self._prim.name!r}" if self._prim else ""
-        if self.ndim or _is_foreign(self._data):
-            return f"Value(shape={self.shape}, dtype={self.dtype}{_chunks_of(self._data)}{made}{label})"
-        return f"Value(data={self._data}, grad={self._grad or 0.0}{made}{label})"
-
-    def __format__(self, spec):
-        return format(self.data, spec) if spec else repr(self)
-
-
-def _entry(function):
-    if function not in TABLE:
-        raise TypeError(
-            f"np.{function.__name__} is not in picograd's table, so it has no gradient: "
-            "add it with picograd.primitive, or call it on .data.data where none is needed"
-        )
-    return TABLE[function]
-
-
-def _node(data, prim, args, params) -> Value:
-    """A new node; under `no_grad` a leaf."""
-    node = _new(Value)
-    node._data, node._grad, node._number, node.label = data, None, _next_number(), ""
-    node._needs, place = False, 0
-    for x in args:
-        if isinstance(x, Value) and x._needs and prim and prim.vjps[place] is not None:
-            node._needs = True
-            break
-        if prim.operands:
-            place += 1
-    if _mode.recording:
-        node._prim, node._args, node._params = prim, args, params
-    else:
-        node._prim, node._args, node._params = None, (), _NO_PARAMS
-    return node
-
-
-def _record(prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
-    """A node for the operation, also if its operands are Tensors only: a replay reads them anew."""
-    return _node(_evaluate(prim, [_raw(x) for x in args], params), prim, args, params)
-
-
-_OVERWRITE_ELEMENTS = 1 << 14  # below, a buffer of its own costs less than the checks
-
-
-def _write_over(function: Callable, spent: Value, *others: Value):
-    """function(spent, *others), in the buffer of `spent`: a result that the caller made and nobody else holds.
-
-    Halves the memory of x @ w + b and its activation. Walkers of the graph who ask for the data of `spent` all the same
-    have it computed again, from what the leaves are then.
-    """
-    prim, raw = TABLE.get(function, function), spent._data
-    if type(raw) is not np.ndarray or raw.size < _OVERWRITE_ELEMENTS:
-        return prim(spent, *others)
-    if not (
-        "operands" not in getattr(prim, "reads", "operands")
-        and (spent._prim is None or "out" not in spent._prim.reads)
-        and not any(_is_foreign(x._data) for x in others)
-        and all(np.broadcast_shapes(raw.shape, x.shape) == raw.shape for x in others)
-        and np.result_type(raw, *(x._data for x in others)) == raw.dtype
-    ):
-        return prim(spent, *others)
-    out = prim.forward(raw, *(x._data for x in others), out=raw)
-    spent.__class__ = _Overwritten
-    return _node(out, prim, (spent, *others), _NO_PARAMS)
-
-
-class _Overwritten(Value):
-    """A node that another's data was written over. Computed anew if somebody asks, it is a plain Value again."""
-
-    __slots__ = ()
-
-    @property
-    def _data(self):
-        self._data = _evaluate(self._prim, [_raw(x) for x in self._args], self._params)
-        return self._data
-
-    @_data.setter
-    def _data(self, new):
-        self.__class__ = Value
-        self._data = new
-
-
-class _Place(int):
-    """In a pickled graph, an operand that is the node at this place of the list."""
-
-
-def _rebuild(rows) -> Value:
-    nodes: list[Value] = []
-    for prim, args, params, needs, data, grad, label in rows:
-        node = _node(data, None, (), params)
-        node._prim, node._args, node._params = prim, tuple([nodes[x] if type(x) is _Place else x for x in args]), params
-        node._needs, node._grad, node.label = needs, grad, label
-        nodes.append(node)
-    return nodes[-1]
-
-
-# --- the backward sweep ---
-
-
-def _newest_first(root: Value, stop=frozenset(), everything=False) -> list[Value]:
-    """The nodes that root depends on, newest first: those that a gradient flows to, or everything."""
-    seen, nodes = {root}, [root]
-    for node in nodes:  # the list grows as it is walked
-        if stop and node in stop:
-            continue
-        for x in node._args:
-            if isinstance(x, Value) and (x._needs or everything) and x not in seen:
-                seen.add(x)
-                nodes.append(x)
-    nodes.sort(key=_get_number, reverse=True)
-    return nodes
-
-
-_get_number = operator.attrgetter("_number")
-
-
-def _filled_like(raw, number):
-    """A raw value of that shape and dtype; of a Python bool, a float."""
-    if type(raw) is float or type(raw) is bool:
-        return float(number)
-    if not raw.ndim:
-        return raw.dtype.type(number)  # also of a foreign array: a seed needs no cluster
-    return np.full_like(raw, number)
-
-
-_SPREAD_ELEMENTS = 1 << 12  # below, a gradient that is the same number throughout is written out
-
-
-@functools.lru_cache(16)
-def _ones(n: int, dtype: np.dtype) -> np.ndarray:
-    return np.ones(n, dtype)
-
-
-def _fit(g, raw):
-    """A gradient, as a rule gave it, for an operand like `raw`: summed over broadcast axes, and of its dtype."""
-    shape = () if type(raw) is float else raw.shape
-    had = () if type(g) is float else g.shape
-    if had != shape:
-        if len(had) == 2 and had[1:] == shape and type(g) is np.ndarray:
-            g = _ones(had[0], g.dtype).dot(g)  # a bias' gradient: BLAS sums rows twice as fast as NumPy
-        elif len(had):
-            extra = len(had) - len(shape)
-            axes = tuple([i for i, n in enumerate(had) if i < extra or (n != 1 and shape[i - extra] == 1)])
-            if axes:
-                add = np.add.reduce if type(g) is np.ndarray else np.sum
-                g = add(g, axis=axes, keepdims=len(axes) != extra)
-                g = np.reshape(g, np.shape(g)[extra:]) if extra > 0 and len(axes) != extra else g
-        if np.shape(g) != shape:
-            if _is_foreign(raw):
-                g = np.zeros_like(raw) + g  # in the chunks of raw
-            elif type(g) is not Value and not had and raw.size < _SPREAD_ELEMENTS:
-                g = np.full(shape, g)  # a view takes longer
-            else:
-                g = np.broadcast_to(g, shape)
-    weak = type(raw) is float
-    if weak and _is_foreign(g):
-        return g  # `_at_home` computes it with all others
-    if weak == (type(_raw(g)) is float) and (weak or g.dtype == raw.dtype):
-        return g
-    dtype = float if weak else raw.dtype
-    return _as_dtype(g, dtype) if isinstance(g, Value) else _settle(_as_dtype.forward(g, dtype))
-
-
-def _at_home(grads: dict[Value, Any], root: Value) -> dict[Value, Any]:
-    """The gradients of leaves held by Python or NumPy, computed if they are foreign; with them the root, if a number.
-
-    One pass computes them all, and nothing is changed before it is done.
-    """
-    away = [x for x, g in grads.items() if x._prim is None and _is_foreign(g) and not _is_foreign(x._data)]
-    if away:
-        with_root = _is_foreign(root._data) and not root.ndim
-        done = _computed([grads[x] for x in away] + [root._data] * with_root)
-        if with_root:
-            root._data = done[-1]
-        grads.update((x, float(g) if type(x._data) is float else g) for x, g in zip(away, done))
-    return grads
-
-
-def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=False) -> dict[Value, Any]:
-    """The gradients of every node that root depends on; the sweep does not go past the nodes in `stop`.
-
-    Without `retain` only the gradients of leaves and of nodes in `stop` are kept. With `symbolic` gradients are Values.
-    """
-    grads, ndarray = {root: seed}, np.ndarray
-    for node in _newest_first(root, stop):
-        prim = node._prim
-        if prim is None:  # a leaf
-            continue
-        g = grads.get(node)
-        if g is None or (stop and node in stop):  # no rule gave it a gradient, or the sweep ends here
-            continue
-        args, params, out, variadic = node._args, node._params, node, prim.operands is None
-        if not retain:
-            del grads[node]
-            node._grad = None
-        if symbolic:
-            # A Tensor becomes a node: what a rule computes from it is recorded, too, and a replay reads it anew.
-            operands = [_record(_detach, (x,)) if isinstance(x, Tensor) else x for x in args]
-        else:
-            # Where data was written over, no rule reads it; g has its shape and dtype, which is all that `_fit` needs.
-            out = g if type(node) is _Overwritten else node._data
-            operands = []
-            for x in args:
-                if isinstance(x, (Value, Tensor)):
-                    x = g if type(x) is _Overwritten and "operands" not in prim.reads else x._data
-                operands.append(x)
-        weak, foreign = False, None
-        if type(out) is not ndarray or type(g) is not ndarray:
-            weak = type(out) is float and type(g) is float and not variadic
-            foreign = None if weak else next((x for x in (g, out) if _is_foreign(x)), None)
-        for i, x in enumerate(args):
-            if not isinstance(x, Value) or not x._needs:
-                continue
-            rule = prim.vjps[0 if variadic else i]
-            if rule is None:
-                continue
-            if weak:
-                try:
-                    h = rule(g, out, *operands, **params) if params else rule(g, out, *operands)
-                    if type(h) is not float:
-                        h = float(h)
-                except (ArithmeticError, ValueError, TypeError):  # also a complex power: NumPy has the IEEE answer
-                    h = float(rule(_public(g), _public(out), *map(_public, operands), **params))
-            else:
-                if foreign is not None:
-                    rule = _lazily(prim, foreign)(rule)
-                if variadic:
-                    h = rule(i, g, out, operands, **params)
-                else:
-                    h = rule(g, out, *operands, **params) if params else rule(g, out, *operands)
-                if h is None:
-                    continue
-                if foreign is g and not _is_foreign(h):
-                    raise _not_offered(prim, g)
-                raw = x._data if symbolic else operands[i]
-                if type(h) is not ndarray or type(raw) is not ndarray or h.shape != raw.shape or h.dtype != raw.dtype:
-                    h = _fit(h, raw)
-            had = grads.get(x)
-            grads[x] = h if had is None else had + h
-    return grads
-
-
-@contextlib.contextmanager
-def no_grad() -> Iterator[None]:
-    """Within it, in this thread, results are leaves without history. Also a decorator."""
-    before, _mode.recording = _mode.recording, False
-    try:
-        yield
-    finally:
-        _mode.recording = before
-
-
-# --- functions of functions ---
-
-
-def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Callable):
-    """Calls f with the arguments `argnums` as fresh variables: its output, and per seed the gradients by them.
-
-    seeds: maps the raw output to the gradients that the backward sweeps start from.
-    On a Value, or inside another gradient function, the gradients are Values again, to be differentiated further.
-    """
-    numbers = tuple(argnums) if isinstance(argnums, (tuple, list)) else (argnums,)
-    if not all(isinstance(i, (int, np.integer)) for i in numbers):
-        raise TypeError(f"argnums: expected an integer or a tuple of integers, got {argnums!r}")
-    if len(set(numbers)) < len(numbers):
-        raise ValueError(f"argnums: names an argument twice: {argnums}")
-    for i in numbers:
-        if not -len(args) <= i < len(args):
-            raise ValueError(f"argnums: asks for argument {i}, but the function was called with {len(args)}")
-    args = list(args)
-    symbolic = _mode.depth > 0 or any(isinstance(args[i], Value) for i in numbers)
-    before, _mode.recording, _mode.depth = _mode.recording, True, _mode.depth + 1
-    try:
-        variables = [_variable(args[i], i) for i in numbers]
-        for i, variable in zip(numbers, variables):
-            args[i] = variable
-        out = f(*args, **kwargs)
-        if not isinstance(out, (Array, np.ndarray, np.number, int, float)):
-            raise TypeError(f"the function to differentiate must return a Value or number, got {type(out).__name__}")
-        rows = []
-        for seed in seeds(_raw(out)):
-            grads = {}
-            if isinstance(out, Value) and out._needs:
-                grads = _backpropagate(out, _leaf(seed) if symbolic else seed, set(variables), False, symbolic)
-                grads = grads if symbolic else _at_home(grads, out)
-            rows.append([grads[v] if v in grads else _filled_like(v._data, 0) for v in variables])
-    finally:
-        _mode.recording, _mode.depth = before, _mode.depth - 1
-    return out, rows
-
-
-def _variable(x, i):
-    """A fresh node for argument i of a function; connected to x if that is a Value."""
-    if isinstance(x, Value):
-        return np.positive(x)
-    dtype = getattr(x, "dtype", None)
-    try:
-        return Value(x, dtype if np.ndim(x) and getattr(dtype, "kind", "") == "f" else None)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"argument {i}: {error}") from None
-
-
-def _leaf(raw) -> Value:
-    """A Value around a raw value, which is not copied."""
-    leaf = Value(0.0)
-    leaf._data = raw
-    return leaf
-
-
-def _hand_out(result, x):
-    """A result for argument x: a Value for a Value, or where an outer gradient function needs one; else NumPy's."""
-    if isinstance(x, Value) or (_mode.depth and isinstance(result, Value) and result._needs):
-        return result if isinstance(result, Value) else _leaf(result)
-    return _public(_raw(result))
-
-
-def _one_number(raw):
-    if math.prod(np.shape(raw)) != 1:
-        raise ValueError(
-            f"grad: the function must return one number, got shape {np.shape(raw)}; see jacobian and elementwise_grad"
-        )
-    return [_filled_like(raw, 1)]
-
-
-def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
-    """A function that returns f's value and its gradient by the argument(s) argnums (a tuple for a tuple).
-
-    A number or array in gives a NumPy number or array out, computed in the array's own floating dtype; a Value in gives
-    Values out, which can be differentiated again. f must return one number, else ValueError. Nests to any order.
-    """
-
-    def value_and_gradient(*args, **kwargs):
-        out, (row,) = _differentiate(f, argnums, args, kwargs, _one_number)
-        if isinstance(argnums, (int, np.integer)):
-            return _hand_out(out, args[argnums]), _hand_out(row[0], args[argnums])
-        given = [args[i] for i in argnums]
-        value = _hand_out(out, next((x for x in given if isinstance(x, Value)), None))
-        return value, tuple(map(_hand_out, row, given))
-
-    return value_and_gradient
-
-
-def grad(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
-    """A function that returns the gradient of f; see `value_and_grad`."""
-
-    def gradient(*args, **kwargs):
-        return value_and_grad(f, argnums)(*args, **kwargs)[1]
-
-    return gradient
-
-
-def elementwise_grad(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
-    """The derivative of each output element of an element-wise f by its input element: the gradient of the sum."""
-    return grad(lambda *args, **kwargs: np.sum(f(*args, **kwargs)), argnums)
-
-
-def jacobian(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
-    """A function that returns the derivatives of every output of f by every element of the argument(s) argnums.
-
-    Of shape (*output shape, *argument shape); one backward sweep per output element.
-    """
-
-    def units(raw):
-        if not np.ndim(raw):
-            return [_filled_like(raw, 1)]
-        return [unit.reshape(raw.shape) for unit in np.eye(raw.size, dtype=raw.dtype)]
-
-    def derivatives(*args, **kwargs):
-        single = isinstance(argnums, (int, np.integer))
-        out, rows = _differentiate(f, argnums, args, kwargs, units)
-        results = []
-        for k, i in enumerate((argnums,) if single else argnums):
-            shape = np.shape(_raw(out)) + np.shape(_raw(args[i]))
-            column = [row[k] for row in rows]
-            if shape:
-                stack = np.stack if any(isinstance(g, Value) for g in column) else np.array
-                column = [np.reshape(stack(column), shape) if column else np.zeros(shape)]
-            results.append(_hand_out(column[0], args[i]))
-        return results[0] if single else tuple(results)
-
-    return derivatives
-
-
-def hessian(f: Callable, argnum: int = 0) -> Callable:
-    """A function that returns the second derivatives of f, which returns one number, by the elements of an argument."""
-    return jacobian(grad(f, argnum), argnum)
-
-
-def check_gradients(
-    f: Callable, *args: Any, order: int = 1, step: float = 1e-5, rtol: float = 1e-5, atol: float = 1e-7
-) -> None:
-    """Compares the gradients of f with central finite differences, in double precision.
-
-    f: returns a Value of any shape.
-    args: numbers, floating arrays, Tensors and Values are differentiated, anything else is passed on as it is.
-    order: 2 also checks the gradients of the gradients.
-    step, rtol, atol: of the differences; the two may differ by atol + rtol * their size.
-    Raises AssertionError that names the argument, the element and both numbers.
-    """
-    raws, free = [], []
-    for i, x in enumerate(args):
-        raw = np.asarray(_raw(x))
-        if raw.dtype.kind == "f" or (raw.dtype.kind == "i" and isinstance(x, int)):
-            free.append(i)
-        raws.append(raw.astype(np.float64) if i in free else x)
-    if not free:
-        raise TypeError("check_gradients: expected at least one number or floating array among the arguments")
-    weak = {i for i, x in enumerate(args) if isinstance(_raw(x), (int, float)) and not isinstance(x, np.float64)}
-    weights: list = []
-
-    def total(*values):
-        out = f(*values)
-        if not isinstance(out, Value):
-            raise TypeError(f"check_gradients: the function must return a Value, got {type(out).__name__}")
-        if not weights:  # a fixed random direction, so that errors of different outputs cannot cancel
-            weights.append(np.random.default_rng(0).uniform(0.5, 1.5, out.shape))
-        return np.sum(out * weights[0]) if out.ndim else out
-
-    def values():
-        return [_leaf(float(x) if i in weak else _settle(x.copy())) if i in free else x for i, x in enumerate(raws)]
-
-    for i in free:
-        gradient = np.asarray(grad(total, i)(*values()).data)
-        for element in np.ndindex(raws[i].shape):
-            kept, sides = raws[i][element].copy(), []
-            for change in (step, -step):
-                raws[i][element] = kept + change
-                with no_grad():
-                    sides.append(float(total(*values())))
-            raws[i][element] = kept
-            numeric, exact = (sides[0] - sides[1]) / (2 * step), float(gradient[element])
-            if not abs(numeric - exact) <= atol + rtol * max(abs(numeric), abs(exact)):
-                place = f", element {element}" if element else ""
-                raise AssertionError(f"argument {i}{place}: gradient {exact!r}, by finite differences {numeric!r}")
-        if order > 1:
-            check_gradients(grad(total, i), *raws, order=order - 1, step=step, rtol=max(rtol, 1e-4), atol=atol)
-
-
-# --- operators and methods of both classes, all from the table ---
-
-
-_FLOAT = np.dtype(np.float64)
-
-
-def _value_operator(prim: Primitive, swapped=False):
-    scalar, differentiable = prim.scalar, prim.vjps[0] is not None
-
-    def method(self, other):
-        kind = type(other)
-        if kind is Value:
-            y = other._data
-        elif kind is float:
-            y = other
-        elif kind is int:
-            whole = type(self._data) is not float and getattr(self._data, "dtype", _FLOAT).kind in "iu"
-            y = other = other if whole else float(other)
-        elif isinstance(other, _OPERANDS) or _is_foreign(other):
-            y = None
-        else:
-            return NotImplemented
-        x = self._data
-        args = (other, self) if swapped else (self, other)
-        if type(x) is float and type(y) is float and scalar is not None and _mode.recording:
-            # The path of micrograd's world: what `_apply` would do, spelled out, as a graph has 10^5 such nodes.
-            try:
-                out = scalar(y, x) if swapped else scalar(x, y)
-            except (ArithmeticError, ValueError):
-                return _apply(prim, args, _NO_PARAMS)
-            node = _new(Value)
-            node._data = out
-            node._grad = None
-            node._prim = prim
-            node._args = args
-            node._params = _NO_PARAMS
-            node._needs = differentiable and (self._needs or (kind is Value and other._needs))
-            node._number = _next_number()
-            node.label = ""
-            return node
-        x = y = None  # see `_apply`
-        return _apply(prim, args, _NO_PARAMS)
-
-    return method
-
-
-def _tensor_operator(prim: Primitive, swapped=False):
-    forward, ndarray = prim.forward, np.ndarray
-
-    def method(self, other):
-        x, kind = self._data, type(other)
-        if kind is Value:
-            return NotImplemented
-        if type(x) is ndarray and self._choice is None and x.size < _config.min_elements_for_parallel:
-            # What `_apply` would do for small arrays, spelled out: there, its checks cost more than the arithmetic.
-            y = other._data if kind is Tensor and other._choice is None else other
-            if kind is int and x.dtype.kind == "f":
-                y = float(other)
-            if type(y) is float or (type(y) is ndarray and kind is Tensor and y.size <= x.size):
-                return _wrap(forward(y, x) if swapped else forward(x, y))
-        if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or _is_foreign(other)):
-            return NotImplemented
-        x = y = None  # see `_apply`
-        out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
-        return out._data if isinstance(out._data, (bool, np.bool_)) else out  # of numbers, a comparison is a bool
-
-    return method
-
-
-def _in_place_operator(prim: Primitive):
-    """`t += x`: arrays are written to once the whole result is there; a 0-d Tensor is replaced, like a number."""
-
-    def method(self, other):
-        if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or _is_foreign(other)):
-            return NotImplemented
-        out = _apply(prim, (self, other), _NO_PARAMS)
-        if not self.ndim and not out.ndim:
-            return out
-        if out.shape != self.shape:
-            raise ValueError(f"Tensor: in place, shape {self.shape} cannot take a result of shape {out.shape}")
-        if type(self._data) is Chunked:
-            self._data.assign(out._data)
-        elif _is_foreign(self._data):
-            self.data = out
-        else:
-            np.copyto(self._data, _computed([_public(out._data)])[0], casting="same_kind")
-        return self
-
-    return method
-
-
-_OPERANDS = (Array, np.ndarray, np.generic, int, float, list, tuple)
-
-for _forward, (_name, _, _) in _OPERATORS.items():
-    _prim = TABLE[_forward]
-    if len(_prim.vjps) == 1:
-        setattr(Array, f"__{_name}__", lambda self, _prim=_prim: _prim(self))
-        continue
-    for _class, _operator in ((Value, _value_operator), (Tensor, _tensor_operator)):
-        setattr(_class, f"__{_name}__", _operator(_prim))
-        if hasattr(operator, f"__i{_name}__"):
-            setattr(_class, f"__r{_name}__", _operator(_prim, swapped=True))
-    if hasattr(operator, f"__i{_name}__"):
-        setattr(Tensor, f"__i{_name}__", _in_place_operator(_prim))
-
-# Methods: every primitive that takes its operands one by one, and the compositions that ndarray has as methods.
-for _key, _function in list(TABLE.items()):
-    _name = getattr(_function, "name", _key.__name__)
-    if _name not in vars(Array) and (hasattr(np.ndarray, _name) or getattr(_function, "operands", None)):
-        setattr(Array, _name, lambda self, *args, _function=_function, **kwargs: _function(self, *args, **kwargs))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Optimizer of graphs
+# 9. Optimizer
 #
 # In: the roots of a graph of Values. Out: Values over the same leaves whose `forward` and `backward` run one short
 # straight-line program. First PASSES rewrite the forward graph; its backward sweep is then traced with the primitives'
@@ -4653,597 +5184,89 @@ def optimize(*roots: Value) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. nn
+# 10. Elsewhere
 #
-# Networks on Values: modules hold parameters, losses give the Value to call `backward` on, optimizers step. In:
-# numbers, arrays, Tensors (a batch that a replay reads anew) or Values (gradients flow on to them). Also importable as
-# the module `picograd.nn`. Invariant: a parameter stays the same Value; only its data and gradient change.
+# Arrays of other libraries that speak NumPy's protocols, such as Dask's: they are kept as they are.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Module:
-    """A part of a network. Its parameters are the Values in its attributes, in lists, tuples, dicts and sub-Modules."""
-
-    def named_parameters(self) -> Iterator[tuple[str, Value]]:
-        """(dotted name, parameter), in order of definition; a shared one once."""
-        seen: set = set()
-
-        def walk(x, name):
-            if isinstance(x, (Value, Module)):
-                if id(x) in seen:
-                    return
-                seen.add(id(x))
-            if isinstance(x, Value):
-                if x._prim is None:  # a result that a module remembers is no parameter
-                    yield name, x
-                return
-            items = x if isinstance(x, dict) else vars(x) if isinstance(x, Module) else {}
-            items = enumerate(x) if isinstance(x, (list, tuple)) else items.items()
-            for key, item in items:
-                yield from walk(item, f"{name}.{key}" if name else str(key))
-
-        return walk(self, "")
-
-    def parameters(self) -> list[Value]:
-        """The parameters, in order of definition."""
-        return [p for _, p in self.named_parameters()]
-
-    def zero_grad(self) -> None:
-        """Resets the gradients of all parameters."""
-        for p in self.parameters():
-            p._grad = None
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the parameters to a .npz file of exactly that path, all or nothing."""
-        arrays = {name: p.data.data for name, p in self.named_parameters()}
-
-        def write(file):
-            import zipfile
-
-            with zipfile.ZipFile(file, "w") as archive:  # what np.savez writes, for parameters of any name
-                for name, array in arrays.items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
-
-        _write_whole(Path(path), write)
-
-    def load(self, path: str | os.PathLike) -> None:
-        """Reads what `save` wrote. ValueError if names or shapes differ, and then no parameter is changed."""
-        parameters = dict(self.named_parameters())
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except OSError:
-            raise
-        except Exception as error:  # of many kinds, for the many ways in which a file can be another or broken
-            raise ValueError(f"load: {str(path)!r} is not a file that save wrote ({error})") from None
-        for name in {**parameters, **arrays}:
-            if name not in arrays or name not in parameters:
-                where = "the model" if name in arrays else f"the file {str(path)!r}"
-                raise ValueError(f"load: parameter {name!r} is not in {where}")
-            if arrays[name].shape != parameters[name].shape:
-                raise ValueError(
-                    f"load: parameter {name!r} has shape {parameters[name].shape}, in the file {arrays[name].shape}"
-                )
-        new = {name: _conform(arrays[name], p._data, f"load: parameter {name!r}") for name, p in parameters.items()}
-        for name, p in parameters.items():
-            p._data = new[name]
+_RAW = (np.ndarray, np.generic, float, Chunked)
 
 
-def _write_whole(path: Path, write: Callable) -> None:
-    """Calls write(file) on a file beside path, and then puts it, complete, in path's place."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
-        new = Path(folder, path.name)
-        with open(new, "wb") as file:
-            write(file)
-        os.replace(new, path)
+def _is_foreign(x) -> bool:
+    """Whether x is an array of another library that takes part in NumPy's functions, such as a `dask.array`."""
+    if isinstance(x, _RAW) or isinstance(x, Array):
+        return False
+    protocols = "__array_function__", "__array_ufunc__", "shape", "dtype"
+    return all(getattr(x, name, None) is not None for name in protocols)
 
 
-_ACTIVATIONS = {"tanh": np.tanh, "relu": relu, "sigmoid": sigmoid, "gelu": gelu, "softplus": softplus, None: None}
-
-
-def _activation(activation):
-    """The function of an activation's name."""
-    if callable(activation):
-        return activation
-    if not isinstance(activation, str | None) or activation not in _ACTIVATIONS:
-        raise ValueError(f"activation must be a function or one of {list(_ACTIVATIONS)}, got {activation!r}")
-    return _ACTIVATIONS[activation]
-
-
-def _weights(shape, activation, seed, dtype) -> Value:
-    """Normal weights of a variance that keeps signals' size through a layer: 2 / (nin + nout) for tanh and its like
-    (Glorot and Bengio 2010, eq. 12), 2 / nin for rectifiers (He et al. 2015, eq. 10)."""
-    nin, nout = shape[0], shape[1] if len(shape) > 1 else 1
-    for name, n in (("nin", nin), ("nout", nout)):
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-            raise ValueError(f"{name} must be a positive integer, got {n!r}")
-    rectifier = activation in ("relu", "gelu", "softplus")
-    scale = math.sqrt(2.0 / (nin if rectifier else nin + nout))
-    return Value(np.random.default_rng(seed).normal(0.0, scale, shape), dtype=dtype, label="w")
-
-
-def _layer_input(x, w: Value):
-    """One sample (nin,) or a batch (n, nin) for weights w; a list of numbers and Values becomes one sample."""
-    if isinstance(x, (list, tuple)) and any(isinstance(i, Array) for i in x):
-        x = np.stack([i if isinstance(i, Value) else Value(i) for i in x])
-        x = x if x.dtype == w.dtype else x.astype(w.dtype)
-    elif not isinstance(x, (Array, np.ndarray)) and not _is_foreign(x):
-        x = _as_raw(x, w.dtype, "input")
-    shape, nin = x.shape, w.shape[0]
-    if len(shape) not in (1, 2) or shape[-1] != nin:
-        raise ValueError(f"input: expected width {nin}, shape ({nin},) or (n, {nin}); got shape {shape}")
+def _known_shape(x, who):
+    """x, a foreign array, if its shape is known."""
+    if any(n != n for n in x.shape):
+        raise ValueError(f"{who}: unknown shape {x.shape}; call compute_chunk_sizes() on the {_library(x)} first")
     return x
 
 
-class Neuron(Module):
-    """activation(x @ w + b), with w of shape (nin,) and b of (). In: (nin,) or (n, nin); out: () or (n,)."""
-
-    def __init__(self, nin: int, activation: Any = "tanh", seed: Any = None, dtype: Any = np.float32):
-        self.w = _weights((nin,), activation, seed, dtype)
-        self.b = Value(np.zeros(()), dtype=dtype, label="b")
-        self.activation, self._function = activation, _activation(activation)
-
-    def __call__(self, x: Any) -> Value:
-        out = _layer_input(x, self.w) @ self.w + self.b
-        return self._function(out) if self._function else out
-
-    def __repr__(self):
-        return f"Neuron({self.w.size}, activation={self.activation!r})"
+def _library(x) -> str:
+    """What a foreign array is called in messages."""
+    return ".".join(type(x).__module__.split(".")[:2])
 
 
-class Layer(Module):
-    """activation(x @ w + b), w (nin, nout), b (nout,). In: (nin,) or (n, nin); out: (nout,) or (n, nout)."""
-
-    def __init__(self, nin: int, nout: int, activation: Any = "tanh", seed: Any = None, dtype: Any = np.float32):
-        self.w = _weights((nin, nout), activation, seed, dtype)
-        self.b = Value(np.zeros(nout), dtype=dtype, label="b")
-        self.activation, self._function = activation, _activation(activation)
-
-    def __call__(self, x: Any) -> Value:
-        out = _write_over(np.add, _layer_input(x, self.w) @ self.w, self.b)
-        return _write_over(self._function, out) if self._function else out
-
-    def __repr__(self):
-        return f"Layer({self.w.shape[0]}, {self.w.shape[1]}, activation={self.activation!r})"
+_refusal = threading.RLock()  # as the filters of warnings are the whole process's
 
 
-class MLP(Module):
-    """A multi-layer perceptron: layers of the given widths, the last one linear.
+@contextlib.contextmanager
+def _lazily(prim: Primitive, x) -> Iterator[None]:
+    """Within it, a primitive of foreign arrays such as x fails if their library does not offer what it needs.
 
-    nin: width of the input; nouts: widths of the layers; activation: name or function, of all layers but the last.
-    seed: an integer or NumPy Generator, for the same weights again; dtype: of the parameters.
-
-    In: a list of nin numbers or Values, or (nin,), or a batch (n, nin); a Tensor batch is read anew by a replay.
-    Out: (nouts[-1],) or (n, nouts[-1]); if that is 1, the axis is dropped: () or (n,).
+    Dask warns in that case, then computes the whole array in this process.
     """
-
-    def __init__(
-        self, nin: int, nouts: Sequence[int], activation: Any = "tanh", seed: Any = None, dtype: Any = np.float32
-    ):
-        if not isinstance(nouts, (list, tuple, np.ndarray)) or not len(nouts):
-            raise ValueError(f"nouts must be a list of at least one width, got {nouts!r}")
-        _activation(activation)  # also where no layer has it
-        rng = np.random.default_rng(seed)
-        widths = [nin, *nouts]
-        self.layers = [
-            Layer(a, b, activation if i < len(nouts) - 1 else None, rng, dtype)
-            for i, (a, b) in enumerate(zip(widths, widths[1:]))
-        ]
-        for i, layer in enumerate(self.layers, 1):
-            layer.w.label, layer.b.label = f"w{i}", f"b{i}"
-
-    def __call__(self, x: Any) -> Value:
-        for layer in self.layers:
-            x = layer(x)
-        return _apply(_reshape, (x,), {"shape": (-1,) * (x.ndim - 1)}) if x.shape[-1] == 1 else x
-
-    def __repr__(self):
-        widths, count = [layer.b.size for layer in self.layers], sum(p.size for p in self.parameters())
-        activation = self.layers[0].activation
-        return f"MLP({self.layers[0].w.shape[0]}, {widths}, activation={activation!r}) with {count} parameters"
-
-
-# --- losses: the mean over the samples, a 0-d Value. Foreign labels are not checked, which would compute them ---
-
-
-def _same_shape(name, prediction, target):
-    target = target if isinstance(target, Array) or _is_foreign(target) else np.asarray(target)
-    if target.dtype.kind not in "fiub":
-        raise TypeError(f"{name}: the target must be real numbers, got dtype {target.dtype}")
-    shape = prediction.shape if isinstance(prediction, Array) else np.shape(prediction)
-    if shape != target.shape:
-        raise ValueError(f"{name}: prediction and target must have the same shape, got {shape} and {target.shape}")
-    return target
-
-
-def mse_loss(prediction: Value, target: Any) -> Value:
-    """The mean of (prediction - target)**2, for two of the same shape."""
-    return np.mean(np.square(prediction - _same_shape("mse_loss", prediction, target)))
-
-
-def cross_entropy(logits: Value, labels: Any) -> Value:
-    """The mean of -log(softmax(logits)[label]), for logits (n, k) or (k,) and integer labels (n,) or () below k."""
-    raw = _raw(labels)
-    raw = raw if _is_foreign(raw) else np.asarray(raw)
-    if np.shape(logits)[:-1] != raw.shape or not np.ndim(logits):
-        raise ValueError(f"cross_entropy: labels must have shape {np.shape(logits)[:-1]}, got {raw.shape}")
-    k = np.shape(logits)[-1]
-    floats = raw.dtype.kind == "f" and not _is_foreign(raw)
-    if raw.dtype.kind not in "iub" and not (floats and np.array_equal(raw, np.floor(raw))):
-        raise TypeError(f"cross_entropy: labels must be integers, got dtype {raw.dtype}")
-    if not _is_foreign(raw) and raw.size and not (0 <= raw.min() and raw.max() < k):
-        raise ValueError(f"cross_entropy: labels must be from 0 to {k - 1}, got {raw.min()} to {raw.max()}")
-    # A mask instead of indices: it runs on any kind of array. As a node, a Tensor of labels is read anew by a replay.
-    labels = _node(labels._data, _detach, (labels,), _NO_PARAMS) if isinstance(labels, Tensor) else raw
-    mask = labels[..., None] == np.arange(k)
-    return -np.mean(np.sum(np.where(mask, log_softmax(logits), 0.0), axis=-1))
-
-
-def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
-    """The mean of softplus(x) - x * y: the cross-entropy of sigmoid(x) with targets y in [0, 1] of the same shape."""
-    targets = _same_shape("binary_cross_entropy_with_logits", logits, targets)
-    raw = _raw(targets)
-    if not _is_foreign(raw) and np.size(raw) and not (0 <= np.min(raw) and np.max(raw) <= 1):
-        raise ValueError(f"binary_cross_entropy_with_logits: targets must be in [0, 1], got {raw.min()} to {raw.max()}")
-    return np.mean(softplus(logits) - logits * targets)
-
-
-def hinge_loss(scores: Value, labels: Any) -> Value:
-    """The mean of relu(1 - y * s), for labels y of -1 or 1 of the same shape."""
-    labels = _same_shape("hinge_loss", scores, labels)
-    if not _is_foreign(_raw(labels)) and not np.all(np.abs(np.asarray(_raw(labels))) == 1):
-        raise ValueError("hinge_loss: labels must be -1 or 1")
-    return np.mean(relu(1.0 - labels * scores))
-
-
-# --- optimizers ---
-
-
-class _Optimizer:
-    """What SGD and Adam share: checked options, one state per array, and all scalar parameters stepped as one array."""
-
-    def __init__(self, params: Iterable[Value], **options: float):
-        if isinstance(params, Array):
-            raise TypeError("params must be a list of Values, got a single one")
-        self.params = list(params)
-        if not self.params or not all(isinstance(p, Value) for p in self.params):
-            raise TypeError("params must be a non-empty list of Values")
-        if any(p._prim is not None for p in self.params):
-            raise ValueError("params must be leaves; one of them is the result of an operation")
-        if any(_is_foreign(p._data) for p in self.params):
-            raise TypeError("params must be held in NumPy: optimizers work in place")
-        if len(set(self.params)) < len(self.params):
-            raise ValueError("params must name each parameter once")
-        for name, x in options.items():
-            if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
-                raise TypeError(f"{name} must be a number, got {x!r}")
-            if not 0 <= x < (1 if name in ("momentum", "betas") else math.inf):
-                raise ValueError(
-                    f"{name} must be {'below 1' if 1 <= x < math.inf else 'finite and not negative'}, got {x}"
-                )
-        self._arrays = [(p, {}) for p in self.params if np.ndim(p._data)]
-        self._scalars = [p for p in self.params if not np.ndim(p._data)]
-        self._scalar_state: dict[str, np.ndarray] = {}
-
-    def zero_grad(self) -> None:
-        """Resets the gradients of the parameters."""
-        for p in self.params:
-            p._grad = None
-
-    def step(self) -> None:
-        """Changes the parameters by their gradients, in place; one without a gradient yet is left alone."""
-        for p, state in self._arrays:
-            if p._grad is not None:
-                self._update(p._data, p._grad, state)
-        if not self._scalars:
-            return
-        live = [i for i, p in enumerate(self._scalars) if p._grad is not None]
-        if not live:
-            return
-        ps = [self._scalars[i] for i in live]
-        data, grads = (np.array([getattr(p, name) for p in ps], np.float64) for name in ("_data", "_grad"))
-        state, all_live = self._scalar_state, len(live) == len(self._scalars)
-        if not all_live:  # the others, and their state, stay as they are
-            for name in self._STATE:
-                _state(state, name, np.zeros(len(self._scalars)))
-            state = {name: x[live] if isinstance(x, np.ndarray) else x for name, x in state.items()}
-        self._update(data, grads, state)
-        for name, x in state.items() if not all_live else ():
-            if isinstance(x, np.ndarray):
-                self._scalar_state[name][live] = x
-            else:
-                self._scalar_state[name] = x
-        for p, x in zip(ps, data.tolist()):
-            p._data = x if type(p._data) is float else p._data.dtype.type(x)
-
-    def __repr__(self):
-        options = ", ".join(f"{name}={x}" for name, x in vars(self).items() if name[0] != "_" and name != "params")
-        return f"{type(self).__name__}({options}) of {len(self.params)} parameters"
-
-
-def _state(state: dict, name: str, like: np.ndarray) -> np.ndarray:
-    """An array of the optimizer's state, zeros at first."""
-    if name not in state:
-        state[name] = np.zeros_like(like)
-    return state[name]
-
-
-class SGD(_Optimizer):
-    """Stochastic gradient descent: with g the gradient plus weight_decay * p, v = momentum * v + g and p -= lr * v."""
-
-    def __init__(self, params: Iterable[Value], lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
-        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-
-    _STATE = ("scratch", "velocity")
-
-    def _update(self, data, grad, state):
-        scratch = _state(state, "scratch", data)
-        if self.weight_decay:
-            grad = np.add(grad, np.multiply(data, self.weight_decay, out=scratch), out=scratch)
-        if self.momentum:
-            velocity = _state(state, "velocity", data)
-            velocity *= self.momentum
-            velocity += grad
-            grad = velocity
-        np.subtract(data, np.multiply(grad, self.lr, out=scratch), out=data)
-
-
-class Adam(_Optimizer):
-    """Adam (Kingma and Ba 2015, algorithm 1). weight_decay is added to the gradient as weight_decay * p; with
-    decoupled=True it is AdamW's (Loshchilov and Hutter 2019): p -= lr * weight_decay * p beside the step."""
-
-    def __init__(
-        self,
-        params: Iterable[Value],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        decoupled: bool = False,
-    ):
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise TypeError(f"betas must be two numbers, got {betas!r}")
-        for beta in betas:
-            super().__init__(params := list(params), lr=lr, betas=beta, eps=eps, weight_decay=weight_decay)
-        self.lr, self.betas, self.eps = lr, tuple(betas), eps
-        self.weight_decay, self.decoupled = weight_decay, decoupled
-
-    _STATE = ("mean", "square", "scratch")
-
-    def _update(self, data, grad, state):
-        mean, square, scratch = (_state(state, name, data) for name in ("mean", "square", "scratch"))
-        steps = state["steps"] = state.get("steps", 0) + 1
-        if self.weight_decay and not self.decoupled:
-            grad = grad + self.weight_decay * data
-        elif self.weight_decay:
-            data *= 1.0 - self.lr * self.weight_decay
-        beta1, beta2 = self.betas
-        mean *= beta1
-        mean += np.multiply(grad, 1.0 - beta1, out=scratch)
-        square *= beta2
-        np.multiply(grad, grad, out=scratch)
-        square += np.multiply(scratch, 1.0 - beta2, out=scratch)
-        np.sqrt(np.multiply(square, 1.0 / (1.0 - beta2**steps), out=scratch), out=scratch)
-        scratch += self.eps
-        np.divide(mean, scratch, out=scratch)
-        data -= np.multiply(scratch, self.lr / (1.0 - beta1**steps), out=scratch)
-
-
-# --- the module picograd.nn, out of this same file ---
-
-nn = types.ModuleType(f"{__name__}.nn", "Networks, losses and optimizers of PicoGrad.")
-for _public_name in (Value, Tensor, Module, Neuron, Layer, MLP, SGD, Adam, no_grad):
-    setattr(nn, _public_name.__name__, _public_name)
-for _public_name in (mse_loss, cross_entropy, binary_cross_entropy_with_logits, hinge_loss):
-    setattr(nn, _public_name.__name__, _public_name)
-sys.modules[nn.__name__] = nn
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. draw
-#
-# In: a Value. Out: the picture of the graph it came from, as a `graphviz.Digraph`, and a file if asked for. Boxes are
-# Values, Tensors and constants; ellipses are operations. Graphviz (the Python package, and the program `dot` to make
-# picture files) is imported and needed only here.
-# Invariant: text that others chose (labels, names, parameters) reaches Graphviz through `_text` alone, in HTML-like
-# labels, where nothing but our own tags is markup.
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Text has a contrast of at least 12:1 on every fill (WCAG 2 asks for 4.5:1), borders at least 5:1 on the white page.
-# The kinds differ in shape or line as well, for eyes and printers that do not tell the colours apart.
-_INK = {"fontname": "Helvetica,Arial,sans-serif", "fontsize": "10", "fontcolor": "#1a1a1a"}
-_BOXES = {
-    "leaf": {"fillcolor": "#cfe3fa", "color": "#1f5c99"},
-    "input": {"fillcolor": "#d3efd0", "color": "#2a6b2f", "style": "filled"},
-    "constant": {"fillcolor": "#eeeeee", "color": "#5f5f5f", "style": "filled,dashed"},
-    "intermediate": {"fillcolor": "#ffffff", "color": "#5f5f5f"},
-    "result": {"fillcolor": "#ffdf94", "color": "#8a5300", "penwidth": "2"},
-}
-_BOX = {"shape": "box", "style": "filled,rounded", "width": "0", "height": "0", "margin": "0.08,0.05"}
-_ELLIPSE = {"shape": "ellipse", "style": "filled", "width": "0.42", "height": "0.36", "margin": "0.02,0.01"}
-_ELLIPSE |= {"fillcolor": "#ece3f6", "color": "#6a3fa0", "fontsize": "11"}
-# The points of an ellipse where operands enter, so that a - b differs from b - a; more than three are numbered instead.
-_ENTRIES = {
-    "LR": {1: ["w"], 2: ["nw", "sw"], 3: ["nw", "w", "sw"]},
-    "TB": {1: ["n"], 2: ["nw", "ne"], 3: ["nw", "n", "ne"]},
-}
-
-
-def _text(text: Any, limit: int = 80) -> str:
-    """Text as HTML-like label text: markup and unprintable characters escaped, line breaks kept, cut at the limit."""
-    from html import escape
-
-    text = str(text)
-    text = text if len(text) <= limit else text[: limit - 1] + "…"
-    lines = ("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in text.strip().splitlines())
-    return "<br/>".join(escape(line).replace("\\", r"\\") for line in lines)  # a single \N would become the node's name
-
-
-def _summary(raw: Any, grad: Any) -> list[str]:
-    """What a box says of raw data and its gradient: up to four numbers themselves, else shape, dtype and a bound."""
-
-    def number(x, digits=3):
-        return f"{x:.{digits}g}" if isinstance(x, (float, np.floating)) else str(x)
-
-    def numbers(x):
-        if not np.ndim(x):
-            return number(x, 4)
-        rows = np.array2string(np.asarray(x), separator=", ", formatter={"all": number})
-        return " ".join(rows.split())  # in one line: columns of numbers would tear the picture apart
-
-    if _is_foreign(raw) or _is_foreign(grad):
-        return [f"{np.shape(raw)} {_public(raw).dtype}"]  # numbers would have to be computed
-    if 0 < np.size(raw) <= 4:
-        return [numbers(raw)] if grad is None else [numbers(raw), f"grad {numbers(grad)}"]
-    lines = [f"{np.shape(raw)} {raw.dtype}"]
-    if grad is not None:  # the largest absolute value: unlike a norm, it cannot overflow, and it needs no temporary
-        lines.append(f"|grad| ≤ {number(np.maximum(np.max(grad, initial=0), abs(np.min(grad, initial=0))), 4)}")
-    return lines
-
-
-def _parameter(name: str, x: Any) -> str:
-    """One parameter of an operation, in short; an index as Python writes it."""
-
-    def short(x):
-        if isinstance(x, slice):
-            ends = ["" if end is None else str(end) for end in (x.start, x.stop, x.step)]
-            return ":".join(ends if ends[2] else ends[:2])
-        if isinstance(x, np.ndarray):
-            return f"array{x.shape}"
-        if isinstance(x, (np.generic, np.dtype)):
-            return str(x)
-        return "..." if x is Ellipsis else getattr(x, "__name__", None) or reprlib.repr(x)
-
-    return f"[{', '.join(map(short, x))}]" if name == "index" and isinstance(x, tuple) else f"{name}={short(x)}"
-
-
-def _save_picture(graph: Any, path: Path) -> None:
-    """Renders in memory, then puts the complete file in its place, with the permissions of any new file."""
-    from graphviz import ExecutableNotFound
-
-    picture, missing = graph.copy(), None
-    if path.suffix.lower() == ".png":
-        picture.graph_attr["dpi"] = "120"  # text comes out as large as that of the page around it
-    try:
-        content = picture.pipe(format=path.suffix[1:].lower())
-    except ExecutableNotFound as error:
-        path, content, missing = path.with_suffix(".gv"), graph.source.encode(), error
-    _write_whole(path, lambda file: file.write(content))
-    if missing:
-        raise RuntimeError(
-            "draw: Graphviz's program `dot`, which makes the picture, was not found on PATH. To install it:\n"
-            "  Debian, Ubuntu   sudo apt install graphviz\n"
-            "  macOS            brew install graphviz\n"
-            "  Windows          winget install Graphviz.Graphviz, then add its bin folder to PATH\n"
-            "  conda            conda install -c conda-forge graphviz\n"
-            f"The picture's source was saved as {path}; `dot` turns that into a picture, too."
-        ) from missing
-
-
-def draw(
-    root: Value, filename: str | os.PathLike | None = None, *, max_nodes: int = 300, rankdir: str | None = None
-) -> Any:
-    """The graph that a Value was computed by, as a `graphviz.Digraph`, which shows itself in a notebook.
-
-    A box shows a label, the numbers (up to four, else shape and dtype) and, after backward, their gradient (or the
-    largest absolute value in it). Blue boxes are leaves, such as parameters; green ones Tensors, inputs without
-    gradient; grey, dashed ones constants; white ones results in between; the yellow one is the root. An ellipse is an
-    operation with its parameters; unless it is + or *, its operands enter in their order from the top or left.
-
-    filename: where to save a picture, ending in .png (120 dots per inch), .svg or .pdf. An existing file is replaced,
-        once the new one is complete.
-    max_nodes: the most boxes to draw; above that, ValueError says how many there are.
-    rankdir: "LR" (left to right) or "TB" (top to bottom); None takes what keeps a page-wide picture legible.
-
-    ImportError without the package graphviz. RuntimeError if a picture file needs Graphviz's program `dot` and it is
-    not installed: then the picture's source is saved instead, ending in .gv.
-    """
-    if not isinstance(root, Value):
-        raise TypeError(f"draw: root must be a Value, got {type(root).__name__}")
-    if isinstance(max_nodes, bool) or not isinstance(max_nodes, (int, np.integer)) or max_nodes < 1:
-        raise ValueError(f"draw: max_nodes must be a positive integer, got {max_nodes!r}")
-    if rankdir not in (None, *_ENTRIES):
-        raise ValueError(f"draw: rankdir must be 'LR', 'TB' or None, got {rankdir!r}")
-    if filename is not None:
-        if not isinstance(filename, (str, os.PathLike)):
-            raise TypeError(f"draw: filename must be a string or path, got {type(filename).__name__}")
-        filename = Path(filename)
-        if filename.suffix.lower() not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"draw: filename must end in .png, .svg or .pdf, got {str(filename)!r}")
-        if not filename.parent.is_dir():
-            raise FileNotFoundError(f"draw: filename must be in an existing folder, got {str(filename)!r}")
-    try:
-        import graphviz
-    except ImportError as error:
-        raise ImportError(
-            "draw needs the Python package graphviz: pip install graphviz, or conda install -c conda-forge "
-            "python-graphviz (the rest of picograd does not need it)"
-        ) from error
-
-    if isinstance(root, Optimized):
-        root = root.graph
-    packs = {node for node in _oldest_first([root]) if node._prim is _pack}  # many numbers in one box
-    values = _newest_first(root, packs, everything=True)[::-1]
-    # An object is one box however often it is used; a number is a box at each use, as equal numbers are not related.
-    others = [x for v in values if v not in packs for x in v._args if not isinstance(x, Value)]
-    numbers = sum(isinstance(x, (float, bool)) for x in others)
-    count = len(values) + numbers + len({id(x) for x in others if not isinstance(x, (float, bool))})
-    if count > max_nodes:
-        raise ValueError(
-            f"draw: the graph has {count} nodes ({len(values)} Values, {count - len(values)} Tensors and constants), "
-            f"and max_nodes is {max_nodes}. Draw a part of it (an inner Value, fewer samples or layers), compute "
-            "with arrays in place of numbers, or pass a larger max_nodes: above a thousand, Graphviz may take minutes."
-        )
-    if rankdir is None:  # long and thin graphs go downwards: fitted to a page's width, their text would be too small
-        depth: dict[Value, int] = {}
-        for v in values:
-            depth[v] = 1 + max((depth[x] for x in v._args if isinstance(x, Value) and v not in packs), default=-1)
-        rankdir = "TB" if depth[root] > 4 and count < 3 * depth[root] else "LR"
-
-    graph = graphviz.Digraph(
-        graph_attr=_INK | {"rankdir": rankdir, "bgcolor": "white", "nodesep": "0.15", "ranksep": "0.25"},
-        node_attr=_INK | _BOX,
-        edge_attr=_INK | {"color": "#5f5f5f", "arrowsize": "0.6", "fontsize": "8", "labeldistance": "1.5"},
-    )
-    names: dict[int, str] = {}
-    fresh = map("v{}".format, itertools.count())
-    kinds = set()
-
-    def box(x, kind, label=""):
-        name = names[id(x)] = next(fresh)
-        kinds.add(kind)
-        lines = [_text(line) for line in _summary(_raw(x), getattr(x, "_grad", None))]
-        if label := _text(label):
-            lines.insert(0, f'<font point-size="11"><b>{label}</b></font>')
-        graph.node(name, f"<{'<br/>'.join(lines)}>", **_BOXES[kind])
-        return name
-
-    for v in values:
-        leaf = v._prim is None or v in packs
-        label = f"{v.size} numbers" if v in packs else v.label
-        name = box(v, "leaf" if leaf else "result" if v is root else "intermediate", label)
-        if leaf:
-            continue
-        op = f"op_{name}"
-        if v._prim is _fused:
-            lines = [_formula(v._params["chain"])]
-        else:
-            lines = [v._prim.symbol] + [_parameter(k, x) for k, x in v._params.items() if x is not None]
-        graph.node(op, f"<{'<br/>'.join(filter(None, map(_text, lines))) or '&#160;'}>", **_ELLIPSE)
-        graph.edge(op, name, weight="2")
-        entries = _ENTRIES[rankdir].get(len(v._args))
-        free = v._prim.name in ("add", "multiply")  # the same in either order: enter where lines cross least
-        for i, x in enumerate(v._args):
-            if isinstance(x, (float, bool)) or id(x) not in names:
-                box(x, "input" if isinstance(x, Tensor) else "constant")
-            place = {} if free else {"headport": entries[i]} if entries else {"headlabel": str(i)}
-            # dot draws heavy edges straight: those of the main line, from one result to the next.
-            graph.edge(names[id(x)], op, weight="2" if isinstance(x, Value) and x._prim else "1", **place)
-    cell = '<td bgcolor="{fillcolor}" color="{color}">{kind}</td>'.format
-    cells = "".join(cell(kind=kind, **look) for kind, look in _BOXES.items() if kind in kinds)
-    graph.attr(label=f'<<table border="0" cellborder="1" cellspacing="4" cellpadding="3"><tr>{cells}</tr></table>>')
-    if filename is not None:
-        _save_picture(graph, filename)
-    return graph
+    with _refusal, warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        try:
+            yield
+        except (FutureWarning, NotImplementedError, AttributeError) as error:
+            raise _not_offered(prim, x) from error
+
+
+def _not_offered(prim: Primitive, x) -> TypeError:
+    return TypeError(f"{prim.name}: {_library(x)} does not offer it, or not in this form; compute the operands first")
+
+
+def _computed(arrays: Sequence) -> list:
+    """Foreign arrays as NumPy's; those of Dask together, in one pass over its cluster. Others as they are."""
+    lazy = [x for x in arrays if hasattr(x, "__dask_graph__")]
+    done = iter(sys.modules["dask"].compute(*lazy, traverse=False) if lazy else ())
+    taken = ((x, next(done) if hasattr(x, "__dask_graph__") else x) for x in arrays)
+    return [_settle(np.array(y)) if _is_foreign(x) else x for x, y in taken]
+
+
+def _evaluate_foreign(prim: Primitive, raw: Sequence, params: dict, foreign):
+    """The forward of a primitive if an operand is a foreign array; so is its result, and nothing is computed yet."""
+    # NumPy would compute a foreign index into its own array; Dask's Cholesky factor is the upper one.
+    if prim.name == "cholesky" or ("index" in params and not _is_foreign(raw[0])):
+        raise _not_offered(prim, foreign)
+    if not prim.elementwise:
+        dtype = np.result_type(*[getattr(x, "dtype", x) for x in raw])
+        raw = [dtype.type(x) if type(x) is float else x for x in raw]
+    with _lazily(prim, foreign):
+        out = prim.forward(*raw, **params)
+    if not _is_foreign(out):
+        raise _not_offered(prim, foreign)
+    return _known_shape(out, prim.name)
+
+
+def _put_foreign(a, shape, index):
+    """`_put` of an array of another library, which may not offer assignment: zeros around it."""
+    index = [i for i in index if i is not None]
+    for at in [k for k, i in enumerate(index) if i is Ellipsis]:
+        index[at : at + 1] = [slice(None)] * (len(shape) - len(index) + 1)
+    ends = []
+    for n, i in itertools.zip_longest(shape, index, fillvalue=slice(None)):
+        if not isinstance(i, (slice, int, np.integer)) or (isinstance(i, slice) and i.indices(n)[2] != 1):
+            raise TypeError(f"getitem: on {_library(a)}, only integers and slices of step 1 have a gradient, got {i!r}")
+        start, stop, _ = i.indices(n) if isinstance(i, slice) else (i % n, i % n + 1, 1)
+        ends.append((start, max(start, stop)))
+    block = np.reshape(a, tuple(stop - start for start, stop in ends))
+    return np.pad(block, [(start, n - stop) for n, (start, stop) in zip(shape, ends)])
