@@ -1285,7 +1285,8 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
         weak, kind = False, NUMPY
         if type(out) is not ndarray or type(g) is not ndarray:
             weak = type(out) is float and type(g) is float and not variadic
-            kind = max(KINDS[type(_raw(g))], KINDS[type(_raw(out))], NUMPY, key=_get_rank)
+            if not weak:
+                kind = max(KINDS[type(_raw(g))], KINDS[type(_raw(out))], NUMPY, key=_get_rank)
         for i, x in enumerate(args):
             if not isinstance(x, Value) or not x._needs:
                 continue
