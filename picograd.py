@@ -591,7 +591,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         raw.append(x)
     if result is None:
         kinds = [KINDS[type(x)] for x in operands]
-        if any([kind is not None and kind.rank > NUMPY.rank for kind in kinds]):
+        if None not in kinds and (NUMPY not in kinds or max(kinds, key=_get_rank) is not NUMPY):
             return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
     if plain and not constants and dtype is not None and dtype.kind == "f":
@@ -856,6 +856,7 @@ class _Mode(threading.local):
 
 
 _mode = _Mode()
+_ENDS = "its gradient ends here; use NumPy's functions, or say .item() or .detach() where no gradient is wanted"
 _next_number = itertools.count(1).__next__
 _NO_PARAMS: dict[str, Any] = {}
 
@@ -1011,12 +1012,9 @@ class Value(Array):
         """The number, on its way to code that knows nothing of gradients."""
         number = self.item()
         if self._needs and _mode.recording:
-            instead = "use NumPy's functions, or say .item() or .detach() where no gradient is wanted"
             if _mode.depth:
-                raise TypeError(
-                    f"{how}(Value): its gradient would end here, within a function to differentiate; {instead}"
-                )
-            warnings.warn(f"{how}(Value): its gradient ends here; {instead}", stacklevel=3)
+                raise TypeError(f"{how}(Value): {_ENDS}")
+            warnings.warn(f"{how}(Value): {_ENDS}", stacklevel=3)
         return number
 
     def __float__(self):
@@ -1357,7 +1355,12 @@ def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Calla
         variables = [_variable(args[i], i) for i in numbers]
         for i, variable in zip(numbers, variables):
             args[i] = variable
-        out = f(*args, **kwargs)
+        try:
+            out = f(*args, **kwargs)
+        except ValueError as error:  # buffer[0] = v: NumPy makes a ValueError of what float(v) raised
+            if isinstance(error.__cause__, TypeError) and _ENDS in str(error.__cause__):
+                raise error.__cause__ from None
+            raise
         if not isinstance(out, (Array, np.ndarray, np.number, int, float)):
             raise TypeError(f"the function to differentiate must return a Value or number, got {type(out).__name__}")
         rows = []
