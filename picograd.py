@@ -459,7 +459,7 @@ class Array:
         return np.transpose(self, (axes[0] if isinstance(axes[0], (tuple, list)) else axes) if axes else None)
 
     def flatten(self):
-        return np.ravel(self)
+        return np.copy(np.ravel(self))
 
     def astype(self, dtype: Any):
         dtype, kinds = np.dtype(dtype), "f" if isinstance(self, Value) else "fiub"
@@ -1272,6 +1272,8 @@ def check_gradients(
 # Intervals that the samples of element-wise primitives are drawn from, away from kinks and poles.
 _REAL, _POSITIVE, _UNIT, _OVER_1 = (-2.0, 2.0), (0.3, 3.0), (-0.9, 0.9), (1.1, 3.0)
 
+_FLOAT = np.dtype(np.float64)
+
 # --- arithmetic ---
 
 
@@ -1422,7 +1424,14 @@ def clip(a, a_min=None, a_max=None, *, min=None, max=None):
     """`np.clip`; the gradient passes at the bounds, as in PyTorch. Where the lower bound is above, the upper one is
     the result, and gets the gradient."""
     low, high = (a_min if min is None else min), (a_max if max is None else max)
-    return _clip(a, -np.inf if low is None else low, np.inf if high is None else high)
+    dtype = getattr(a, "dtype", _FLOAT)
+    if dtype.kind == "b":
+        lowest, highest = False, True
+    elif dtype.kind in "iu":
+        lowest, highest = np.iinfo(dtype).min, np.iinfo(dtype).max
+    else:
+        lowest, highest = -np.inf, np.inf
+    return _clip(a, lowest if low is None else low, highest if high is None else high)
 
 
 # --- activations that NumPy has no name for: functions of picograd, found in the table under themselves ---
@@ -1904,7 +1913,8 @@ def take(a, indices, axis=None):
     indices = _index_array(indices)
     if getattr(getattr(indices, "dtype", None), "kind", "i") == "b":
         raise TypeError("take: indices must be integers, got booleans")
-    return ravel(a)[indices] if axis is None else a[_lead(axis, a) + (indices,)]
+    a = ravel(a) if axis is None or not np.ndim(a) else a
+    return a[_lead(axis or 0, a) + (indices,)]
 
 
 @composed(np.take_along_axis)
@@ -1923,7 +1933,7 @@ def sort(a, axis=-1, kind=None, order=None, *, stable=None):
 
 @composed(np.repeat)
 def repeat(a, repeats, axis=None):
-    n = np.size(a) if axis is None else np.shape(a)[axis]
+    n = np.size(a) if axis is None or not np.ndim(a) else np.shape(a)[axis]
     return take(a, np.repeat(np.arange(n), repeats), axis)
 
 
@@ -1949,7 +1959,8 @@ def pad(array, pad_width, mode="constant", constant_values=0):
     padded = _scatter(array, shape=frame.shape, index=index)
     if np.all(np.asarray(constant_values) == 0):
         return padded
-    return padded + np.pad(np.zeros(shape), pad_width, constant_values=constant_values)
+    edge = np.pad(np.zeros(shape, array.dtype), pad_width, constant_values=constant_values)
+    return np.where(frame, edge, padded)
 
 
 @composed(np.flip)
@@ -2016,13 +2027,11 @@ def diff(a, n=1, axis=-1, prepend=None, append=None):
         raise ValueError(f"diff: n must not be negative, got {n}")
     if not n:
         return a  # without the ends: so it is in NumPy
-    ends = [
-        (x if np.ndim(x) else np.full_like(a[_lead(axis, a) + (slice(1),)], x))
-        for x in (prepend, append)
-        if x is not None
-    ]
-    if ends:
-        a = _concatenate(*ends[: prepend is not None], a, *ends[prepend is not None :], axis=_axis(axis, a))
+    axis, length_1 = _axis(axis, a), list(np.shape(a))
+    length_1[axis] = 1
+    parts = [x if x is None or np.ndim(x) else np.broadcast_to(x, tuple(length_1)) for x in (prepend, a, append)]
+    if prepend is not None or append is not None:
+        a = _concatenate(*(x for x in parts if x is not None), axis=axis)
     lead, change = _lead(axis, a), np.not_equal if a.dtype == bool else np.subtract
     for _ in range(n):
         a = change(a[lead + (slice(1, None),)], a[lead + (slice(None, -1),)])
@@ -2392,9 +2401,6 @@ for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
 
 
 # --- operators and methods of both classes, all from the table ---
-
-
-_FLOAT = np.dtype(np.float64)
 
 
 def _value_operator(prim: Primitive, swapped=False):

@@ -334,6 +334,160 @@ class TestPrimitives(Strict):
         self.assertEqual(slope(np.cumprod, [0.0, 3.0, 2.0]), [[10.0, 0.0, 0.0]])
         self.assertEqual(slope(np.fmax, [1.0, np.nan], [np.nan, 2.0]), [[1.0, 0.0], [0.0, 1.0]])
 
+        inf, nan = np.inf, np.nan
+        for f, at, slopes in [
+            (np.maximum, ([0.0, nan, 1.0, nan], [-0.0, 1.0, nan, nan]), ([0.5, 1, 0, 1], [0.5, 0, 1, 0])),
+            (np.minimum, ([0.0, nan, 1.0, nan], [-0.0, 1.0, nan, nan]), ([0.5, 1, 0, 1], [0.5, 0, 1, 0])),
+            (np.fmax, ([0.0, nan, 1.0, nan], [-0.0, 1.0, nan, nan]), ([0.5, 0, 1, 1], [0.5, 1, 0, 0])),
+            (np.fmin, ([0.0, nan, 1.0, nan], [-0.0, 1.0, nan, nan]), ([0.5, 0, 1, 1], [0.5, 1, 0, 0])),
+            (np.maximum, ([inf, -inf, 1.0], [inf, -inf, inf]), ([0.5, 0.5, 0], [0.5, 0.5, 1])),
+            (np.max, ([nan, 1.0, nan],), ([0.5, 0, 0.5],)),
+            (np.min, ([inf, inf],), ([0.5, 0.5],)),
+            (np.sort, ([nan, 1.0],), ([1, 1],)),
+            (lambda x: np.clip(x, 1.0, 0.0), ([2.0, 0.5, nan],), ([0, 0, 1],)),
+            (np.clip, ([0.5, 2.0, nan, 0.5], [1.0, 0.0, 0.0, nan], [0.0, 1.0, 1.0, 1.0]),
+             ([0, 0, 1, 0], [0, 0, 0, 1], [1, 1, 0, 0])),
+            (np.arctan2, ([0.0, -0.0, 1e-200, 1e200], [0.0, 0.0, 1e-200, 1e200]),
+             ([0, 0, 5e199, 5e-201], [0, 0, -5e199, -5e-201])),
+            (np.hypot, ([0.0, 1e200], [0.0, 0.0]), ([0, 1], [0, 0])),
+            (np.remainder, ([1.0, -0.5, 7.0], [0.1, 2.0, -2.0]), ([1, 1, 1], [-9, 1, 4])),
+            (np.arcsinh, ([1e200, 0.0],), ([1e-200, 1],)),
+            (np.arccosh, ([1e200, 1.0 + 2**-40],), ([1e-200, 2**19.5 * (1 - 2**-42)],)),
+            (np.arcsin, ([1.0 - 2**-40],), ([2**19.5 * (1 + 2**-42)],)),
+            (np.arctanh, ([1.0 - 2**-40],), ([2**39 * (1 + 2**-41)],)),
+            (gelu, ([1e200, -1e200],), ([1, 0],)),
+            (sigmoid, ([1e4, -1e4, inf, -inf],), ([0, 0, 0, 0],)),
+            (softplus, ([1e4, -1e4, inf, -inf],), ([1, 0, 1, 0],)),
+            (np.linalg.norm, ([[0.0, 0.0]],), ([[0, 0]],)),
+            (lambda x: np.linalg.norm(x, np.inf), ([0.0, 0.0],), ([0, 0],)),
+            (lambda x: np.take(x, [-1, 0, 2, -1]), ([1.0, 2.0, 3.0],), ([1, 0, 3],)),
+            (lambda x: x @ np.ones((2, 0)), ([[1.0, 2.0]],), ([[0, 0]],)),
+            (lambda x: np.ones((0, 2, 2)) @ x, ([[1.0, 2.0], [3.0, 4.0]],), ([[0, 0], [0, 0]],)),
+            (lambda x: np.einsum("bij,jk", np.ones((0, 2, 2)), x), ([[1.0, 2.0], [3.0, 4.0]],), ([[0, 0], [0, 0]],)),
+            (lambda x: np.var(x, ddof=3), ([1.0, 2.0],), ([-inf, inf],)),
+        ]:  # fmt: skip
+            with (
+                self.subTest(at=at, code=getattr(f, "__name__", "")),
+                np.errstate(all="ignore"),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore", RuntimeWarning)
+                for got, expected in zip(slope(f, *at), slopes):
+                    np.testing.assert_allclose(got, expected, rtol=1e-9)
+                if np.ndim(at[0]) == 1 and isinstance(f, np.ufunc):  # numbers have rules' results of their own
+                    for i, numbers in enumerate(zip(*at)):
+                        got = slope(f, *numbers)
+                        np.testing.assert_allclose(got, [expected[i] for expected in slopes], rtol=1e-9)
+        rng = np.random.default_rng(SEED)
+        for number in rng.normal(size=20) * 10.0 ** rng.integers(-6, 6, 20):  # whether or not their mean is rounded
+            for x in (np.full(rng.integers(2, 9), number), np.full((3, 4), number, np.float32)):
+                v = Value(x, dtype=x.dtype)
+                (np.std(v) + np.std(v, axis=-1).sum()).backward()
+                self.assertFalse(v.grad.data.any())
+
+    def test_nothing_overflows_on_the_way(self):
+        x = np.array([1e19, -1e19, 1e30, -1e30, 300.0, -300.0, 0.0], np.float32)
+        with np.errstate(all="raise", under="ignore"):
+            for dtype in (np.float16, np.float32):
+                v = Value(np.clip(x, -6e4, 6e4) if dtype == np.float16 else x, dtype=dtype)
+                out = gelu(v)
+                out.backward()
+                np.testing.assert_array_equal(out.data.data, np.maximum(v.data.data, 0))
+                np.testing.assert_array_equal(v.grad.data, [1, 0, 1, 0, 1, 0, 0.5])
+            self.assertTrue(np.isfinite(grad(elementwise_grad(np.sinc))(1e200)))
+
+    def test_weights_of_logsumexp_and_logaddexp_sum_to_1(self):
+        inf, shared = np.inf, np.array([1.0, 1.0]) / 2
+        for x, expected in [
+            ([inf, 0.0, inf], [0.5, 0, 0.5]), ([-inf, -inf], shared), ([inf, -inf], [1, 0]), ([-inf, 3.0], [0, 1]),
+            ([-1e5, -1e5, -1e5, -1e5], [0.25] * 4), ([1e30, 1e30], shared), ([0.0, -200.0], [1, 0]),
+            ([1e5, 1e5 - 1], [1 / (1 + math.exp(-1)), 1 / (1 + math.e)]),
+        ]:  # fmt: skip
+            for dtype in (np.float32, np.float64):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    v = Value(np.array([x, x]), dtype=dtype)
+                    logsumexp(v, axis=1).sum().backward()
+                    np.testing.assert_allclose(v.grad.data, [expected] * 2, rtol=1e-6, atol=1e-30)
+                    if len(x) == 2:
+                        for wrap in (lambda n, dtype=dtype: Value(np.array([n]), dtype=dtype), Value):
+                            a, b = map(wrap, x)
+                            np.logaddexp(a, b).backward()
+                            np.testing.assert_allclose([a.grad.item(), b.grad.item()], expected, rtol=1e-6, atol=1e-30)
+        np.testing.assert_allclose(hessian(logsumexp)(np.zeros(2)), [[0.25, -0.25], [-0.25, 0.25]])
+        np.testing.assert_allclose(grad(grad(np.logaddexp))(2.0, 2.0), 0.25)
+        with np.errstate(invalid="ignore"):
+            self.assertTrue(np.isnan(softmax(Value([-inf, -inf])).data.data).all(), "as NumPy computes it")
+
+    def test_determinants_of_singular_matrices(self):
+        def minors(a):
+            n = len(a)
+            parts = [np.delete(np.delete(a, i, 0), j, 1) for i in range(n) for j in range(n)]
+            return np.linalg.det(np.array(parts)).reshape(n, n) * (-1.0) ** np.add.outer(range(n), range(n))
+
+        rng = np.random.default_rng(SEED)
+        for n in (1, 2, 3, 5):
+            for rank in range(n + 1):
+                with self.subTest(n=n, rank=rank, seed=SEED):
+                    a = rng.normal(size=(n, rank)) @ rng.normal(size=(rank, n))
+                    batch = np.stack([a, np.eye(n), np.full((n, n), np.nan)])
+                    with np.errstate(invalid="ignore"):
+                        slope = grad(lambda x: np.sum(np.linalg.det(x)))(batch)
+                    np.testing.assert_allclose(slope, [minors(a), np.eye(n), batch[2]], atol=1e-9)
+                    moved = [a + sign * 1e-4 * e.reshape(n, n) for e in np.eye(n * n) for sign in (1, -1)]
+                    second = (np.array([*map(minors, moved)]) @ np.eye(n)).reshape(n * n, 2, n * n)
+                    expected = (second[:, 0] - second[:, 1]).reshape((n,) * 4) / 2e-4
+                    np.testing.assert_allclose(hessian(np.linalg.det)(a), expected, atol=1e-6)
+
+    def test_results_are_numpys_on_awkward_arrays(self):
+        inf, nan = np.inf, np.nan
+        numbers = [
+            [0.5, -1.25, 2.0, 3.0],
+            [0.0, -0.0, 0.0],
+            [nan, 1.0, 2.0],
+            [inf, -inf, 1.0],
+            [2.0, 2.0, 1.0],
+            [],
+            2.0,
+        ]
+        numbers += [[[1.0, nan], [2.0, 2.0]], [[0.25, -3.0, 0.5]], [300.0] * 300, np.zeros((0, 3))]
+        one = [np.sum, np.mean, np.prod, np.var, np.std, np.max, np.min, np.any, np.all, np.argmax, np.argmin]
+        one += [np.cumsum, np.cumprod, np.argsort, np.sort, np.nan_to_num, np.round, np.count_nonzero, np.flip, np.diff]
+        axis = [lambda x, f=f: f(x, axis=0) for f in one if f not in (np.nan_to_num, np.round)]
+        axis += [lambda x, f=f: f(x, axis=np.int32(-1)) for f in (np.sum, np.mean, np.var, np.max, np.cumsum, np.flip)]
+        axis += [lambda x, f=f: f(x, axis=(np.int16(0),), keepdims=True) for f in (np.sum, np.mean, np.std, np.min)]
+        other = [
+            lambda x: np.var(x, ddof=9), lambda x: np.round(x, -1), lambda x: np.diff(x, n=0, prepend=1.0),
+            lambda x: np.diff(x, prepend=x[:1], append=x[-1:]), lambda x: np.take(x, [0, -1, 0]),
+            lambda x: np.take(x, np.int8(-1), axis=0), lambda x: np.repeat(x, np.int32(2), axis=np.int32(0)),
+            lambda x: np.pad(x, 1, constant_values=3), lambda x: np.clip(x, None, 1), lambda x: np.clip(x, 1, 0),
+            lambda x: np.nan_to_num(x, nan=1.0, posinf=3.0), lambda x: np.roll(x, np.int8(1), np.int8(0)),
+            lambda x: np.concatenate([x, x], np.int32(0)), lambda x: np.moveaxis(x, np.int32(0), np.int32(-1)),
+            lambda x: np.count_nonzero(x, axis=-1, keepdims=True), lambda x: x.flatten(), np.atleast_2d, np.trace,
+        ]  # fmt: skip
+        compared = 0
+        for dtype in (np.float16, np.float32, np.float64, np.int64, np.int8, np.uint8, bool):
+            for x in numbers:
+                x = np.nan_to_num(np.array(x), posinf=9, neginf=-9) if np.dtype(dtype).kind != "f" else np.array(x)
+                x = (np.abs(x) if dtype == np.uint8 else x).astype(dtype)
+                for f in one + axis + other:
+                    with self.subTest(f=f.__code__.co_firstlineno if f in axis + other[:-2] else f, x=x, dtype=dtype):
+                        with np.errstate(all="ignore"), warnings.catch_warnings():
+                            warnings.simplefilter("ignore", RuntimeWarning)
+                            try:
+                                expected = np.asarray(f(x))
+                            except (ValueError, IndexError, TypeError):
+                                continue
+                            got = [f(Tensor(x, dtype=dtype)).data]
+                            got += [f(Value(x, dtype=dtype)).data.data] if x.dtype.kind == "f" else []
+                        for y in map(np.asarray, got):
+                            self.assertEqual((y.shape, y.dtype), (expected.shape, expected.dtype))
+                            np.testing.assert_array_equal(y, expected)
+                            compared += 1
+        self.assertGreater(compared, 2000)
+        v = Value([1.0, 2.0])
+        self.assertFalse(np.may_share_memory(v.flatten().data.data, v.data.data))
+
     def test_power_at_its_corners(self):
         for x, y, value, by_x, by_y in [
             (0.0, 0.0, 1, 0, 0),
