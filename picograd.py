@@ -34,6 +34,7 @@ import atexit
 import collections
 import contextlib
 import functools
+import io
 import itertools
 import math
 import operator
@@ -2523,23 +2524,26 @@ class Module:
 
     def named_parameters(self) -> Iterator[tuple[str, Value]]:
         """(dotted name, parameter), in order of definition; a shared one once."""
-        seen: set = set()
-
-        def walk(x, name):
-            if isinstance(x, (Value, Module)):
-                if id(x) in seen:
-                    return
-                seen.add(id(x))
+        seen: set[int] = set()
+        ahead: list[tuple[str, Any]] = [("", self)]  # a stack: containers may be deep, and may hold themselves
+        while ahead:
+            name, x = ahead.pop()
+            if isinstance(x, dict):
+                items = x.items()
+            elif isinstance(x, Module):
+                items = vars(x).items()
+            elif isinstance(x, (list, tuple)):
+                items = enumerate(x)
+            elif isinstance(x, Value) and x._prim is None:  # a result that a module remembers is no parameter
+                items = ()
+            else:
+                continue
+            if id(x) in seen:
+                continue
+            seen.add(id(x))
             if isinstance(x, Value):
-                if x._prim is None:  # a result that a module remembers is no parameter
-                    yield name, x
-                return
-            items = x if isinstance(x, dict) else vars(x) if isinstance(x, Module) else {}
-            items = enumerate(x) if isinstance(x, (list, tuple)) else items.items()
-            for key, item in items:
-                yield from walk(item, f"{name}.{key}" if name else str(key))
-
-        return walk(self, "")
+                yield name, x
+            ahead += [(f"{name}.{key}" if name else str(key), item) for key, item in reversed(list(items))]
 
     def parameters(self) -> list[Value]:
         """The parameters, in order of definition."""
@@ -2551,48 +2555,100 @@ class Module:
             p._grad = None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the parameters to a .npz file of exactly that path, all or nothing."""
-        arrays = {name: p.data.data for name, p in self.named_parameters()}
+        """Writes the parameters to a .npz file of exactly that path, all or nothing.
+
+        ValueError, and nothing is written, if two parameters have the same name: `{1: v, "1": w}`, or "b.c" beside
+        "b" that holds "c".
+        """
+        import zipfile
+
+        parameters = self._by_name("save")
 
         def write(file):
-            import zipfile
-
             with zipfile.ZipFile(file, "w") as archive:  # what np.savez writes, for parameters of any name
-                for name, array in arrays.items():
+                for name, p in parameters.items():
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+                        np.lib.format.write_array(member, np.asanyarray(p.data.data), allow_pickle=False)
 
         _write_whole(Path(path), write)
 
     def load(self, path: str | os.PathLike) -> None:
         """Reads what `save` wrote. ValueError if names or shapes differ, and then no parameter is changed."""
-        parameters = dict(self.named_parameters())
+        import zipfile
+
+        parameters = self._by_name("load")
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except OSError:
+            with zipfile.ZipFile(path) as archive:
+                shapes = {}
+                for member in archive.namelist():
+                    with archive.open(member) as file:
+                        shapes[member.removesuffix(".npy")] = _shape_in_header(file)
+                self._expect(parameters, shapes, path)  # before anything is read, however large the file says it is
+                arrays = {}
+                for name in parameters:
+                    with archive.open(f"{name}.npy") as file:
+                        arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, _Mismatch):
             raise
         except Exception as error:  # of many kinds, for the many ways in which a file can be another or broken
             raise ValueError(f"load: {str(path)!r} is not a file that save wrote ({error})") from None
-        for name in {**parameters, **arrays}:
-            if name not in arrays or name not in parameters:
-                where = "the model" if name in arrays else f"the file {str(path)!r}"
-                raise ValueError(f"load: parameter {name!r} is not in {where}")
-            if arrays[name].shape != parameters[name].shape:
-                raise ValueError(
-                    f"load: parameter {name!r} has shape {parameters[name].shape}, in the file {arrays[name].shape}"
-                )
         new = {name: _conform(arrays[name], p._data, f"load: parameter {name!r}") for name, p in parameters.items()}
         for name, p in parameters.items():
             p._data = new[name]
 
+    def _by_name(self, who: str) -> dict[str, Value]:
+        import zipfile
+
+        parameters: dict[str, Value] = {}
+        for name, p in self.named_parameters():
+            if name in parameters:
+                raise ValueError(f"{who}: two parameters have the name {name!r}")
+            encoded = name.encode(errors="replace")
+            if encoded.decode() != name or zipfile.ZipInfo(name).filename != name or len(encoded) > 1 << 15:
+                raise ValueError(f"{who}: a file cannot hold a parameter of the name {reprlib.repr(name)}")
+            parameters[name] = p
+        return parameters
+
+    @staticmethod
+    def _expect(parameters: dict[str, Value], shapes: dict[str, tuple], path: str | os.PathLike) -> None:
+        for name in {**parameters, **shapes}:
+            if name not in shapes or name not in parameters:
+                where = "the model" if name in shapes else f"the file {str(path)!r}"
+                raise _Mismatch(f"load: parameter {name!r} is not in {where}")
+            if shapes[name] != parameters[name].shape:
+                raise _Mismatch(
+                    f"load: parameter {name!r} has shape {parameters[name].shape}, in the file {shapes[name]}"
+                )
+
+
+class _Mismatch(ValueError):
+    """A file of parameters, but of other ones."""
+
+
+def _shape_in_header(file) -> tuple[int, ...]:
+    """The shape that a .npy file says it has. In version 1 of the format, the one for numbers, a header is short."""
+    if (version := np.lib.format.read_magic(file)) != (1, 0):
+        raise ValueError(f"version {version} of the format .npy")
+    return np.lib.format.read_array_header_1_0(file)[0]
+
 
 def _write_whole(path: Path, write: Callable) -> None:
-    """Calls write(file) on a file beside path, and then puts it, complete, in path's place."""
+    """Calls write(file) on a file beside path, and then puts it, complete, in path's place.
+
+    A link stays one, and its target is replaced; a file's permissions stay; a device or pipe is written to.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        whole = io.BytesIO()  # where one can go back, too
+        write(whole)
+        path.write_bytes(whole.getvalue())
+        return
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
         new = Path(folder, path.name)
         with open(new, "wb") as file:
             write(file)
+        if path.exists():
+            new.chmod(path.stat().st_mode & 0o7777)
         os.replace(new, path)
 
 
@@ -2615,7 +2671,7 @@ def _weights(shape, activation, seed, dtype) -> Value:
     for name, n in (("nin", nin), ("nout", nout)):
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
             raise ValueError(f"{name} must be a positive integer, got {n!r}")
-    rectifier = activation in ("relu", "gelu", "softplus")
+    rectifier = _activation(activation) in (relu, gelu, softplus)
     scale = math.sqrt(2.0 / (nin if rectifier else nin + nout))
     return Value(np.random.default_rng(seed).normal(0.0, scale, shape), dtype=dtype, label="w")
 
@@ -2779,9 +2835,10 @@ class _Optimizer:
                 raise ValueError(
                     f"{name} must be {'below 1' if 1 <= x < math.inf else 'finite and not negative'}, got {x}"
                 )
+        self._shapes = [p.shape for p in self.params]
         self._arrays = [(p, {}) for p in self.params if np.ndim(p._data)]
         self._scalars = [p for p in self.params if not np.ndim(p._data)]
-        self._scalar_state: dict[str, np.ndarray] = {}
+        self._scalar_state = {"steps": np.zeros(len(self._scalars))}  # each has its own count, as it has in an array
 
     def zero_grad(self) -> None:
         """Resets the gradients of the parameters."""
@@ -2789,7 +2846,17 @@ class _Optimizer:
             p._grad = None
 
     def step(self) -> None:
-        """Changes the parameters by their gradients, in place; one without a gradient yet is left alone."""
+        """Changes the parameters by their gradients, in place; one without a gradient yet is left alone.
+
+        ValueError, and nothing is changed, if a parameter or its gradient has another shape than at the beginning.
+        """
+        for i, (p, shape) in enumerate(zip(self.params, self._shapes)):
+            if p._grad is not None and not np.shape(p._data) == np.shape(p._grad) == shape:
+                name = f"{i} ({p.label!r})" if p.label else i
+                raise ValueError(
+                    f"step: parameter {name} was of shape {shape}, and is of shape {p.shape} with a gradient of shape "
+                    f"{np.shape(p._grad)}: make a new optimizer"
+                )
         for p, state in self._arrays:
             if p._grad is not None:
                 self._update(p._data, p._grad, state)
@@ -4125,7 +4192,7 @@ _SIMPLER: dict[str, Callable] = {
     "divide": _simpler_divide,
     "power": _simpler_power,
     "mean": _simpler_mean,
-    "sum": lambda node, a, **params: a if np.size(_raw(a)) == node.size else None,
+    "sum": lambda node, a, **params: a if math.prod(np.shape(a)) == node.size else None,
     "reshape": _simpler_reshape,
     "transpose": _simpler_transpose,
     "negative": lambda node, x: x._args[0] if _is(x, "negative") else None,

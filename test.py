@@ -2048,6 +2048,81 @@ class TestNN(Strict):
                 model.load(path)
             self.assertEqual(model.allow_pickle.data.data[0], 7)
 
+    @staticmethod
+    def holding(**attributes):
+        module = Module()
+        vars(module).update(attributes)
+        return module
+
+    def test_no_two_parameters_share_a_place_in_a_file(self):
+        a, b = Value([1.0]), Value([2.0])
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "m.npz"
+            for attributes, message in [
+                ({"d": {1: a, "1": b}}, "two parameters have the name 'd.1'"),
+                ({"b": {"c": a}, "b.c": b}, "two parameters have the name 'b.c'"),
+                ({"d": [a], "d.0": b}, "two parameters have the name 'd.0'"),
+                ({"x\0y": a}, "cannot hold"), ({"\ud800": a}, "cannot hold"), ({"x" * 99999: a}, "cannot hold"),
+            ]:  # fmt: skip
+                path.write_bytes(b"old")
+                for act in (Module.save, Module.load):
+                    with self.assertRaisesRegex(ValueError, f"{act.__name__}: .*{message}"):
+                        act(self.holding(**attributes), path)
+                self.assertEqual((os.listdir(folder), path.read_bytes()), (["m.npz"], b"old"))
+            model = self.holding(
+                **{"x": a, "x.npy": b, "x.npy.npy": Value([3.0]), "é/..": Value([4.0]), "": Value(5.0)}
+            )
+            model.save(path)
+            for p in model.parameters():
+                p.data = 0
+            model.load(path)
+            self.assertEqual([p.data.data.sum() for p in model.parameters()], [1, 2, 3, 4, 5])
+
+    def test_a_file_is_replaced_where_it_is(self):
+        model, twin = MLP(2, [1], seed=0), MLP(2, [1], seed=1)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "far").mkdir()
+            target, link, dangling = folder / "far" / "real.npz", folder / "link.npz", folder / "dangling.npz"
+            target.touch()
+            target.chmod(0o640)
+            link.symlink_to(target)
+            dangling.symlink_to(Path("far", "new.npz"))
+            for path in (link, dangling):
+                model.save(path)
+                twin.load(path)
+                self.assertTrue(path.is_symlink())
+            self.assertEqual(target.stat().st_mode & 0o777, 0o640)
+            self.assertEqual(sorted(os.listdir(folder / "far")), ["new.npz", "real.npz"])
+            if os.name == "posix":
+                model.save("/dev/null")
+                self.assertFalse(Path("/dev/null").is_file())
+
+    def test_a_file_is_compared_before_it_is_read(self):
+        model = self.holding(w=Value(np.ones(3)))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "bomb.npz"
+            for name in ("w", "other"):
+                np.savez_compressed(path, **{name: np.zeros((1 << 20, 8))})
+                tracemalloc.start()
+                with self.assertRaisesRegex(ValueError, r"shape \(3,\), in the file \(1048576, 8\)|is not in"):
+                    model.load(path)
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+                self.assertLess(peak, 1 << 22)
+            self.assertEqual(model.w.data.tolist(), [1, 1, 1])
+
+    def test_containers_may_be_deep_and_hold_themselves(self):
+        model, a, b = Module(), Value([1.0]), Value([2.0])
+        model.box = box = [a]
+        box += [{"self": box, "model": model}, (b, box)]
+        deep: list = [Value([3.0])]
+        for _ in range(5000):
+            deep = [deep]
+        model.deep = deep
+        names = [name for name, _ in model.named_parameters()]
+        self.assertEqual((names[:2], len(names)), (["box.0", "box.2.0"], 3))
+
     def test_what_a_module_remembers_is_no_parameter(self):
         class Remembers(Module):
             def __init__(self, parent=None):
@@ -2128,6 +2203,9 @@ class TestNN(Strict):
         self.assertNotEqual(one, other)
         self.assertAlmostEqual(float(Layer(1000, 1000, seed=0).w.data.data.std()), math.sqrt(2 / 2000), places=3)
         self.assertAlmostEqual(float(Layer(1000, 1000, "relu", 0).w.data.data.std()), math.sqrt(2 / 1000), places=3)
+        for name in ("tanh", "relu", "sigmoid", "gelu", "softplus"):  # the function counts as its name
+            function = getattr(picograd, name, np.tanh)
+            np.testing.assert_array_equal(Layer(2, 3, name, 0).w.data.data, Layer(2, 3, function, 0).w.data.data)
 
     def test_losses(self):
         rng = np.random.default_rng(SEED)
@@ -2209,6 +2287,37 @@ class TestNN(Strict):
         ]:  # fmt: skip
             with self.assertRaises((TypeError, ValueError)):
                 wrong()
+
+    def test_parameters_join_when_they_get_gradients(self):
+        """Each has its own state and count of steps, whether it is a number or an array."""
+        rng = np.random.default_rng(SEED)
+        live = rng.random((6, 4)) < 0.6
+        for make in (lambda p: Adam(p, 0.1, weight_decay=0.1), lambda p: SGD(p, 0.1, momentum=0.9)):
+            numbers, arrays = [Value(1.0) for _ in range(4)], [Value([1.0], float) for _ in range(4)]
+            optimizers = make(numbers), make(arrays)
+            for row in live:
+                for params, optimizer in zip((numbers, arrays), optimizers):
+                    for p, used in zip(params, row):
+                        p.grad = p.data.data * 2 if used else None
+                    optimizer.step()
+            np.testing.assert_allclose([p.item() for p in numbers], [p.item() for p in arrays], rtol=1e-12)
+
+    def test_a_step_that_cannot_be_made_changes_nothing(self):
+        for make in (lambda p: SGD(p, 0.1), lambda p: Adam(p)):
+            for start, new in [(np.ones(3), np.ones(4)), (np.ones(1), np.ones(3)), (np.ones(()), np.ones(3))]:
+                for when in (0, 1):  # also before there is any state
+                    first, p, number = Value([1.0]), Value(start, float, label="gain"), Value(1.0)
+                    optimizer = make([number, first, p])
+                    for x in (first, number, p) * when:
+                        x.grad = 1.0
+                    optimizer.step()
+                    before = [x.data.data.copy() for x in (number, first)]
+                    p.data = new
+                    for x in (first, number, p):
+                        x.grad = 1.0
+                    with self.assertRaisesRegex(ValueError, "step: parameter 2 \\('gain'\\) was of shape"):
+                        optimizer.step()
+                    self.assertEqual([x.data.data for x in (number, first)], before)
 
     def test_training_saving_loading(self):
         rng = np.random.default_rng(0)
