@@ -1318,8 +1318,8 @@ primitive(np.log10, lambda g, out, x: g / (_LN10 * x), scalar=math.log10, sample
 
 def _lead_of(x, y):
     """x - y, and 0 where both are the same infinity."""
-    same = (x == y) & np.isinf(x)
-    return np.where(same, 0.0, x) - np.where(same, 0.0, y)
+    with np.errstate(invalid="ignore"):
+        return np.where((x == y) & np.isinf(x), 0.0, x - y)
 
 
 # The weights are exp(x - out) and exp(y - out), in a form in which they sum to 1 whatever the size of x and y.
@@ -1592,8 +1592,9 @@ def _logsumexp_weights(a, axis=None):
     peak = np.max(a, axis=axis, keepdims=True)
     with np.errstate(invalid="ignore"):
         e = np.exp(a - peak)
-    if not np.isfinite(peak).all():
-        e = np.where((a == peak) & np.isinf(peak), np.ones_like(e), e)
+    infinite = np.isinf(peak)
+    if type(infinite) is not np.ndarray or infinite.any():  # a foreign array is not asked, which would compute it
+        e = np.where((a == peak) & infinite, np.ones_like(e), e)
     return e / np.sum(e, axis=axis, keepdims=True)
 
 
