@@ -34,6 +34,7 @@ import atexit
 import collections
 import contextlib
 import functools
+import io
 import itertools
 import math
 import operator
@@ -102,7 +103,7 @@ class Primitive:
             if name in given:
                 raise TypeError(f"{takes}; argument {name!r} came twice")
             given[name] = value
-        given = {name: int(x) if type(x) is np.int64 else x for name, x in given.items()}  # such as an axis
+        given = {name: _python_numbers(x) for name, x in given.items()}  # such as an axis
         missing = [name for name in self.operands if name not in given]
         if missing:
             raise TypeError(f"{takes}; argument {missing[0]!r} is missing")
@@ -116,6 +117,13 @@ class Primitive:
 
     def __deepcopy__(self, memo):
         return self
+
+
+def _python_numbers(x):
+    """NumPy's integers and truths as Python's own, also in a tuple."""
+    if type(x) is tuple:
+        return tuple(map(_python_numbers, x))
+    return x.item() if isinstance(x, (np.integer, np.bool_)) else x
 
 
 def _primitive_named(name: str) -> Primitive:
@@ -1535,6 +1543,8 @@ def check_gradients(
 # Intervals that the samples of element-wise primitives are drawn from, away from kinks and poles.
 _REAL, _POSITIVE, _UNIT, _OVER_1 = (-2.0, 2.0), (0.3, 3.0), (-0.9, 0.9), (1.1, 3.0)
 
+_FLOAT = np.dtype(np.float64)
+
 # --- arithmetic ---
 
 
@@ -1554,8 +1564,8 @@ primitive(np.subtract, lambda g, out, x, y: g, lambda g, out, x, y: -g)
 primitive(np.multiply, lambda g, out, x, y: g * y, lambda g, out, x, y: g * x)
 primitive(np.divide, lambda g, out, x, y: g / y, lambda g, out, x, y: -g * out / y, samples=(_REAL, _POSITIVE))
 primitive(np.power, _power_x, _power_y, samples=(_POSITIVE, _REAL))
-primitive(
-    np.remainder, lambda g, out, x, y: g, lambda g, out, x, y: -g * np.floor(x / y), samples=((0.1, 0.9), _OVER_1)
+primitive(  # with the quotient that NumPy takes: x / y may round up to the next integer
+    np.remainder, lambda g, out, x, y: g, lambda g, out, x, y: -g * np.floor_divide(x, y), samples=(_REAL, _OVER_1)
 )
 primitive(np.negative, lambda g, out, x: -g)
 primitive(np.positive, lambda g, out, x: g)
@@ -1574,38 +1584,49 @@ primitive(np.log, lambda g, out, x: g / x, scalar=math.log, samples=(_POSITIVE,)
 primitive(np.log1p, lambda g, out, x: g / (1.0 + x), scalar=math.log1p, samples=(_POSITIVE,))
 primitive(np.log2, lambda g, out, x: g / (_LN2 * x), scalar=math.log2, samples=(_POSITIVE,))
 primitive(np.log10, lambda g, out, x: g / (_LN10 * x), scalar=math.log10, samples=(_POSITIVE,))
-primitive(np.logaddexp, lambda g, out, x, y: g * np.exp(x - out), lambda g, out, x, y: g * np.exp(y - out))
+
+
+def _lead_of(x, y):
+    """x - y, and 0 where both are the same infinity."""
+    with np.errstate(invalid="ignore"):
+        return np.where((x == y) & np.isinf(x), 0.0, x - y)
+
+
+# The weights are exp(x - out) and exp(y - out), in a form in which they sum to 1 whatever the size of x and y.
+primitive(
+    np.logaddexp,
+    lambda g, out, x, y: g * sigmoid(_lead_of(x, y)),
+    lambda g, out, x, y: g * sigmoid(_lead_of(y, x)),
+)
 
 # --- trigonometric and hyperbolic ---
 
 
 def _sinc_x(g, out, x):
     # Near 0 the closed form is 0/0; there the Taylor series is exact to double precision, also when differentiated.
-    z = (np.pi * x) ** 2
-    series = -(np.pi**2) * x * (1 / 3 - z * (1 / 30 - z * (1 / 840 - z * (1 / 45360 - z / 3991680))))
     near = np.abs(x) < 0.05
+    small = np.where(near, x, 0.0)
+    z = (np.pi * small) ** 2
+    series = -(np.pi**2) * small * (1 / 3 - z * (1 / 30 - z * (1 / 840 - z * (1 / 45360 - z / 3991680))))
     return g * np.where(near, series, (np.cos(np.pi * x) - out) / np.where(near, 1.0, x))
 
 
 primitive(np.sin, lambda g, out, x: g * np.cos(x), scalar=math.sin)
 primitive(np.cos, lambda g, out, x: -g * np.sin(x), scalar=math.cos)
 primitive(np.tan, lambda g, out, x: g * (1.0 + out * out), scalar=math.tan, samples=(_UNIT,))
-primitive(np.arcsin, lambda g, out, x: g / np.sqrt(1.0 - x * x), scalar=math.asin, samples=(_UNIT,))
-primitive(np.arccos, lambda g, out, x: -g / np.sqrt(1.0 - x * x), scalar=math.acos, samples=(_UNIT,))
+# (1 - x) * (1 + x): the difference 1 - x * x has no correct digit near 1.
+primitive(np.arcsin, lambda g, out, x: g / np.sqrt((1.0 - x) * (1.0 + x)), scalar=math.asin, samples=(_UNIT,))
+primitive(np.arccos, lambda g, out, x: -g / np.sqrt((1.0 - x) * (1.0 + x)), scalar=math.acos, samples=(_UNIT,))
 primitive(np.arctan, lambda g, out, x: g / (1.0 + x * x), scalar=math.atan)
-primitive(
-    np.arctan2,
-    lambda g, out, y, x: g * x / (x * x + y * y),
-    lambda g, out, y, x: -g * y / (x * x + y * y),
-    samples=(_REAL, _POSITIVE),
-)
 primitive(np.sinh, lambda g, out, x: g * np.cosh(x), scalar=math.sinh)
 primitive(np.cosh, lambda g, out, x: g * np.sinh(x), scalar=math.cosh)
 # g * (1 - out**2), in the order of operations in which NumPy needs one temporary array only.
 primitive(np.tanh, lambda g, out, x: -out * out * g + g, scalar=math.tanh, reads="out")
-primitive(np.arcsinh, lambda g, out, x: g / np.sqrt(x * x + 1.0), scalar=math.asinh)
-primitive(np.arccosh, lambda g, out, x: g / np.sqrt(x * x - 1.0), scalar=math.acosh, samples=(_OVER_1,))
-primitive(np.arctanh, lambda g, out, x: g / (1.0 - x * x), scalar=math.atanh, samples=(_UNIT,))
+primitive(np.arcsinh, lambda g, out, x: g / np.hypot(x, 1.0), scalar=math.asinh)  # x * x could overflow
+primitive(
+    np.arccosh, lambda g, out, x: g / (np.sqrt(x - 1.0) * np.sqrt(x + 1.0)), scalar=math.acosh, samples=(_OVER_1,)
+)
+primitive(np.arctanh, lambda g, out, x: g / ((1.0 - x) * (1.0 + x)), scalar=math.atanh, samples=(_UNIT,))
 primitive(np.sinc, _sinc_x, elementwise=True)
 
 
@@ -1614,6 +1635,15 @@ def _over(x, out):
     return x / np.where(out == 0, np.inf, out)
 
 
+def _turn(g, x, y):
+    """g * x / (x * x + y * y), where no square over- or underflows; 0 at the origin."""
+    r = np.hypot(x, y)
+    return _over(g * _over(x, r), r)
+
+
+primitive(
+    np.arctan2, lambda g, out, y, x: _turn(g, x, y), lambda g, out, y, x: _turn(-g, y, x), samples=(_REAL, _POSITIVE)
+)
 primitive(
     np.hypot, lambda g, out, x, y: g * _over(x, out), lambda g, out, x, y: g * _over(y, out), samples=(_REAL, _POSITIVE)
 )
@@ -1621,29 +1651,27 @@ primitive(
 # --- selection; ties share the gradient equally ---
 
 
-def _larger(g, x, y, ignore_nan=False):
-    takes = (x > y) | np.isnan(y) if ignore_nan else x > y
-    return np.where(x == y, 0.5 * g, np.where(takes, g, 0.0))
+def _contest(ufunc, beats, skips_nan):
+    """Enters maximum or one of its kin: of two operands, the one that `beats` the other gets the gradient, ties share
+    it. Of nan and a number, that gets it which NumPy takes; of two nans the first."""
+
+    def rule(g, mine, other, first):
+        taken, rest = (other, mine) if skips_nan else (mine, other)  # mine is the result if `taken` is nan
+        nan = np.isnan(taken) if first else np.isnan(taken) & ~np.isnan(rest)
+        return np.where(mine == other, 0.5 * g, np.where(beats(mine, other) | nan, g, 0.0))
+
+    primitive(
+        ufunc,
+        lambda g, out, x, y: rule(g, x, y, True),
+        lambda g, out, x, y: rule(g, y, x, False),
+        samples=(_REAL, _OVER_1),
+    )
 
 
-primitive(
-    np.maximum, lambda g, out, x, y: _larger(g, x, y), lambda g, out, x, y: _larger(g, y, x), samples=(_REAL, _OVER_1)
-)
-primitive(
-    np.minimum, lambda g, out, x, y: _larger(g, y, x), lambda g, out, x, y: _larger(g, x, y), samples=(_REAL, _OVER_1)
-)
-primitive(
-    np.fmax,
-    lambda g, out, x, y: _larger(g, x, y, True),
-    lambda g, out, x, y: _larger(g, y, x, True),
-    samples=(_REAL, _OVER_1),
-)
-primitive(
-    np.fmin,
-    lambda g, out, x, y: _larger(g, -x, -y, True),
-    lambda g, out, x, y: _larger(g, -y, -x, True),
-    samples=(_REAL, _OVER_1),
-)
+_contest(np.maximum, np.greater, False)
+_contest(np.minimum, np.less, False)
+_contest(np.fmax, np.greater, True)
+_contest(np.fmin, np.less, True)
 primitive(
     np.where,
     None,
@@ -1654,9 +1682,9 @@ primitive(
 )
 _clip = primitive(
     np.clip,
-    lambda g, out, a, lo, hi: np.where((a >= lo) & (a <= hi), g, 0.0),
-    lambda g, out, a, lo, hi: np.where((a < lo) & (lo <= hi), g, 0.0),
-    lambda g, out, a, lo, hi: np.where((a > hi) | (lo > hi), g, 0.0),
+    lambda g, out, a, lo, hi: np.where(((a >= lo) & (a <= hi)) | np.isnan(a), g, 0.0),
+    lambda g, out, a, lo, hi: np.where(((a < lo) & (lo <= hi)) | (np.isnan(lo) & ~np.isnan(a)), g, 0.0),
+    lambda g, out, a, lo, hi: np.where((np.maximum(a, lo) > hi) | (np.isnan(hi) & ~np.isnan(a + lo)), g, 0.0),
     elementwise=True,
     samples=(_REAL, (-1.1, -0.9), (0.9, 1.1)),
 )
@@ -1664,9 +1692,17 @@ _clip = primitive(
 
 @composed(np.clip)
 def clip(a, a_min=None, a_max=None, *, min=None, max=None):
-    """`np.clip`; the gradient passes at the bounds, as in PyTorch."""
+    """`np.clip`; the gradient passes at the bounds, as in PyTorch. Where the lower bound is above, the upper one is
+    the result, and gets the gradient."""
     low, high = (a_min if min is None else min), (a_max if max is None else max)
-    return _clip(a, -np.inf if low is None else low, np.inf if high is None else high)
+    dtype = getattr(a, "dtype", _FLOAT)
+    if dtype.kind == "b":
+        lowest, highest = False, True
+    elif dtype.kind in "iu":
+        lowest, highest = np.iinfo(dtype).min, np.iinfo(dtype).max
+    else:
+        lowest, highest = -np.inf, np.inf
+    return _clip(a, lowest if low is None else low, highest if high is None else high)
 
 
 # --- activations that NumPy has no name for: functions of picograd, found in the table under themselves ---
@@ -1680,9 +1716,15 @@ def _sigmoid(x, out=None):
 _GELU = math.sqrt(2.0 / math.pi)
 
 
+def _gelu_tanh(x):
+    """x within the limits beyond which tanh is 1 and powers of x might overflow, and the tanh in gelu."""
+    x = np.clip(x, -30.0, 30.0)
+    return x, np.tanh(_GELU * (x * (1.0 + 0.044715 * (x * x))))
+
+
 def _gelu_x(g, out, x):
-    t = np.tanh(_GELU * (x + 0.044715 * x**3))
-    return g * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * (_GELU * (1.0 + 0.134145 * x * x)))
+    x, t = _gelu_tanh(x)
+    return g * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * (_GELU * (1.0 + 0.134145 * (x * x))))
 
 
 relu = primitive(
@@ -1704,7 +1746,7 @@ softplus = primitive(
     elementwise=True,
 )
 gelu = primitive(  # the tanh form: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2
-    lambda x: 0.5 * x * (1.0 + np.tanh(_GELU * (x + 0.044715 * x**3))), _gelu_x, name="gelu", elementwise=True
+    lambda x: 0.5 * x * (1.0 + _gelu_tanh(x)[1]), _gelu_x, name="gelu", elementwise=True
 )
 
 # --- reductions; axis may be None, an int (also negative) or a tuple ---
@@ -1733,11 +1775,18 @@ def _share(a, axis, ddof=0):
     shape = np.shape(a)
     axes = range(len(shape)) if axis is None or not shape else axis if isinstance(axis, tuple) else (axis,)
     count = math.prod(shape[i] for i in axes) - ddof
-    return 1.0 / count if count else math.inf
+    return 1.0 / count if count > 0 else math.inf
+
+
+def _others(a):
+    """The product of all others along the last axis: what comes before times what comes after, exact with zeros."""
+    one = np.ones_like(a[..., :1])
+    before = np.cumprod(np.concatenate([one, a[..., :-1]], axis=-1), axis=-1)
+    after = np.flip(np.cumprod(np.concatenate([one, np.flip(a[..., 1:], -1)], axis=-1), axis=-1), -1)
+    return before * after
 
 
 def _prod_a(g, out, a, axis=None, keepdims=False):
-    # The product of the others, exact with zeros: what comes before times what comes after, along one joint last axis.
     shape = np.shape(a)
     if not shape:
         return g
@@ -1749,10 +1798,7 @@ def _prod_a(g, out, a, axis=None, keepdims=False):
     flat = np.reshape(moved, np.shape(moved)[: len(shape) - len(axes)] + (-1,))
     if np.shape(flat)[-1] == 0:
         return np.zeros_like(a)
-    one = np.ones_like(flat[..., :1])
-    before = np.cumprod(np.concatenate([one, flat[..., :-1]], axis=-1), axis=-1)
-    after = np.flip(np.cumprod(np.concatenate([one, np.flip(flat[..., 1:], -1)], axis=-1), axis=-1), -1)
-    others = np.transpose(np.reshape(before * after, np.shape(moved)), _inverse(order))
+    others = np.transpose(np.reshape(_others(flat), np.shape(moved)), _inverse(order))
     return _unreduce(g, a, axis, keepdims) * others
 
 
@@ -1762,12 +1808,17 @@ def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
 
 
 def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
+    if math.prod(np.shape(a)):  # of equal numbers it is 0, though their mean may be rounded, and this is not
+        low, high = (f(a, axis=axis, keepdims=keepdims) for f in (np.min, np.max))
+        out = np.where(low == high, 0.0, out)
     return _var_a(_over(0.5 * g, out), out, a, axis, ddof, keepdims)
 
 
 def _extremum_a(g, out, a, axis=None, keepdims=False):
-    hit = a == _unreduce(out, a, axis, keepdims)
-    return _unreduce(g, a, axis, keepdims) * hit / np.sum(hit, axis=axis, keepdims=True)
+    g = _unreduce(g, a, axis, keepdims)
+    hit = (a == _unreduce(out, a, axis, keepdims)) | np.isnan(a)  # with a nan, only nans are hits
+    count = np.sum(np.where(hit, np.ones_like(g), 0.0), axis=axis, keepdims=True)
+    return np.where(hit, g / count, 0.0)
 
 
 def _flip_cumsum(g, axis):
@@ -1806,14 +1857,24 @@ def _logsumexp(a, axis=None, keepdims=False):
     return out if keepdims else np.squeeze(out, axis=axis)
 
 
-def _logsumexp_a(g, out, a, axis=None, keepdims=False):
-    out = _unreduce(out, a, axis, keepdims)
-    return _unreduce(g, a, axis, keepdims) * np.exp(a - np.where(np.isfinite(out), out, 0.0))
+def _logsumexp_weights(a, axis=None):
+    """exp(a - logsumexp(a)): softmax, but where the largest are infinite, these share 1 equally."""
+    peak = np.max(a, axis=axis, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        e = np.exp(a - peak)
+    infinite = np.isinf(peak)
+    if type(infinite) is not np.ndarray or infinite.any():  # a foreign array is not asked, which would compute it
+        e = np.where((a == peak) & infinite, np.ones_like(e), e)
+    return e / np.sum(e, axis=axis, keepdims=True)
 
 
 def _softmax(a, axis=-1):
     e = np.exp(a - np.max(a, axis=axis, keepdims=True))
     return e / np.sum(e, axis=axis, keepdims=True)
+
+
+def _softmax_a(g, out, a, axis=-1):
+    return out * (g - np.sum(g * out, axis=axis, keepdims=True))
 
 
 def _log_softmax(a, axis=-1):
@@ -1845,13 +1906,14 @@ TABLE[np.amax] = primitive(np.max, _extremum_a, samples=_axes())
 TABLE[np.amin] = primitive(np.min, _extremum_a, samples=_axes())
 primitive(np.cumsum, _cumsum_a, samples=_SCANS)
 primitive(np.cumprod, _cumprod_a, samples=_SCANS)
-logsumexp = primitive(_logsumexp, _logsumexp_a, name="logsumexp", samples=_axes())
-softmax = primitive(
-    _softmax,
-    lambda g, out, a, axis=-1: out * (g - np.sum(g * out, axis=axis, keepdims=True)),
-    name="softmax",
-    samples=_AXIS,
+_weights_of = primitive(_logsumexp_weights, _softmax_a, name="logsumexp_weights", samples=_AXIS)
+logsumexp = primitive(
+    _logsumexp,
+    lambda g, out, a, axis=None, keepdims=False: _unreduce(g, a, axis, keepdims) * _weights_of(a, axis=axis),
+    name="logsumexp",
+    samples=_axes(),
 )
+softmax = primitive(_softmax, _softmax_a, name="softmax", samples=_AXIS)
 log_softmax = primitive(
     _log_softmax,
     lambda g, out, a, axis=-1: g - np.exp(out) * np.sum(g, axis=axis, keepdims=True),
@@ -2130,7 +2192,8 @@ def take(a, indices, axis=None):
     indices = _index_array(indices)
     if getattr(getattr(indices, "dtype", None), "kind", "i") == "b":
         raise TypeError("take: indices must be integers, got booleans")
-    return ravel(a)[indices] if axis is None else a[_lead(axis, a) + (indices,)]
+    a = ravel(a) if axis is None or not np.ndim(a) else a
+    return a[_lead(axis or 0, a) + (indices,)]
 
 
 @composed(np.take_along_axis)
@@ -2149,7 +2212,7 @@ def sort(a, axis=-1, kind=None, order=None, *, stable=None):
 
 @composed(np.repeat)
 def repeat(a, repeats, axis=None):
-    n = np.size(a) if axis is None else np.shape(a)[axis]
+    n = np.size(a) if axis is None or not np.ndim(a) else np.shape(a)[axis]
     return take(a, np.repeat(np.arange(n), repeats), axis)
 
 
@@ -2175,7 +2238,8 @@ def pad(array, pad_width, mode="constant", constant_values=0):
     padded = _scatter(array, shape=frame.shape, index=index)
     if np.all(np.asarray(constant_values) == 0):
         return padded
-    return padded + np.pad(np.zeros(shape), pad_width, constant_values=constant_values)
+    edge = np.pad(np.zeros(shape, array.dtype), pad_width, constant_values=constant_values)
+    return np.where(frame, edge, padded)
 
 
 @composed(np.flip)
@@ -2240,16 +2304,16 @@ def sliding_window_view(x, window_shape, axis=None):
 def diff(a, n=1, axis=-1, prepend=None, append=None):
     if n < 0:
         raise ValueError(f"diff: n must not be negative, got {n}")
-    ends = [
-        (x if np.ndim(x) else np.full_like(a[_lead(axis, a) + (slice(1),)], x))
-        for x in (prepend, append)
-        if x is not None
-    ]
-    if ends:
-        a = _concatenate(*ends[: prepend is not None], a, *ends[prepend is not None :], axis=_axis(axis, a))
-    lead = _lead(axis, a)
+    if not n:
+        return a  # without the ends: so it is in NumPy
+    axis, length_1 = _axis(axis, a), list(np.shape(a))
+    length_1[axis] = 1
+    parts = [x if x is None or np.ndim(x) else np.broadcast_to(x, tuple(length_1)) for x in (prepend, a, append)]
+    if prepend is not None or append is not None:
+        a = _concatenate(*(x for x in parts if x is not None), axis=axis)
+    lead, change = _lead(axis, a), np.not_equal if a.dtype == bool else np.subtract
     for _ in range(n):
-        a = a[lead + (slice(1, None),)] - a[lead + (slice(None, -1),)]
+        a = change(a[lead + (slice(1, None),)], a[lead + (slice(None, -1),)])
     return a
 
 
@@ -2297,7 +2361,7 @@ def _matmul_y(g, out, x, y):
     if y.ndim == 1:
         return np.matmul(x.swapaxes(-1, -2), np.expand_dims(g, -1))[..., 0]
     if y.ndim == 2 and x.ndim > 2:  # one product over the whole batch instead of a batch of products to sum
-        x, g = (np.reshape(a, (-1, np.shape(a)[-1])) for a in (x, g))
+        x, g = (np.reshape(a, (math.prod(np.shape(a)[:-1]), np.shape(a)[-1])) for a in (x, g))
     return _matmul(x.swapaxes(-1, -2), g)
 
 
@@ -2463,7 +2527,62 @@ primitive(
         ((((2, 3, 3), "definite"), (3, 2)), {}),
     ],
 )
-primitive(np.linalg.det, lambda g, out, a: np.expand_dims(g * out, (-1, -2)) * _t(np.linalg.inv(a)), samples=_SQUARE)
+
+
+# The gradient of a determinant is the matrix of cofactors, det(a) * inv(a).T, which singular matrices have, too. With
+# a = u @ diag(s) @ v, it is u @ diag(products of the other s) @ v, up to the signs of det(u) and det(v).
+
+
+def _decomposed(a):
+    """u, s, v as np.linalg.svd gives them, nan if a is not finite; and the sign of det(u) * det(v)."""
+    finite = np.isfinite(a).all((-1, -2), keepdims=True)
+    u, s, v = np.linalg.svd(np.where(finite, a, np.zeros_like(a)))
+    sign = np.sign(np.linalg.det(u) * np.linalg.det(v))[..., None, None]
+    return np.where(finite, u, np.nan), s, v, sign
+
+
+def _cofactors(a):
+    with contextlib.suppress(np.linalg.LinAlgError), np.errstate(all="ignore"):
+        inverse = np.linalg.inv(a)
+        condition = np.linalg.norm(a, axis=(-2, -1)) * np.linalg.norm(inverse, axis=(-2, -1))
+        if not np.any(condition > np.finfo(inverse.dtype).eps ** -0.5):
+            return np.linalg.det(a)[..., None, None] * _t(inverse)
+    u, s, v, sign = _decomposed(a)
+    return sign * ((u * _others(s)[..., None, :]) @ v)
+
+
+def _cofactors_slope(h, a):
+    """The gradient by a of sum(h * cofactors(a)): linear in h, with a symmetric matrix, the Hessian of det."""
+    u, s, v, sign = _decomposed(a)
+    h = sign * (_t(u) @ h @ _t(v))
+    own = np.eye(s.shape[-1], dtype=bool)
+    pairs = np.where(own, 0.0, _others(np.where(own, 1.0, s[..., None, :])))  # the product of all s but two
+    diagonal = pairs @ np.diagonal(h, 0, -2, -1)[..., None]
+    return u @ np.where(own, diagonal, -pairs * _t(h)) @ v
+
+
+def _cofactors_slope_a(g, out, h, a):
+    # The third derivative of det, from det(a) * (tr(x) * tr(y) - tr(x @ y)), the second. Only of invertible matrices.
+    b = np.linalg.inv(a)
+    x, y = np.matmul(b, h), np.matmul(b, g)
+    tx, ty, txy, d = (np.expand_dims(z, (-1, -2)) for z in (*map(_traces, (x, y, np.matmul(x, y))), np.linalg.det(a)))
+    both = np.matmul(x, y) + np.matmul(y, x) - ty * x - tx * y
+    return d * _t((tx * ty - txy) * b + np.matmul(both, b))
+
+
+def _traces(a):
+    return np.trace(a, 0, -2, -1)
+
+
+_cofactor = primitive(_cofactors, lambda g, out, a: _slope_of_cofactors(g, a), name="cofactors", samples=_SQUARE)
+_slope_of_cofactors = primitive(
+    _cofactors_slope,
+    lambda g, out, h, a: _slope_of_cofactors(g, a),
+    _cofactors_slope_a,
+    name="cofactors_slope",
+    samples=[((shape, (shape, "definite")), {}) for shape in ((3, 3), (2, 3, 3))],
+)
+primitive(np.linalg.det, lambda g, out, a: np.expand_dims(g, (-1, -2)) * _cofactor(a), samples=_SQUARE)
 _logdet = primitive(
     lambda a: np.linalg.slogdet(a)[1],
     lambda g, out, a: np.expand_dims(g, (-1, -2)) * _t(np.linalg.inv(a)),
@@ -2521,6 +2640,8 @@ _detach = primitive(lambda a: a, None, name="detach", elementwise=True)
 @composed(np.nan_to_num)
 def nan_to_num(x, copy=True, nan=0.0, posinf=None, neginf=None):
     """`np.nan_to_num`; replaced elements have no gradient."""
+    if x.dtype.kind != "f":
+        return np.copy(x)
     info = np.finfo(x.dtype)
     high, low = (info.max if posinf is None else posinf), (info.min if neginf is None else neginf)
     x = np.where(np.isnan(x), float(nan), x)
@@ -2678,23 +2799,26 @@ class Module:
 
     def named_parameters(self) -> Iterator[tuple[str, Value]]:
         """(dotted name, parameter), in order of definition; a shared one once."""
-        seen: set = set()
-
-        def walk(x, name):
-            if isinstance(x, (Value, Module)):
-                if id(x) in seen:
-                    return
-                seen.add(id(x))
+        seen: set[int] = set()
+        ahead: list[tuple[str, Any]] = [("", self)]  # a stack: containers may be deep, and may hold themselves
+        while ahead:
+            name, x = ahead.pop()
+            if isinstance(x, dict):
+                items = x.items()
+            elif isinstance(x, Module):
+                items = vars(x).items()
+            elif isinstance(x, (list, tuple)):
+                items = enumerate(x)
+            elif isinstance(x, Value) and x._prim is None:  # a result that a module remembers is no parameter
+                items = ()
+            else:
+                continue
+            if id(x) in seen:
+                continue
+            seen.add(id(x))
             if isinstance(x, Value):
-                if x._prim is None:  # a result that a module remembers is no parameter
-                    yield name, x
-                return
-            items = x if isinstance(x, dict) else vars(x) if isinstance(x, Module) else {}
-            items = enumerate(x) if isinstance(x, (list, tuple)) else items.items()
-            for key, item in items:
-                yield from walk(item, f"{name}.{key}" if name else str(key))
-
-        return walk(self, "")
+                yield name, x
+            ahead += [(f"{name}.{key}" if name else str(key), item) for key, item in reversed(list(items))]
 
     def parameters(self) -> list[Value]:
         """The parameters, in order of definition."""
@@ -2706,48 +2830,100 @@ class Module:
             p._grad = None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the parameters to a .npz file of exactly that path, all or nothing."""
-        arrays = {name: p.data.data for name, p in self.named_parameters()}
+        """Writes the parameters to a .npz file of exactly that path, all or nothing.
+
+        ValueError, and nothing is written, if two parameters have the same name: `{1: v, "1": w}`, or "b.c" beside
+        "b" that holds "c".
+        """
+        import zipfile
+
+        parameters = self._by_name("save")
 
         def write(file):
-            import zipfile
-
             with zipfile.ZipFile(file, "w") as archive:  # what np.savez writes, for parameters of any name
-                for name, array in arrays.items():
+                for name, p in parameters.items():
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+                        np.lib.format.write_array(member, np.asanyarray(p.data.data), allow_pickle=False)
 
         _write_whole(Path(path), write)
 
     def load(self, path: str | os.PathLike) -> None:
         """Reads what `save` wrote. ValueError if names or shapes differ, and then no parameter is changed."""
-        parameters = dict(self.named_parameters())
+        import zipfile
+
+        parameters = self._by_name("load")
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except OSError:
+            with zipfile.ZipFile(path) as archive:
+                shapes = {}
+                for member in archive.namelist():
+                    with archive.open(member) as file:
+                        shapes[member.removesuffix(".npy")] = _shape_in_header(file)
+                self._expect(parameters, shapes, path)  # before anything is read, however large the file says it is
+                arrays = {}
+                for name in parameters:
+                    with archive.open(f"{name}.npy") as file:
+                        arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, _Mismatch):
             raise
         except Exception as error:  # of many kinds, for the many ways in which a file can be another or broken
             raise ValueError(f"load: {str(path)!r} is not a file that save wrote ({error})") from None
-        for name in {**parameters, **arrays}:
-            if name not in arrays or name not in parameters:
-                where = "the model" if name in arrays else f"the file {str(path)!r}"
-                raise ValueError(f"load: parameter {name!r} is not in {where}")
-            if arrays[name].shape != parameters[name].shape:
-                raise ValueError(
-                    f"load: parameter {name!r} has shape {parameters[name].shape}, in the file {arrays[name].shape}"
-                )
         new = {name: _conform(arrays[name], p._data, f"load: parameter {name!r}") for name, p in parameters.items()}
         for name, p in parameters.items():
             p._data = new[name]
 
+    def _by_name(self, who: str) -> dict[str, Value]:
+        import zipfile
+
+        parameters: dict[str, Value] = {}
+        for name, p in self.named_parameters():
+            if name in parameters:
+                raise ValueError(f"{who}: two parameters have the name {name!r}")
+            encoded = name.encode(errors="replace")
+            if encoded.decode() != name or zipfile.ZipInfo(name).filename != name or len(encoded) > 1 << 15:
+                raise ValueError(f"{who}: a file cannot hold a parameter of the name {reprlib.repr(name)}")
+            parameters[name] = p
+        return parameters
+
+    @staticmethod
+    def _expect(parameters: dict[str, Value], shapes: dict[str, tuple], path: str | os.PathLike) -> None:
+        for name in {**parameters, **shapes}:
+            if name not in shapes or name not in parameters:
+                where = "the model" if name in shapes else f"the file {str(path)!r}"
+                raise _Mismatch(f"load: parameter {name!r} is not in {where}")
+            if shapes[name] != parameters[name].shape:
+                raise _Mismatch(
+                    f"load: parameter {name!r} has shape {parameters[name].shape}, in the file {shapes[name]}"
+                )
+
+
+class _Mismatch(ValueError):
+    """A file of parameters, but of other ones."""
+
+
+def _shape_in_header(file) -> tuple[int, ...]:
+    """The shape that a .npy file says it has. In version 1 of the format, the one for numbers, a header is short."""
+    if (version := np.lib.format.read_magic(file)) != (1, 0):
+        raise ValueError(f"version {version} of the format .npy")
+    return np.lib.format.read_array_header_1_0(file)[0]
+
 
 def _write_whole(path: Path, write: Callable) -> None:
-    """Calls write(file) on a file beside path, and then puts it, complete, in path's place."""
+    """Calls write(file) on a file beside path, and then puts it, complete, in path's place.
+
+    A link stays one, and its target is replaced; a file's permissions stay; a device or pipe is written to.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        whole = io.BytesIO()  # where one can go back, too
+        write(whole)
+        path.write_bytes(whole.getvalue())
+        return
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
         new = Path(folder, path.name)
         with open(new, "wb") as file:
             write(file)
+        if path.exists():
+            new.chmod(path.stat().st_mode & 0o7777)
         os.replace(new, path)
 
 
@@ -2770,7 +2946,7 @@ def _weights(shape, activation, seed, dtype) -> Value:
     for name, n in (("nin", nin), ("nout", nout)):
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
             raise ValueError(f"{name} must be a positive integer, got {n!r}")
-    rectifier = activation in ("relu", "gelu", "softplus")
+    rectifier = _activation(activation) in (relu, gelu, softplus)
     scale = math.sqrt(2.0 / (nin if rectifier else nin + nout))
     return Value(np.random.default_rng(seed).normal(0.0, scale, shape), dtype=dtype, label="w")
 
@@ -2934,9 +3110,10 @@ class _Optimizer:
                 raise ValueError(
                     f"{name} must be {'below 1' if 1 <= x < math.inf else 'finite and not negative'}, got {x}"
                 )
+        self._shapes = [p.shape for p in self.params]
         self._arrays = [(p, {}) for p in self.params if np.ndim(p._data)]
         self._scalars = [p for p in self.params if not np.ndim(p._data)]
-        self._scalar_state: dict[str, np.ndarray] = {}
+        self._scalar_state = {"steps": np.zeros(len(self._scalars))}  # each has its own count, as it has in an array
 
     def zero_grad(self) -> None:
         """Resets the gradients of the parameters."""
@@ -2944,7 +3121,17 @@ class _Optimizer:
             p._grad = None
 
     def step(self) -> None:
-        """Changes the parameters by their gradients, in place; one without a gradient yet is left alone."""
+        """Changes the parameters by their gradients, in place; one without a gradient yet is left alone.
+
+        ValueError, and nothing is changed, if a parameter or its gradient has another shape than at the beginning.
+        """
+        for i, (p, shape) in enumerate(zip(self.params, self._shapes)):
+            if p._grad is not None and not np.shape(p._data) == np.shape(p._grad) == shape:
+                name = f"{i} ({p.label!r})" if p.label else i
+                raise ValueError(
+                    f"step: parameter {name} was of shape {shape}, and is of shape {p.shape} with a gradient of shape "
+                    f"{np.shape(p._grad)}: make a new optimizer"
+                )
         for p, state in self._arrays:
             if p._grad is not None:
                 self._update(p._data, p._grad, state)
@@ -4331,7 +4518,7 @@ _SIMPLER: dict[str, Callable] = {
     "divide": _simpler_divide,
     "power": _simpler_power,
     "mean": _simpler_mean,
-    "sum": lambda node, a, **params: a if np.size(_raw(a)) == node.size else None,
+    "sum": lambda node, a, **params: a if math.prod(np.shape(a)) == node.size else None,
     "reshape": _simpler_reshape,
     "transpose": _simpler_transpose,
     "negative": lambda node, x: x._args[0] if _is(x, "negative") else None,

@@ -331,6 +331,160 @@ class TestPrimitives(Strict):
         self.assertEqual(slope(np.cumprod, [0.0, 3.0, 2.0]), [[10.0, 0.0, 0.0]])
         self.assertEqual(slope(np.fmax, [1.0, np.nan], [np.nan, 2.0]), [[1.0, 0.0], [0.0, 1.0]])
 
+        inf, nan = np.inf, np.nan
+        for f, at, slopes in [
+            (np.maximum, ([0.0, nan, 1.0, nan], [-0.0, 1.0, nan, nan]), ([0.5, 1, 0, 1], [0.5, 0, 1, 0])),
+            (np.minimum, ([0.0, nan, 1.0, nan], [-0.0, 1.0, nan, nan]), ([0.5, 1, 0, 1], [0.5, 0, 1, 0])),
+            (np.fmax, ([0.0, nan, 1.0, nan], [-0.0, 1.0, nan, nan]), ([0.5, 0, 1, 1], [0.5, 1, 0, 0])),
+            (np.fmin, ([0.0, nan, 1.0, nan], [-0.0, 1.0, nan, nan]), ([0.5, 0, 1, 1], [0.5, 1, 0, 0])),
+            (np.maximum, ([inf, -inf, 1.0], [inf, -inf, inf]), ([0.5, 0.5, 0], [0.5, 0.5, 1])),
+            (np.max, ([nan, 1.0, nan],), ([0.5, 0, 0.5],)),
+            (np.min, ([inf, inf],), ([0.5, 0.5],)),
+            (np.sort, ([nan, 1.0],), ([1, 1],)),
+            (lambda x: np.clip(x, 1.0, 0.0), ([2.0, 0.5, nan],), ([0, 0, 1],)),
+            (np.clip, ([0.5, 2.0, nan, 0.5], [1.0, 0.0, 0.0, nan], [0.0, 1.0, 1.0, 1.0]),
+             ([0, 0, 1, 0], [0, 0, 0, 1], [1, 1, 0, 0])),
+            (np.arctan2, ([0.0, -0.0, 1e-200, 1e200], [0.0, 0.0, 1e-200, 1e200]),
+             ([0, 0, 5e199, 5e-201], [0, 0, -5e199, -5e-201])),
+            (np.hypot, ([0.0, 1e200], [0.0, 0.0]), ([0, 1], [0, 0])),
+            (np.remainder, ([1.0, -0.5, 7.0], [0.1, 2.0, -2.0]), ([1, 1, 1], [-9, 1, 4])),
+            (np.arcsinh, ([1e200, 0.0],), ([1e-200, 1],)),
+            (np.arccosh, ([1e200, 1.0 + 2**-40],), ([1e-200, 2**19.5 * (1 - 2**-42)],)),
+            (np.arcsin, ([1.0 - 2**-40],), ([2**19.5 * (1 + 2**-42)],)),
+            (np.arctanh, ([1.0 - 2**-40],), ([2**39 * (1 + 2**-41)],)),
+            (gelu, ([1e200, -1e200],), ([1, 0],)),
+            (sigmoid, ([1e4, -1e4, inf, -inf],), ([0, 0, 0, 0],)),
+            (softplus, ([1e4, -1e4, inf, -inf],), ([1, 0, 1, 0],)),
+            (np.linalg.norm, ([[0.0, 0.0]],), ([[0, 0]],)),
+            (lambda x: np.linalg.norm(x, np.inf), ([0.0, 0.0],), ([0, 0],)),
+            (lambda x: np.take(x, [-1, 0, 2, -1]), ([1.0, 2.0, 3.0],), ([1, 0, 3],)),
+            (lambda x: x @ np.ones((2, 0)), ([[1.0, 2.0]],), ([[0, 0]],)),
+            (lambda x: np.ones((0, 2, 2)) @ x, ([[1.0, 2.0], [3.0, 4.0]],), ([[0, 0], [0, 0]],)),
+            (lambda x: np.einsum("bij,jk", np.ones((0, 2, 2)), x), ([[1.0, 2.0], [3.0, 4.0]],), ([[0, 0], [0, 0]],)),
+            (lambda x: np.var(x, ddof=3), ([1.0, 2.0],), ([-inf, inf],)),
+        ]:  # fmt: skip
+            with (
+                self.subTest(at=at, code=getattr(f, "__name__", "")),
+                np.errstate(all="ignore"),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore", RuntimeWarning)
+                for got, expected in zip(slope(f, *at), slopes):
+                    np.testing.assert_allclose(got, expected, rtol=1e-9)
+                if np.ndim(at[0]) == 1 and isinstance(f, np.ufunc):  # numbers have rules' results of their own
+                    for i, numbers in enumerate(zip(*at)):
+                        got = slope(f, *numbers)
+                        np.testing.assert_allclose(got, [expected[i] for expected in slopes], rtol=1e-9)
+        rng = np.random.default_rng(SEED)
+        for number in rng.normal(size=20) * 10.0 ** rng.integers(-6, 6, 20):  # whether or not their mean is rounded
+            for x in (np.full(rng.integers(2, 9), number), np.full((3, 4), number, np.float32)):
+                v = Value(x, dtype=x.dtype)
+                (np.std(v) + np.std(v, axis=-1).sum()).backward()
+                self.assertFalse(v.grad.data.any())
+
+    def test_nothing_overflows_on_the_way(self):
+        x = np.array([1e19, -1e19, 1e30, -1e30, 300.0, -300.0, 0.0], np.float32)
+        with np.errstate(all="raise", under="ignore"):
+            for dtype in (np.float16, np.float32):
+                v = Value(np.clip(x, -6e4, 6e4) if dtype == np.float16 else x, dtype=dtype)
+                out = gelu(v)
+                out.backward()
+                np.testing.assert_array_equal(out.data.data, np.maximum(v.data.data, 0))
+                np.testing.assert_array_equal(v.grad.data, [1, 0, 1, 0, 1, 0, 0.5])
+            self.assertTrue(np.isfinite(grad(elementwise_grad(np.sinc))(1e200)))
+
+    def test_weights_of_logsumexp_and_logaddexp_sum_to_1(self):
+        inf, shared = np.inf, np.array([1.0, 1.0]) / 2
+        for x, expected in [
+            ([inf, 0.0, inf], [0.5, 0, 0.5]), ([-inf, -inf], shared), ([inf, -inf], [1, 0]), ([-inf, 3.0], [0, 1]),
+            ([-1e5, -1e5, -1e5, -1e5], [0.25] * 4), ([1e30, 1e30], shared), ([0.0, -200.0], [1, 0]),
+            ([1e5, 1e5 - 1], [1 / (1 + math.exp(-1)), 1 / (1 + math.e)]),
+        ]:  # fmt: skip
+            for dtype in (np.float32, np.float64):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    v = Value(np.array([x, x]), dtype=dtype)
+                    logsumexp(v, axis=1).sum().backward()
+                    np.testing.assert_allclose(v.grad.data, [expected] * 2, rtol=1e-6, atol=1e-30)
+                    if len(x) == 2:
+                        for wrap in (lambda n, dtype=dtype: Value(np.array([n]), dtype=dtype), Value):
+                            a, b = map(wrap, x)
+                            np.logaddexp(a, b).backward()
+                            np.testing.assert_allclose([a.grad.item(), b.grad.item()], expected, rtol=1e-6, atol=1e-30)
+        np.testing.assert_allclose(hessian(logsumexp)(np.zeros(2)), [[0.25, -0.25], [-0.25, 0.25]])
+        np.testing.assert_allclose(grad(grad(np.logaddexp))(2.0, 2.0), 0.25)
+        with np.errstate(invalid="ignore"):
+            self.assertTrue(np.isnan(softmax(Value([-inf, -inf])).data.data).all(), "as NumPy computes it")
+
+    def test_determinants_of_singular_matrices(self):
+        def minors(a):
+            n = len(a)
+            parts = [np.delete(np.delete(a, i, 0), j, 1) for i in range(n) for j in range(n)]
+            return np.linalg.det(np.array(parts)).reshape(n, n) * (-1.0) ** np.add.outer(range(n), range(n))
+
+        rng = np.random.default_rng(SEED)
+        for n in (1, 2, 3, 5):
+            for rank in range(n + 1):
+                with self.subTest(n=n, rank=rank, seed=SEED):
+                    a = rng.normal(size=(n, rank)) @ rng.normal(size=(rank, n))
+                    batch = np.stack([a, np.eye(n), np.full((n, n), np.nan)])
+                    with np.errstate(invalid="ignore"):
+                        slope = grad(lambda x: np.sum(np.linalg.det(x)))(batch)
+                    np.testing.assert_allclose(slope, [minors(a), np.eye(n), batch[2]], atol=1e-9)
+                    moved = [a + sign * 1e-4 * e.reshape(n, n) for e in np.eye(n * n) for sign in (1, -1)]
+                    second = (np.array([*map(minors, moved)]) @ np.eye(n)).reshape(n * n, 2, n * n)
+                    expected = (second[:, 0] - second[:, 1]).reshape((n,) * 4) / 2e-4
+                    np.testing.assert_allclose(hessian(np.linalg.det)(a), expected, atol=1e-6)
+
+    def test_results_are_numpys_on_awkward_arrays(self):
+        inf, nan = np.inf, np.nan
+        numbers = [
+            [0.5, -1.25, 2.0, 3.0],
+            [0.0, -0.0, 0.0],
+            [nan, 1.0, 2.0],
+            [inf, -inf, 1.0],
+            [2.0, 2.0, 1.0],
+            [],
+            2.0,
+        ]
+        numbers += [[[1.0, nan], [2.0, 2.0]], [[0.25, -3.0, 0.5]], [300.0] * 300, np.zeros((0, 3))]
+        one = [np.sum, np.mean, np.prod, np.var, np.std, np.max, np.min, np.any, np.all, np.argmax, np.argmin]
+        one += [np.cumsum, np.cumprod, np.argsort, np.sort, np.nan_to_num, np.round, np.count_nonzero, np.flip, np.diff]
+        axis = [lambda x, f=f: f(x, axis=0) for f in one if f not in (np.nan_to_num, np.round)]
+        axis += [lambda x, f=f: f(x, axis=np.int32(-1)) for f in (np.sum, np.mean, np.var, np.max, np.cumsum, np.flip)]
+        axis += [lambda x, f=f: f(x, axis=(np.int16(0),), keepdims=True) for f in (np.sum, np.mean, np.std, np.min)]
+        other = [
+            lambda x: np.var(x, ddof=9), lambda x: np.round(x, -1), lambda x: np.diff(x, n=0, prepend=1.0),
+            lambda x: np.diff(x, prepend=x[:1], append=x[-1:]), lambda x: np.take(x, [0, -1, 0]),
+            lambda x: np.take(x, np.int8(-1), axis=0), lambda x: np.repeat(x, np.int32(2), axis=np.int32(0)),
+            lambda x: np.pad(x, 1, constant_values=3), lambda x: np.clip(x, None, 1), lambda x: np.clip(x, 1, 0),
+            lambda x: np.nan_to_num(x, nan=1.0, posinf=3.0), lambda x: np.roll(x, np.int8(1), np.int8(0)),
+            lambda x: np.concatenate([x, x], np.int32(0)), lambda x: np.moveaxis(x, np.int32(0), np.int32(-1)),
+            lambda x: np.count_nonzero(x, axis=-1, keepdims=True), lambda x: x.flatten(), np.atleast_2d, np.trace,
+        ]  # fmt: skip
+        compared = 0
+        for dtype in (np.float16, np.float32, np.float64, np.int64, np.int8, np.uint8, bool):
+            for x in numbers:
+                x = np.nan_to_num(np.array(x), posinf=9, neginf=-9) if np.dtype(dtype).kind != "f" else np.array(x)
+                x = (np.abs(x) if dtype == np.uint8 else x).astype(dtype)
+                for f in one + axis + other:
+                    with self.subTest(f=f.__code__.co_firstlineno if f in axis + other[:-2] else f, x=x, dtype=dtype):
+                        with np.errstate(all="ignore"), warnings.catch_warnings():
+                            warnings.simplefilter("ignore", RuntimeWarning)
+                            try:
+                                expected = np.asarray(f(x))
+                            except (ValueError, IndexError, TypeError):
+                                continue
+                            got = [f(Tensor(x, dtype=dtype)).data]
+                            got += [f(Value(x, dtype=dtype)).data.data] if x.dtype.kind == "f" else []
+                        for y in map(np.asarray, got):
+                            self.assertEqual((y.shape, y.dtype), (expected.shape, expected.dtype))
+                            np.testing.assert_array_equal(y, expected)
+                            compared += 1
+        self.assertGreater(compared, 2000)
+        v = Value([1.0, 2.0])
+        self.assertFalse(np.may_share_memory(v.flatten().data.data, v.data.data))
+
     def test_power_at_its_corners(self):
         for x, y, value, by_x, by_y in [
             (0.0, 0.0, 1, 0, 0),
@@ -1891,6 +2045,81 @@ class TestNN(Strict):
                 model.load(path)
             self.assertEqual(model.allow_pickle.data.data[0], 7)
 
+    @staticmethod
+    def holding(**attributes):
+        module = Module()
+        vars(module).update(attributes)
+        return module
+
+    def test_no_two_parameters_share_a_place_in_a_file(self):
+        a, b = Value([1.0]), Value([2.0])
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "m.npz"
+            for attributes, message in [
+                ({"d": {1: a, "1": b}}, "two parameters have the name 'd.1'"),
+                ({"b": {"c": a}, "b.c": b}, "two parameters have the name 'b.c'"),
+                ({"d": [a], "d.0": b}, "two parameters have the name 'd.0'"),
+                ({"x\0y": a}, "cannot hold"), ({"\ud800": a}, "cannot hold"), ({"x" * 99999: a}, "cannot hold"),
+            ]:  # fmt: skip
+                path.write_bytes(b"old")
+                for act in (Module.save, Module.load):
+                    with self.assertRaisesRegex(ValueError, f"{act.__name__}: .*{message}"):
+                        act(self.holding(**attributes), path)
+                self.assertEqual((os.listdir(folder), path.read_bytes()), (["m.npz"], b"old"))
+            model = self.holding(
+                **{"x": a, "x.npy": b, "x.npy.npy": Value([3.0]), "é/..": Value([4.0]), "": Value(5.0)}
+            )
+            model.save(path)
+            for p in model.parameters():
+                p.data = 0
+            model.load(path)
+            self.assertEqual([p.data.data.sum() for p in model.parameters()], [1, 2, 3, 4, 5])
+
+    def test_a_file_is_replaced_where_it_is(self):
+        model, twin = MLP(2, [1], seed=0), MLP(2, [1], seed=1)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "far").mkdir()
+            target, link, dangling = folder / "far" / "real.npz", folder / "link.npz", folder / "dangling.npz"
+            target.touch()
+            target.chmod(0o640)
+            link.symlink_to(target)
+            dangling.symlink_to(Path("far", "new.npz"))
+            for path in (link, dangling):
+                model.save(path)
+                twin.load(path)
+                self.assertTrue(path.is_symlink())
+            self.assertEqual(target.stat().st_mode & 0o777, 0o640)
+            self.assertEqual(sorted(os.listdir(folder / "far")), ["new.npz", "real.npz"])
+            if os.name == "posix":
+                model.save("/dev/null")
+                self.assertFalse(Path("/dev/null").is_file())
+
+    def test_a_file_is_compared_before_it_is_read(self):
+        model = self.holding(w=Value(np.ones(3)))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "bomb.npz"
+            for name in ("w", "other"):
+                np.savez_compressed(path, **{name: np.zeros((1 << 20, 8))})
+                tracemalloc.start()
+                with self.assertRaisesRegex(ValueError, r"shape \(3,\), in the file \(1048576, 8\)|is not in"):
+                    model.load(path)
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+                self.assertLess(peak, 1 << 22)
+            self.assertEqual(model.w.data.tolist(), [1, 1, 1])
+
+    def test_containers_may_be_deep_and_hold_themselves(self):
+        model, a, b = Module(), Value([1.0]), Value([2.0])
+        model.box = box = [a]
+        box += [{"self": box, "model": model}, (b, box)]
+        deep: list = [Value([3.0])]
+        for _ in range(5000):
+            deep = [deep]
+        model.deep = deep
+        names = [name for name, _ in model.named_parameters()]
+        self.assertEqual((names[:2], len(names)), (["box.0", "box.2.0"], 3))
+
     def test_what_a_module_remembers_is_no_parameter(self):
         class Remembers(Module):
             def __init__(self, parent=None):
@@ -1971,6 +2200,9 @@ class TestNN(Strict):
         self.assertNotEqual(one, other)
         self.assertAlmostEqual(float(Layer(1000, 1000, seed=0).w.data.data.std()), math.sqrt(2 / 2000), places=3)
         self.assertAlmostEqual(float(Layer(1000, 1000, "relu", 0).w.data.data.std()), math.sqrt(2 / 1000), places=3)
+        for name in ("tanh", "relu", "sigmoid", "gelu", "softplus"):  # the function counts as its name
+            function = getattr(picograd, name, np.tanh)
+            np.testing.assert_array_equal(Layer(2, 3, name, 0).w.data.data, Layer(2, 3, function, 0).w.data.data)
 
     def test_losses(self):
         rng = np.random.default_rng(SEED)
@@ -2052,6 +2284,37 @@ class TestNN(Strict):
         ]:  # fmt: skip
             with self.assertRaises((TypeError, ValueError)):
                 wrong()
+
+    def test_parameters_join_when_they_get_gradients(self):
+        """Each has its own state and count of steps, whether it is a number or an array."""
+        rng = np.random.default_rng(SEED)
+        live = rng.random((6, 4)) < 0.6
+        for make in (lambda p: Adam(p, 0.1, weight_decay=0.1), lambda p: SGD(p, 0.1, momentum=0.9)):
+            numbers, arrays = [Value(1.0) for _ in range(4)], [Value([1.0], float) for _ in range(4)]
+            optimizers = make(numbers), make(arrays)
+            for row in live:
+                for params, optimizer in zip((numbers, arrays), optimizers):
+                    for p, used in zip(params, row):
+                        p.grad = p.data.data * 2 if used else None
+                    optimizer.step()
+            np.testing.assert_allclose([p.item() for p in numbers], [p.item() for p in arrays], rtol=1e-12)
+
+    def test_a_step_that_cannot_be_made_changes_nothing(self):
+        for make in (lambda p: SGD(p, 0.1), lambda p: Adam(p)):
+            for start, new in [(np.ones(3), np.ones(4)), (np.ones(1), np.ones(3)), (np.ones(()), np.ones(3))]:
+                for when in (0, 1):  # also before there is any state
+                    first, p, number = Value([1.0]), Value(start, float, label="gain"), Value(1.0)
+                    optimizer = make([number, first, p])
+                    for x in (first, number, p) * when:
+                        x.grad = 1.0
+                    optimizer.step()
+                    before = [x.data.data.copy() for x in (number, first)]
+                    p.data = new
+                    for x in (first, number, p):
+                        x.grad = 1.0
+                    with self.assertRaisesRegex(ValueError, "step: parameter 2 \\('gain'\\) was of shape"):
+                        optimizer.step()
+                    self.assertEqual([x.data.data for x in (number, first)], before)
 
     def test_training_saving_loading(self):
         rng = np.random.default_rng(0)
