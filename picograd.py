@@ -599,7 +599,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         raw.append(x)
     if result is None:
         kinds = [KINDS[type(x)] for x in operands]
-        if None not in kinds and (NUMPY not in kinds or max(kinds, key=_get_rank) is not NUMPY):
+        if None not in kinds:
             return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
     if plain and not constants and dtype is not None and dtype.kind == "f":
@@ -1157,6 +1157,8 @@ def _rebuild(cls, first, listed, prim, args, params, needs, data, grad, label) -
 
 def _newest_first(root: Value, stop=frozenset(), everything=False) -> list[Value]:
     """The nodes that root depends on, newest first: those that a gradient flows to, or everything."""
+    if not isinstance(root, Value):
+        raise TypeError(_two_copies(type(root)))
     seen, nodes = {root}, [root]
     for node in nodes:  # the list grows as it is walked
         if stop and node in stop:
@@ -2075,9 +2077,25 @@ _stack = primitive(
 )
 
 
+def _together(arrays) -> list:
+    """What is to be joined, with weak numbers in the dtype of what they meet: an array made of one would be strong."""
+    held = [x.dtype for x in arrays if isinstance(x, Array) and type(x._data) not in _WEAK_TYPES]
+    held = [dtype for dtype in held if dtype.kind == "f"] or [
+        x.dtype for x in map(_raw, arrays) if hasattr(x, "dtype") and not isinstance(x, _NUMBERS)
+    ]
+    if not held:
+        return list(arrays)
+    return [
+        _as_dtype(x, np.result_type(*held, _raw(x))) if type(_raw(x)) in _WEAK_TYPES or isinstance(x, _NUMBERS) else x
+        for x in arrays
+    ]
+
+
 @composed(np.concatenate)
 def concatenate(arrays, axis=0):
-    return _concatenate(*map(ravel, arrays), axis=0) if axis is None else _concatenate(*arrays, axis=axis)
+    if axis is None:
+        return _concatenate(*map(ravel, _together(arrays)), axis=0)
+    return _concatenate(*arrays, axis=axis)
 
 
 @composed(np.stack)
@@ -2087,23 +2105,48 @@ def stack(arrays, axis=0):
 
 @composed(np.vstack)
 def vstack(tup):
-    return _concatenate(*map(atleast_2d, tup), axis=0)
+    return _concatenate(*map(atleast_2d, _together(tup)), axis=0)
 
 
 @composed(np.hstack)
 def hstack(tup):
-    arrays = [atleast_1d(a) for a in tup]
+    arrays = [atleast_1d(a) for a in _together(tup)]
     return _concatenate(*arrays, axis=min(1, np.ndim(arrays[0]) - 1))
 
 
 @composed(np.dstack)
 def dstack(tup):
-    return _concatenate(*map(atleast_3d, tup), axis=2)
+    return _concatenate(*map(atleast_3d, _together(tup)), axis=2)
 
 
 @composed(np.column_stack)
 def column_stack(tup):
-    return _concatenate(*(a if np.ndim(a) > 1 else _reshape(a, (-1, 1)) for a in tup), axis=1)
+    return _concatenate(*(a if np.ndim(a) > 1 else _reshape(a, (-1, 1)) for a in _together(tup)), axis=1)
+
+
+@composed(np.block)
+def block(arrays):
+    """`np.block`: a matrix of numbers and arrays from nested lists."""
+
+    def leaves(x):
+        return [leaf for part in x for leaf in leaves(part)] if isinstance(x, list) else [x]
+
+    def depth(x):
+        return 1 + depth(x[0]) if isinstance(x, list) else 0
+
+    def shaped(x):
+        return [shaped(part) for part in x] if isinstance(x, list) else np.empty(np.shape(x), bool)
+
+    def joined(x, axis):
+        if isinstance(x, list):
+            return _concatenate(*[joined(part, axis + 1) for part in x], axis=axis)
+        part = next(parts)
+        return _reshape(part, (1,) * (ndim - np.ndim(part)) + np.shape(part))
+
+    np.block(shaped(arrays))  # NumPy's own checks and errors
+    parts = iter(_together(leaves(arrays)))
+    ndim = max([depth(arrays), *map(np.ndim, leaves(arrays))])
+    return joined(arrays, -depth(arrays))
 
 
 @composed(np.append)
@@ -2683,11 +2726,11 @@ for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
 
 
 def _value_operator(prim: Primitive, swapped=False):
-    scalar, differentiable = prim.scalar, prim.vjps[0] is not None
+    scalar, differentiable, cls = prim.scalar, prim.vjps[0] is not None, Value  # this copy's, also after a reload
 
     def method(self, other):
         kind = type(other)
-        if kind is Value:
+        if kind is cls:
             y = other._data
         elif kind is float:
             y = other
@@ -2705,13 +2748,13 @@ def _value_operator(prim: Primitive, swapped=False):
                 out = scalar(y, x) if swapped else scalar(x, y)
             except (ArithmeticError, ValueError):
                 return _apply(prim, args, _NO_PARAMS)
-            node = _new(Value)
+            node = _new(cls)
             node._data = out
             node._grad = None
             node._prim = prim
             node._args = args
             node._params = _NO_PARAMS
-            node._needs = differentiable and (self._needs or (kind is Value and other._needs))
+            node._needs = differentiable and (self._needs or (kind is cls and other._needs))
             node._number = _next_number()
             node.label = ""
             return node
