@@ -12,7 +12,7 @@ A room is a module or class with three names:
                       Skip     the program is ill-conditioned: set aside, and counted
 
 `values` holds eager graphs against plain NumPy, autograd and finite differences, and against their own replays,
-pickles, copies and higher derivatives; `optimizer` holds `optimize` against eager graphs; `blocks` is in `fuzz_blocks.py`.
+pickles, copies and higher derivatives; `optimizer` holds `optimize` against eager graphs; `blocks` is another file.
 
 The generator runs every statement on `Model` as it writes it, so that programs are valid, and mostly tame, by
 construction. `Model` is the contract on dtypes, written down a second time: it computes with NumPy, and knows nothing
@@ -79,6 +79,8 @@ class Mode:
     wide = False
     xp = np  # or autograd.numpy
     eps = 0.0
+    frozen: dict | None = None  # what was detached, by its turn: differences move the leaves, and these must stay
+    turn = 0
 
 
 mode = Mode()
@@ -123,10 +125,10 @@ def wrap(out, weak: bool):
     if isinstance(out, (list, tuple)):
         items = [wrap(x, weak) for x in out]
         return items if type(out) is list else tuple(items) if type(out) is tuple else type(out)(*items)
-    if mode.wide:
+    if mode.wide or type(out) in _WEAK:
         return Model(out)
     if weak and not np.ndim(out):
-        return Model(out.item() if hasattr(out, "item") else out)
+        return Model(out.item())
     if isinstance(out, np.ndarray):
         out = out.astype(WEAK_ARRAY) if weak and out.dtype == np.float64 else out if out.ndim else out[()]
     if out.dtype.kind == "f":
@@ -175,10 +177,12 @@ class Model(np.lib.mixins.NDArrayOperatorsMixin):
             return float(out) if name in LIKE and type(args[0]) is float and not kwargs else out
         operands: list = []
 
-        def hole(x, top=False):
+        def hole(x):
             """Takes an operand out of the arguments, leaving its place."""
-            if isinstance(x, list) or (isinstance(x, tuple) and any(isinstance(y, Model) for y in x)):
-                return [hole(y) for y in x] if any(isinstance(y, (Model, np.ndarray)) for y in x) else x
+            if isinstance(x, (list, tuple)) and any(isinstance(y, (Model, np.ndarray)) for y in x):
+                return [hole(y) for y in x]
+            if isinstance(x, list) and (name in NUMBERS or np.asarray(x).dtype.kind == "f"):
+                x = np.asarray(x)
             if isinstance(x, (Model, np.ndarray)) or (isinstance(x, (float, int, np.generic)) and name in NUMBERS):
                 operands.append(x)
                 return Hole(len(operands) - 1)
@@ -261,6 +265,12 @@ def _as_type(x, dtype):
     return compute("astype", [x], lambda f, xs: xs[0] if narrow else np.asarray(xs[0]).astype(dtype)[()])
 
 
+def _detach(x):
+    raw = getattr(x.raw, "_value", x.raw)
+    mode.turn += 1
+    return Model(raw if mode.frozen is None else mode.frozen.setdefault(mode.turn, raw))
+
+
 METHODS = {
     "reshape": lambda x, *shape: np.reshape(x, shape[0] if len(shape) == 1 else shape),
     "transpose": lambda x, *axes: np.transpose(x, (axes[0] if isinstance(axes[0], tuple) else axes) if axes else None),
@@ -268,7 +278,7 @@ METHODS = {
     "astype": _as_type,
     "item": lambda x: np.asarray(x.raw).item(),
     "tolist": lambda x: np.asarray(x.raw).tolist(),
-    "detach": lambda x: Model(getattr(x.raw, "_value", x.raw)),
+    "detach": lambda x: _detach(x),
 }
 
 
@@ -370,10 +380,10 @@ def model_raw(data, dtype=None):
 
 def run_model(program, leaves=None, wide=False, xp=np) -> Run:
     """The program on models; leaves: raw values instead of those that it names."""
-    mode.wide, mode.xp, mode.eps = wide, xp, 0.0
+    mode.wide, mode.xp, mode.eps, mode.turn = wide, xp, 0.0, 0
 
     def leaf(i, data, dtype):
-        return Model(leaves[i] if leaves is not None else model_raw(data, dtype))
+        return wrap(leaves[i] if leaves is not None else model_raw(data, dtype), False)
 
     def tensor(data, dtype=None):
         raw = model_raw(data, dtype)
@@ -476,6 +486,7 @@ OPERATORS = "+ - * / ** // % @ < <= > >= == != & | ^".split()
 OPERATOR_WEIGHTS = np.array([5, 4, 7, 4, 2, 1, 1, 2, 1, 1, 2, 1, 1, 1, 0.5, 0.5, 0.5])
 OPERATOR_WEIGHTS /= OPERATOR_WEIGHTS.sum()
 SIZE_LIMIT = 200
+FLAT = re.compile(r"//|sign|floor|ceil|rint|trunc|round|detach|like|slogdet.*\[0\]|\.ndim|\.size|np\.size|equal")
 
 
 class Writer:
@@ -532,7 +543,9 @@ class Writer:
             return None
         self.program.append(line)
         self.made.append(name)
-        if "Value(" in expression or any(used in self.needs for used in re.findall(r"\bx\d+\b", expression)):
+        used = re.findall(r"\bx\d+\b", expression)
+        kind = np.asarray(self.raw(name)).dtype.kind
+        if kind == "f" and ("Value(" in expression or self.needs.intersection(used)) and not FLAT.search(expression):
             self.needs.add(name)
         return name
 
@@ -1112,9 +1125,8 @@ def finish(w, room: str) -> list[str]:
         value = w.names[name]
         return name in w.needs and isinstance(value, Model) and value.dtype.kind == "f"
 
-    ends = [name for name in w.made if able(name)]
-    if not ends:
-        return w.program
+    while not (ends := [name for name in w.made if able(name)]):
+        w.say(w.leaf())
     a, b = ends[-1], w.one(ends)
     shape = w.shape(a)
     if room == "optimizer" and len(ends) > 1 and w.chance(0.15):
@@ -1123,8 +1135,8 @@ def finish(w, room: str) -> list[str]:
         w.say(f"np.sum({a}) * {b}" if w.chance(0.4) or not fits(shape, w.shape(b)) else f"{a} + {b}")
     elif w.chance(0.4):
         w.say(f"np.{w.one(['sum', 'mean'])}({a})")
-    elif a != w.made[-1]:
-        w.say(f"{a} * 1.5")
+    if not able(w.made[-1]) and not w.say(f"{a} * 0.5"):
+        w.program.append(f"x{len(w.made)} = {a}")
     return w.program
 
 
@@ -1147,11 +1159,11 @@ class Aside(Exception):
 def expect(kind: str, got, expected, eps: float, code: str, scale: float = 0.0, dtype=True, excuse=None):
     """Raises Differs, or, if the excuse (a function) says how much the numbers wobble by themselves, Aside."""
     how = differs(got, expected, eps, scale, dtype)
-    if how and excuse and how.startswith(("shape", "dtype")) is False:
+    if how and excuse and not how.startswith(("shape", "dtype")):
         if differs(got, expected, eps, max(scale, excuse() / eps)) is None:
             raise Aside("ill-conditioned")
     if how:
-        raise Differs(kind, how, code)
+        raise Differs(f"{kind}, {how}" if how.startswith("dtype") else kind, how, code)
 
 
 def judged(check):
@@ -1295,6 +1307,7 @@ def reference(program, raws, seed):
 def slopes(program, raws, seed, steps=(1e-5, 1e-6)):
     """Gradients by central differences, and how far they can be trusted; nan at kinks."""
     total, grads, doubt = total_of(program, seed, np), [], 0.0
+    mode.frozen = {}
     try:
         here = float(total(raws))
         for i, x in enumerate(raws):
@@ -1314,7 +1327,7 @@ def slopes(program, raws, seed, steps=(1e-5, 1e-6)):
                 doubt = max(doubt, abs(found[0] - found[3])) if steady else doubt
             grads.append(grad)
     finally:
-        mode.wide, mode.xp = False, np
+        mode.wide, mode.xp, mode.frozen = False, np, None
     return grads, 10 * doubt + 1e-8 * (1 + abs(here))
 
 
@@ -1350,7 +1363,8 @@ def gradient_wobble(program, raws, seed) -> float:
     """How far picograd's own gradients move when the leaves move by an ulp."""
     found = []
     for sign in (0, 1, -1, 2):
-        leaves = [picograd.Value(moved(x, sign), getattr(x, "dtype", None) if np.ndim(x) else None) for x in raws]
+        near = [moved(x, sign) for x in raws]
+        leaves = [picograd.Value(np.asarray(x), x.dtype) if hasattr(x, "dtype") else picograd.Value(x) for x in near]
         run = run_real(program, leaves)
         backward(run.root(program), seed)
         found.append([public(v.grad).astype(np.float64) for v in run.leaves])
@@ -1445,7 +1459,7 @@ def check_functions(program, raws, seed):
         return np.sum(out * seed) if out.ndim else out
 
     code = f"# grad of the sum of {target(program[-1])} * cos(0, 1, ...), as a function of its leaves, given in float64"
-    inputs = [np.array(x) if np.ndim(x) else float(x) for x in wide]
+    inputs = [np.array(x) if hasattr(x, "dtype") else x for x in wide]  # a 0-d array is strong, a number is weak
     try:
         value, found = picograd.value_and_grad(total, every)(*inputs)
     except Exception as error:
@@ -1458,7 +1472,7 @@ def check_functions(program, raws, seed):
     )
     eps = max(eps, 1e-15) * 4
     check_gradient(program, "grad", list(map(np.asarray, found)), wide, seed, eps, code)
-    if sum(np.size(x) for x in wide) > 24 or len(program) > 14:
+    if sum(np.size(x) for x in wide) > 24 or len(program) > 14 or ".detach()" in "".join(program):
         return
     check_second(program, total, every, inputs, eps, code.replace("grad", "grad of grad"))
 
@@ -1479,7 +1493,8 @@ def check_second(program, total, every, inputs, eps, code):
     for step in (1e-4, 1e-5, -1e-5):
         sides = []
         for sign in (1, -1):
-            there = [x + sign * step * d if np.ndim(x) else float(x + sign * step * d) for x, d in zip(inputs, along)]
+            there = [np.asarray(x + sign * step * d) for x, d in zip(inputs, along)]
+            there = [y if isinstance(x, np.ndarray) else float(y) for x, y in zip(inputs, there)]
             sides.append(slope(*there) if step > 0 or sign > 0 else slope(*inputs))
         numeric.append(float(sides[0] - sides[1]) / ((2 if step > 0 else 1) * step))
     size = 1.0 + max(map(abs, numeric))
@@ -1582,7 +1597,7 @@ def check_silence(program, raws):
 
         return f
 
-    wide = [np.array(x, np.float64) if np.ndim(x) else float(x) for x in raws]
+    wide = [np.array(x, np.float64) if hasattr(x, "dtype") else x for x in raws]
     for name, leak in LEAKS.items():
         try:
             picograd.grad(leaking(leak), tuple(range(len(wide))))(*wide)
@@ -1610,7 +1625,7 @@ def _check_optimizer(program):
         raise Aside("invalid")
     roots = eager.root(program)
     roots = roots if type(roots) is tuple else (roots,)
-    if not all(isinstance(r, picograd.Value) and r.dtype.kind in "f" and r._needs for r in roots) or not eager.leaves:
+    if not all(isinstance(r, picograd.Value) for r in roots):
         raise Aside("no root")
     Pair(program).go()
 
@@ -1619,12 +1634,13 @@ class Pair:
     """An optimized program beside its eager twin, with leaves of their own, taken through one step after another."""
 
     def __init__(self, program):
-        self.program, self.steps = program, []
+        self.program, self.steps, self.way = program, [], ""
         self.loose = coarsest(program)
 
     def go(self):
+        self.combined()
         for way in WAYS:
-            self.steps = [f"# {way}"]
+            self.steps, self.way = [f"# {way}"], "" if way == "optimize" else f" after {way}"
             self.start(way)
             self.compare("first forward")
             self.both("forward")
@@ -1635,15 +1651,14 @@ class Pair:
                 owned(self.leaves, self.code())
             handed = [(p.data.data, np.array(p.data.data)) for p in self.programs]
             self.shift()
-            if way == "optimize":
-                self.sweep_only("backward at newer leaves changes data")
             self.both("forward")
             self.compare("forward at other leaves")
             for seen, before in handed:
                 expect("handed out data overwritten", np.asarray(seen), before, 1e-300, self.code())
             self.zero()
             self.sweep("backward at other leaves")
-        self.combined()
+        self.way = ""
+        self.stale()
 
     def start(self, way):
         self.eager = run_real(self.program, eager=True)
@@ -1691,7 +1706,8 @@ class Pair:
             if not self.steady():
                 raise Aside("ill-conditioned")
         if how:
-            raise Differs(kind, how, self.code())
+            kind = f"{kind}{self.way}"
+            raise Differs(f"{kind}, {how}" if how.startswith("dtype") else kind, how, self.code())
 
     def scale(self):
         most = 0.0
@@ -1742,14 +1758,17 @@ class Pair:
         for v, w in zip(self.leaves, self.eager.leaves):
             self.expect(kind, public(v.grad), public(w.grad))
 
-    def sweep_only(self, kind):
-        """backward of the program alone: its gradients are undefined here, its data is not."""
+    def stale(self):
+        """A backward after the leaves changed, and before the forward: its gradients are undefined, its data is not."""
+        self.steps = ["# optimize"]
+        self.start("optimize")
+        self.both("forward")
+        self.shift()
         before = [np.array(public(p)) for p in self.programs]
         for p in self.programs:
             backward(p, seed_of(p.shape))
         for p, data in zip(self.programs, before):
-            expect(kind, public(p), data, 1e-300, self.code() + "\nfor p in programs: p.backward()")
-        self.zero()
+            expect("backward at newer leaves changes data", public(p), data, 1e-300, self.code() + "; p.backward()")
 
     def shift(self):
         self.steps.append("for i, v in enumerate(leaves): v.data = v.data.data * (0.9 if i % 2 else 1.1) + 0.03125")
@@ -1763,29 +1782,22 @@ class Pair:
     def combined(self):
         """Roots of one program in one later expression; each by itself."""
         real, eager = self.run(self.program), run_real(self.program, eager=True)
-        values = [
-            x
-            for x in real.names.values()
-            if isinstance(x, picograd.Value) and x._needs and x.dtype.kind == "f" and x.size
-        ]
-        twins = [
-            x
-            for x in eager.names.values()
-            if isinstance(x, picograd.Value) and x._needs and x.dtype.kind == "f" and x.size
-        ]
-        if len(values) < 2 or len(values) != len(twins):
-            return
-        self.steps = [
-            "a, b = picograd.optimize(first, last)  # two of the Values above",
-            "(np.sum(a) * 1.5 + np.sum(b)).backward()",
-        ]
+        pairs = []
+        for run in (real, eager):
+            found = [x for x in run.names.values() if flows(x) and x.size]
+            if len(found) < 2:
+                return
+            pairs.append((found[len(found) // 2 - 1], found[-1]))
         self.eager = eager
+        self.steps = ["a, b = picograd.optimize(first, last)  # the middle one of the Values with names, and the last"]
+        self.steps.append("(np.sum(a) * 1.5 + np.sum(b)).backward()")
+        (first, last), (a, b) = pairs
         try:
-            a, b = picograd.optimize(values[len(values) // 2 - 1], values[-1])
-            (np.sum(a) * 1.5 + np.sum(b)).backward()
+            first, last = picograd.optimize(first, last)
+            backward(np.sum(first) * 1.5 + np.sum(last))
         except Exception as error:
             raise Differs("two roots raises", f"{type(error).__name__}: {error}", self.code()) from None
-        (np.sum(twins[len(values) // 2 - 1]) * 1.5 + np.sum(twins[-1])).backward()
+        backward(np.sum(a) * 1.5 + np.sum(b))
         for v, w in zip(real.leaves, eager.leaves):
             self.expect("two roots", public(v.grad), public(w.grad))
 
@@ -1832,6 +1844,7 @@ class Optimizer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SHRINK_CHECKS = 250
+SHRINK_EACH = 12  # of each kind, so that one defect does not take all the time
 
 
 def head(verdict) -> str:
@@ -1862,12 +1875,20 @@ def shrink(room, program, verdict):
         changed = False
         for i in reversed(range(len(program))):
             changed |= still(program[:i] + program[i + 1 :])
+        for i in reversed(range(len(program) - 1)):
+            changed |= i < len(program) - 1 and still(without_alias(program, i))
         for i in reversed(range(len(program))):
             again = True
             while again and i < len(program):
                 again = any(still(program[:i] + [line] + program[i + 1 :]) for line in simpler(program[i]))
                 changed |= again
     return program, verdict
+
+
+def without_alias(program, i):
+    """The program without statement i, if that only gives another name to something."""
+    alias = re.fullmatch(r"(x\d+) = (x\d+)", program[i])
+    return alias and program[:i] + [re.sub(rf"\b{alias[1]}\b", alias[2], line) for line in program[i + 1 :]]
 
 
 def simpler(statement: str):
@@ -1904,7 +1925,7 @@ def put(node, field, i, new):
 def smaller(node):
     """Smaller expressions than this one: its parts; shorter lists; plainer numbers."""
     if isinstance(node, ast.Call):
-        maker = isinstance(node.func, ast.Name) and node.func.id in ("Value", "Tensor")
+        maker = ast.unparse(node.func) in ("Value", "Tensor", "np.array")
         yield from [] if maker else node.args
         if isinstance(node.func, ast.Attribute) and not maker:
             yield node.func.value
@@ -1977,20 +1998,26 @@ def own_seed(seed: int, i: int) -> int:
 
 def fuzz(name: str, seed: int, seconds: float, programs: float, keep_going: bool) -> bool:
     """Runs a room; whether it passed."""
-    room, start, groups, aside = room_named(name), time.monotonic(), {}, {}
+    room, start, groups, aside, shrunk = room_named(name), time.monotonic(), {}, {}, {}
     done = differences = 0
     while done < programs and time.monotonic() - start < seconds:
         mine = own_seed(seed, done)
-        program = room.generate(np.random.default_rng(mine))
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = room.generate(np.random.default_rng(mine))
         done += 1
         verdict = room.check(program)
         if isinstance(verdict, Skip):
             aside[verdict.reason] = aside.get(verdict.reason, 0) + 1
         elif verdict is not None:
             differences += 1
-            rough = head(verdict)
-            program, verdict = shrink(room, program, verdict)
-            key = signature(program, verdict) if name != "blocks" else rough
+            kind = head(verdict)
+            shrunk[kind] = shrunk.get(kind, 0) + 1
+            if shrunk[kind] <= SHRINK_EACH:
+                program, verdict = shrink(room, program, verdict)
+                key = signature(program, verdict)
+            else:
+                key = f"{kind} | (not shrunk)"
             groups[key] = groups.get(key, 0) + 1
             if groups[key] == 1:
                 after = f"program {done}, {time.monotonic() - start:.1f} s"
