@@ -1750,10 +1750,10 @@ class Pair:
         self.loose = coarsest(program)
 
     def go(self):
-        self.combined()
         for way in WAYS:
             if "no_grad" in way:
                 self.way = ""
+                self.combined()
                 self.reshaped()
             self.steps, self.way = [f"# {way}"], "" if way == "optimize" else f" after {way}"
             self.start(way)
