@@ -978,6 +978,8 @@ UNARY = forms("""
     {x}.flatten()
     {x}.detach()
     np.copy({x})
+    np.reshape({x}, (-1,)).reshape({x}.shape)
+    np.transpose(np.transpose({x}))
 """)
 MASKS = forms("""
     ({x} > 0) * {x}
@@ -992,6 +994,9 @@ MASKS = forms("""
     np.square({x} > 0)
     np.sum(({x} > 0) * ({y} > 0))
     np.prod({x} > 0) * {x}
+    sum([{x} > 0, {y} > 0, {x} > {y}]) * {x}
+    ({x} > 0) * np.array([3], np.uint8)
+    -(({x} > 0) * np.array([3], np.uint8)) * {x}
 """)
 # Chains, in which {} is what went before.
 LINKS = forms("""
@@ -1010,7 +1015,7 @@ LINKS = forms("""
     0.0 + {}
     {} + 0.0
     1 * {}
-    np.arctan2({}, -1.0)
+    np.arctan2({} + 0, -1.0)
 """)
 BATCHES = forms("""
     ({a}) * ({b})
@@ -1020,6 +1025,8 @@ BATCHES = forms("""
     ({a}) - ({b})
     np.maximum({a}, {b})
     np.tanh({a}) * 2
+    ({a} > 0) * 0.5
+    ({a}) > ({b})
 """)
 GATHERED = forms("""
     sum([{items}])
@@ -1036,6 +1043,11 @@ EACH = forms("""
     e ** 2
     e[..., None]
     np.sum(e * e)
+    e * w
+    (e > 0) * w
+    (w > 0) * e
+    np.where(e > 0, w, e)
+    np.tanh(e + w) * w
 """)
 # The last two overflow if they are associated the other way, in float32 and in float64.
 PRODUCTS = forms("""
@@ -1046,8 +1058,8 @@ PRODUCTS = forms("""
     ({x} / 4) * {z}
     np.sum({x} * {y}) + np.sum({x})
     ({x} + {y}) + {z}
-    np.log(1e20 * (1e20 * np.exp({x} - 46.0)))
-    np.log(1e200 * (1e200 * np.exp({x} - 460.0)))
+    np.log(Value(1e20) * (1e20 * np.exp({x} - 46.0)))
+    np.log(Value(1e200) * (1e200 * np.exp({x} - 460.0)))
 """)
 PLACES = forms("""
     {x}[np.array({p})]
@@ -1137,7 +1149,9 @@ def rolled(w, x) -> str | None:
     """The same on every element or row of an array."""
     if not w.shape(x) or w.shape(x)[0] == 0:
         return None
-    return w.one(["sum([{} for e in {}])", "np.stack([{} for e in {}])"]).format(w.one(EACH), x)
+    numbers = ", ".join(f"Value({w.number()})" for _ in range(w.shape(x)[0]))
+    rows = f"{w.one(EACH)} for e, w in zip({x}, [{numbers}])"
+    return w.one(["sum([{}])", "np.stack([{}])"]).format(rows)
 
 
 def gather(w, x) -> str | None:
@@ -2016,18 +2030,20 @@ def shrink(room, program, verdict):
         program, verdict = candidate, found
         return True
 
-    changed = True
-    while changed and budget > 0:
-        changed = False
-        for i in reversed(range(len(program))):
-            changed |= still(program[:i] + program[i + 1 :])
-        for i in reversed(range(len(program) - 1)):
-            changed |= i < len(program) - 1 and still(without_alias(program, i))
-        for i in reversed(range(len(program))):
-            again = True
-            while again and i < len(program):
-                again = any(still(program[:i] + [line] + program[i + 1 :]) for line in simpler(program[i]))
-                changed |= again
+    for data in (False, True):  # first the statements, then the numbers in them
+        changed = True
+        while changed and budget > 0:
+            changed = False
+            for i in reversed(range(len(program))):
+                changed |= i < len(program) and still(program[:i] + program[i + 1 :])
+            for i in reversed(range(len(program))):
+                changed |= i < len(program) - 1 and still(without_alias(program, i))
+            for i in reversed(range(len(program))):
+                again = True
+                while again and i < len(program):
+                    lines = simpler(program[i], data)
+                    again = any(still(program[:i] + [line] + program[i + 1 :]) for line in lines)
+                    changed |= again
     return program, verdict
 
 
@@ -2037,14 +2053,16 @@ def without_alias(program, i):
     return alias and program[:i] + [re.sub(rf"\b{alias[1]}\b", alias[2], line) for line in program[i + 1 :]]
 
 
-def simpler(statement: str):
+def simpler(statement: str, data: bool):
     """Statements like this one with a part replaced by a smaller one, the boldest first."""
     tree = ast.parse(statement)
     places = [(node, field, i) for node in ast.walk(tree) for field, i in fields(node)]
     seen = {statement}
     for node, field, i in places:
+        if isinstance(node, ast.List) and not data:
+            continue
         old = getattr(node, field) if i is None else getattr(node, field)[i]
-        for new in smaller(old):
+        for new in smaller(old) if data or not isinstance(old, (ast.List, ast.Constant)) else ():
             put(node, field, i, new)
             line = ast.unparse(tree)
             put(node, field, i, old)
