@@ -20,8 +20,7 @@ import copy
 import faulthandler
 import functools
 import importlib.util
-import operator
-import os
+import itertools
 import pathlib
 import random
 import re
@@ -31,6 +30,7 @@ import threading
 import time
 import types
 import warnings
+import weakref
 
 import numpy as np
 
@@ -118,6 +118,10 @@ class Skip(str):
     """Why a program is set aside."""
 
 
+class _NotDrawn(BaseException):
+    """What is for another room to judge; not an Exception, so that no program catches it."""
+
+
 class Hang(BaseException):
     """No statement of a program takes that long; not an Exception, so that no program catches it."""
 
@@ -176,13 +180,15 @@ def _compute(function, args, kwargs=None, contract=True):
         raise TypeError("a Value is not written to")
     contract = contract and "out" not in kwargs and function not in _NO_CONTRACT
     raw = _operands(args) if contract else _each(_raw, args)
-    if all(type(_raw(x)) in (float, int, bool) for x in _flat(args)):  # weak numbers alone give a weak number
+    if all(
+        isinstance(x, np.generic) or type(_raw(x)) in (float, int, bool) for x in _flat(args)
+    ):  # weak numbers alone give a weak number
         number = {float: np.float64, bool: np.bool_}
         raw, weak = _each(lambda x: number.get(type(x), lambda x: x)(x), raw), True
     else:
         weak = False
-    if weak and any(type(_raw(x)) is bool for x in _flat(args)):
-        raise TypeError("not drawn: what becomes of masks of weak numbers is for another room")
+    if weak and any(isinstance(_raw(x), (bool, np.bool_)) for x in _flat(args)):
+        raise _NotDrawn("masks of weak numbers")
     out = function(*raw, **{name: _each(_raw, x) for name, x in kwargs.items()})
     if kwargs.get("out") is not None:
         return kwargs["out"][0] if isinstance(kwargs["out"], tuple) else kwargs["out"]
@@ -193,7 +199,7 @@ def _compute(function, args, kwargs=None, contract=True):
             return x
         x = _settled(x)
         if weak and isinstance(x, np.integer):
-            raise TypeError("not drawn: integers of weak numbers")
+            raise _NotDrawn("integers of weak numbers")
         if weak and isinstance(x, (np.floating, np.bool_)):
             x = x.item()
         return kind.around(x, made)
@@ -259,6 +265,11 @@ class Plain:
     def relu(self):
         return _compute(np.maximum, (self, 0))
 
+    def detach(self):
+        out = self.around(self.raw)
+        out.needs = False
+        return out
+
     def enable_distributed(self):
         pass
 
@@ -313,6 +324,10 @@ def _plain_operators():
         np.copyto(self.raw, out.raw, casting="same_kind")
         return self
 
+    def compared(self, other, ufunc):
+        out = _compute(ufunc, (self, other))
+        return out.data if type(out) is Plain and not out.ndim else out  # a number's answer is a plain truth
+
     functions = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "truediv": np.divide, "pow": np.power}
     functions |= {"floordiv": np.floor_divide, "mod": np.remainder, "matmul": np.matmul}
     functions |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
@@ -322,7 +337,7 @@ def _plain_operators():
         setattr(Plain, f"__i{name}__", functools.partialmethod(in_place, ufunc=ufunc))
     functions = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
     for name, ufunc in (functions | {"eq": np.equal, "ne": np.not_equal}).items():
-        setattr(Plain, f"__{name}__", lambda self, other, f=ufunc: _compute(f, (self, other)))
+        setattr(Plain, f"__{name}__", functools.partialmethod(compared, ufunc=ufunc))
     for name, ufunc in {"neg": np.negative, "abs": np.absolute, "invert": np.invert, "pos": np.positive}.items():
         setattr(Plain, f"__{name}__", lambda self, f=ufunc: _compute(f, (self,)))
 
@@ -370,7 +385,8 @@ class PlainValue(Plain):
     @data.setter
     def data(self, new):
         if _raw(new) is not self.raw:
-            self.raw = self.conformed(new)
+            shape, self.raw = self.shape, self.conformed(new)
+            self.slope = self.slope if self.shape == shape else None  # it was that of other data
 
     @property
     def grad(self):
@@ -387,11 +403,6 @@ class PlainValue(Plain):
         if np.dtype(dtype).kind != "f":
             raise TypeError("a Value is floating")
         return super().astype(dtype)
-
-    def detach(self):
-        out = PlainValue.around(self.raw)
-        out.needs = False
-        return out
 
     def __setitem__(self, index, new):
         raise TypeError("a Value is not written to")
@@ -416,13 +427,17 @@ class PlainValue(Plain):
         grads = {id(self): np.ones(self.shape)}
         for x in reversed(order):
             g = grads.get(id(x))
-            if x.made is None and x.needs:
-                x.slope = x.conformed(g + (0 if x.slope is None else x.slope))
-            if x.made is None:
+            if g is None or x.made is None:
+                if g is not None and _is_leaf(x):
+                    x.slope = x.conformed(g + (0 if x.slope is None else x.slope))
                 continue
             function, args, params = x.made
+            if function not in _RULES:
+                for leaf in filter(_is_leaf, order):
+                    leaf.slope = np.full(leaf.shape, np.nan)[()]  # not known here
+                return
             for y, rule in zip(args, _RULES[function]):
-                if isinstance(y, PlainValue):
+                if isinstance(y, PlainValue) and rule is not None:
                     h = np.asarray(rule(g, *_each(_raw, args), **params))
                     h = h.sum(tuple(range(h.ndim - y.ndim)))
                     h = h.sum(tuple(i for i, n in enumerate(y.shape) if n == 1 != h.shape[i]), keepdims=True)
@@ -483,9 +498,17 @@ def _copied(x):
     return x if isinstance(x, (int, float, str)) else None
 
 
-def _gradient(x):
-    """The gradient of a leaf that has one."""
-    return x.slope is not None and x.made is None if isinstance(x, PlainValue) else False
+def _is_leaf(x):
+    return x.made is None and x.needs and x.dtype.kind == "f"
+
+
+def _has_gradient(x):
+    """Whether x is a leaf that has a gradient, which the plain world knows."""
+    return isinstance(x, PlainValue) and _is_leaf(x) and x.slope is not None and _finite(x.slope)
+
+
+def _finite(x):
+    return not isinstance(x, (np.ndarray, np.generic, float)) or bool(np.isfinite(x).all())
 
 
 _EXACT = set(
@@ -493,7 +516,7 @@ _EXACT = set(
     reciprocal add subtract multiply divide maximum minimum fmax fmin equal not_equal less less_equal greater
     greater_equal logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor floor_divide remainder""".split()
 )
-_CUTS = {"floor_divide", "remainder", "floor", "ceil", "rint", "trunc", "sign", "signbit"}  # of what is known roughly
+_FINE = {"negative", "absolute", "square", "sqrt", "positive", "reciprocal"}  # and continuous: for rough programs, too
 _DOMAINS = {"log": "np.abs({}) + 0.5", "log2": "np.abs({}) + 0.5", "log10": "np.abs({}) + 0.5"}
 _DOMAINS |= {"arccosh": "np.abs({}) + 1.5", "sqrt": "np.abs({}) + 0.5", "reciprocal": "np.abs({}) + 0.5"}
 _DOMAINS |= {name: "np.tanh({}) * 0.5" for name in ("arcsin", "arccos", "arctanh", "tan", "log1p", "exp", "sinh")}
@@ -507,7 +530,9 @@ def _ufuncs(operands: int) -> list[str]:
 
 
 _TRANSCENDENTAL = {*_ufuncs(1), *_ufuncs(2)} - _EXACT
-_ROUGH = _TRANSCENDENTAL | set("sum mean var std prod cumsum cumprod matmul dot einsum trace norm ** @ backward".split())
+_ROUGH = _TRANSCENDENTAL | set(
+    "sum mean var std prod cumsum cumprod matmul dot einsum trace norm ** @ backward".split()
+)
 
 
 def _rough(text: str) -> bool:
@@ -551,8 +576,12 @@ def _states(ours, theirs, slack):
         x, y = ours[name], theirs[name]
         then = _copied(y)
         scale = max([1.0] + [_magnitude(z) for z in _flat(then)]) if slack else 0.0
-        _compare(name, _copied(x), then, slack, scale)
-        if _gradient(y):
+        try:
+            now = _copied(x)
+        except Exception as error:
+            raise _Difference(f"looking at {name}: {type(error).__name__}: {error}") from None
+        _compare(name, now, then, slack, scale)
+        if _has_gradient(y):
             _compare(f"{name}.grad", _copied(x.grad), _copied(y.grad), slack, 100.0)
 
 
@@ -564,6 +593,19 @@ def _magnitude(x) -> float:
     return float(np.max(x, where=np.isfinite(x), initial=0.0))
 
 
+def _gradients(ours, theirs, program, slack):
+    """Compares the gradients of leaves, whatever they are of, with those of the same program without distribution."""
+    off = _world(False) | {"set_distributed_config": _nothing, "distributed_config": _nothing}
+    with picograd.distributed_config(enabled=False):
+        for statement in program:
+            statement = statement.replace("enable_distributed", "disable_distributed")
+            if _run(statement.replace("distributed=True", "distributed=False"), off) is not None:
+                return  # for another room
+        for name in _variables(theirs):
+            if isinstance(theirs[name], PlainValue) and _is_leaf(theirs[name]):
+                _compare(f"{name}.grad", _copied(ours[name].grad), _copied(off[name].grad), slack, 100.0)
+
+
 def _array(x):
     """What writes to x go to: the array handed out by a Tensor or Value, or an array."""
     if isinstance(x, (picograd.Value, PlainValue)):
@@ -573,12 +615,15 @@ def _array(x):
 
 def _audit(ours, theirs, slack):
     """Writes to every array, and looks who sees it: the same as in NumPy."""
-    for mark, name in enumerate(_variables(theirs), 3):
-        y = _array(theirs[name])
+    for mark, (name, grad) in enumerate(itertools.product(_variables(theirs), (False, True)), 3):
+        if grad and not _has_gradient(theirs[name]):
+            continue
+        y = _array(theirs[name].grad if grad else theirs[name])
         if not isinstance(y, np.ndarray) or not y.flags.writeable or not y.size:
             continue
         y[...] = mark if y.dtype != bool else ~y
-        x = _array(ours[name])
+        x = _array(ours[name].grad if grad else ours[name])
+        name += ".grad" * grad
         try:
             x[...] = mark if y.dtype != bool else ~x
         except (TypeError, ValueError) as error:
@@ -598,7 +643,7 @@ def _run(statement, world):
     """Runs a statement; the exception that it ends with."""
     try:
         exec(_compiled(statement), world)
-    except Exception as error:
+    except (Exception, _NotDrawn) as error:
         return error.with_traceback(None)
 
 
@@ -612,7 +657,7 @@ def _check(program: list[str]):
         if rough and "print" not in statement:
             slack = 64 * eps
         expected, error = _run(statement, theirs), _run(statement, ours)
-        if isinstance(expected, NameError) or isinstance(error, NameError):
+        if isinstance(expected, (NameError, _NotDrawn)) or isinstance(error, NameError):
             return None
         if expected is not None and error is not None:
             return Skip("a statement fails in NumPy, too")
@@ -632,6 +677,8 @@ def _check(program: list[str]):
             return f"{place}: {difference}"
     try:
         _states(ours, theirs, slack)
+        if "backward" in "".join(program):
+            _gradients(ours, theirs, program, slack)
         _audit(ours, theirs, slack)
     except _Difference as difference:
         return f"at the end: {difference}"
@@ -682,16 +729,238 @@ def check(program: list[str]):
 # Making programs: a statement is drawn, tried in the plain world, and kept if it works there
 # ---------------------------------------------------------------------------------------------------------------------
 
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_MOVES: list = []  # (weight, method that draws a statement)
+# A line without indent gives a weight to the forms below it; `~` marks what is for rough programs only, `!` what is for
+# exact ones, and (n) counts n times. What is in braces is filled in by the method of `_Writer` of that name, once for
+# all the places where it stands. {a} is a Tensor or Value, {A} the Tensor of it and {D} the array in that.
+_STATEMENTS = r"""
+4 leaves
+    (6) {new} = {leaf}
+    (3) {new} = {source}
+    {new} = Tensor({number})
+    {new} = Value({number})
+26 results
+    {new} = {expression}
+8 views, of the kind that NumPy makes views and of others
+    (9) {new} = {a}[{index}]
+    {new} = {a}.reshape(-1)
+    {new} = np.reshape({a}, (-1, {a}.shape[-1]))
+    {new} = {a}.T
+    {new} = np.ravel({a})
+    {new} = np.squeeze({a})
+    {new} = np.expand_dims({a}, 0)
+    {new} = np.flip({a}, 0)
+    {new} = np.swapaxes({a}, 0, -1)
+    {new} = np.moveaxis({a}, 0, -1)
+    {new} = np.transpose({a})
+    {new} = np.broadcast_to({a}, (2, *{a}.shape))
+    (2) {new} = sliding_window_view({a}, 2, axis=0)
+    {new} = np.split({a}, 1)[0]
+    (2) {new} = {v}.detach()
+    {new} = {identity}({a})
+4 results that are their operand, when that waits
+    {new} = {identity}({expression})
+    {new} = ({expression}).detach()
+5 other functions
+    {new} = np.concatenate([{a}, {other}])
+    {new} = np.stack([{a}, {a}])
+    {new} = np.hstack([{a}, {other}])
+    {new} = np.append({a}, {other})
+    {new} = np.take({a}, [0, 0], axis=0)
+    {new} = np.roll({a}, 1)
+    {new} = np.repeat({a}, 2, axis=0)
+    {new} = np.tile({a}, 2)
+    {new} = np.pad({a}, 1)
+    {new} = np.diff({a} * 1.0, axis=0)
+    {new} = np.copy({a})
+    {new} = {a}.astype({a}.dtype)
+    {new} = Tensor({a})
+    !{new} = np.sort({a}, axis=-1)
+    !{new} = np.argmax({a}, axis=0)
+    !{new} = np.maximum.accumulate({t})
+    ~{new} = np.cumsum({a}, axis=0)
+    ~{new} = {a} @ {a}.T
+    ~{new} = np.dot({a}, {other}.T)
+    ~{new} = np.trace({a})
+    ~(2) {new} = {sum}
+    (3) {new} = {extreme}
+14 looks that leave nothing behind
+    (6) print({sum})
+    (4) print({extreme})
+    print({expression})
+    print({a})
+    print({A}.numpy())
+    print({A}.tolist())
+    print({D})
+    print(np.asarray({A}))
+    print(np.asarray(memoryview({D})))
+    print([x for x in {a}])
+    print(np.array({D}.__array_interface__['shape']))
+    print(bool({a}.any()), {a}.max().item())
+    print(float({a}.reshape(-1)[0]))
+    len(repr({a})) + len(str({A}))
+9 looks that keep the array, or a way to it
+    (2) {new} = {D}
+    {new} = {D}[{slices}]
+    {new} = {D}.T
+    {new} = {D}.reshape(-1)
+    {new} = np.asarray({A})
+    {new} = memoryview({D})
+    {new} = np.asarray(memoryview({D}))
+    {new} = np.frombuffer({D}, {A}.dtype)
+    {new} = np.asarray(types.SimpleNamespace(__array_interface__={D}.__array_interface__, kept={D}))
+    (2) {new} = weakref.ref({D})
+    {new} = as_strided({D})
+    {new} = sliding_window_view({D}, 2, axis=0, writeable=True)
+    {new} = np.nditer({D}, op_flags=['readwrite'])
+    {new} = [{D}]
+    {new} = {{'x': {D}}}
+14 in place
+    (4) {A} {sign}= {fitting}
+    (2) {A} {sign}= {number}
+    (2) {A} {sign}= {here}
+    (2) {D} {sign}= {fitting}
+    (2) {D} {sign}= {number}
+9 assignments
+    (2) {A}[{index}] = {number}
+    {A}[{index}] = {fitting}
+    {D}[{index}] = {number}
+    {D}[...] = {fitting}
+    {D}[...] = {number}
+    {a}.data = {like}
+    {a}.data = {fitting}
+    {D} = {like}
+9 functions that write
+    np.add({fitting}, {fitting2}, out={W})
+    np.multiply({fitting}, {fitting2}, out={W})
+    np.maximum({fitting}, {fitting2}, out={W})
+    np.negative({fitting}, out={W})
+    (2) np.add.at({W}, {places}, {number})
+    np.subtract.at({W}, {places}, {number})
+    np.maximum.at({W}, {places}, {number})
+    np.multiply.at({W}, {places}, {number})
+    np.copyto({W}, {fitting})
+    np.put({W}, {places}, {number})
+    {D}.sort(axis=0)
+    {D}.fill({number})
+8 writes through what was kept
+    (3) {kept}[{keptindex}] = {number}
+    (2) {kept} {sign}= {number}
+    np.add.at({kept}, [0, 0], {number})
+    (6) if {reference}() is not None:\n    {reference}()[...] = {number}
+    (2) np.asarray({memory})[...] = {number}
+    (2) {list}[0][...] = {number}
+    (2) {list}[0] {sign}= {number}
+    (2) {dict}['x'][...] = {number}
+8 what fails or is interrupted; nothing may come of it
+    (8) with warnings.catch_warnings(), contextlib.suppress(RuntimeWarning):\n    warnings.simplefilter('error')\n    {seen}
+    (6) interrupted(lambda: {seen}, {calls})
+    {trying}{A} += np.ones((3, 5, 7, 2, 2)){failed}
+    {trying}{A} -= np.ones(977){failed}
+    {trying}{a} + np.ones(977){failed}
+    {trying}{A} += 'text'{failed}
+    {trying}{A}[10 ** 6] = 3{failed}
+    {trying}{a} @ np.ones((977, 3)){failed}
+    {trying}{a}.sum(axis=7){failed}
+    {trying}np.add({A}, np.ones(977), out={D}){failed}
+    (2) {trying}{A} += failing({A}){failed}
+    {trying}{new} = failing({expression}){failed}
+    (3) {trying}with np.errstate({strict}):\n        {A} {division}= {fitting}{failed}
+    (3) {trying}with np.errstate({strict}):\n        {new} = {expression}{failed}
+7 gradients; a graph is built and differentiated at once, as writes in between would make that undefined
+    (8) np.{mean}({differentiable}).backward()
+    np.{mean}({differentiable}).backward(retain_grads=False)
+    (3) np.{mean}({graph}).backward()
+7 what is done with gradients
+    {known}.data -= 0.5 * {known}.grad
+    {known}.data.data -= {known}.grad.data
+    {known}.grad *= 2
+    {known}.grad += 1
+    {known}.grad.data *= 2
+    {known}.grad.data[...] = 3
+    {known}.grad = 0
+    (2) {v1}.grad = 0
+    print({known}.grad)
+    print({known}.grad.sum())
+4 settings
+    (2) set_distributed_config(enabled=False)
+    (3) set_distributed_config(enabled=True)
+    set_distributed_config(min_elements_for_parallel={least})
+    {t}.enable_distributed()
+    {t}.disable_distributed()
+    with distributed_config(enabled=False):\n    {new} = {expression}
+    (2) with np.errstate(all='ignore'):\n    {new} = {expression}
+    with no_grad():\n    {new} = {expression}
+7 containers, copies, threads, and what is gone
+    {new} = [{a}, {other}]
+    {new} = copy.deepcopy([{a}, {other}])
+    {new} = pickle.loads(pickle.dumps(({a}, {other})))
+    (2) {new} = copy.copy({a})
+    {new} = copy.deepcopy({a})
+    {new} = pickle.loads(pickle.dumps({a}))
+    (2) cell['t'] = {a}
+    (4) del {a}
+    (2) with ThreadPoolExecutor(3) as pool:\n    print(list(pool.map(lambda i: ({expression} + i).max(), range(4))))
+"""
+
+# {x} is any operand, {y} another that goes with it.
+_EXPRESSIONS = r"""
+8 infix
+    (4) ({x} {sign} {y})
+    (2) ({y} {sign} {x})
+    !({x} / {y})
+    !({x} // {y})
+    !({x} % {y})
+    !({x} > {y})
+    !({x} <= {y})
+    !({x} & {y})
+    ~({x} * {x})
+    ~({x} ** 2)
+4 functions
+    (6) {unary}
+    (2) np.{binary}({x}, {y})
+    np.clip({x}, -1, 2)
+    !np.where({x} > 0, {x}, {y})
+    ~np.where({noise} > 0, {x}, {y})
+    np.where({noise} > 0, {y}, {x})
+    np.abs({x}).astype(np.{dtype})
+    (np.abs({x}) - 1.0).relu()
+2 primitives of users
+    (3) {identity}({x})
+    turned({x})
+    within({x})
+    beside({x})
+"""
+
+_GRAPHS = """{v1}; {v1} + {v2}; {v1} - {v2}; {v1} * {v2}; {v1} * {v2} + {t1}; np.square({v1}) - {v2}; {v1} * 2; {v1}.T;
+-{v1} - {v2}; np.tanh({v1} + {v2}); np.sin({v1}) * {t1}; ({v1} + 1)[:2]; {v1}.reshape(-1) * 2""".split(";")
 
 
-def _move(weight):
-    def enter(method):
-        _MOVES.append((weight, method))
-        return method
+def _grammar(text: str):
+    """[weight, ...], [[(form, for which programs), ...], ...]"""
+    weights, forms = [], []
+    for line in text.strip("\n").split("\n"):
+        if line[0] != " ":
+            weights.append(int(line.split()[0]))
+            forms.append([])
+            continue
+        mark, count, form = re.fullmatch(r"\s+([~!]?)(?:\((\d)\) )?(.*)", line).groups()
+        forms[-1] += [(form.replace("\\n", "\n"), mark)] * int(count or 1)
+    return weights, forms
 
-    return enter
+
+_STATEMENTS, _EXPRESSIONS = _grammar(_STATEMENTS), _grammar(_EXPRESSIONS)
+
+
+class _Blanks(dict):
+    """What stands in the braces of one form."""
+
+    def __init__(self, writer, **given):
+        super().__init__(given)
+        self.writer = writer
+
+    def __missing__(self, key):
+        self[key] = getattr(self.writer, key)(self)
+        return self[key]
 
 
 class _Writer:
@@ -699,17 +968,16 @@ class _Writer:
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)
-        self.chance = lambda p: self.random.random() < p
-        self.pick = self.random.choice
-        self.world, self.program = _world(True), []
-        self.rough = self.chance(0.4)
-        self.mixed = self.chance(0.15)  # several dtypes
+        self.pick, self.world, self.program, self.recent = self.random.choice, _world(True), [], []
+        self.rough, self.mixed = self.chance(0.4), self.chance(0.15)  # mixed: several dtypes meet
         self.odd = not self.rough and self.chance(0.3)
         self.kind = self.pick(["Tensor", "Tensor", "Value"])
-        self.dtype = self.pick(["float32", "float64", "float64", "float16", "int32"] if not self.rough else ["float64"])
+        self.main = self.pick(["float32", "float64", "float64"] + ["float16", "int32"] * (not self.rough))
         self.base = self.pick([(40,), (6, 8), (5, 12), (30, 4), (1, 50), (3, 4, 6), (2, 3, 2, 5), (1,), (0, 3), (300,)])
-        self.fresh = 0.0  # when data was last written to: older graphs are not differentiated
         self.looks = self.pick([0.0, 0.0, 0.1, 1.0])
+
+    def chance(self, p):
+        return self.random.random() < p
 
     def write(self) -> list[str]:
         pick = self.pick
@@ -720,405 +988,278 @@ class _Writer:
             self.add(f"set_distributed_config(num_workers={pick([1, 2, 3])})")
         if self.chance(0.3):
             self.add(f"set_distributed_config(min_elements_for_parallel={pick([5, 20, 50])})")
-        for _ in range(self.random.randint(1, 3)):
-            self.attempt(_Writer.leaf)
-        weights, methods = zip(*_MOVES)
-        for method in self.random.choices(methods, weights, k=self.random.randint(6, 26)):
-            if self.attempt(method) is StopIteration:
-                break
-            if self.looks and self.chance(self.looks):
+        weights, groups = _STATEMENTS
+        drawn = [groups[0]] * self.random.randint(1, 3)
+        for group in drawn + self.random.choices(groups, weights, k=self.random.randint(6, 26)):
+            for _ in range(3):
+                with contextlib.suppress(IndexError, ValueError, TypeError):  # there is nothing for one of the blanks
+                    kept = self.add(self.form(group))
+                    if kept is None:
+                        return self.program
+                    if kept:
+                        break
+            if self.chance(self.looks):
                 self.program.append("look()")
         return self.program
 
-    def attempt(self, method):
-        for _ in range(3):
-            try:
-                statement = method(self)
-            except (IndexError, ValueError, TypeError):  # nothing there to draw from
-                continue
-            added = self.add(statement)
-            if added:
-                return added
+    def form(self, group, **given):
+        form = self.pick([form for form, mark in group if mark != ("!" if self.rough else "~")])
+        return form.format_map(_Blanks(self, **given))
 
     def add(self, statement):
-        """Keeps a statement that works on plain arrays; StopIteration if it has led too far."""
+        """Whether it keeps a statement, as it works on plain arrays; None if it led too far, which cannot be undone."""
         before = dict(self.world)
-        if _run(statement, self.world) is not None:
-            self.world.clear()
-            self.world.update(before)
-            return False
+        works = _run(statement, self.world) is None
         self.world["printed"].clear()
+        if works and self.sane(statement):
+            self.program.append(statement)
+            self.recent += re.findall(r"\b[a-z]\b", statement)[::-1]
+            return True
+        self.world.clear()
+        self.world.update(before)
+        return False if not works or re.match("[a-z] = |print", statement) else None
+
+    def sane(self, statement):
+        """Whether what a statement names is small, in size and magnitude, for sums to be exact or well-conditioned."""
         limit = 50.0 if self.rough else 1000.0
-        names = [name for name in set(re.findall(r"\b[a-z]\b", statement)) if name in self.world]
-        for name in names:
+        for name in set(re.findall(r"\b[a-z]\b", statement)) & self.world.keys():
             for x in _flat(_copied(self.world[name])):
-                if np.size(x) > 4000 or _magnitude(x) > limit or (self.rough and not self.finite(x)):
-                    self.world.clear()
-                    self.world.update(before)
-                    return StopIteration if "=" not in statement.split("#")[0].replace("==", "") else self.undone(names)
-        self.program.append(statement)
+                if np.size(x) > 3000 or _magnitude(x) > limit or (self.rough and not _finite(x)):
+                    return False
         return True
 
-    def undone(self, names):
-        """After a statement that went too far: whether all is as before, as it only gave names."""
-        return StopIteration
-
-    def finite(self, x):
-        return not isinstance(x, np.ndarray) or x.dtype.kind != "f" or bool(np.isfinite(x).all())
-
-    # --- what there is to draw from ---
+    # --- names ---
 
     def names(self, *kinds, test=lambda x: True):
-        kinds = tuple({"T": Plain, "V": PlainValue, "R": np.ndarray}[kind] for kind in kinds)
-        world = self.world
-        found = [n for n in _variables(world) if type(world[n]) in kinds and test(world[n])]
-        return found
+        return [name for name in _variables(self.world) if type(x := self.world[name]) in kinds and test(x)]
 
-    def name(self, *kinds, test=lambda x: True):
+    def new(self, _):
+        """Mostly a new name; else what had it is gone."""
+        free = [letter for letter in _LETTERS if letter not in self.world]
+        return self.pick(free if free and self.chance(0.85) else _variables(self.world))
+
+    def a(self, _):
+        """Often what the last statements were about: it, or what reads it, may still wait."""
+        names = self.names(Plain, PlainValue, test=lambda x: x.ndim)
+        return self.pick([name for name in names if name in self.recent[-3:]] * self.chance(0.5) or names)
+
+    def t(self, _):
+        return self.pick(self.names(Plain, test=lambda x: x.ndim))
+
+    def v(self, _):
+        return self.pick(self.names(PlainValue, test=lambda x: x.ndim))
+
+    def other(self, _):
+        return self.pick(self.names(Plain, PlainValue))
+
+    def A(self, blanks):
+        return f"{blanks['a']}.data" if type(self.world[blanks["a"]]) is PlainValue else blanks["a"]
+
+    def D(self, blanks):
+        return f"{blanks['A']}.data"
+
+    def W(self, blanks):
+        return blanks[self.pick("AD")]
+
+    def kept(self, _):
+        return self.pick(self.names(np.ndarray, test=lambda x: x.ndim and x.flags.writeable))
+
+    def reference(self, _):
+        return self.pick(self.names(weakref.ref))
+
+    def memory(self, _):
+        return self.pick(self.names(memoryview))
+
+    def list(self, _):
+        return self.pick(self.names(list, test=lambda x: type(x[0]) in (Plain, np.ndarray)))
+
+    def dict(self, _):
+        return self.pick(self.names(dict))
+
+    def known(self, _):
+        return self.pick(self.names(PlainValue, test=_has_gradient))
+
+    # --- what goes with them ---
+
+    def goes(self, shape, *kinds, inside=False):
+        """A name of what broadcasts with a shape; inside: to it."""
+
+        def test(x):
+            with contextlib.suppress(ValueError):
+                both = np.broadcast_shapes(x.shape, shape)
+                return both == tuple(shape) or not inside
+            return False
+
         return self.pick(self.names(*kinds, test=test))
 
-    def arrays(self, *kinds):
-        """A name of what can be written to."""
-        return self.name(*kinds, test=lambda x: x.ndim > 0)
+    def fitting(self, blanks):
+        return self.goes(self.world[blanks["a"]].shape, Plain, np.ndarray, inside=True)
 
-    def new(self):
-        """A name for a result: mostly a new one."""
-        free = [letter for letter in _LETTERS if letter not in self.world]
-        if self.chance(0.15) or not free:
-            return self.pick(_variables(self.world))
-        return self.pick(free)
+    fitting2 = fitting
 
-    def fits(self, shape, *kinds):
-        """A name of what broadcasts to a shape."""
+    def here(self, blanks):
+        """An expression that goes with {a}."""
+        return self.expression(None, self.world[blanks["a"]].shape, 1)
 
-        def test(x):
-            with contextlib.suppress(ValueError):
-                return np.broadcast_shapes(np.shape(x), shape) == tuple(shape)
-            return False
+    def like(self, blanks):
+        x = self.world[blanks["a"]]
+        return self.source(None, x.shape, str(x.dtype))
 
-        return self.name(*kinds, test=test)
-
-    def number(self):
+    def number(self, _):
         return self.pick(["2", "3", "0.5", "-1.0", "2.0", "1.5", "-2", "0.25"])
 
-    def shape(self):
-        base = self.base
-        choices = [base, base, base, base, base[1:], base[-1:], (1, *base[1:]), (*base[:-1], 1), (1,), ()]
-        return self.pick(choices)
+    def sign(self, _):
+        return self.pick("+-*")
 
-    def source(self, shape=None, dtype=None):
-        """Text for a raw array, in some layout."""
-        shape = self.shape() if shape is None else tuple(shape)
-        odd = ", odd=True" if self.odd and self.chance(0.5) else ""
-        dtype = "bool" if dtype == "bool" else f"np.{dtype or self.a_dtype()}"
-        seed = self.random.randrange(1000)
-        layout = self.pick(["C", "C", "C", "C", "F", "step", "turned", "T"]) if len(shape) else "C"
-        if layout == "F":
-            return f"np.asfortranarray(data({seed}, {shape}, {dtype}{odd}))"
-        if layout == "T":
-            return f"data({seed}, {shape[::-1]}, {dtype}{odd}).T"
-        if layout == "step":
-            return f"data({seed}, {(2 * shape[0], *shape[1:])}, {dtype}{odd})[::2]"
-        if layout == "turned":
-            return f"data({seed}, {shape}, {dtype}{odd})[::-1]"
-        return f"data({seed}, {shape}, {dtype}{odd})"
-
-    def a_dtype(self):
-        if not self.mixed or self.chance(0.5):
-            return self.dtype
-        rough = ["float32", "float64"]
-        return self.pick(rough if self.rough else ["float16", "float32", "float64", "int32", "int64", "uint8", "bool"])
-
-    def index(self, shape, fancy=True):
-        """Text for an index into a shape."""
-        parts = []
-        for n in shape[: self.random.randint(1, max(1, len(shape)))]:
+    def index(self, blanks, fancy=True, shape=None):
+        shape, parts = self.world[blanks["a"]].shape if shape is None else shape, []
+        for n in shape[: self.random.randint(1, len(shape))]:
             low = self.random.randrange(max(n, 1))
-            kind = self.pick(["part", "part", "all", "one", "back", "step"])
-            text = {"part": f"{low}:{low + self.random.randint(1, 4)}", "all": ":", "back": "::-1", "step": "::2"}
-            parts.append(text.get(kind, f"{low}"))
+            parts.append(self.pick([f"{low}:{low + self.random.randint(1, 4)}"] * 3 + [":", "::-1", "::2", f"{low}"]))
         if fancy and self.chance(0.1):
             parts[0] = str([self.random.randrange(shape[0]) for _ in range(3)])
-        if self.chance(0.1):
-            parts.append("None")
-        return ", ".join(["..."] if self.chance(0.1) else parts)
+        return ", ".join(parts + ["None"] * self.chance(0.1)) if self.chance(0.9) else "..."
 
-    def operand(self, shape=None):
-        """A name or number that goes with a shape."""
-        if self.chance(0.3):
-            return self.number()
-        kinds = "TVR" if self.chance(0.3) else "TV"
-        if shape is None:
-            return self.name(*kinds)
+    def slices(self, blanks):
+        return self.index(blanks, False)
 
-        def test(x):
-            with contextlib.suppress(ValueError):
-                return bool(np.broadcast_shapes(np.shape(x), shape)) or True
-            return False
+    def keptindex(self, blanks):
+        return self.index(blanks, shape=self.world[blanks["kept"]].shape) if self.chance(0.5) else "..."
 
-        return self.name(*kinds, test=test)
+    def places(self, blanks):
+        return str([self.random.randrange(self.world[blanks["a"]].shape[0]) for _ in range(3)])
 
-    def expression(self, shape=None, depth=None):
-        """Element-wise text on what there is."""
-        depth = self.pick([1, 1, 2, 3]) if depth is None else depth
-        if not depth:
-            return self.operand(shape)
-        inner = self.name("T", "V") if shape is None else self.operand(shape)
-        if shape is None:
-            shape = self.world[inner].shape
-        inner = inner if depth == 1 else self.expression(shape, depth - 1)
-        kind = self.pick(["infix"] * 5 + ["unary"] * 3 + ["binary", "where", "clip", "astype", "user", "relu"])
-        other = self.operand(shape) if depth < 3 or self.chance(0.7) else self.expression(shape, 1)
-        if kind == "infix":
-            signs = ["+", "-", "*"] if self.rough else ["+", "-", "*", "+", "-", "*", "/", "//", "%", ">", "<=", "&", "|"]
-            sides = [inner, other] if self.chance(0.6) else [other, inner]
-            return f"({sides[0]} {self.pick(signs)} {sides[1]})"
-        if kind == "binary":
-            names = [name for name in _ufuncs(2) if (name in _EXACT or self.rough) and name not in ("power", "arctan2")]
-            if self.rough:
-                names = ["add", "subtract", "multiply", "maximum", "minimum", "fmax", "fmin", "hypot", "logaddexp"]
-            return f"np.{self.pick(names)}({inner}, {other})"
-        if kind == "unary":
-            names = [name for name in _ufuncs(1) if (name in _EXACT) != self.rough and name not in _CUTS or not self.rough]
-            names = [name for name in names if self.rough or name in _EXACT]
-            name = self.pick(names)
-            domain = _DOMAINS.get(name, "{}") if self.rough else "{}"
-            return f"np.{name}({domain.format(inner)})"
-        if kind == "where":
-            mask = f"{self.name('T', 'V')} > 0" if not self.rough else f"data({self.random.randrange(99)}, {shape}) > 0"
-            return f"np.where({mask}, {inner}, {other})"
-        if kind == "clip":
-            return f"np.clip({inner}, -1, 2)"
-        if kind == "astype":
-            return f"({inner}).astype(np.{self.a_dtype()})" if inner[0] != "-" and not inner[0].isdigit() else inner
-        if kind == "user":
-            return f"{self.pick(['same', 'same', 'whole', 'turned', 'within', 'beside'])}({inner})"
-        return f"({inner} * 1.0).relu()"
+    # --- data ---
 
-    def axes(self, ndim):
-        """Text for the axis of a reduction, and whether it keeps its dimensions."""
-        axis = self.pick([None, None, *range(-ndim, ndim), *[(0, -1)] * (ndim > 1), *[tuple(range(ndim))] * (ndim > 0)])
-        text = "" if axis is None and self.chance(0.5) else f"axis={axis}"
-        return ", ".join([text] * bool(text) + ["keepdims=True"] * self.chance(0.3))
-
-    def reduction(self, rough):
-        inner = self.expression() if self.chance(0.5) else self.name("T", "V")
-        names = re.findall(r"\b[a-z]\b", inner)
-        ndim = max(np.ndim(_raw(self.world[name])) for name in names)
-        name = self.pick(["sum", "sum", "mean", "var", "std"] if rough else ["max", "min", "any", "all"])
-        if self.chance(0.5) or len(inner) > 1:
-            return f"np.{name}({', '.join([inner] + [x for x in [self.axes(ndim)] if x])})"
-        return f"{inner}.{name}({self.axes(ndim)})"
-
-    # --- statements: making ---
-
-    @_move(4)
-    def leaf(self):
-        name, kind = self.new(), self.kind if self.chance(0.8) else self.pick(["Tensor", "Value", "raw"])
-        if self.chance(0.08) and kind != "raw":
-            return f"{name} = {kind}({self.number()})"
-        dtype = self.a_dtype()
+    def leaf(self, _):
+        kind = self.kind if self.chance(0.8) else self.pick(["Tensor", "Value"])
+        dtype = self.dtype()
         if kind == "Value" and not dtype.startswith("float"):
             dtype = "float64"
-        if kind == "raw":
-            return f"{name} = {self.source(dtype=dtype)}"
         forced = ", distributed=True" if kind == "Tensor" and self.chance(0.1) else ""
-        return f"{name} = {kind}({self.source()}, dtype={'bool' if dtype == 'bool' else f'np.{dtype}'}{forced})"
+        return f"{kind}({self.source()}, dtype={'bool' if dtype == 'bool' else f'np.{dtype}'}{forced})"
 
-    @_move(26)
-    def result(self):
-        return f"{self.new()} = {self.expression()}"
+    def source(self, _=None, shape=None, dtype=None):
+        """An array, in some layout."""
+        base = self.base
+        shapes = [base, base, base, base, base[1:], base[-1:], (1, *base[1:]), (*base[:-1], 1), (1,), ()]
+        shape, dtype = self.pick(shapes) if shape is None else shape, dtype or self.dtype()
+        before, after = self.pick(
+            [("", "")] * 4 + [("np.asfortranarray(", ")"), ("", ".T"), ("", "[::2]"), ("", "[::-1]")]
+        )
+        if not shape:
+            before = after = ""
+        shape = {".T": shape[::-1], "[::2]": (2 * shape[0], *shape[1:]) if shape else ()}.get(after, shape)
+        odd = ", odd=True" if self.odd and self.chance(0.5) else ""
+        dtype = "bool" if dtype == "bool" else f"np.{dtype}"
+        return f"{before}data({self.random.randrange(1000)}, {tuple(shape)}, {dtype}{odd}){after}"
 
-    @_move(7)
-    def view(self):
-        name = self.arrays("T", "V")
-        x = self.world[name]
-        if self.chance(0.5):
-            return f"{self.new()} = {name}[{self.index(x.shape)}]"
-        forms = ["{}.reshape(-1)", "{}.T", "np.ravel({})", "np.squeeze({})", "np.expand_dims({}, 0)", "np.flip({}, 0)"]
-        forms += ["np.swapaxes({}, 0, -1)", "np.moveaxis({}, 0, -1)", "np.broadcast_to({}, (2, *{}.shape))"]
-        forms += ["sliding_window_view({}, 2, axis=0)", "np.atleast_2d({})", "np.split({}, 1)[0]", "np.transpose({})"]
-        forms += ["same({})", "whole({})", "turned({})"] + ["{}.detach()"] * 3 * (type(x) is PlainValue)
-        return f"{self.new()} = {self.pick(forms).replace('{}', name)}"
+    def noise(self, blanks):
+        return f"data({self.random.randrange(1000)}, {blanks['shape']})"
 
-    @_move(3)
-    def detached(self):
-        inner = self.expression()
-        return f"{self.new()} = {self.pick(['same({})', '({}).detach()', 'whole({})']).format(inner)}"
+    def dtype(self, _=None):
+        if not self.mixed or self.chance(0.5):
+            return self.main
+        exact = ["float16", "int32", "int64", "uint8", "bool"]
+        return self.pick(["float32", "float64"] + exact * (not self.rough))
 
-    @_move(4)
-    def moved(self):
-        name = self.arrays("T", "V")
-        forms = ["np.concatenate([{}, {}])", "np.stack([{}, {}])", "np.sort({}, axis=-1)", "np.roll({}, 1)", "np.copy({})"]
-        forms += ["np.repeat({}, 2, axis=0)", "np.tile({}, 2)", "np.take({}, [0, 0], axis=0)", "np.diff({}, axis=0)"]
-        forms += ["np.argmax({}, axis=0)", "np.hstack([{}, {}])", "np.pad({}, 1)", "np.append({}, {})"]
-        forms += ["copy.copy({})", "copy.deepcopy({})", "pickle.loads(pickle.dumps({}))", "Tensor({})", "{}.astype({}.dtype)"]
-        forms += ["np.maximum.accumulate({})"] * (type(self.world[name]) is Plain)
-        if self.rough:
-            forms = forms[:5] + forms[6:] + ["{} @ {}.T", "np.dot({}, {}.T)", "np.cumsum({})"]
-        return f"{self.new()} = {self.pick(forms).replace('{}', name)}"
+    def least(self, _):
+        return self.pick([1, 5, 30])
 
-    @_move(5)
-    def reduced(self):
-        return f"{self.new()} = {self.reduction(self.rough and self.chance(0.7))}"
+    # --- expressions ---
 
-    # --- statements: looking ---
+    def operand(self, shape=None):
+        """A name or number, that goes with a shape."""
+        if self.chance(0.3) and shape is not None:
+            return self.number(None)
+        return self.goes(() if shape is None else shape, Plain, PlainValue, *[np.ndarray] * self.chance(0.3))
 
-    @_move(12)
-    def shown(self):
-        name = self.name("T", "V")
-        data = f"{name}.data" if type(self.world[name]) is PlainValue else name
-        forms = [f"{data}.numpy()", f"{data}.tolist()", f"{data}.data", f"np.asarray({data})", name]
-        forms += [f"np.asarray(memoryview({data}.data))", f"[x for x in {name}]", f"len(repr({name})) > 0"]
-        forms += [f"np.array({data}.data.__array_interface__['shape'])", f"bool({name}.any())", f"{name}.max().item()"]
-        forms += [self.reduction(True)] * 6 + [self.reduction(False)] * 3 + [self.expression()]
-        text = self.pick(forms)
-        return f"print({text})" if "repr" not in text else text
+    def expression(self, _=None, shape=None, depth=None):
+        depth = self.pick([1, 1, 2, 3]) if depth is None else depth
+        if shape is None:
+            x = self.a(None) if self.chance(0.7) else self.other(None)
+            shape = self.world[x].shape
+        else:
+            x = self.operand(shape)
+        x = x if depth == 1 else self.expression(None, shape, depth - 1)
+        y = self.operand(shape) if depth < 3 or self.chance(0.7) else self.expression(None, shape, 1)
+        group = self.random.choices(_EXPRESSIONS[1], _EXPRESSIONS[0])[0]
+        return self.form(group, x=x, y=y, shape=shape)
 
-    @_move(9)
-    def held(self):
-        """Arrays that stay in somebody's hands, in all the ways that there are."""
-        name = self.arrays("T", "V")
-        x = self.world[name]
-        data = f"{name}.data.data" if type(x) is PlainValue else f"{name}.data"
-        forms = ["{}", "{}", f"{{}}[{self.index(x.shape, False)}]", "{}.T", "{}.reshape(-1)", "np.asarray({})"]
-        forms += ["memoryview({})", "np.asarray(memoryview({}))", "weakref.ref({})", "weakref.ref({})"]
-        forms += ["as_strided({})", "sliding_window_view({}, 2, axis=0, writeable=True)", "np.frombuffer({}, {}.dtype)"]
-        forms += ["np.asarray(types.SimpleNamespace(__array_interface__={}.__array_interface__, kept={}))"]
-        forms += ["[{}]", "{'x': {}}", "iter([{}])", "np.nditer({}, op_flags=['readwrite'])"]
-        return f"{self.new()} = {self.pick(forms).replace('{}', data)}"
+    def unary(self, blanks):
+        name = self.pick([name for name in _ufuncs(1) if (name in _EXACT - _FINE) != self.rough])
+        return f"np.{name}({_DOMAINS.get(name, '{}') if self.rough else '{}'})".format(blanks["x"])
 
-    @_move(4)
-    def half_way(self):
-        """What fails, or is interrupted; nothing may come of it."""
-        name = self.arrays("T", "V")
-        data = f"{name}.data" if type(self.world[name]) is PlainValue else name
-        look = self.pick([f"{data}.data", f"{data}.numpy()", f"np.max({name})", f"{data}.tolist()"])
-        if self.chance(0.3):
-            return f"interrupted(lambda: {look}, {self.random.randint(1, 30)})"
-        if self.chance(0.5):
-            strict = "warnings.catch_warnings(), contextlib.suppress(RuntimeWarning)"
-            return f"with {strict}:\n    warnings.simplefilter('error')\n    {look}"
-        forms = [f"{data} += np.ones((3, 5, 7, 2, 2))", f"{data} += failing({name})", f"{name} @ np.ones((977, 3))"]
-        forms += [f"failing({self.expression()})", f"{data}[10 ** 6] = 3", f"{data} += 'text'", f"{data} -= np.ones(977)"]
-        forms += [f"{name}.sum(axis=7)", f"np.add({data}, np.ones(977), out={data}.data)", f"{name} + np.ones(977)"]
-        state = self.pick(["all='raise'", "divide='raise'", "invalid='raise', over='raise'"])
-        forms += [f"with np.errstate({state}):\n        {data} {self.pick('/*-')}= {self.operand()}"] * 3
-        forms += [f"with np.errstate({state}):\n        {self.new()} = {self.expression()}"] * 2
-        return f"try:\n    {self.pick(forms)}\nexcept Exception:\n    print('failed')"
+    def binary(self, _):
+        rough = "add subtract multiply maximum minimum fmax fmin hypot logaddexp".split()
+        return self.pick(rough if self.rough else [name for name in _ufuncs(2) if name in _EXACT])
 
-    # --- statements: writing ---
+    def identity(self, _):
+        return self.pick(["same", "whole"])
 
-    @_move(14)
-    def in_place(self):
-        kind = self.pick("TTV")
-        name = self.arrays(kind)
-        x = self.world[name]
-        other = self.number() if self.chance(0.4) else self.fits(x.shape, "T", "R")
-        if self.chance(0.2):
-            other = self.expression(x.shape, 1)
-        sign = self.pick(["+", "-", "*", "+", "-", "*"] + ["/"] * (not self.rough))
-        target = f"{name}.data" if kind == "V" else name
-        target = self.pick([target, target, f"{target}.data"])
-        return f"{target} {sign}= {other}"
+    def reduction(self, names):
+        inner = self.expression() if self.chance(0.5) else self.other(None)
+        ndim = max(self.world[name].ndim for name in re.findall(r"\b[a-z]\b", inner))
+        axes = ["", "", "axis=None"] + [f"axis={i}" for i in range(-ndim, ndim)]
+        axes += ["axis=(0, -1)"] * (ndim > 1) + [f"axis={tuple(range(ndim))}"] * (ndim > 0)
+        options = ", ".join([x for x in (self.pick(axes), self.pick(["", "", "keepdims=True"])) if x])
+        if len(inner) == 1 and self.chance(0.5):
+            return f"{inner}.{self.pick(names)}({options})"
+        return f"np.{self.pick(names)}({inner}{', ' * bool(options)}{options})"
 
-    @_move(8)
-    def assigned(self):
-        name = self.arrays("T", "T", "V")
-        x = self.world[name]
-        target = f"{name}.data" if type(x) is PlainValue else name
-        index = self.index(x.shape) if self.chance(0.6) else "..."
-        new = self.number() if self.chance(0.5) else self.fits(x.shape, "T", "R")
-        target = self.pick([target, f"{target}.data"])
-        if self.chance(0.25):
-            new = self.source(x.shape, str(x.dtype)) if self.chance(0.6) else new
-            return f"{name}.data = {new}"
-        return f"{target}[{index}] = {new}"
+    def sum(self, _):
+        return self.reduction(["sum", "sum", "mean", "var", "std"])
 
-    @_move(8)
-    def into(self):
-        """Functions of NumPy's that write."""
-        name = self.arrays("T", "T", "V")
-        x = self.world[name]
-        target = f"{name}.data" if type(x) is PlainValue else name
-        target = self.pick([target, f"{target}.data"])
-        inner = [self.fits(x.shape, "T", "R") for _ in range(2)]
-        size = max(x.shape[0], 1)
-        index = [self.random.randrange(size) for _ in range(3)]
-        forms = [f"np.{f}({inner[0]}, {inner[1]}, out={target})" for f in ("add", "multiply", "maximum", "subtract")]
-        forms += [f"np.negative({inner[0]}, out={target})"]
-        forms += [f"np.{f}.at({target}, {index}, {self.number()})" for f in ("add", "subtract", "maximum", "multiply")]
-        forms += [f"np.copyto({target}, {inner[0]})", f"np.put({target}, {index}, {self.number()})"]
-        forms += [f"np.add.at({target}, {index}, {inner[0]}.max().item())"]
-        if ".data" in target:
-            forms += [f"{target}.sort(axis=0)", f"{target}.fill({self.number()})"]
-        return self.pick(forms)
+    def extreme(self, _):
+        return self.reduction(["max", "min", "any", "all"])
 
-    @_move(8)
-    def through(self):
-        """Writes through what was handed out earlier."""
-        found = []
-        for name in _variables(self.world):
-            x = self.world[name]
-            if type(x) is np.ndarray and x.flags.writeable and x.ndim:
-                found += [f"{name}[...] = {self.number()}", f"{name} += {self.number()}", f"{name}[0] = {self.number()}"]
-            elif type(x).__name__ == "ReferenceType":
-                found += [f"if {name}() is not None:\n    {name}()[...] = {self.number()}"] * 4
-            elif type(x) is memoryview:
-                found += [f"np.asarray({name})[...] = {self.number()}"] * 3
-            elif type(x) is list and x and isinstance(x[0], (np.ndarray, Plain)):
-                found += [f"{name}[0][...] = {self.number()}"] * 3
-            elif type(x) is dict:
-                found += [f"{name}['x'][...] = {self.number()}"] * 3
-        return self.pick(found)
+    # --- failures and gradients ---
 
-    # --- statements: gradients ---
+    def seen(self, blanks):
+        return self.pick(["{D}", "{D}", "{A}.numpy()", "np.max({a})", "{A}.tolist()"]).format_map(blanks)
 
-    @_move(8)
-    def backward(self):
-        """A graph is built and differentiated at once: writes in between would make its gradient undefined."""
-        if self.dtype.startswith("int"):
-            raise ValueError
-        leaves = self.names("V", test=lambda x: x.made is None and x.needs and x.dtype.kind == "f")
-        x, y = self.pick(leaves), self.pick(leaves)
-        z = self.pick(self.names("T", test=lambda t: t.dtype.kind == "f") or leaves)
-        forms = ["({x} + {y})", "({x} - {y})", "({x} * {y})", "({x} * {y} + {z})", "(np.square({x}) - {y})", "({x} * 2)"]
-        forms += ["np.tanh({x} + {y})", "np.sin({x}) * {z}", "({x} + 1)[:2]", "{x}.reshape(-1) * 2", "{x}.T", "(-{x} - {y})"]
-        inner = self.pick(forms).format(x=x, y=y, z=z)
-        keep = self.pick(["", "", "retain_grads=False"])
-        return f"np.{self.pick(['sum', 'sum', 'mean'])}({inner}).backward({keep})"
+    def calls(self, _):
+        return self.random.randint(1, 30)
 
-    @_move(6)
-    def descended(self):
-        name = self.name("V", test=_gradient)
-        forms = ["{}.data -= 0.5 * {}.grad", "{}.grad *= 2", "{}.grad = 0", "{}.grad.data[...] = 3", "{}.grad += 1"]
-        forms += ["print({}.grad)", "{}.grad.data *= 2", "{}.data.data -= {}.grad.data"]
-        return self.pick(forms).replace("{}", name)
+    def trying(self, _):
+        return "try:\n    "
 
-    # --- statements: everything else ---
+    def failed(self, _):
+        return "\nexcept Exception:\n    print('failed')"
 
-    @_move(4)
-    def settings(self):
-        name, number = self.name("T"), self.random.choice
-        forms = ["set_distributed_config(enabled=False)", "set_distributed_config(enabled=True)"] * 2
-        forms += [f"set_distributed_config(min_elements_for_parallel={number([1, 5, 30])})"]
-        forms += [f"{name}.enable_distributed()", f"{name}.disable_distributed()"]
-        forms += [f"with distributed_config(enabled=False):\n    {self.new()} = {self.expression()}"]
-        forms += [f"with np.errstate(all='ignore'):\n    {self.new()} = {self.expression()}"] * 2
-        forms += [f"with no_grad():\n    {self.new()} = {self.expression()}"]
-        return self.pick(forms)
+    def strict(self, _):
+        return self.pick(["all='raise'", "divide='raise'", "invalid='raise', over='raise'"])
 
-    @_move(6)
-    def containers(self):
-        names = [self.name("T", "V") for _ in range(2)]
-        forms = [f"{self.new()} = [{', '.join(names)}]", f"{self.new()} = copy.deepcopy([{', '.join(names)}])"]
-        forms += [f"cell['t'] = {names[0]}"] * 2 + [f"del {names[0]}"] * 3
-        forms += [f"{self.new()} = pickle.loads(pickle.dumps(({', '.join(names)})))"]
-        lists = [n for n in _variables(self.world) if type(self.world[n]) is list and type(self.world[n][0]) is Plain]
-        forms += [f"{name}[0] += {self.number()}" for name in lists]
-        work = f"lambda i: ({self.expression()} + i).{self.pick(['max', 'min'])}()"
-        forms += [f"with ThreadPoolExecutor(3) as pool:\n    print(list(pool.map({work}, range(4))))"]
-        return self.pick(forms)
+    def division(self, _):
+        return self.pick("/*-")
+
+    def mean(self, _):
+        return self.pick(["sum", "sum", "mean"])
+
+    def v1(self, _):
+        return self.pick(self.names(PlainValue, test=_is_leaf))
+
+    v2 = v1
+
+    def t1(self, _):
+        return self.pick(self.names(Plain, test=lambda x: x.dtype.kind == "f") or self.names(PlainValue, test=_is_leaf))
+
+    def differentiable(self, blanks):
+        """A graph whose gradient NumPy's side knows."""
+        return self.pick(_GRAPHS).strip().format_map(blanks)
+
+    def graph(self, blanks):
+        """Any other, over one leaf and Tensors: its gradient is compared with that of a run without distribution."""
+        world = self.world
+        leaf = blanks["v1"]
+        self.world = {name: x for name, x in world.items() if len(name) > 1 or type(x) is Plain or name == leaf}
+        try:
+            return f"{self.expression(None, world[leaf].shape)} * {leaf}"
+        finally:
+            self.world = world
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def generate(rng: np.random.Generator) -> list[str]:
@@ -1135,14 +1276,14 @@ def generate(rng: np.random.Generator) -> list[str]:
 
 def shrink(program: list[str], seconds: float = 10.0) -> list[str]:
     """A smaller program that fails, too: statements are left out, several at a time at first, as long as it does."""
-    end = time.monotonic() + seconds
+    end, kind = time.monotonic() + seconds, _kind(check(program) or "")
     step = len(program) // 2
     while step and time.monotonic() < end:
         i, before = 0, len(program)
         while i < len(program) and time.monotonic() < end:
             shorter = program[:i] + program[i + step :]
             answer = check(shorter)
-            if answer is not None and not isinstance(answer, Skip):
+            if answer is not None and not isinstance(answer, Skip) and _kind(answer) == kind:
                 program = shorter
             else:
                 i += step
@@ -1155,11 +1296,15 @@ _FEATURES = """detach same whole turned within beside interrupted simplefilter w
     .mean .std .var data=""".split()
 
 
+def _kind(answer):
+    """How a failure shows; a smaller program must fail in the same way."""
+    return (*re.findall(r"writing to|\w+Error|hangs|differ\b|looking|printed", answer),)
+
+
 def _signature(program, answer):
     """What failures of one kind have in common, roughly: what their smallest programs use, and how they show."""
     text = "\n".join(program)
-    shows = [word for word in ("writing to", "where NumPy has", "Error", "hangs") if word in answer]
-    return *shows, *[word for word in _FEATURES if word in text], bool(re.search(r"\.data [-+*/]=", text))
+    return *_kind(answer), *[word for word in _FEATURES if word in text], bool(re.search(r"\.data [-+*/]=", text))
 
 
 def main() -> int:
