@@ -151,7 +151,7 @@ def _flat(x):
 
 
 # These take the dtype of none: what they are given beside the array is no operand of arithmetic.
-_NO_CONTRACT = {np.take, np.take_along_axis, np.copyto, np.put, np.ndarray.astype, np.ndarray.__getitem__}
+_NO_CONTRACT = {np.take, np.take_along_axis, np.copyto, np.put, np.ndarray.__getitem__}
 
 
 def _operands(args):
@@ -180,23 +180,22 @@ def _compute(function, args, kwargs=None, contract=True):
         raise TypeError("a Value is not written to")
     contract = contract and "out" not in kwargs and function not in _NO_CONTRACT
     raw = _operands(args) if contract else _each(_raw, args)
-    if all(
-        isinstance(x, np.generic) or type(_raw(x)) in (float, int, bool) for x in _flat(args)
-    ):  # weak numbers alone give a weak number
-        number = {float: np.float64, bool: np.bool_}
-        raw, weak = _each(lambda x: number.get(type(x), lambda x: x)(x), raw), True
-    else:
-        weak = False
-    if weak and any(isinstance(_raw(x), (bool, np.bool_)) for x in _flat(args)):
+    flat = _flat(args)
+    weak = all(isinstance(x, np.generic) or type(_raw(x)) in (float, int, bool) for x in flat)
+    if weak and any(isinstance(_raw(x), (bool, np.bool_)) for x in flat):
         raise _NotDrawn("masks of weak numbers")
+    if weak:  # NumPy has the answers of IEEE where Python raises
+        raw = _each(lambda x: np.float64(x) if type(x) is float else x, raw)
     out = function(*raw, **{name: _each(_raw, x) for name, x in kwargs.items()})
     if kwargs.get("out") is not None:
         return kwargs["out"][0] if isinstance(kwargs["out"], tuple) else kwargs["out"]
     made = (function, args, kwargs) if kind is PlainValue else None
 
     def wrapped(x):
-        if not isinstance(x, (np.ndarray, np.generic)) or x.dtype.kind not in "fiub":
+        if not isinstance(x, (np.ndarray, np.generic)):
             return x
+        if x.dtype.kind not in "fiub":
+            raise _NotDrawn("arrays of objects")
         x = _settled(x)
         if weak and isinstance(x, np.integer):
             raise _NotDrawn("integers of weak numbers")
@@ -260,7 +259,9 @@ class Plain:
         return _compute(np.reshape, (self, shape[0] if len(shape) == 1 else shape))
 
     def astype(self, dtype):
-        return _compute(np.ndarray.astype, (self, dtype))
+        if type(self.raw) is float:
+            raise _NotDrawn("dtypes of weak numbers")
+        return _compute(lambda x: x.astype(dtype), (self,), contract=False)
 
     def relu(self):
         return _compute(np.maximum, (self, 0))
@@ -324,20 +325,20 @@ def _plain_operators():
         np.copyto(self.raw, out.raw, casting="same_kind")
         return self
 
-    def compared(self, other, ufunc):
-        out = _compute(ufunc, (self, other))
-        return out.data if type(out) is Plain and not out.ndim else out  # a number's answer is a plain truth
+    def binary(self, other, ufunc, swapped=False):
+        out = _compute(ufunc, (other, self) if swapped else (self, other))
+        return out.data if type(out) is Plain and not out.ndim and out.dtype == bool else out  # a plain truth
 
     functions = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "truediv": np.divide, "pow": np.power}
     functions |= {"floordiv": np.floor_divide, "mod": np.remainder, "matmul": np.matmul}
     functions |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
     for name, ufunc in functions.items():
-        setattr(Plain, f"__{name}__", lambda self, other, f=ufunc: _compute(f, (self, other)))
-        setattr(Plain, f"__r{name}__", lambda self, other, f=ufunc: _compute(f, (other, self)))
+        setattr(Plain, f"__{name}__", functools.partialmethod(binary, ufunc=ufunc))
+        setattr(Plain, f"__r{name}__", functools.partialmethod(binary, ufunc=ufunc, swapped=True))
         setattr(Plain, f"__i{name}__", functools.partialmethod(in_place, ufunc=ufunc))
     functions = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
     for name, ufunc in (functions | {"eq": np.equal, "ne": np.not_equal}).items():
-        setattr(Plain, f"__{name}__", functools.partialmethod(compared, ufunc=ufunc))
+        setattr(Plain, f"__{name}__", functools.partialmethod(binary, ufunc=ufunc))
     for name, ufunc in {"neg": np.negative, "abs": np.absolute, "invert": np.invert, "pos": np.positive}.items():
         setattr(Plain, f"__{name}__", lambda self, f=ufunc: _compute(f, (self,)))
 
@@ -356,7 +357,7 @@ def _placed(g, x, index):
     return out
 
 
-# The gradient by each operand, of what random programs differentiate; enough to know leaves' gradients without picograd.
+# The gradient by each operand of what random programs differentiate: leaves' gradients are known without picograd.
 _RULES = {
     np.add: (lambda g, x, y: g, lambda g, x, y: g),
     np.subtract: (lambda g, x, y: g, lambda g, x, y: -g),
@@ -494,7 +495,8 @@ def _copied(x):
     if isinstance(x, (list, tuple)):
         return [_copied(y) for y in x]
     if isinstance(x, (np.ndarray, np.generic, memoryview)):
-        return np.array(x)
+        x = np.array(x)
+        return x if x.dtype.kind in "fiub" else None
     return x if isinstance(x, (int, float, str)) else None
 
 
@@ -514,9 +516,10 @@ def _finite(x):
 _EXACT = set(
     """negative absolute square sqrt floor ceil rint trunc sign signbit isnan isinf isfinite logical_not invert positive
     reciprocal add subtract multiply divide maximum minimum fmax fmin equal not_equal less less_equal greater
-    greater_equal logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor floor_divide remainder""".split()
+    greater_equal logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor floor_divide
+    remainder""".split()
 )
-_FINE = {"negative", "absolute", "square", "sqrt", "positive", "reciprocal"}  # and continuous: for rough programs, too
+_FINE = {"negative", "absolute", "square", "sqrt", "positive", "reciprocal"}  # continuous: for rough programs, too
 _DOMAINS = {"log": "np.abs({}) + 0.5", "log2": "np.abs({}) + 0.5", "log10": "np.abs({}) + 0.5"}
 _DOMAINS |= {"arccosh": "np.abs({}) + 1.5", "sqrt": "np.abs({}) + 0.5", "reciprocal": "np.abs({}) + 0.5"}
 _DOMAINS |= {name: "np.tanh({}) * 0.5" for name in ("arcsin", "arccos", "arctanh", "tan", "log1p", "exp", "sinh")}
@@ -852,7 +855,7 @@ _STATEMENTS = r"""
     (2) {list}[0] {sign}= {number}
     (2) {dict}['x'][...] = {number}
 8 what fails or is interrupted; nothing may come of it
-    (8) with warnings.catch_warnings(), contextlib.suppress(RuntimeWarning):\n    warnings.simplefilter('error')\n    {seen}
+    (8) with warnings.catch_warnings(), contextlib.suppress(Warning):\n    warnings.simplefilter('error')\n    {seen}
     (6) interrupted(lambda: {seen}, {calls})
     {trying}{A} += np.ones((3, 5, 7, 2, 2)){failed}
     {trying}{A} -= np.ones(977){failed}
@@ -1291,7 +1294,8 @@ def shrink(program: list[str], seconds: float = 10.0) -> list[str]:
     return program
 
 
-_FEATURES = """detach same whole turned within beside interrupted simplefilter weakref as_strided window_view memoryview
+_FEATURES = """detach same whole turned within beside interrupted simplefilter weakref as_strided window_view
+    memoryview
     errstate backward grad ThreadPool deepcopy pickle .at( out= copyto .put( sort tile reshape ravel .T asfortran .max .sum
     .mean .std .var data=""".split()
 
