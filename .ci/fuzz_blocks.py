@@ -112,6 +112,7 @@ def interrupted(action):
 same = primitive(lambda x: x, lambda g, out, x: g, name="same", elementwise=True)
 whole = primitive(lambda x: x, lambda g, out, x: g, name="whole")
 turned = primitive(lambda x: x[::-1], lambda g, out, x: g[::-1], name="turned")
+lent = primitive(lambda x: np.asarray(memoryview(x)), lambda g, out, x: g, name="lent")
 within = primitive(lambda x: np.asarray(Tensor(x) * 2 - 1), lambda g, out, x: 2 * g, name="within", elementwise=True)
 beside = primitive(lambda x: x + cell["t"].max().astype(x.dtype).item(), lambda g, out, x: g, name="beside")
 failing = primitive(fail, lambda g, out, x: g, name="failing", elementwise=True)
@@ -762,7 +763,9 @@ _STATEMENTS = r"""
     {new} = np.moveaxis({a}, 0, -1)
     {new} = np.transpose({a})
     {new} = np.broadcast_to({a}, (2, *{a}.shape))
-    (2) {new} = sliding_window_view({a}, 2, axis=0)
+    (2) {new} = sliding_window_view({a}, {window}, axis=0)
+    (2) {new} = sliding_window_view({a}, {window}, axis=0)[..., 0]
+    (2) {new} = lent({a})
     {new} = np.split({a}, 1)[0]
     (2) {new} = {v}.detach()
     {new} = {identity}({a})
@@ -941,7 +944,8 @@ _EXPRESSIONS = r"""
 """
 
 _GRAPHS = """{v1}; {v1} + {v2}; {v1} - {v2}; {v1} * {v2}; {v1} * {v2} + {t1}; np.square({v1}) - {v2}; {v1} * 2; {v1}.T;
--{v1} - {v2}; np.tanh({v1} + {v2}); np.sin({v1}) * {t1}; ({v1} + 1)[:2]; {v1}.reshape(-1) * 2""".split(";")
+-{v1} - {v2}; np.tanh({v1} + {v2}); np.sin({v1}) * {t1}; ({v1} + 1)[:2]; {v1}.reshape(-1) * 2; np.square({v1} + {v2});
+({v1} + {v2}) * {t1}; np.tanh({v1} - {v2}); np.sin({v1} + {t1} + {v2}); np.tanh({v1} + {v2})""".split(";")
 
 
 def _grammar(text: str):
@@ -1173,6 +1177,9 @@ class _Writer:
             return self.main
         exact = ["float16", "int32", "int64", "uint8", "bool"]
         return self.pick(["float32", "float64"] + exact * (not self.rough))
+
+    def window(self, _):
+        return self.pick([1, 2])
 
     def least(self, _):
         return self.pick([1, 5, 30])
