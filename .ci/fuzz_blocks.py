@@ -1306,9 +1306,8 @@ def shrink(program: list[str], seconds: float = 10.0) -> list[str]:
     return program
 
 
-_FEATURES = """detach same whole turned within beside interrupted simplefilter weakref as_strided window_view
-    memoryview
-    errstate backward grad ThreadPool deepcopy pickle .at( out= copyto .put( sort tile reshape ravel .T asfortran .max .sum
+_FEATURES = """detach same whole turned within beside lent interrupted simplefilter weakref as_strided window_view .at(
+    memoryview errstate backward grad ThreadPool deepcopy pickle out= copyto .put( sort tile reshape ravel .T .max .sum
     .mean .std .var data=""".split()
 
 
