@@ -3865,12 +3865,12 @@ def _reduced(name: str, x: Chunked, axis=None, keepdims=False, ddof=0):
 _BATCH_SCALARS, _BATCH_ARRAYS = 16, 4  # smallest groups worth an array operation: below, its overhead costs more
 _BATCH_SIZE = 1 << 16  # elements of an array above which stacking it costs more than calls are saved
 _FLOATS = {np.dtype(np.float32), np.dtype(np.float64)}  # what rewrites are about; other dtypes stay as they are
-_ADD, _SUBTRACT, _MULTIPLY = (TABLE[f] for f in (np.add, np.subtract, np.multiply))
+_ADD, _SUBTRACT, _MULTIPLY, _WHERE = (TABLE[f] for f in (np.add, np.subtract, np.multiply, np.where))
 _NEGATIVE, _SQUARED, _TRANSPOSE, _BROADCAST = (
     TABLE[f] for f in (np.negative, np.square, np.transpose, np.broadcast_to)
 )
 # Operands that may be masks: where's condition, a mask times a float (micrograd's relu), masks made of masks.
-_MASKS = {TABLE[np.where]: (0,), _MULTIPLY: (0, 1)} | dict.fromkeys(
+_MASKS = {_WHERE: (0,), _MULTIPLY: (0, 1)} | dict.fromkeys(
     (TABLE[f] for f in (np.logical_and, np.logical_or, np.logical_xor, np.logical_not)), (0, 1)
 )
 _MASKS |= dict.fromkeys((TABLE[f] for f in (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.invert)), (0, 1))
@@ -3888,12 +3888,15 @@ def _regular(node: Value) -> bool:
     masks = _MASKS.get(prim, ())
     for i, x in enumerate(node._args):
         x = x._data if isinstance(x, Array) else x
-        if type(x) is float or (type(x) is bool and i in masks):
+        if i in masks:
+            if type(x) is bool or (hasattr(x, "dtype") and x.dtype.kind == "b" and x.size):
+                continue
+            if prim is _WHERE:
+                return False
+        if type(x) is float:
             continue
         if not isinstance(x, (np.ndarray, np.generic)) or not x.size:
             return False
-        if x.dtype.kind == "b" and i in masks:
-            continue
         if x.dtype not in _FLOATS or dtype not in (None, x.dtype):
             return False
         dtype = x.dtype
@@ -4146,7 +4149,8 @@ def flatten(roots: Sequence) -> list:
     uses.update(root for root in roots if isinstance(root, Value))
     sums = {node for node in nodes if _is(node, _ADD)}
     # The terms of a sum that only another such sum needs wait here for that.
-    inner = {x for node in sums for x in node._args if x in sums and uses[x] == 1 and _alike(x, node)}
+    used = ((x, node) for node in sums for x in node._args if isinstance(x, Value))
+    inner = {x for x, node in used if x in sums and uses[x] == 1 and _alike(x, node)}
     inner.difference_update(roots)
     waiting: dict[Value, list] = {}
 
@@ -4155,7 +4159,7 @@ def flatten(roots: Sequence) -> list:
             return _renewed(node, args)
         terms: list = []
         for old, x in zip(node._args, args):
-            more = waiting.pop(old) if old in inner else [(old, x)]
+            more = waiting.pop(old) if isinstance(old, Value) and old in inner else [(old, x)]
             if len(more) > len(terms):
                 terms, more = more, terms
             terms += more
@@ -4996,7 +5000,7 @@ class _Lowering:
         **dict.fromkeys((_reshape, _TRANSPOSE, _BROADCAST), view),
         **dict.fromkeys((_concatenate, _stack), joined),
         **{_getitem: getitem, _detach: detach, _scatter: scatter, _pack: pack, _dot: dot, _fused: fused},
-        **{TABLE[np.matmul]: matmul, PRIMITIVES["sum"]: sum, TABLE[np.where]: where, _as_dtype: astype},
+        **{TABLE[np.matmul]: matmul, PRIMITIVES["sum"]: sum, _WHERE: where, _as_dtype: astype},
         TABLE[np.copy]: lambda self, node, a: self.astype(node, a, None),
     }
 
@@ -5153,10 +5157,7 @@ class _Program:
         """The code for the gradients of one root; None if it is to be replayed."""
         if index not in self.compiled:
             graph = graph or _replayed(self.graph)  # the rules run on real data: an inverse of zeros would fail
-            try:
-                self.compiled[index] = self.lowered(graph, index)
-            except (ArithmeticError, ValueError):
-                self.compiled[index] = None
+            self.compiled[index] = self.lowered(graph, index)
         return self.compiled[index]
 
     def lowered(self, graph: Sequence, index: int) -> _Compiled | None:
@@ -5168,7 +5169,10 @@ class _Program:
             root, nodes = graph[index], _oldest_first(graph)
             seed = _leaf(_filled_like(root._data, 1))
             packs = {node for node in nodes if node._prim is _pack and all(_is_input(x) for x in node._args)}
-            gradients = _backpropagate(root, seed, packs, False, True) if root._needs else {}
+            try:
+                gradients = _backpropagate(root, seed, packs, False, True) if root._needs else {}
+            except Exception:  # a rule fails on these data, as it would in eager mode: in `backward`, if that is called
+                return None
             targets = [x for x in gradients if x is not seed and (x in reached or x in packs)]
             joint = [*graph, *(gradients[x] for x in targets)]
             for apply in JOINT_PASSES:
