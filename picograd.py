@@ -3869,11 +3869,19 @@ _ADD, _SUBTRACT, _MULTIPLY, _WHERE = (TABLE[f] for f in (np.add, np.subtract, np
 _NEGATIVE, _SQUARED, _TRANSPOSE, _BROADCAST = (
     TABLE[f] for f in (np.negative, np.square, np.transpose, np.broadcast_to)
 )
+_VIEWS = (_reshape, _TRANSPOSE, _BROADCAST, _getitem)
 # Operands that may be masks: where's condition, a mask times a float (micrograd's relu), masks made of masks.
-_MASKS = {_WHERE: (0,), _MULTIPLY: (0, 1)} | dict.fromkeys(
-    (TABLE[f] for f in (np.logical_and, np.logical_or, np.logical_xor, np.logical_not)), (0, 1)
+_MASKS = (
+    {_WHERE: (0,), _MULTIPLY: (0, 1)}
+    | dict.fromkeys(_VIEWS, (0,))
+    | dict.fromkeys((TABLE[f] for f in (np.logical_and, np.logical_or, np.logical_xor, np.logical_not)), (0, 1))
 )
 _MASKS |= dict.fromkeys((TABLE[f] for f in (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.invert)), (0, 1))
+
+
+def _is_mask(x) -> bool:
+    raw = _raw(x)
+    return type(raw) is bool or (hasattr(raw, "dtype") and raw.dtype.kind == "b")
 
 
 def _regular(node: Value) -> bool:
@@ -3889,7 +3897,7 @@ def _regular(node: Value) -> bool:
     for i, x in enumerate(node._args):
         x = x._data if isinstance(x, Array) else x
         if i in masks:
-            if type(x) is bool or (hasattr(x, "dtype") and x.dtype.kind == "b" and x.size):
+            if _is_mask(x) and np.size(x):
                 continue
             if prim is _WHERE:
                 return False
@@ -3901,8 +3909,8 @@ def _regular(node: Value) -> bool:
             return False
         dtype = x.dtype
     out = node._data
-    if type(out) is bool or (hasattr(out, "dtype") and out.dtype.kind == "b"):
-        return prim.vjps[0] is None and np.size(out) > 0
+    if _is_mask(out):
+        return (prim.vjps[0] is None or prim in _VIEWS) and np.size(out) > 0
     if type(out) is float:
         return dtype is None or prim is _as_dtype
     if not isinstance(out, (np.ndarray, np.generic)) or not out.size or out.dtype not in _FLOATS:
@@ -4172,13 +4180,13 @@ def flatten(roots: Sequence) -> list:
         rest: list = []
         zero: list = []  # where sum() starts: it makes -0.0 a 0.0, and comes last
         for old, x in terms:
+            factors: tuple = ()
+            if not node.ndim and isinstance(old, Value) and uses[old] == 1 and _alike(x, node):
+                factors = x._args if _is(x, _MULTIPLY) else x._args * 2 if _is(x, _SQUARED) else ()
             if type(x) is float and x == 0.0:
-                if math.copysign(1.0, x) > 0:
-                    zero = [x]
-            elif not node.ndim and isinstance(old, Value) and uses[old] == 1 and _alike(x, node) and _is(x, _MULTIPLY):
-                products += x._args
-            elif not node.ndim and isinstance(old, Value) and uses[old] == 1 and _alike(x, node) and _is(x, _SQUARED):
-                products += x._args * 2
+                zero = [x] if math.copysign(1.0, x) > 0 else zero
+            elif factors and not any(map(_is_mask, factors)):
+                products += factors
             else:
                 rest.append(x)
         return _twin(node, _dot, (*products, *rest, *zero), {"products": len(products) // 2})
@@ -4839,7 +4847,7 @@ class _Lowering:
         prim, a = node._prim, _raw(node._args[0])
         if type(node._data) is not np.ndarray or not _regular(node):
             return None
-        if prim in self.VIEWS and (type(a) is not np.ndarray or (prim is _getitem and len(node._args) > 1)):
+        if prim in _VIEWS and (type(a) is not np.ndarray or (prim is _getitem and len(node._args) > 1)):
             return None
         found = self.EMITTERS.get(prim)
         plain = prim.elementwise and not node._params and (isinstance(prim.forward, np.ufunc) or prim.reads == "out")
@@ -4852,9 +4860,7 @@ class _Lowering:
             return False
         if prim is _fused:
             return self.blocked(node)
-        return prim not in self.VIEWS or (prim is _getitem and self.takes(node) is not None)
-
-    VIEWS = (_reshape, _TRANSPOSE, _BROADCAST, _getitem)
+        return prim not in _VIEWS or (prim is _getitem and self.takes(node) is not None)
 
     @staticmethod
     def takes(node: Value) -> np.ndarray | None:
@@ -5187,7 +5193,7 @@ class _Program:
     def run(self, index: int) -> tuple:
         """The results from the current data of leaves and Tensors, and what the gradients of one root need: locals of
         the code, or the graph with its data."""
-        code = self.compile(index)
+        code = self.compiled.get(index) or self.compile(index)
         if code is not None:
             try:
                 return code.forward()
@@ -5309,13 +5315,14 @@ _program = primitive(_program_forward, _program_i, name="program", variadic=True
 
 def _deposit(pairs: Iterable) -> None:
     """Adds gradients to leaves. A leaf owns its gradient: a view, or an array that others have, too, is copied."""
-    given: set[int] = set()
+    given = set()
     for leaf, g in pairs:
         if leaf._grad is not None:
             g = leaf._grad + g
-        elif isinstance(g, np.ndarray) and (g.base is not None or id(g) in given):
+        elif type(g) is np.ndarray and (g.base is not None or id(g) in given):
             g = g.copy()
-        given.add(id(g))
+        if type(g) is np.ndarray:
+            given.add(id(g))
         leaf._grad = g
 
 
