@@ -3973,19 +3973,19 @@ def _replayed(roots: Sequence) -> list[Value]:
         return _rewrite(roots, rule)
 
 
-def _reach(roots: Sequence, everything: bool = False) -> dict[Value, int]:
-    """By node, the roots that send it a gradient, or that depend on it at all: a bit for each."""
+def _reach(roots: Sequence) -> dict[Value, int]:
+    """By node, the roots that send it a gradient, as a bit for each."""
     reach: dict[Value, int] = collections.defaultdict(int)
     for i, root in enumerate(roots):
-        if isinstance(root, Value) and (root._needs or everything):
+        if isinstance(root, Value) and root._needs:
             reach[root] |= 1 << i
     for node in reversed(_oldest_first(roots)):
-        rules = node._prim.vjps if node._prim is not None and node in reach else ()
-        for i, x in enumerate(node._args if rules else ()):
-            if isinstance(x, Value):
-                rule = rules[0 if node._prim.operands is None else i]
-                if everything or (x._needs and rule is not None):
-                    reach[x] |= reach[node]
+        prim = node._prim
+        if prim is None or node not in reach:
+            continue
+        for i, x in enumerate(node._args):
+            if isinstance(x, Value) and x._needs and prim.vjps[0 if prim.operands is None else i] is not None:
+                reach[x] |= reach[node]
     return reach
 
 
@@ -4034,6 +4034,12 @@ def _simpler_multiply(node, x, y):
             return _twin(node, _NEGATIVE, (a,))
         if _is(a, _NEGATIVE):
             return _twin(node, _NEGATIVE, (_record(_MULTIPLY, (a._args[0], b)),))
+        # (u * c) * (s * x) -> (u * (c * s)) * x saves one product of full size: exact for constants c and s = 2 or 4,
+        # and safe where their product is at most 1; so the mean of squares goes backward.
+        if node.ndim and not np.ndim(_raw(a)) and _is(a, _MULTIPLY) and _is(b, _MULTIPLY):
+            (u, c), (s, rest) = a._args, b._args
+            if type(c) is type(s) is float and s in (2.0, 4.0) and abs(c * s) <= 1.0:
+                return _twin(node, _MULTIPLY, (_record(_MULTIPLY, (u, c * s)), rest))
         # Where operands broadcast anyway, a broadcast one needs no array of its own.
         if _is(a, _BROADCAST) and np.shape(_raw(b)) == node.shape and node.ndim:
             return _twin(node, _MULTIPLY, (a._args[0], b) if a is x else (b, a._args[0]))
@@ -4707,7 +4713,7 @@ class _Lowering:
         self.buffers: dict[Value, np.ndarray] = {}  # a node's own buffer, until its last use
         self.spare: dict[tuple, list[np.ndarray]] = collections.defaultdict(list)
         self.inputs: dict[str, Array] = {}
-        self.outputs: dict[str, str] = {}  # arrays that leaves get as their gradients, and how they are made
+        self.outputs: set[str] = set()  # arrays that leaves get as their gradients
         self.section, self.lines = 0, ([], [])
         self.sections = {"seed": 1}  # of a local: 0 if made by forward, 1 by backward
         self.saved: dict[str, None] = {}  # locals of forward that backward needs, in order
@@ -4799,8 +4805,8 @@ class _Lowering:
         """The buffer for a node's result: that of an operand whose last use this is, a spare or a new one."""
         shape, dtype = node.shape, node.dtype
         if node in self.handed_out:
-            name = self.names[node] = f"out{len(self.outputs)}"
-            self.outputs[name], self.sections[name] = f"np.empty({shape}, np.{dtype.name})", 1
+            name = self.output(node)
+            self.line(f"{name} = np.empty({shape}, np.{dtype.name})")
             return name
         for x in reuse:
             if isinstance(x, Value) and x in self.buffers and self.last[x] == self.place:
@@ -4811,6 +4817,20 @@ class _Lowering:
         buffer = spare.pop() if spare else np.empty(node.size, dtype)
         self.names[node], self.buffers[node] = self.bind("b", buffer.reshape(shape)), buffer
         return self.names[node]
+
+    def output(self, node: Value) -> str:
+        """The name of an array that is new in every run."""
+        name = self.names[node] = f"out{len(self.outputs)}"
+        self.outputs.add(name)
+        self.sections[name] = 1
+        return name
+
+    def write(self, node: Value, call: str, keyword: str = "", reuse: Sequence = ()) -> None:
+        """A call, its last bracket open, into the node's buffer; what a leaf gets as its gradient is made anew."""
+        if node in self.handed_out:
+            self.line(f"{self.output(node)} = {call})")
+        else:
+            self.line(f"{call}, {keyword}{self.target(node, reuse)})")
 
     # --- lines ---
 
@@ -4879,7 +4899,7 @@ class _Lowering:
 
     def plain(self, node, *args):
         names = [self.name(x) for x in args]
-        self.line(f"{self.function(node._prim.forward)}({', '.join(names)}, out={self.target(node, args)})")
+        self.write(node, f"{self.function(node._prim.forward)}({', '.join(names)}", "out=", args)
 
     def call(self, node: Value) -> str:
         """The forward of a primitive on whatever operands and parameters it has."""
@@ -4951,13 +4971,13 @@ class _Lowering:
     def matmul(self, node, x, y):
         matrices = np.ndim(_raw(x)) <= 2 >= np.ndim(_raw(y))
         x, y = self.name(x), self.name(y)
-        self.line(f"{x}.dot({y}, {self.target(node)})" if matrices else f"np.matmul({x}, {y}, out={self.target(node)})")
+        self.write(node, f"{x}.dot({y}" if matrices else f"np.matmul({x}, {y}")
 
     def sum(self, node, a, axis=None, keepdims=False):
         name = self.name(a)
         if np.ndim(_raw(a)) == 2 and axis in (0, (0,)) and not keepdims:
             ones = self.name(_ones(np.shape(_raw(a))[0], node.dtype))
-            self.line(f"{ones}.dot({name}, {self.target(node)})")  # BLAS sums rows faster than NumPy's reduce
+            self.write(node, f"{ones}.dot({name}")  # BLAS sums rows faster than NumPy's reduce
         else:
             axis = tuple(map(int, axis)) if isinstance(axis, tuple) else axis if axis is None else int(axis)
             self.line(f"np.add.reduce({name}, {axis}, None, {self.target(node)}, {bool(keepdims)})")
@@ -5032,7 +5052,6 @@ class _Lowering:
                 head.append(f"if {name}.shape != (): _checked({source}, ())")
         self.space |= {"_array": np.ndarray, "_checked": _checked, "_blocks": run_blocks}
         saved = "".join(f"{name}, " for name in self.saved)
-        outs = [f"{name} = {made}" for name, made in self.outputs.items()]
 
         def body(lines):
             return "".join(f"    {line}\n" for line in lines)
@@ -5040,7 +5059,7 @@ class _Lowering:
         self.source = (
             f"def forward():\n{body(head)}{body(self.lines[0])}"
             f"    return ({''.join(f'{r}, ' for r in results)}), ({saved})\n\n\n"
-            f"def backward(seed, saved):\n{body([f'{saved[:-1]} = saved'] if saved else [])}{body(outs)}"
+            f"def backward(seed, saved):\n{body([f'{saved[:-1]} = saved'] if saved else [])}"
             f"{body(self.lines[1])}    return [{', '.join(handed)}]\n"
         )
         exec(compile(self.source, "<optimized>", "exec"), self.space)
@@ -5141,14 +5160,10 @@ class _Program:
             for apply in FOREIGN_PASSES if self.foreign else PASSES:
                 graph = apply(graph)
             self.graph = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
-        sends, needs = _reach(self.traced), _reach(self.traced, everything=True)
-        leaves = [node for node in nodes if node._prim is None]
-        # By root: the leaves that get a gradient from it, and all that it depends on, those first.
-        self.reached = [{x for x in leaves if sends[x] >> i & 1} for i in range(len(roots))]
-        self.leaves = [
-            sorted([x for x in leaves if needs[x] >> i & 1], key=lambda x: x not in reached)
-            for i, reached in enumerate(self.reached)
-        ]
+        reach, leaves = _reach(self.traced), [node for node in nodes if node._prim is None]
+        # By root: the leaves that get a gradient from it, and all leaves, those first.
+        self.reached = [{x for x in leaves if reach[x] >> i & 1} for i in range(len(roots))]
+        self.leaves = [sorted(leaves, key=lambda x, reached=reached: x not in reached) for reached in self.reached]
         self.results = [_settle(np.array(x)) if isinstance(x, np.ndarray) else x for x in (r._data for r in roots)]
         self.compiled: dict[int, _Compiled | None] = {}  # by root
         self.state: tuple | None = None  # (root, what its backward needs) of the last forward
