@@ -4416,6 +4416,58 @@ def _reduced(name: str, x: Chunked, axis=None, keepdims=False, ddof=0):
 
 _BATCH_SCALARS, _BATCH_ARRAYS = 16, 4  # smallest groups worth an array operation: below, its overhead costs more
 _BATCH_SIZE = 1 << 16  # elements of an array above which stacking it costs more than calls are saved
+_FLOATS = {np.dtype(np.float32), np.dtype(np.float64)}  # what rewrites are about; other dtypes stay as they are
+_ADD, _SUBTRACT, _MULTIPLY, _WHERE = (TABLE[f] for f in (np.add, np.subtract, np.multiply, np.where))
+_NEGATIVE, _SQUARED, _TRANSPOSE, _BROADCAST = (
+    TABLE[f] for f in (np.negative, np.square, np.transpose, np.broadcast_to)
+)
+_VIEWS = (_reshape, _TRANSPOSE, _BROADCAST, _getitem)
+# Operands that may be masks: where's condition, a mask times a float (micrograd's relu), masks made of masks.
+_MASKS = (
+    {_WHERE: (0,), _MULTIPLY: (0, 1)}
+    | dict.fromkeys(_VIEWS, (0,))
+    | dict.fromkeys((TABLE[f] for f in (np.logical_and, np.logical_or, np.logical_xor, np.logical_not)), (0, 1))
+)
+_MASKS |= dict.fromkeys((TABLE[f] for f in (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.invert)), (0, 1))
+
+
+def _is_mask(x) -> bool:
+    raw = _raw(x)
+    return type(raw) is bool or (hasattr(raw, "dtype") and raw.dtype.kind == "b")
+
+
+def _regular(node: Value) -> bool:
+    """The one guard: whether a rewrite may fire on a node, and whether a plain call of NumPy's computes it.
+
+    A primitive of this file made it; its operands are numbers, or arrays of one floating dtype, which it has, too, none
+    of them empty; masks only where `_MASKS` says so. All else is computed by `_evaluate`, as in eager mode.
+    """
+    prim, dtype = node._prim, None
+    if prim not in _OWN:
+        return prim in _AS_THEY_ARE
+    masks = _MASKS.get(prim, ())
+    for i, x in enumerate(node._args):
+        x = x._data if isinstance(x, Array) else x
+        if i in masks:
+            if _is_mask(x) and np.size(x):
+                continue
+            if prim is _WHERE:
+                return False
+        if type(x) is float:
+            continue
+        if not isinstance(x, (np.ndarray, np.generic)) or not x.size:
+            return False
+        if x.dtype not in _FLOATS or dtype not in (None, x.dtype):
+            return False
+        dtype = x.dtype
+    out = node._data
+    if _is_mask(out):
+        return (prim.vjps[0] is None or prim in _VIEWS) and np.size(out) > 0
+    if type(out) is float:
+        return dtype is None or prim is _as_dtype
+    if not isinstance(out, (np.ndarray, np.generic)) or not out.size or out.dtype not in _FLOATS:
+        return False
+    return dtype is None or dtype == out.dtype or prim is _as_dtype or prim is _pack
 
 
 def _twin(node: Value, prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
@@ -4438,14 +4490,18 @@ def _oldest_first(roots: Sequence) -> list[Value]:
     return nodes
 
 
-def _rewrite(roots: Sequence, rule: Callable) -> list:
-    """Rebuilds a graph from the leaves up: rule(node, its new operands) is the new node, or a constant."""
+def _rewrite(roots: Sequence, rule: Callable, regular: bool = False) -> list:
+    """Rebuilds a graph from the leaves up: rule(node, its new operands) is the new node, or a constant.
+
+    With `regular`, nodes that `_regular` refuses stay as they are.
+    """
     new: dict[Value, Any] = {}
     for node in _oldest_first(roots):
         if node._prim is None:
             new[node] = node
         else:
-            new[node] = rule(node, tuple([new[x] if isinstance(x, Value) else x for x in node._args]))
+            args = tuple([new[x] if isinstance(x, Value) else x for x in node._args])
+            new[node] = rule(node, args) if not regular or _regular(node) else _renewed(node, args)
     return [new[root] if isinstance(root, Value) else root for root in roots]
 
 
@@ -4457,15 +4513,43 @@ def _renewed(node: Value, args: tuple) -> Value:
     return node
 
 
+def _replayed(roots: Sequence) -> list[Value]:
+    """The graph anew, computed from the current data of its leaves and Tensors by the code of eager mode."""
+
+    def rule(node, args):
+        new = _twin(node, node._prim, args, node._params)
+        new._data = _evaluate(node._prim, [_raw(x) for x in args], node._params)
+        return new
+
+    with _recording():
+        return _rewrite(roots, rule)
+
+
+def _reach(roots: Sequence) -> dict[Value, int]:
+    """By node, the roots that send it a gradient, as a bit for each."""
+    reach: dict[Value, int] = collections.defaultdict(int)
+    for i, root in enumerate(roots):
+        if isinstance(root, Value) and root._needs:
+            reach[root] |= 1 << i
+    for node in reversed(_oldest_first(roots)):
+        prim = node._prim
+        if prim is None or node not in reach:
+            continue
+        for i, x in enumerate(node._args):
+            if isinstance(x, Value) and x._needs and prim.vjps[0 if prim.operands is None else i] is not None:
+                reach[x] |= reach[node]
+    return reach
+
+
 def _alike(x, node: Value) -> bool:
     """Whether x can stand for a node: of its shape and dtype, and weak if it is weak."""
     x, y = _raw(x), node._data
     return type(x) is type(y) and (type(x) is float or type(x) is bool or (x.shape, x.dtype) == (y.shape, y.dtype))
 
 
-def _is(x, name: str) -> bool:
-    """Whether x is a node made by the primitive of that name."""
-    return isinstance(x, Value) and x._prim is not None and x._prim.name == name
+def _is(x, prim: Primitive) -> bool:
+    """Whether x is a node made by that primitive, on which a rewrite may fire."""
+    return isinstance(x, Value) and x._prim is prim and _regular(x)
 
 
 # --- the passes ---
@@ -4485,131 +4569,122 @@ def fold_constants(roots: Sequence) -> list:
 
 def _simpler_add(node, x, y):
     for a, b in ((x, y), (y, x)):
-        if type(b) is float and b == 0.0:
-            return a
-        if _is(b, "negative"):
-            return _twin(node, TABLE[np.subtract], (a, b._args[0]))
+        if _is(b, _NEGATIVE):
+            return _twin(node, _SUBTRACT, (a, b._args[0]))
     return None
 
 
 def _simpler_subtract(node, x, y):
-    if type(y) is float and y == 0.0:
-        return x
-    return _twin(node, TABLE[np.add], (x, y._args[0])) if _is(y, "negative") else None
+    return _twin(node, _ADD, (x, y._args[0])) if _is(y, _NEGATIVE) else None
 
 
 def _simpler_multiply(node, x, y):
     for a, b in ((x, y), (y, x)):
         if type(b) is float and b == 1.0:
             return a
-        if type(b) is float and b == -1.0:
-            return _twin(node, TABLE[np.negative], (a,))
-        if _is(a, "negative"):
-            return _twin(node, TABLE[np.negative], (np.multiply(a._args[0], b),))
-        # s * (t * x) with numbers s and t: one product of full size less. Not where it could over- or underflow.
-        if node.ndim and _is(b, "multiply") and not np.ndim(_raw(a)):
-            for s, rest in (b._args, b._args[::-1]):
-                if not np.ndim(_raw(s)) and (isinstance(a, Value) or isinstance(s, Value)):
-                    product = np.multiply(a, s)
-                    return _twin(node, TABLE[np.multiply], (product, rest))
+        if type(b) is float and b == -1.0 and _alike(a, node):
+            return _twin(node, _NEGATIVE, (a,))
+        if _is(a, _NEGATIVE):
+            return _twin(node, _NEGATIVE, (_record(_MULTIPLY, (a._args[0], b)),))
+        # (u * c) * (s * x) -> (u * (c * s)) * x saves one product of full size: exact for constants c and s = 2 or 4,
+        # and safe where their product is at most 1; so the mean of squares goes backward.
+        if node.ndim and not np.ndim(_raw(a)) and _is(a, _MULTIPLY) and _is(b, _MULTIPLY):
+            (u, c), (s, rest) = a._args, b._args
+            if type(c) is type(s) is float and s in (2.0, 4.0) and abs(c * s) <= 1.0:
+                return _twin(node, _MULTIPLY, (_record(_MULTIPLY, (u, c * s)), rest))
         # Where operands broadcast anyway, a broadcast one needs no array of its own.
-        if _is(a, "broadcast_to") and np.shape(_raw(b)) == node.shape and node.ndim:
-            return _twin(node, TABLE[np.multiply], (a._args[0], b) if a is x else (b, a._args[0]))
-    return _twin(node, TABLE[np.square], (x,)) if x is y and node.ndim else None
+        if _is(a, _BROADCAST) and np.shape(_raw(b)) == node.shape and node.ndim:
+            return _twin(node, _MULTIPLY, (a._args[0], b) if a is x else (b, a._args[0]))
+    return _twin(node, _SQUARED, (x,)) if x is y and node.ndim else None
 
 
 def _simpler_divide(node, x, y):
-    if type(y) is not float or math.frexp(y)[0] != 0.5 or not 1e-30 < abs(y) < 1e30:
+    if type(y) is not float or math.frexp(y)[0] not in (0.5, -0.5) or not 1e-4 < abs(y) < 1e4:
         return None  # only by powers of two is the reciprocal exact
-    return _twin(node, TABLE[np.multiply], (x, 1.0 / y))
+    return _twin(node, _MULTIPLY, (x, 1.0 / y))
 
 
 def _simpler_power(node, x, y):
     if type(y) is not float or y not in (1.0, 2.0):
         return None
-    return x if y == 1.0 else _twin(node, TABLE[np.square], (x,))
+    return x if y == 1.0 else _twin(node, _SQUARED, (x,))
 
 
 def _simpler_mean(node, a, **params):
     n = math.prod(np.shape(_raw(a)))
-    if node.dtype.itemsize < 4 or not node.size or not n:
-        return None
-    if n == node.size and _alike(a, node):
+    if n == node.size:
         return a
-    total = np.sum(a, **params)
-    return _twin(node, TABLE[np.multiply], (total, node.size / n)) if _alike(total, node) else None
+    return _twin(node, _MULTIPLY, (_record(PRIMITIVES["sum"], (a,), params), node.size / n))
 
 
 def _simpler_reshape(node, x, shape):
-    inner = x._args[0] if _is(x, "reshape") else x
+    inner = x._args[0] if _is(x, _reshape) else x
     if _alike(inner, node):
         return inner
-    return None if inner is x else _twin(node, node._prim, (inner,), {"shape": node.shape})
+    return None if inner is x else _twin(node, _reshape, (inner,), {"shape": node.shape})
 
 
 def _simpler_transpose(node, x, axes=None):
-    if not _is(x, "transpose"):
+    if not _is(x, _TRANSPOSE):
         return None
     outer, inner = ([*range(node.ndim)][::-1] if a is None else list(a) for a in (axes, x._params.get("axes")))
     return x._args[0] if [inner[i] % node.ndim for i in outer] == list(range(node.ndim)) else None
 
 
-_SIMPLER: dict[str, Callable] = {
-    "add": _simpler_add,
-    "subtract": _simpler_subtract,
-    "multiply": _simpler_multiply,
-    "divide": _simpler_divide,
-    "power": _simpler_power,
-    "mean": _simpler_mean,
-    "sum": lambda node, a, **params: a if math.prod(np.shape(a)) == node.size else None,
-    "reshape": _simpler_reshape,
-    "transpose": _simpler_transpose,
-    "negative": lambda node, x: x._args[0] if _is(x, "negative") else None,
-    "positive": lambda node, x: x,
-    "copy": lambda node, a: a,
-    "broadcast_to": lambda node, array, shape: array,
-    "astype": lambda node, a, dtype: a,
+_SIMPLER: dict[Primitive, Callable] = {
+    _ADD: _simpler_add,
+    _SUBTRACT: _simpler_subtract,
+    _MULTIPLY: _simpler_multiply,
+    TABLE[np.divide]: _simpler_divide,
+    TABLE[np.power]: _simpler_power,
+    PRIMITIVES["mean"]: _simpler_mean,
+    PRIMITIVES["sum"]: lambda node, a, **params: a if math.prod(np.shape(a)) == node.size else None,
+    _reshape: _simpler_reshape,
+    _TRANSPOSE: _simpler_transpose,
+    _NEGATIVE: lambda node, x: x._args[0] if _is(x, _NEGATIVE) else None,
+    TABLE[np.positive]: lambda node, x: x,
+    TABLE[np.copy]: lambda node, a: a,
+    _BROADCAST: lambda node, array, shape: array,
+    _as_dtype: lambda node, a, dtype: a,
 }
 
 
 def simplify(roots: Sequence) -> list:
-    """Algebra that is safe for inf and nan: x + 0 -> x, x**2 -> square(x), a - -b -> a + b, x / 4 -> x * 0.25."""
+    """Algebra that is exact, also for inf, nan and -0.0: x * 1 -> x, x**2 -> square(x), a - -b -> a + b, x / 4 ->
+    x * 0.25."""
 
     def rule(node, args):
-        simpler = _SIMPLER.get(node._prim.name)
+        simpler = _SIMPLER.get(node._prim)
         new = simpler(node, *args, **node._params) if simpler else None
-        if new is None or not _alike(new, node) or not isinstance(new, Value):
-            return _renewed(node, args)
-        return new
+        return new if isinstance(new, Value) and _alike(new, node) else _renewed(node, args)
 
-    return _rewrite(roots, rule)
+    return _rewrite(roots, rule, regular=True)
 
 
 def _key(x):
     """Something hashable that is equal for interchangeable operands and parameters."""
-    if isinstance(x, (Array, np.ndarray)):
-        return id(x)
-    if isinstance(x, float):
+    kind = type(x)
+    if kind is float:
         return (x, math.copysign(1.0, x)) if x == x else "nan"
-    if _is_foreign(x):
-        return id(x)
-    if isinstance(x, (tuple, list)):
-        return tuple([_key(i) for i in x])
-    if isinstance(x, slice):
-        return ("slice", x.start, x.stop, x.step)
-    if isinstance(x, dict):
-        return tuple([(name, _key(x[name])) for name in sorted(x)])
-    return (type(x), x)
+    if kind is int or kind is str:
+        return kind, x
+    if kind is tuple or kind is list:
+        return tuple(map(_key, x))
+    if kind is slice:
+        return "slice", _key(x.start), _key(x.stop), _key(x.step)
+    return id(x)  # arrays and nodes, what there is one of, and what we know nothing about
 
 
 def merge_common(roots: Sequence) -> list:
-    """Makes equal operations on the same operands one node: tanh(x) * tanh(x) -> t * t with one tanh."""
+    """Makes equal operations on the same operands one node: tanh(x) * tanh(x) -> t * t with one tanh. What a user's
+    primitive does is its own affair: it may draw random numbers."""
     known: dict[Any, Value] = {}
 
     def rule(node, args):
-        key = (node._prim, tuple([id(x) if isinstance(x, Value) else _key(x) for x in args]))
-        if node._params:
-            key += (_key(node._params),)
+        prim, params = node._prim, node._params
+        key: Any = (prim, tuple(map(_key, args))) if prim in _OWN else node
+        if params and prim in _OWN:
+            key += tuple([(name, _key(params[name])) for name in sorted(params)])
         found = known.get(key)
         if found is None:
             found = known[key] = _renewed(node, args)
@@ -4618,11 +4693,14 @@ def merge_common(roots: Sequence) -> list:
     return _rewrite(roots, rule)
 
 
+def _sum_of_products(*terms, products):
+    pairs = map(operator.mul, terms[: 2 * products : 2], terms[1 : 2 * products : 2])
+    return functools.reduce(operator.add, [*pairs, *terms[2 * products :]])
+
+
 # A sum of products of 0-d operands and of what else is added: a1*b1 + a2*b2 + ... + c + d + ...
 _dot = primitive(
-    lambda *terms, products: (
-        sum(map(operator.mul, terms[: 2 * products : 2], terms[1 : 2 * products : 2])) + sum(terms[2 * products :])
-    ),
+    _sum_of_products,
     lambda i, g, out, terms, products: g * terms[i ^ 1] if i < 2 * products else g,
     name="dot",
     variadic=True,
@@ -4635,9 +4713,10 @@ def flatten(roots: Sequence) -> list:
     nodes = _oldest_first(roots)
     uses = collections.Counter([x for node in nodes for x in node._args if isinstance(x, Value)])
     uses.update(root for root in roots if isinstance(root, Value))
-    sums = {node for node in nodes if _is(node, "add")}
+    sums = {node for node in nodes if _is(node, _ADD)}
     # The terms of a sum that only another such sum needs wait here for that.
-    inner = {x for node in sums for x in node._args if x in sums and uses[x] == 1 and _alike(x, node)}
+    used = ((x, node) for node in sums for x in node._args if isinstance(x, Value))
+    inner = {x for x, node in used if x in sums and uses[x] == 1 and _alike(x, node)}
     inner.difference_update(roots)
     waiting: dict[Value, list] = {}
 
@@ -4646,9 +4725,7 @@ def flatten(roots: Sequence) -> list:
             return _renewed(node, args)
         terms: list = []
         for old, x in zip(node._args, args):
-            if type(x) is float and x == 0.0:  # where sum() starts; it changes the sign of a zero at most
-                continue
-            more = waiting.pop(old) if old in inner else [(old, x)]
+            more = waiting.pop(old) if isinstance(old, Value) and old in inner else [(old, x)]
             if len(more) > len(terms):
                 terms, more = more, terms
             terms += more
@@ -4656,19 +4733,21 @@ def flatten(roots: Sequence) -> list:
             waiting[node] = terms
             return node  # a place holder
         if len(terms) < 3:
-            return _renewed(node, args) if len(args) == len(terms) else terms[0][1] if terms else node._data
+            return _renewed(node, args)
         products: list = []
         rest: list = []
+        zero: list = []  # where sum() starts: it makes -0.0 a 0.0, and comes last
         for old, x in terms:
+            factors: tuple = ()
             if not node.ndim and isinstance(old, Value) and uses[old] == 1 and _alike(x, node):
-                if _is(x, "multiply"):
-                    products += x._args
-                    continue
-                if _is(x, "square"):
-                    products += x._args * 2
-                    continue
-            rest.append(x)
-        return _twin(node, _dot, (*products, *rest), {"products": len(products) // 2})
+                factors = x._args if _is(x, _MULTIPLY) else x._args * 2 if _is(x, _SQUARED) else ()
+            if type(x) is float and x == 0.0:
+                zero = [x] if math.copysign(1.0, x) > 0 else zero
+            elif factors and not any(map(_is_mask, factors)):
+                products += factors
+            else:
+                rest.append(x)
+        return _twin(node, _dot, (*products, *rest, *zero), {"products": len(products) // 2})
 
     return _rewrite(roots, rule)
 
@@ -4681,6 +4760,11 @@ _pack = primitive(
     variadic=True,
     samples=[(((), (), ()), {"shape": (3,), "dtype": np.float64})],
 )
+
+
+def _starts_at_zero(node: Value) -> bool:
+    """Whether 0.0 is the last of the terms of a sum of products."""
+    return type(node._args[-1]) is float and node._args[-1] == 0.0
 
 
 class _Batch:
@@ -4704,7 +4788,10 @@ class _Batch:
             else:
                 stack, place = self.places[x]
                 part = stack[tuple(map(int, np.unravel_index(place, self.layouts[id(stack)])))]
-                self.new[x] = _as_dtype(part, float) if type(x._data) is float else part
+                weak = type(x._data) is float or type(x._data) is bool
+                self.new[x] = _as_dtype(part, float) if weak else part
+                if type(x._data) is bool:
+                    self.new[x] = np.not_equal(self.new[x], 0.0)
         return self.new[x]
 
     def rank(self, xs: Sequence) -> tuple:
@@ -4722,7 +4809,7 @@ class _Batch:
         """The operands as one array (*layout, *their shape), or one that broadcasts to it. It is a stack that exists, a
         part or a transpose of one where that will do, and a copy only where not."""
         shape = np.shape(_raw(xs[0]))
-        keys = [id(x) if isinstance(x, (Array, np.ndarray)) else _key(x) for x in xs]
+        keys = list(map(_key, xs))
         if len(layout) == 2 and min(layout) > 1:
             rows, columns = layout
             if all(keys[i * columns : (i + 1) * columns] == keys[:columns] for i in range(1, rows)):
@@ -4734,21 +4821,15 @@ class _Batch:
             return np.array(xs, None if shape else dtype).reshape(whole)
         places = self.places
         if shape:
-            if not all(x in places for x in xs):
+            if not all(isinstance(x, Array) and x in places for x in xs):
                 return np.reshape(_record(_stack, tuple(map(self.single, xs)), {"axis": 0}), whole)
         else:  # numbers that are in no stack yet become one, in the order in which they are wanted here
             loose = list(dict.fromkeys([x for x in xs if isinstance(x, Array) and x not in places]))
             if loose:
                 own = layout if len(loose) == len(xs) else (len(loose),)
-                held = {type(x._data) for x in loose}
-                kind = (
-                    np.float64
-                    if held == {float}
-                    else bool
-                    if held == {bool}
-                    else np.result_type(*(_raw(x) for x in loose))
-                )
-                params = {"shape": own, "dtype": np.dtype(kind)}
+                kinds = {float: np.float64, bool: bool}  # what numbers of Python's become
+                dtypes = [kinds.get(type(x._data)) or x._data.dtype for x in loose]
+                params = {"shape": own, "dtype": np.result_type(*dtypes)}
                 self.put(loose, _record(_pack, tuple(map(self.single, loose)), params), own, places)
             constants = list({_key(x): x for x in xs if not isinstance(x, Array)}.values())
             if constants:
@@ -4780,23 +4861,24 @@ class _Batch:
     def operand(self, nodes: list, k: int, layout: tuple[int, ...]):
         """Operand k of all nodes, and whether it is stacked or one that they share."""
         xs = [node._args[k] for node in nodes]
-        if len({id(x) if isinstance(x, (Array, np.ndarray)) else _key(x) for x in xs}) == 1:
+        if len(set(map(_key, xs))) == 1:
             return self.single(xs[0]), False
         return self.gather(xs, layout), True
 
     @staticmethod
     def rows(nodes: list) -> tuple[list, list, list]:
-        """Of sums of products: the left factors, the right ones, and what is added, a row per node."""
-        end = 2 * nodes[0]._params["products"]
+        """Of sums of products: the left factors, the right ones, and what is added but for a 0.0 at the end, a row per
+        node."""
+        end, stop = 2 * nodes[0]._params["products"], -1 if _starts_at_zero(nodes[0]) else None
         return tuple(
-            [node._args[cut] for node in nodes] for cut in (slice(0, end, 2), slice(1, end, 2), slice(end, None))
+            [node._args[cut] for node in nodes] for cut in (slice(0, end, 2), slice(1, end, 2), slice(end, stop))
         )
 
     @staticmethod
     def distinct(rows: list) -> tuple[list, list[int]]:
         """The different rows, in order of appearance, and which of them each row is."""
         numbers: dict = {}
-        keys = [tuple([id(x) if isinstance(x, Array) else _key(x) for x in row]) for row in rows]
+        keys = [_key(row) for row in rows]
         of_row = [numbers.setdefault(key, len(numbers)) for key in keys]
         return list({i: row for i, row in reversed([*zip(of_row, rows)])}.values())[::-1], of_row
 
@@ -4821,14 +4903,14 @@ class _Batch:
                     whole = self.layouts[id(found[0][0])]
                     layout = whole if math.prod(whole) == len(nodes) else layout
                     break
-        strong = [x.dtype for x in map(_raw, node._args) if type(x) not in _WEAK_TYPES]
+        strong = [x.dtype for x in map(_raw, node._args) if getattr(x, "dtype", None) in _FLOATS]
         operands, any_stacked = [], False
         for k, x in enumerate(map(_raw, node._args)):
             y, stacked = self.operand(nodes, k, layout)
             if stacked and np.ndim(x) < node.ndim:
                 y = np.reshape(y, np.shape(y)[: len(layout)] + (1,) * (node.ndim - np.ndim(x)) + np.shape(x))
             if stacked and strong and type(x) is float:  # a number that was weak takes the dtype of those it meets
-                y = y.astype(np.result_type(*strong))
+                y = y.astype(strong[0])
             any_stacked |= stacked
             operands.append(y)
         if not any_stacked:
@@ -4848,7 +4930,7 @@ class _Batch:
             stack = self.gather([x for row in rows for x in row], layout, dtype)
             return np.broadcast_to(stack, (*layout, *node.shape))
 
-        out = None
+        out, zero = None, _starts_at_zero(node)
         left, right, rest = self.rows(nodes)
         if len(nodes) == 1:  # the order of its terms is free: that of the stacks which they are in spares a gather
             left, right = (
@@ -4862,15 +4944,17 @@ class _Batch:
             if len(lefts) * len(rights) == len(nodes) == len(set(zip(i, j))):
                 order = sorted(range(len(nodes)), key=lambda n: (j[n], i[n]))
                 nodes, layout = [nodes[n] for n in order], (len(rights), len(lefts))
-                out = np.matmul(block(rights), np.swapaxes(block(lefts), 0, 1))
+                out, zero = np.matmul(block(rights), np.swapaxes(block(lefts), 0, 1)), False  # BLAS starts at 0.0
             else:
                 out = np.sum(block(left) * block(right), axis=1)
         if len(rest[0]) > 2:
             total = np.reshape(np.sum(block(rest), axis=1), (*layout, *node.shape))
             out = total if out is None else out + total
         else:
-            for k in range(2 * products, len(node._args)):
-                out = out + self.operand(nodes, k, layout)[0]
+            for k in range(2 * products, 2 * products + len(rest[0])):
+                term = self.operand(nodes, k, layout)[0]
+                out = term if out is None else out + term
+        out = out + 0.0 if zero else out
         if out.dtype != dtype:
             out = out.astype(dtype)
         self.put(nodes, out, layout, self.places)
@@ -4879,7 +4963,7 @@ class _Batch:
     def arrays(self, nodes: list) -> bool:
         """Other operations on arrays, by their entry in _BATCHED: on stacks, with an axis more at the front."""
         operands, stacked = zip(*(self.operand(nodes, k, (len(nodes),)) for k in range(len(nodes[0]._args))))
-        out = _BATCHED[nodes[0]._prim.name](nodes[0], len(nodes), operands, stacked) if any(stacked) else None
+        out = _BATCHED[nodes[0]._prim](nodes[0], len(nodes), operands, stacked) if any(stacked) else None
         if out is None:
             return False
         self.put(nodes, out, (len(nodes),), self.places)
@@ -4909,25 +4993,25 @@ def _batched_axis(node, n, operands, stacked):
     ndim, params = np.ndim(_raw(node._args[0])), dict(node._params)
     axis = params.get("axis", -1 if "softmax" in node._prim.name else None)
     axes = range(ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    shifted = tuple(i % ndim + 1 for i in axes)
-    params["axis"] = shifted[0] if isinstance(axis, int) else shifted
+    shifted = tuple(int(i) % ndim + 1 for i in axes)
+    params["axis"] = shifted[0] if len(shifted) == 1 else shifted
     return _record(node._prim, operands, params)
 
 
 def _batched_getitem(node, n, operands, stacked):
     index = node._params["index"]
-    if len(operands) > 1 or sum(isinstance(i, np.ndarray) for i in index) > 1:
+    if len(operands) > 1 or any(isinstance(i, np.ndarray) for i in index):
         return None
     return _getitem(operands[0], index=(slice(None), *index))
 
 
-_BATCHED: dict[str, Callable] = {
-    **dict.fromkeys(("sum", "prod", "max", "min", "var", "std", "norm", "logsumexp"), _batched_axis),
-    **dict.fromkeys(("mean", "softmax", "log_softmax"), _batched_axis),
-    "matmul": _batched_matmul,
-    "getitem": _batched_getitem,
-    "reshape": lambda node, n, operands, stacked: np.reshape(operands[0], (n, *node.shape)),
-    "transpose": lambda node, n, operands, stacked: np.transpose(
+_BATCHED: dict[Primitive, Callable] = {
+    **{PRIMITIVES[name]: _batched_axis for name in ("sum", "mean", "prod", "max", "min", "var", "std", "norm")},
+    **dict.fromkeys((logsumexp, softmax, log_softmax), _batched_axis),
+    TABLE[np.matmul]: _batched_matmul,
+    _getitem: _batched_getitem,
+    _reshape: lambda node, n, operands, stacked: np.reshape(operands[0], (n, *node.shape)),
+    _TRANSPOSE: lambda node, n, operands, stacked: np.transpose(
         operands[0], (0, *(i % node.ndim + 1 for i in node._params.get("axes") or range(node.ndim)[::-1]))
     ),
 }
@@ -4936,8 +5020,10 @@ _BATCHED: dict[str, Callable] = {
 def batch(roots: Sequence) -> list:
     """Groups equal operations of equal depth into one on stacked operands (Neubig et al. 2017, "On-the-fly Operation
     Batching in Dynamic Computation Graphs"): tanh(a), tanh(b), ... -> tanh([a, b, ...]). A group of dot products of
-    some rows with all of some others becomes a matrix product."""
-    state, depth = _Batch(), {}
+    some rows with all of some others becomes a matrix product.
+
+    Only what sends its gradients to the same roots goes together: where one has none, 0 * inf would make it nan."""
+    state, depth, reach = _Batch(), {}, _reach(roots)
     levels: dict[int, dict] = collections.defaultdict(lambda: collections.defaultdict(list))
 
     def kind(x):
@@ -4951,14 +5037,22 @@ def batch(roots: Sequence) -> list:
             continue
         depth[node] = 1 + max((depth[x] for x in node._args if isinstance(x, Value)), default=0)
         key: Any = node  # on its own
-        if prim is _dot:
-            key = (prim, node._params["products"], len(node._args), kind(node))
-        elif node.size <= _BATCH_SIZE and not any(x is float for x in node._params.values()):
-            if (prim.elementwise and prim.operands) or prim.name in _BATCHED:
+        if prim is _dot and _regular(node):
+            key = (prim, node._params["products"], len(node._args), kind(node), _starts_at_zero(node), reach[node])
+        elif node.size <= _BATCH_SIZE and _regular(node):
+            arrays = prim in _BATCHED and all([isinstance(_raw(x), np.ndarray) for x in node._args])
+            if arrays or (prim.elementwise and prim.operands and not node._params):
                 shared = [
                     id(x) for x in node._args if isinstance(x, Array) and x.ndim > 1 and not getattr(x, "_prim", None)
                 ]
-                key = (prim, _key(node._params), kind(node), *map(kind, node._args), *shared)
+                key = (
+                    prim,
+                    _key(tuple(node._params.items())),
+                    kind(node),
+                    *map(kind, node._args),
+                    *shared,
+                    reach[node],
+                )
         levels[depth[node]][key].append(node)
     groups = [nodes for level in levels.values() for nodes in level.values() if len(nodes) > 1]
     for nodes in sorted(groups, key=len, reverse=True):
@@ -4969,8 +5063,9 @@ def batch(roots: Sequence) -> list:
             node, done = nodes[0], False
             if key is not node:
                 if node._prim is _dot:
-                    if len(nodes) * len(node._args) >= 4 * _BATCH_SCALARS and all(
-                        np.shape(_raw(x)) == node.shape for x in node._args
+                    terms = node._args[:-1] if _starts_at_zero(node) else node._args
+                    if len(nodes) * len(terms) >= 4 * _BATCH_SCALARS and all(
+                        np.shape(_raw(x)) == node.shape for n in nodes for x in n._args[: len(terms)]
                     ):
                         done = state.sums(nodes)
                 elif len(nodes) >= (_BATCH_ARRAYS if any(np.ndim(_raw(x)) for x in node._args) else _BATCH_SCALARS):
@@ -5008,6 +5103,8 @@ def _chain_i(i, g, out, operands, chain):
 
 _fused = primitive(_run_chain, _chain_i, name="fused", variadic=True)
 _MAX_CHAIN = 32
+_AS_THEY_ARE = {_detach, _fused}  # what is right on any operands
+_OWN = frozenset(PRIMITIVES.values()) - _AS_THEY_ARE  # what the passes know
 
 
 def fuse(roots: Sequence) -> list:
@@ -5018,13 +5115,13 @@ def fuse(roots: Sequence) -> list:
     uses.update(root for root in roots if isinstance(root, Value))
 
     def fits(x, node):
-        part = x._prim is not None and (x._prim.elementwise or x._prim.name == "matmul")
+        part = x._prim is not None and (x._prim.elementwise or x._prim is TABLE[np.matmul]) and _regular(x)
         return part and uses[x] == 1 and isinstance(x._data, np.ndarray) and x.shape == node.shape
 
     inner = {
         x
         for node in nodes
-        if node._prim and node._prim.elementwise
+        if node._prim and node._prim.elementwise and _regular(node)
         for x in node._args
         if isinstance(x, Value) and fits(x, node)
     }
@@ -5090,14 +5187,65 @@ def reduce_products(roots: Sequence) -> list:
 
     def rule(node, args):
         x = args[0]
-        if _is(node, "sum") and node.ndim == 0 and isinstance(x, Value) and isinstance(x._data, np.ndarray):
-            pair = x._args * 2 if _is(x, "square") else x._args if _is(x, "multiply") else ()
+        if _is(node, PRIMITIVES["sum"]) and node.ndim == 0 and isinstance(x, Value) and x.ndim:
+            pair = x._args * 2 if _is(x, _SQUARED) else x._args if _is(x, _MULTIPLY) else ()
             if pair and all(np.shape(_raw(y)) == x.shape and np.result_type(_raw(y)) == x.dtype for y in pair):
                 flat = [y if np.ndim(_raw(y)) == 1 else _record(_reshape, (y,), {"shape": (x.size,)}) for y in pair]
                 flat[1] = flat[0] if pair[0] is pair[1] else flat[1]
-                if _alike(product := np.matmul(*flat), node):
+                if _alike(product := _record(TABLE[np.matmul], tuple(flat)), node):
                     return product
         return _renewed(node, args)
+
+    return _rewrite(roots, rule, regular=True)
+
+
+def _run_rule(g, out, *operands, prim, i, params):
+    """The gradient of operand i of a user's primitive, by the sweep of eager mode: its rule may do what it likes."""
+    x = _leaf(operands[i])
+    with _recording():
+        node = _node(out, prim, (*operands[:i], x, *operands[i + 1 :]), params)
+    return _backpropagate(node, g).get(x)
+
+
+def _rule_or_zeros(g, out, *operands, prim, i, params):
+    h = _run_rule(g, out, *operands, prim=prim, i=i, params=params)
+    return _filled_like(operands[i], 0) if h is None else h
+
+
+def _unregistered(name: str, forward: Callable, vjps: tuple, like: Primitive) -> Primitive:
+    """A primitive that is in no table."""
+    new = Primitive()
+    for slot in Primitive.__slots__:
+        setattr(new, slot, getattr(like, slot))
+    new.name, new.forward, new.vjps = name, forward, vjps
+    return new
+
+
+_rule = _unregistered("rule", _rule_or_zeros, (None,), like=_dot)  # its parameters: primitive, place and parameters
+
+
+def seal(roots: Sequence) -> list:
+    """Makes the rules of users' primitives nodes, when a sweep comes by: what they do is not traced, but done anew."""
+    sealed: dict[Primitive, Primitive] = {}
+
+    def rule_of(prim, i):
+        def rule(g, out, *operands, **params):
+            params = {"prim": prim, "i": i, "params": params}
+            h = _run_rule(*map(_raw, (g, out, *operands)), **params)
+            return None if h is None else _node(h, _rule, (g, out, *operands), params)
+
+        return rule
+
+    def rule(node, args):
+        prim = node._prim
+        if prim in _OWN or prim in _AS_THEY_ARE or not any(prim.vjps):
+            return _renewed(node, args)
+        if prim not in sealed:
+            rules = tuple([f and rule_of(prim, i) for i, f in enumerate(prim.vjps)])
+            if prim.operands is None:
+                rules = (lambda i, g, out, operands, **params: rule_of(prim, i)(g, out, *operands, **params),)
+            sealed[prim] = _unregistered(prim.name, prim.forward, rules, prim)
+        return _twin(node, sealed[prim], args, node._params)
 
     return _rewrite(roots, rule)
 
@@ -5111,13 +5259,13 @@ class _Lowering:
     """
 
     def __init__(self, roots: Sequence[Value], seed: Value, gradients: Sequence[Value]):
-        self.space: dict[str, Any] = {"np": np, "math": math, "_evaluate": _evaluate}
+        self.space: dict[str, Any] = {"np": np, "math": math, "_evaluate": _evaluate, "_as_before": _as_before}
         self.names: dict[Any, str] = {}  # of nodes, Tensors, and, by id, of other objects
         self.fixed: dict[str, np.ndarray] = {}  # by name: what is the same array in every run
         self.buffers: dict[Value, np.ndarray] = {}  # a node's own buffer, until its last use
         self.spare: dict[tuple, list[np.ndarray]] = collections.defaultdict(list)
         self.inputs: dict[str, Array] = {}
-        self.outputs: dict[str, np.ndarray] = {}
+        self.outputs: set[str] = set()  # arrays that leaves get as their gradients
         self.section, self.lines = 0, ([], [])
         self.sections = {"seed": 1}  # of a local: 0 if made by forward, 1 by backward
         self.saved: dict[str, None] = {}  # locals of forward that backward needs, in order
@@ -5150,6 +5298,8 @@ class _Lowering:
         for node in reversed(nodes):
             if node._prim is _fused and not self.blocked(node):
                 last[node._params["chain"][-1]] = last[node]
+            if node._prim is not None and node._prim not in _OWN and node._prim not in _AS_THEY_ARE:
+                last.update((x, math.inf) for x in node._args if isinstance(x, Value))  # users may hold on to them
             if type(node._data) is np.ndarray and not self.fills(node):
                 for x in node._args:
                     if isinstance(x, Value):
@@ -5207,8 +5357,8 @@ class _Lowering:
         """The buffer for a node's result: that of an operand whose last use this is, a spare or a new one."""
         shape, dtype = node.shape, node.dtype
         if node in self.handed_out:
-            name = self.names[node] = f"out{len(self.outputs)}"
-            self.outputs[name], self.sections[name] = np.empty(shape, dtype), 1
+            name = self.output(node)
+            self.line(f"{name} = np.empty({shape}, np.{dtype.name})")
             return name
         for x in reuse:
             if isinstance(x, Value) and x in self.buffers and self.last[x] == self.place:
@@ -5219,6 +5369,20 @@ class _Lowering:
         buffer = spare.pop() if spare else np.empty(node.size, dtype)
         self.names[node], self.buffers[node] = self.bind("b", buffer.reshape(shape)), buffer
         return self.names[node]
+
+    def output(self, node: Value) -> str:
+        """The name of an array that is new in every run."""
+        name = self.names[node] = f"out{len(self.outputs)}"
+        self.outputs.add(name)
+        self.sections[name] = 1
+        return name
+
+    def write(self, node: Value, call: str, keyword: str = "", reuse: Sequence = ()) -> None:
+        """A call, its last bracket open, into the node's buffer; what a leaf gets as its gradient is made anew."""
+        if node in self.handed_out:
+            self.line(f"{self.output(node)} = {call})")
+        else:
+            self.line(f"{call}, {keyword}{self.target(node, reuse)})")
 
     # --- lines ---
 
@@ -5250,91 +5414,107 @@ class _Lowering:
         last = len(outside) + len(chain) - 1
         self.line(f"_blocks({self.bind('c', steps)}, [{names}], {node.shape}, [{last}], None, [{self.target(node)}])")
 
+    def emitter(self, node: Value) -> Callable | None:
+        """How an array comes about by calls of NumPy's: a method of this class, or None for `_evaluate`."""
+        prim, a = node._prim, _raw(node._args[0])
+        if type(node._data) is not np.ndarray or not _regular(node):
+            return None
+        if prim in _VIEWS and (type(a) is not np.ndarray or (prim is _getitem and len(node._args) > 1)):
+            return None
+        found = self.EMITTERS.get(prim)
+        plain = prim.elementwise and not node._params and (isinstance(prim.forward, np.ufunc) or prim.reads == "out")
+        return found or (_Lowering.plain if plain else None)
+
     def fills(self, node: Value) -> bool:
         """Whether an array is written to a buffer of its own; what other primitives return may be a view."""
         prim = node._prim
-        if prim is None or type(node._data) is not np.ndarray:
+        if prim is None or self.emitter(node) is None or prim is _detach:
             return False
-        if prim.name in self.EMITTERS and PRIMITIVES[prim.name] is prim:
-            if prim is _fused:
-                return self.blocked(node)
-            return self.takes(node) if prim.name == "getitem" else prim.name not in self.VIEWS
-        return prim.elementwise and not node._params and (isinstance(prim.forward, np.ufunc) or prim.reads == "out")
-
-    VIEWS = ("reshape", "transpose", "broadcast_to", "getitem", "detach")
+        if prim is _fused:
+            return self.blocked(node)
+        return prim not in _VIEWS or (prim is _getitem and self.takes(node) is not None)
 
     @staticmethod
-    def takes(node: Value) -> bool:
-        """Whether an index is an array of places along the first axis."""
-        index = node._params["index"]
-        plain = len(index) == 1 and len(node._args) == 1 and isinstance(index[0], np.ndarray)
-        return plain and index[0].dtype.kind == "i" and bool((index[0] >= 0).all())
+    def takes(node: Value) -> np.ndarray | None:
+        """The places along the first axis that an index names, if it does nothing else; none of them negative."""
+        index, shape = node._params["index"], node._params.get("shape") or np.shape(_raw(node._args[0]))
+        if len(index) != 1 or not isinstance(index[0], np.ndarray) or index[0].dtype.kind != "i":
+            return None
+        return np.where(index[0] < 0, index[0] + shape[0], index[0])
 
     def emit(self, node: Value) -> None:
-        prim, args = node._prim, node._args
-        emitter = self.EMITTERS.get(prim.name) if PRIMITIVES.get(prim.name) is prim else None
+        emitter = self.emitter(node)
         if type(node._data) is not np.ndarray:
             self.local(node, self.number_of(node))
-        elif emitter is None and self.fills(node):
-            names = [self.name(x) for x in args]
-            self.line(f"{self.function(prim.forward)}({', '.join(names)}, out={self.target(node, args)})")
-        elif emitter is None or emitter(self, node, *args, **node._params) is False:
+        elif emitter is None or emitter(self, node, *node._args, **node._params) is False:
             self.local(node, self.call(node))
+
+    def plain(self, node, *args):
+        names = [self.name(x) for x in args]
+        self.write(node, f"{self.function(node._prim.forward)}({', '.join(names)}", "out=", args)
 
     def call(self, node: Value) -> str:
         """The forward of a primitive on whatever operands and parameters it has."""
-        names = "".join([f"{self.name(x)}, " for x in node._args])
-        return f"_evaluate({self.bind('f', node._prim)}, ({names}), {self.bind('c', node._params)})"
+        prim, names = node._prim, "".join([f"{self.name(x)}, " for x in node._args])
+        if prim is _rule:
+            return f"{self.bind('f', functools.partial(_rule.forward, **node._params))}({names})"
+        call = f"_evaluate({self.bind('f', prim)}, ({names}), {self.bind('c', node._params)})"
+        if type(node._data) is np.ndarray and (prim is _getitem or prim not in _OWN):  # its shape may be another
+            return f"_as_before({call}, {node.shape}, {self.bind('c', node.dtype)})"
+        return call
 
     def number_of(self, node: Value) -> str:
         """An expression for a 0-d result: plain arithmetic where Python's is that of the engine."""
         prim, args, params = node._prim, node._args, node._params
-        kinds = {type(_raw(x)) for x in args}
-        weak = kinds <= {float, bool} and float in kinds and type(node._data) in (float, bool)
-        if prim is _dot and kinds <= {float} and len(args) < 100:
-            names, end = [self.name(x) for x in args], 2 * params["products"]
-            return " + ".join([*map("{} * {}".format, names[:end:2], names[1:end:2]), *names[end:]])
-        if not params and weak and prim.forward in _INFIX:
-            return _INFIX[prim.forward].format(*map(self.name, args))
-        if not params and kinds <= {float} and prim.scalar:
-            return f"{self.function(prim.scalar)}({', '.join(map(self.name, args))})"
-        if not params and prim.forward in _INFIX and all(np.ndim(_raw(x)) == 0 for x in args) and bool not in kinds:
-            return _INFIX[prim.forward].format(*map(self.name, args))
-        a = args[0] if args else None
-        if PRIMITIVES.get(prim.name) is not prim or np.ndarray not in kinds and prim is not _as_dtype:
+        if not _regular(node):
             return self.call(node)
+        kinds, names = {type(_raw(x)) for x in args}, list(map(self.name, args))
+        if prim is _dot and len(args) < 100:
+            end = 2 * params["products"]
+            return " + ".join([*map("{} * {}".format, names[:end:2], names[1:end:2]), *names[end:]])
+        if not params and np.ndarray not in kinds:
+            if prim.forward in _INFIX:
+                return _INFIX[prim.forward].format(*names)
+            if kinds == {float} and prim.scalar:
+                return f"{self.function(prim.scalar)}({', '.join(names)})"
+            if isinstance(node._data, np.generic) and isinstance(prim.forward, np.ufunc):
+                return f"{self.function(prim.forward)}({', '.join(names)})"
         if prim is _as_dtype and params["dtype"] is float:
-            return f"float({self.name(a)})"
-        if prim.name == "sum" and len(kinds) == 1:
-            return f"np.add.reduce({self.name(a)}, None)"
-        if prim.name == "matmul":
-            return f"{self.name(a)}.dot({self.name(args[1])})"
-        if prim.name == "reshape":
-            return f"{self.name(a)}.reshape(())[()]"
-        if prim.name == "getitem" and all(type(i) is int for i in params["index"]):
-            return f"{self.name(a)}[{', '.join(map(str, params['index']))}]"
+            return f"float({names[0]})"
+        if prim is _detach:
+            return names[0]
+        if kinds == {np.ndarray}:
+            if prim is PRIMITIVES["sum"]:
+                return f"np.add.reduce({names[0]}, None)"
+            if prim is TABLE[np.matmul]:
+                return f"{names[0]}.dot({names[1]})"
+            if prim is _reshape:
+                return f"{names[0]}.reshape(())[()]"
+            if prim is _getitem and all(type(i) is int for i in params["index"]):
+                return f"{names[0]}[{', '.join(map(str, params['index']))}]"
         return self.call(node)
 
-    def view(self, node, a, *_, **params):
+    def view(self, node, a, **params):
         """A view of what is always the same array is made now, and costs nothing in a run."""
-        base = self.fixed.get(self.name(a))
+        prim, name = node._prim, self.name(a)
+        base = self.fixed.get(name)
         if base is not None:
-            view = node._prim.forward(base, **params)
+            view = prim.forward(base, **params)
             if np.may_share_memory(view, base):
                 self.names[node] = self.bind("b", view)
                 return None
-        if node._prim.name == "reshape":
-            return self.local(node, f"{self.name(a)}.reshape({node.shape})")
-        if node._prim.name == "transpose":
-            return self.local(node, f"{self.name(a)}.transpose({params.get('axes') or ''})")
-        if node._prim.name == "broadcast_to" and type(_raw(a)) is not float:
-            return self.local(node, f"np.broadcast_to({self.name(a)}, {node.shape})")
-        return False
+        if prim is _reshape:
+            return self.local(node, f"{name}.reshape({node.shape})")
+        if prim is _TRANSPOSE:
+            axes = params.get("axes")
+            axes = range(node.ndim)[::-1] if axes is None else [int(i) % node.ndim for i in axes]
+            return self.local(node, f"{name}.transpose({', '.join(map(str, axes))})")
+        return False if prim is _getitem else self.local(node, f"np.broadcast_to({name}, {node.shape})")
 
-    def getitem(self, node, a, *parts, index):
-        if parts or not self.takes(node):
-            return False if parts else self.view(node, a, index=index)
-        a, c = self.name(a), self.name(index[0])
+    def getitem(self, node, a, index):
+        if (places := self.takes(node)) is None:
+            return self.view(node, a, index=index)
+        a, c = self.name(a), self.bind("c", places)
         self.line(f"np.take({a}, {c}, 0, {self.target(node)}, 'clip')")  # with 'raise', take would make a copy
 
     def detach(self, node, a):
@@ -5343,13 +5523,13 @@ class _Lowering:
     def matmul(self, node, x, y):
         matrices = np.ndim(_raw(x)) <= 2 >= np.ndim(_raw(y))
         x, y = self.name(x), self.name(y)
-        self.line(f"{x}.dot({y}, {self.target(node)})" if matrices else f"np.matmul({x}, {y}, out={self.target(node)})")
+        self.write(node, f"{x}.dot({y}" if matrices else f"np.matmul({x}, {y}")
 
     def sum(self, node, a, axis=None, keepdims=False):
         name = self.name(a)
-        if np.ndim(_raw(a)) == 2 and axis in (0, (0,)) and not keepdims and node.dtype.kind == "f":
-            ones = self.bind("c", _ones(np.shape(_raw(a))[0], node.dtype))
-            self.line(f"{ones}.dot({name}, {self.target(node)})")  # BLAS sums rows faster than NumPy's reduce
+        if np.ndim(_raw(a)) == 2 and axis in (0, (0,)) and not keepdims:
+            ones = self.name(_ones(np.shape(_raw(a))[0], node.dtype))
+            self.write(node, f"{ones}.dot({name}")  # BLAS sums rows faster than NumPy's reduce
         else:
             axis = tuple(map(int, axis)) if isinstance(axis, tuple) else axis if axis is None else int(axis)
             self.line(f"np.add.reduce({name}, {axis}, None, {self.target(node)}, {bool(keepdims)})")
@@ -5368,7 +5548,7 @@ class _Lowering:
         self.line(f"np.{node._prim.name}(({names}), {int(axis)}, {self.target(node)})")
 
     def pack(self, node, *numbers, shape, dtype):
-        if all(x._prim is None if isinstance(x, Value) else isinstance(x, Tensor) for x in numbers):
+        if all(_is_input(x) and type(x._data) is float for x in numbers):
             values = f"[x._data for x in {self.bind('c', numbers)}]"  # their data is read here, not as inputs
         else:
             values = ", ".join([self.name(x) for x in numbers])
@@ -5377,10 +5557,9 @@ class _Lowering:
         self.line(f"{flat}[:] = {values}")
 
     def scatter(self, node, a, *parts, shape, index):
-        unique = all(type(i) is int or isinstance(i, slice) for i in index)
-        if not unique and not parts and len(index) == 1 and isinstance(index[0], np.ndarray):
-            unique = index[0].dtype.kind == "b" or len(np.unique(index[0])) == index[0].size
-        if parts or not unique:
+        places = self.takes(node)
+        unique = all(i is None or i is Ellipsis or type(i) is int or isinstance(i, slice) for i in index)
+        if not unique and (parts or places is None or len(np.unique(places)) < places.size):
             return False
         a, out = self.name(a), self.target(node)
         self.line(f"{out}.fill(0)")
@@ -5396,20 +5575,21 @@ class _Lowering:
             self.line(f"np.add({out}, {name}, out={out})")
 
     EMITTERS = {
-        **dict.fromkeys(("reshape", "transpose", "broadcast_to"), view),
-        **dict.fromkeys(("concatenate", "stack"), joined),
-        **{f.__name__: f for f in (getitem, detach, matmul, sum, where, astype, pack, scatter, dot, fused)},
-        "copy": lambda self, node, a: self.astype(node, a, None),
+        **dict.fromkeys((_reshape, _TRANSPOSE, _BROADCAST), view),
+        **dict.fromkeys((_concatenate, _stack), joined),
+        **{_getitem: getitem, _detach: detach, _scatter: scatter, _pack: pack, _dot: dot, _fused: fused},
+        **{TABLE[np.matmul]: matmul, PRIMITIVES["sum"]: sum, _WHERE: where, _as_dtype: astype},
+        TABLE[np.copy]: lambda self, node, a: self.astype(node, a, None),
     }
 
     def finish(self, roots, gradients):
-        """Heads and tails of the two functions, and their source."""
+        """Heads and tails of the two functions, their source, and the functions."""
         self.section = 1
         handed = []
         for g in gradients:
             name = self.name(g)
-            if type(g._data) is np.ndarray and name not in self.outputs:
-                name = f"np.array({name})"
+            if type(g._data) is np.ndarray and (name not in self.outputs or name in handed):
+                name = f"np.array({name})"  # a leaf owns its gradient
             handed.append(name)
         self.section = 0
         results = [f"np.array({self.name(r)})" if type(r._data) is np.ndarray else self.name(r) for r in roots]
@@ -5420,13 +5600,10 @@ class _Lowering:
             if type(x._data) is np.ndarray:
                 wrong = f"type({name}) is not _array or {name}.shape != {x.shape}"
                 head.append(f"if {wrong}: {name} = _checked({source}, {x.shape})")
-            elif type(x._data) is not float:
+            elif isinstance(x._data, np.generic):
                 head.append(f"if {name}.shape != (): _checked({source}, ())")
         self.space |= {"_array": np.ndarray, "_checked": _checked, "_blocks": run_blocks}
         saved = "".join(f"{name}, " for name in self.saved)
-        outs = [f"{name} = _fresh({i})" for i, name in enumerate(self.outputs)]
-        arrays = list(self.outputs.values())
-        self.space["_fresh"] = functools.partial(_fresh, arrays)
 
         def body(lines):
             return "".join(f"    {line}\n" for line in lines)
@@ -5434,22 +5611,23 @@ class _Lowering:
         self.source = (
             f"def forward():\n{body(head)}{body(self.lines[0])}"
             f"    return ({''.join(f'{r}, ' for r in results)}), ({saved})\n\n\n"
-            f"def backward(seed, saved):\n{body([f'{saved[:-1]} = saved'] if saved else [])}{body(outs)}"
+            f"def backward(seed, saved):\n{body([f'{saved[:-1]} = saved'] if saved else [])}"
             f"{body(self.lines[1])}    return [{', '.join(handed)}]\n"
         )
         exec(compile(self.source, "<optimized>", "exec"), self.space)
+        # Out of the namespace, which they hold: nothing is in a cycle, and a program that is dropped is gone.
+        self.functions = self.space.pop("forward"), self.space.pop("backward")
 
 
-def _fresh(arrays: list, i: int) -> np.ndarray:
-    """Array i to write a gradient to: the one of the last run, unless somebody holds it still."""
-    if sys.getrefcount(arrays[i]) > _UNSHARED:
-        arrays[i] = np.empty_like(arrays[i])
-    return arrays[i]
+class _Resized(Exception):
+    """What a program was made for has another shape or type now; the graph that was traced has none to be wrong."""
 
 
-_UNSHARED = 1 << 30
-_probe = [np.empty(0)]
-_UNSHARED = next(n for n in range(1, 9) if sys.getrefcount(_probe[0]) <= n)
+def _as_before(x, shape: tuple, dtype: np.dtype) -> np.ndarray:
+    """A result whose shape may depend on data, if it has the one that it had."""
+    if type(x) is not np.ndarray or x.shape != shape or x.dtype != dtype:
+        raise _Resized
+    return x
 
 
 class _ShapeChanged(ValueError):
@@ -5458,13 +5636,16 @@ class _ShapeChanged(ValueError):
 
 def _checked(x: Array, shape: tuple) -> np.ndarray:
     """The array of an input, which must have the shape that it had."""
-    if x.shape == shape:
-        return _public(x._data)
-    label = f" {x.label!r}" if getattr(x, "label", "") else ""
-    raise _ShapeChanged(
-        f"optimize: {type(x).__name__}{label} had shape {shape} when the graph was optimized, and now has {x.shape}; "
-        "build and optimize the graph anew for another shape"
-    )
+    if x.shape != shape:
+        label = f" {x.label!r}" if getattr(x, "label", "") else ""
+        raise _ShapeChanged(
+            f"optimize: {type(x).__name__}{label} had shape {shape} when the graph was optimized, and now has "
+            f"{x.shape}; build and optimize the graph anew for another shape"
+        )
+    raw = _public(x._data)
+    if type(raw) is not np.ndarray:
+        raise _Resized
+    return raw
 
 
 # --- programs ---
@@ -5475,144 +5656,168 @@ JOINT_PASSES = (fold_constants, simplify, simplify, merge_common, reduce_product
 
 
 @contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """The opposite of `no_grad`: a program is made, and goes on, as otherwise."""
+    before, _mode.recording = _mode.recording, True
+    try:
+        yield
+    finally:
+        _mode.recording = before
+
+
+@contextlib.contextmanager
 def _tracing() -> Iterator[None]:
     """While a graph is rewritten: arrays are plain in this thread, and arithmetic on examples warns of nothing."""
-    _mode.tracing = True
+    before, _mode.tracing = _mode.tracing, True
     try:
-        with np.errstate(all="ignore"):
+        with _recording(), np.errstate(all="ignore"):
             yield
     finally:
-        _mode.tracing = False
+        _mode.tracing = before
+
+
+def _traced(roots: Sequence[Value]) -> list[Value]:
+    """A copy of the graph, with the programs in it written out as the graphs that they were made of."""
+    programs: dict[_Program, list[Value]] = {}
+
+    def rule(node, args):
+        if node._prim is not _program:
+            return _twin(node, node._prim, args, node._params)
+        program, index = node._params.values()
+        if program not in programs:
+            programs[program] = _replayed(program.traced)
+        return programs[program][index]
+
+    return _rewrite(roots, rule)
 
 
 class _Program:
     """A graph made to run again and again: its values by `forward`, then the gradients of one root by `backward`.
 
-    `graph` are the roots that the passes made. Where arithmetic on Python floats raises though IEEE arithmetic has an
-    answer, and where the graph is too large to be compiled, that graph is replayed.
+    `traced` is a copy of the graph it was made of, and `graph` what the passes made of that; both without data. `graph`
+    is replayed where arithmetic on Python floats raises though IEEE arithmetic has an answer, and where there is too
+    much of it to be compiled; `traced`, once sizes turn out to depend on data.
     """
 
     def __init__(self, roots: Sequence[Value]):
         self.lock = threading.RLock()
-        self.traced = _rewrite(roots, lambda node, args: _twin(node, node._prim, args, node._params))
-        for node in _oldest_first(self.traced):
-            for x in (node, *node._args):
-                if isinstance(x, Array) and type(x._data) is Chunked:
-                    x._data = x._data.expose()  # the passes look at arrays
         with _tracing():
-            graph = list(self.traced)
-            self.foreign = any(_is_foreign(node._data) for node in _oldest_first(graph))
+            graph = self.traced = _traced(roots)
+            nodes = _oldest_first(self.traced)
+            for node in nodes:
+                for x in (node, *node._args):
+                    if isinstance(x, Array) and type(x._data) is Chunked:
+                        x._data = x._data.expose()  # the passes look at arrays
+            self.foreign = any(_is_foreign(node._data) for node in nodes)
             for apply in FOREIGN_PASSES if self.foreign else PASSES:
                 graph = apply(graph)
-        self.graph = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
-        nodes = _oldest_first(self.traced)
-        self.leaves = [node for node in nodes if node._prim is None]
-        self.compiled: dict[int, tuple] = {}  # by root: its lowering, and what its gradients belong to
-        self.results = [root._data for root in roots]
-        self.state: tuple | None = None  # (compiled for root, locals that backward needs) of the last forward
-        self.swept: tuple | None = None  # (seed, gradients) of the last backward of a larger graph
+            self.graph = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
+        reach, leaves = _reach(self.traced), [node for node in nodes if node._prim is None]
+        # By root: the leaves that get a gradient from it, and all leaves, those first.
+        self.reached = [{x for x in leaves if reach[x] >> i & 1} for i in range(len(roots))]
+        self.leaves = [sorted(leaves, key=lambda x, reached=reached: x not in reached) for reached in self.reached]
+        self.results = [_settle(np.array(x)) if isinstance(x, np.ndarray) else x for x in (r._data for r in roots)]
+        self.compiled: dict[int, _Compiled | None] = {}  # by root
+        self.state: tuple | None = None  # (root, what its backward needs) of the last forward
+        self.swept: dict[tuple, dict] = {}  # gradients that an eager sweep is about to fetch, by root and thread
         self.nodes: list[weakref.ref] = []  # the Values that show the results
         self.current = next((i for i, root in enumerate(self.graph) if root._needs), 0)
-        self.compile(self.current)
-        for node in {*nodes, *_oldest_first(self.graph)}.difference(self.leaves):
-            node._data = _hollow(node._data)
-        self.results = [_settle(np.array(x)) if isinstance(x, np.ndarray) else x for x in self.results]
+        self.compile(self.current, self.graph)
+        for node in {*nodes, *_oldest_first(self.graph)}.difference(leaves):
+            node._data = None
 
-    def compile(self, index: int):
-        """The lowering for the gradients of one root."""
-        if index in self.compiled:
-            return self.compiled[index]
-        root = self.graph[index]
-        nodes = _oldest_first(self.graph)
-        if self.compiled:
-            self.refresh()  # so that the rules run on real data: an inverse of zeros would fail
+    def compile(self, index: int, graph: Sequence | None = None) -> _Compiled | None:
+        """The code for the gradients of one root; None if it is to be replayed."""
+        if index not in self.compiled:
+            graph = graph or _replayed(self.graph)  # the rules run on real data: an inverse of zeros would fail
+            self.compiled[index] = self.lowered(graph, index)
+        return self.compiled[index]
+
+    def lowered(self, graph: Sequence, index: int) -> _Compiled | None:
+        nodes, reached = _oldest_first(graph), self.reached[index]
         if self.foreign or len(nodes) > _MAX_LINES:
-            self.compiled[index] = None, []
-            return self.compiled[index]
+            return None
         with _tracing():
+            graph = seal(graph)
+            root, nodes = graph[index], _oldest_first(graph)
             seed = _leaf(_filled_like(root._data, 1))
             packs = {node for node in nodes if node._prim is _pack and all(_is_input(x) for x in node._args)}
-            gradients = _backpropagate(root, seed, packs, False, True) if root._needs else {}
-            targets = [x for x in gradients if x is not seed and (x._prim is None or x in packs)]
-            joint = [*self.graph, *(gradients[x] for x in targets)]
+            try:
+                gradients = _backpropagate(root, seed, packs, False, True) if root._needs else {}
+            except Exception:  # a rule fails on these data, as it would in eager mode: in `backward`, if that is called
+                return None
+            targets = [x for x in gradients if x is not seed and (x in reached or x in packs)]
+            joint = [*graph, *(gradients[x] for x in targets)]
             for apply in JOINT_PASSES:
                 joint = apply(joint)
             if _config.enabled:
                 joint = fuse(joint)
-            joint = [x if isinstance(x, Value) else _record(_detach, (x,)) for x in joint]
-        n = len(self.graph)
-        self.compiled[index] = _Lowering(joint[:n], seed, joint[n:]), targets
-        return self.compiled[index]
+            joint = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in joint]
+            lowering = _Lowering(joint[: len(graph)], seed, joint[len(graph) :])
+        targets = [x if x in reached else [y if y in reached else None for y in x._args] for x in targets]
+        return _Compiled(*lowering.functions, lowering.source, targets)
+
+    def run(self, index: int) -> tuple:
+        """The results from the current data of leaves and Tensors, and what the gradients of one root need: locals of
+        the code, or the graph with its data."""
+        code = self.compiled.get(index) or self.compile(index)
+        if code is not None:
+            try:
+                return code.forward()
+            except _Resized:
+                self.graph = self.traced
+                self.compiled = dict.fromkeys(range(len(self.graph)))
+            except _ShapeChanged:
+                raise
+            except (ArithmeticError, ValueError):
+                pass
+        graph = _replayed(self.graph)
+        return [root._data for root in graph], graph
 
     def forward(self) -> None:
         """Computes the roots from the current data of leaves and Tensors."""
         with self.lock:
-            lowering, _ = self.compile(self.current)
-            self.state = self.swept = None
-            try:
-                if lowering is None:
-                    raise ArithmeticError
-                results, saved = lowering.space["forward"]()
-                self.state = self.current, saved
-            except _ShapeChanged:
-                raise
-            except (ArithmeticError, ValueError):
-                self.refresh()
-                results = [root._data for root in self.graph]
+            self.state = None
+            results, saved = self.run(self.current)
+            self.state = self.current, saved
             self.show(results)
 
-    def show(self, results: list) -> None:
+    def show(self, results: Sequence) -> None:
         self.results = results
         for ref in self.nodes:
             if (node := ref()) is not None:
                 node._data = results[node._params["index"]]
 
-    def refresh(self) -> None:
-        """Replays the rewritten graph, node by node."""
-        for node in _oldest_first(self.graph):
-            if node._prim is not None:
-                node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
-
-    def backward(self, index: int, seed) -> list[tuple[Value, Any]]:
-        """(leaf, gradient) pairs, to be added up; numbers that were packed come as (pack, array)."""
+    def backward(self, index: int, seed) -> Iterable[tuple[Value, Any]]:
+        """(leaf, gradient) pairs, to be added up. Does not change what the results are."""
         with self.lock:
-            if index != self.current or self.state is None:
-                self.current = index
-                self.forward()
-            lowering, targets = self.compile(index)
-            if self.state is not None:
-                state, self.state = self.state, None  # its buffers are used up
+            state, self.state, self.current = self.state, None, index  # buffers are used up
+            saved = state[1] if state is not None and state[0] == index else self.run(index)[1]
+            if type(saved) is tuple:
+                code = self.compiled[index]
                 try:
-                    return list(zip(targets, lowering.space["backward"](seed, state[1])))
-                except (ArithmeticError, ValueError):
-                    self.refresh()
-            root = self.graph[index]
+                    return _unpacked(code.targets, code.backward(seed, saved))
+                except (ArithmeticError, ValueError, _Resized):
+                    saved = _replayed(self.graph)
+            root = saved[index]
             found = _at_home(_backpropagate(root, seed, retain=False), root)
             if self.foreign:  # the root may be computed by now
-                self.show([root._data for root in self.graph])
-            return [(node, g) for node, g in found.items() if node._prim is None]
+                self.show([root._data for root in saved])
+            return [(node, g) for node, g in found.items() if node in self.reached[index]]
 
     def gradients(self, index: int, g) -> dict[Value, Any]:
-        """The gradients of the leaves, as numbers and arrays, or as Values by the graph that was traced."""
-        if self.swept is not None and self.swept[0] is g:  # one sweep serves all leaves
-            return self.swept[1]
+        """The gradients of a root's leaves, as numbers and arrays, or as Values by the graph that was traced."""
         if isinstance(g, Value):
-            for node in _oldest_first(self.traced):
-                if node._prim is not None:
-                    node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
-            found = _backpropagate(self.traced[index], g, set(self.leaves), False, True)
-        else:
-            found = {}
-            for x, h in _unpacked(self.backward(index, g)):
-                found[x] = found[x] + h if x in found else h
-        self.swept = g, found
+            return _backpropagate(_replayed(self.traced)[index], g, self.reached[index], False, True)
+        found: dict[Value, Any] = {}
+        for x, h in self.backward(index, g):
+            found[x] = found[x] + h if x in found else h
         return found
 
     def picture(self, index: int) -> Value:
         """What the graph of a root became, with its current data, to be drawn."""
-        with self.lock:
-            self.refresh()
-            root = _rewrite(fuse([self.graph[index]]), _pictured)[0]
+        with self.lock, _tracing():
+            root = _rewrite(fuse([_replayed(self.graph)[index]]), _pictured)[0]
             return _twin(root, root._prim, root._args, root._params)
 
     def __reduce__(self):
@@ -5620,38 +5825,51 @@ class _Program:
 
     @property
     def source(self) -> str:
-        lowering, _ = self.compile(self.current)
-        why = "its arrays are computed by another library" if self.foreign else "too large to be compiled"
-        return lowering.source if lowering else f"# {why}: replayed node by node\n"
+        code = self.compile(self.current)
+        why = "its arrays are computed by another library" if self.foreign else "not to be compiled"
+        return code.source if code else f"# {why}: replayed node by node\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """The code of a program, and what its gradients belong to: a leaf, or, of numbers in one array, a list of them."""
+
+    forward: Callable
+    backward: Callable
+    source: str
+    targets: list
 
 
 def _retraced(roots) -> _Program:
     return _Program([root.forward() for root in roots])
 
 
-def _unpacked(pairs: Sequence) -> Iterator[tuple[Value, Any]]:
+def _unpacked(targets: Sequence, gradients: Sequence) -> list[tuple[Value, Any]]:
     """The pairs of leaf and gradient, one for each number of a pack."""
-    for target, g in pairs:
-        if target._prim is None:
-            yield target, g
+    pairs: list = []
+    for target, g in zip(targets, gradients):
+        if isinstance(target, Value):
+            pairs.append((target, g))
         else:
             numbers = g.reshape(-1).tolist() if g.dtype == np.float64 else g.reshape(-1)
-            for pair in zip(target._args, numbers):
-                if isinstance(pair[0], Value):
-                    yield pair
+            for x, h in zip(target, numbers):
+                if x is not None:
+                    pairs.append((x, h if type(x._data) is float else x._data.dtype.type(h)))
+    return pairs
 
 
 def _is_input(x) -> bool:
     return isinstance(x, Tensor) or (isinstance(x, Value) and x._prim is None)
 
 
-def _hollow(raw):
-    """An array of that shape and dtype that takes no memory."""
-    return np.broadcast_to(np.zeros((), raw.dtype), raw.shape) if isinstance(raw, np.ndarray) else raw
-
-
 def _program_i(i, g, out, leaves, program, index):
-    return program.gradients(index, g).get(program.leaves[i])
+    key, n = (index, threading.get_ident()), len(program.reached[index])
+    if i >= n:
+        return None
+    if i == 0:  # one sweep serves all leaves
+        program.swept[key] = program.gradients(index, g)
+    found = program.swept.pop(key) if i == n - 1 else program.swept[key]
+    return found.get(program.leaves[index][i])
 
 
 def _program_forward(*leaves, program, index):
@@ -5695,12 +5913,9 @@ class Optimized(Value):
         """Adds the gradient of this Value to the `.grad` of the leaves; see `Value.backward`."""
         seed = self._seed(gradient)
         program, index = self._params.values()
-        grads: dict[Value, Any] = {}
-        for x, g in _unpacked(program.backward(index, seed)):
-            grads[x] = grads[x] + g if x in grads else g
-        for x, g in _deposited(grads, {self: seed}).items():
+        for x, g in _deposited(program.gradients(index, seed), {self: seed}).items():
             x._grad = g
-        self._grad = seed
+        self._grad = seed if retain_grads else None
 
     def _picture(self) -> Value:
         return self.graph
@@ -5717,8 +5932,10 @@ class Optimized(Value):
 
 
 def _optimized(program: _Program, index: int, grad=None, label: str = "") -> Optimized:
-    node = _new(Optimized)
-    node._data, node._grad, node._prim, node._args = program.results[index], grad, _program, tuple(program.leaves)
+    node, data = _new(Optimized), program.results[index]
+    # In a graph, an empty array beside leaves that are numbers: so its result is taken as it is, and not for a number.
+    strong = () if type(data) is float or type(data) is bool else (np.empty(0, np.float32),)
+    node._data, node._grad, node._prim, node._args = data, grad, _program, (*program.leaves[index], *strong)
     node._params = {"program": program, "index": index}
     node._needs, node._number, node.label = program.traced[index]._needs, _next_number(), label
     program.nodes.append(weakref.ref(node))

@@ -1809,7 +1809,7 @@ class TestOptimizer(Strict):
     def test_simplify(self):
         x, y, a = Value(3.0), Value(2.0), Value(np.arange(1.0, 7).reshape(2, 3), np.float64)
         for root, names in [
-            (x + 0.0, []),
+            (x + 0.0, ["add"]),
             (1.0 * x, []),
             (x**1, []),
             (x / 1.0, ["multiply"]),
@@ -1825,7 +1825,7 @@ class TestOptimizer(Strict):
             (a.reshape(6).reshape(2, 3), []),
             (np.mean(a), ["multiply", "sum"]),
             (a * a, ["square"]),
-            (a * np.broadcast_to(x, (2, 3)), ["multiply"]),
+            (a * np.broadcast_to(a[0], (2, 3)), ["getitem", "multiply"]),
             (2.0 * (y * (a + 1.0)), ["add", "multiply", "multiply"]),
         ]:
             with self.subTest(root=repr(root), names=names):
