@@ -266,10 +266,10 @@ def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub") -> Any:
         raise ValueError(f"{who}: data must be rectangular, got ragged nested sequences ({error})") from None
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{who}: data must be real numbers, got {type(data).__name__} of dtype {array.dtype}")
+    raw = _settle(array.astype(dtype or np.float32))
     if _config.enabled and array.ndim and array.size >= _config.min_elements_for_parallel:
-        steps = ((_as_dtype, (0,), np.dtype(dtype or np.float32)),)
-        return Chunked(run_blocks(steps, [array], array.shape, [1])[0][0], given=False)
-    return _settle(array.astype(dtype or np.float32))
+        return _adopted(raw)
+    return raw
 
 
 def _settle(out):
@@ -524,7 +524,7 @@ class Tensor(Array):
 
     @data.setter
     def data(self, new):
-        if _raw(new) is not self._data:
+        if _raw(new) is not self._data and new is not _public(self._data):
             self._data = _conform(new, self._data, "Tensor.data")
             if self._owner:
                 setattr(*self._owner, self._data)
@@ -674,7 +674,7 @@ class Value(Array):
 
     @data.setter
     def data(self, new):
-        if _raw(new) is not self._data:
+        if _raw(new) is not self._data and new is not _public(self._data):
             new = _conform(new, self._data, "Value.data")
             if np.shape(new) != self.shape:
                 self._grad = None  # it was that of other data
