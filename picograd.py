@@ -33,6 +33,7 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import errno
 import functools
 import io
 import itertools
@@ -309,6 +310,10 @@ class Kind:
     def shared(self, raw) -> bool:
         """Whether the memory of a raw value may be another's, too."""
         return type(raw) is np.ndarray and raw.base is not None
+
+    def same(self, raw, x) -> bool:
+        """Whether x is the raw value, or what `hand_out` gives for it."""
+        return x is raw
 
     def write(self, raw, new):
         """In place: gives raw the data of `new`, of its shape; what holds it from now on."""
@@ -729,7 +734,7 @@ class Tensor(Array):
 
     @data.setter
     def data(self, new):
-        if _raw(new) is not self._data:
+        if not KINDS[type(self._data)].same(self._data, _raw(new)):
             self._become(_conform(new, self._data, "Tensor.data", self._choice))
 
     def _become(self, raw) -> None:
@@ -900,7 +905,7 @@ class Value(Array):
 
     @data.setter
     def data(self, new):
-        if _raw(new) is not self._data:
+        if not KINDS[type(self._data)].same(self._data, _raw(new)):
             new = _conform(new, self._data, "Value.data")
             if np.shape(new) != self.shape:
                 self._grad = None  # it was that of other data
@@ -917,7 +922,8 @@ class Value(Array):
 
     @grad.setter
     def grad(self, new):
-        if new is not None and (new := _raw(new)) is not self._grad:
+        new, had = _raw(new), self._grad
+        if new is not None and (had is None or not KINDS[type(had)].same(had, new)):
             new = _conform(new, _filled_like(self._data, 0), "Value.grad")
             if np.shape(new) != self.shape:
                 raise ValueError(f"Value.grad: expected shape {self.shape}, got {np.shape(new)}")
@@ -3539,6 +3545,9 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
             changes[name] = int(value)
     _config = replace(_config, **changes)
     HOOK.limit = _config.min_elements_for_parallel if _config.enabled else math.inf
+    if not _config.enabled:
+        _memory.bound = 0
+        _memory.clear()
     return _config
 
 
@@ -3578,93 +3587,200 @@ _cores: int | None = None
 
 # --- memory: buffers that are used again, since fresh pages cost as much as the arithmetic on them ---
 
-_KEPT_BYTES = 1 << 30  # of freed buffers that are kept for the next results
 _SMALL_BYTES = 1 << 22  # below, malloc does as well
+_MAX_SEGMENTS = 64  # that are shared at a time: each takes two descriptors
+
+
+def _physical_bytes() -> int:
+    """The memory that this process may use: of the machine, or of its control group."""
+    sizes = [1 << 32]
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes":
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(Path(path).read_text()))
+    return min(sizes)
+
+
+class _Private:
+    """Memory of this process alone. Every segment has a size, an address, and a name by which workers find it."""
+
+    name: tuple | None = None
+
+    def __init__(self, size: int):
+        self.size, self.memory = size, np.empty(size, np.uint8)
+        self.address = self.memory.ctypes.data
+
+
+class _Memfd:
+    """Anonymous shared memory of Linux, which ends with the last process that has it, also after a crash."""
+
+    def __init__(self, size: int):
+        import mmap
+
+        self.size, self.fd = size, os.memfd_create("picograd")
+        try:
+            os.ftruncate(self.fd, size)
+            self.memory = mmap.mmap(self.fd, size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.address = np.frombuffer(self.memory, np.uint8).ctypes.data
+        self.name = next(_serial), "_Memfd", (os.getpid(), self.fd)
+
+    @staticmethod
+    def attach(pid: int, fd: int) -> tuple:
+        import mmap
+
+        with open(f"/proc/{pid}/fd/{fd}", "r+b") as file:
+            memory = mmap.mmap(file.fileno(), 0)
+        return memory, memory
+
+    def close(self) -> None:
+        """Gives the memory back to the system, though workers may still have it mapped."""
+        os.ftruncate(self.fd, 0)
+        self.leave()
+
+    def leave(self) -> None:
+        """From now on it is as private: no worker finds it."""
+        os.close(self.fd)
+        self.name = None
+
+
+class _Named:
+    """Shared memory with a name in the system, `multiprocessing.shared_memory`."""
+
+    def __init__(self, size: int):
+        from multiprocessing import shared_memory
+
+        self.size, self.memory = size, shared_memory.SharedMemory(create=True, size=size)
+        self.address = np.frombuffer(self.memory.buf, np.uint8).ctypes.data
+        self.fd = getattr(self.memory, "_fd", -1)
+        self.name = next(_serial), "_Named", (self.memory.name,)
+
+    @staticmethod
+    def attach(name: str) -> tuple:
+        from multiprocessing import shared_memory
+
+        memory = shared_memory.SharedMemory(name)
+        return memory, memory.buf
+
+    def leave(self) -> None:
+        self.memory.unlink()
+        self.name = None
+
+    close = leave
+
+
+_serial = itertools.count()
+_Shared = _Memfd if hasattr(os, "memfd_create") else _Named
+
+
+class _Lease:
+    """What an array on a segment has as its base: while that array, a view of it or a window on it is there, so is
+    this; then the segment is free again."""
+
+    __slots__ = ("segment", "__array_interface__")
+
+    def __init__(self, segment, shape: tuple, dtype: np.dtype):
+        self.segment = segment
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": shape,
+            "typestr": dtype.str,
+            "data": (segment.address, False),
+        }
+
+    def __del__(self):
+        if _memory is not None:  # as it is when Python ends
+            _memory.take_back(self.segment)
 
 
 class _Memory:
-    """Buffers for large arrays: private memory for threads; for processes shared memory, with a file to map it by."""
+    """The segments: `free` ones, the last freed at the end, and those that are `shared`, free or not."""
 
     def __init__(self):
-        self.free: list[tuple[int, bool, Any]] = []  # (size, shared?, buffer), the last freed at the end
+        self.free: list[Any] = []
+        self.shared: dict[tuple, Any] = {}  # by name
+        self.bound = 0  # bytes of freed segments that are kept for the next results: none when nothing is distributed
         self.lock = threading.RLock()  # reentrant: an array may die, and come here, at any allocation
 
-    def empty(self, shape, dtype, shared: bool) -> np.ndarray:
+    def empty(self, shape: tuple, dtype, shared: bool) -> np.ndarray:
+        """A new array, where worker processes find it if they are to share it and it can be had."""
         dtype = np.dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < _SMALL_BYTES and not shared:
             return np.empty(shape, dtype)
         size = -(-max(nbytes, 1) >> 20) << 20
-        with self.lock:
-            fitting = [i for i, entry in enumerate(self.free) if entry[:2] == (size, shared)]
+        self.bound = self.bound or _physical_bytes() // 16
+        segment = self.take(size, shared)
+        if segment is None and shared and len(self.shared) >= _MAX_SEGMENTS and not self.clear(shared=True):
+            segment = self.take(size, False)
+            shared = False
+        if segment is None and shared:
             try:
-                if fitting:
-                    buffer = self.free.pop(fitting[-1])[2]
-                else:
-                    buffer = _Segment(size) if shared else _private_buffer(size)
-            except OSError as error:
-                if not shared:
-                    raise
+                segment = self.spend(_Shared, size)
+                self.shared[segment.name] = segment
+            except (OSError, ImportError) as error:
+                if getattr(error, "errno", None) == errno.ENOMEM:
+                    raise MemoryError(f"no {size} bytes of shared memory can be had") from error
                 _workers.warn(f"shared memory cannot be had here ({error}); computing in threads")
-                return np.empty(shape, dtype)
-        array = np.ndarray(shape, dtype, buffer.map if shared else buffer)
-        weakref.finalize(array, self.take_back, buffer, size, shared).atexit = False
-        return array
+        return np.asarray(_Lease(segment or self.spend(_Private, size), shape, dtype))
 
-    def take_back(self, buffer, size, shared):
-        """The array in a buffer, and all views of it, are gone."""
-        if shared and buffer.name[0] != os.getpid() and buffer.memory is None:
-            return  # of a process that forked into this one: its arrays may still be there
+    def take(self, size: int, shared: bool):
+        """The segment of that size that was freed last, if there is one."""
         with self.lock:
-            self.free.append((size, shared, buffer))
-            while sum(size for size, *_ in self.free) > _KEPT_BYTES:
-                _, shared, buffer = self.free.pop(0)
-                if shared:
-                    buffer.close()
+            for segment in reversed(self.free):
+                if segment.size == size and (segment.name is not None) == shared:
+                    self.free.remove(segment)
+                    return segment
+        return None
 
+    def spend(self, function: Callable, *args, **kwargs):
+        """Calls a function that takes memory; if there is none left, again without what is kept."""
+        try:
+            return function(*args, **kwargs)
+        except (MemoryError, OSError):
+            if not self.clear():
+                raise
+        return function(*args, **kwargs)
 
-def _private_buffer(size):
-    import mmap
+    def take_back(self, segment) -> None:
+        """The array on a segment, and all views of it, are gone."""
+        with self.lock:
+            self.free.append(segment)
+            while sum([segment.size for segment in self.free]) > self.bound:
+                self.close(self.free[0])
 
-    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-        return bytearray(size)
-    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)  # a fault for 2 MB instead of 4 kB
-    return buffer
+    def close(self, segment) -> None:
+        self.free.remove(segment)
+        if self.shared.pop(segment.name, None):
+            segment.close()
 
+    def clear(self, shared: bool = False) -> int:
+        """Gives freed segments back to the system, or the shared ones only; how many they were."""
+        with self.lock:
+            segments = [segment for segment in self.free if segment.name or not shared]
+            for segment in segments:
+                self.close(segment)
+        return len(segments)
 
-class _Segment:
-    """Anonymous shared memory, which ends with the last process that has it, also after a crash; /dev/shm is not used.
-    Where the system has none, `multiprocessing.shared_memory`."""
-
-    serial = itertools.count()
-    known: dict[int, _Segment] = {}  # by the id of the mapping that its arrays are made on
-
-    def __init__(self, size: int):
+    def part(self) -> None:
+        """Before a fork: what is shared becomes private, at the same addresses, so that neither process sees what the
+        other writes. The file stays as it is from now on, so that a private mapping of it is a copy on write."""
+        import ctypes
         import mmap
 
-        self.memory = None
-        if hasattr(os, "memfd_create"):
-            fd = os.memfd_create("picograd")
-            os.ftruncate(fd, size)
-            self.map = mmap.mmap(fd, size)
-            self.name: tuple = (os.getpid(), fd, next(self.serial), size)
-        else:
-            from multiprocessing import shared_memory
-
-            self.memory = shared_memory.SharedMemory(create=True, size=size)
-            self.map, self.name = self.memory.buf, (self.memory.name, None, next(self.serial), size)
-        self.known[id(self.map)] = self
-
-    def close(self) -> None:
-        """Gives the memory back to the system, though workers may still have it mapped."""
-        del self.known[id(self.map)]
-        if self.memory is not None:
-            self.memory.unlink()
-        elif self.name[0] == os.getpid():
-            os.ftruncate(self.name[1], 0)
-            os.close(self.name[1])
+        self.clear(shared=True)
+        system = ctypes.CDLL(None, use_errno=True).mmap
+        system.restype = ctypes.c_void_p
+        system.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        for name, segment in list(self.shared.items()):
+            flags = mmap.MAP_PRIVATE | 0x10  # MAP_FIXED
+            found = system(segment.address, segment.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, segment.fd, 0)
+            if found != segment.address:
+                raise OSError(ctypes.get_errno(), "picograd: shared memory cannot be parted before a fork")
+            self.shared.pop(name).leave()
 
 
 _memory = _Memory()
@@ -3675,42 +3791,36 @@ def _describe(x: np.ndarray):
     base = x
     while isinstance(base, np.ndarray):
         base = base.base
-    base = base.obj if isinstance(base, memoryview) else base
-    segment = _Segment.known.get(id(base))
-    if segment is None:
+    if type(base) is not _Lease or base.segment.name is None:
         return None
-    whole = np.frombuffer(segment.map, np.uint8)
-    offset = x.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
-    return segment.name, offset, x.shape, x.strides, x.dtype
-
-
-_mapped: dict[tuple, Any] = {}  # in a worker: the segments that it has mapped
-
-
-def _find(name, offset, shape, strides, dtype) -> np.ndarray:
-    """In a worker: the array that `_describe` described."""
-    if name not in _mapped:
-        import mmap
-
-        place, fd, _, size = name
-        for old in [old for old in _mapped if old[:2] == name[:2]]:
-            del _mapped[old]  # the descriptor was closed, and is another segment's now
-        if fd is None:
-            from multiprocessing import shared_memory
-
-            _mapped[name] = shared_memory.SharedMemory(place)
-        else:
-            with open(f"/proc/{place}/fd/{fd}", "r+b") as file:
-                _mapped[name] = mmap.mmap(file.fileno(), size)
-    found = _mapped[name]
-    return np.ndarray(shape, dtype, getattr(found, "buf", found), offset, strides)
+    return base.segment.name, x.__array_interface__["data"][0] - base.segment.address, x.shape, x.strides, x.dtype
 
 
 # --- block programs ---
 
 _BLOCK_BYTES = 1 << 21  # of an array in a block: 512k float32. Smaller ones pass the interpreter's lock on too often
+_WHOLE_BLOCKS = 8  # as many of one operation NumPy does as fast in one go
 _REDUCERS = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum, "any": np.logical_or}
 _REDUCERS |= {"all": np.logical_and}
+_BUILTIN = dict(PRIMITIVES)  # what is cut into blocks, and worker processes know: a primitive of a user runs whole
+
+
+def _block_shape(shape: tuple, itemsize: int, reduced: tuple = ()) -> list[int]:
+    """The shape of a block: the first axes are cut first, so that its memory is in one piece. That would leave many
+    partial results of a reduction over few rows: then the axes that stay are cut."""
+
+    def cut(order):
+        block = list(shape)
+        for axis in order:
+            block[axis] = max(1, min(shape[axis], limit * block[axis] // max(1, math.prod(block))))
+        return block
+
+    limit = max(1, _BLOCK_BYTES // itemsize)
+    block = cut(range(len(shape)))
+    parts = math.prod(-(-shape[i] // block[i]) for i in reduced)
+    if parts * 16 > math.prod(shape[i] for i in reduced):
+        block = cut(sorted(range(len(shape)), key=lambda axis: axis in reduced))
+    return block
 
 
 @dataclass
@@ -3718,150 +3828,110 @@ class _Job:
     """A block program on its arrays.
 
     steps: (primitive, places of the operands, dtype of the result), ...; places count the inputs first, then the steps.
-    inputs: arrays, and numbers, that broadcast to `shape`.
+    inputs: arrays, and numbers, that broadcast to `shape`, which is the shape of every step.
     outputs: {place: array of that shape to write to}.
-    reduction: (name in _REDUCERS, axes) for the last place, or None. Its partial results go to `parts`, of the shape of
-        the result with an axis more in front, for the number of the cut if that axis is reduced.
+    reduction: (name in _REDUCERS, axes) for the last place, or None. A block's part of it is written to `parts`.
     """
 
     steps: tuple
     inputs: list
     shape: tuple[int, ...]
     outputs: dict
-    reduction: tuple | None = None
-    parts: np.ndarray | None = None
-    cut: tuple[int, int] = (0, 0)
-
-    def __post_init__(self):
-        self.cut = self.cut if any(self.cut) else self.plan()
-
-    def plan(self) -> tuple[int, int]:
-        """(axis, rows): a block is `rows` along that axis, one index of each axis before and all of those after."""
-        itemsize = max(
-            [dtype.itemsize for *_, dtype in self.steps] + [x.dtype.itemsize for x in self.inputs if np.ndim(x)]
-        )
-        limit, axis = max(1, _BLOCK_BYTES // itemsize), 0
-        while axis < len(self.shape) - 1 and math.prod(self.shape[axis + 1 :]) > limit:
-            axis += 1
-        return axis, max(1, limit // max(1, math.prod(self.shape[axis + 1 :])))
+    reduction: tuple | None
+    parts: np.ndarray | None
+    extents: list
 
     def tasks(self) -> list[tuple]:
-        """What can run at once: an index of each axis that is neither cut nor reduced, and the number of the cut."""
-        axis, rows = self.cut
-        reduced = self.reduction[1] if self.reduction else ()
-        free = [range(1) if i in reduced else range(n) for i, n in enumerate(self.shape[:axis])]
-        return [(*outer, k) for outer in itertools.product(*free) for k in range(-(-self.shape[axis] // rows))]
+        """The blocks, each with the place of its part; what can be done at once, in any order."""
+        cuts = [
+            [slice(i, min(i + extent, n)) for i in range(0, n, extent)] for n, extent in zip(self.shape, self.extents)
+        ]
+        blocks = list(itertools.product(*cuts))
+        if not self.reduction:
+            return [(block, None) for block in blocks]
+        for axis in self.reduction[1]:
+            cuts[axis] = [slice(i, i + 1) for i in range(len(cuts[axis]))]
+        return list(zip(blocks, itertools.product(*cuts)))
 
-    def buffers(self) -> list[tuple]:
-        """For each step the scratch buffer of its result, by number and dtype: one that no later step reads, if there
-        is one, so that few are in the cache."""
+    def buffers(self) -> list[int]:
+        """For each step the number of the scratch buffer for its result: one that no later step reads, if there is
+        one, so that few are in the cache."""
         n = len(self.inputs)
         last = {i: step for step, (_, operands, _) in enumerate(self.steps) for i in operands}
-        taken, free, keys = {}, [], []
+        taken, free, numbers = {}, [], []
         for step, (_, operands, dtype) in enumerate(self.steps):
-            dead = [taken.pop(i) for i in set(operands) if last[i] == step and i in taken]
-            free += dead
-            key = next((key for key in free if key[1] == dtype), (step, dtype))
-            if key in free:
-                free.remove(key)
-            taken[n + step] = key
-            keys.append(key)
-        return keys
+            free += [taken.pop(i) for i in set(operands) if last[i] == step and i in taken]
+            found = next((i for i in free if self.steps[i][2] == dtype), step)
+            if found != step:
+                free.remove(found)
+            taken[n + step] = found
+            numbers.append(found)
+        return numbers
 
     def run(self, tasks: Iterable[tuple]) -> None:
-        axis, rows = self.cut
-        shapes = [np.shape(x) for x in self.inputs]
-        for _, operands, _ in self.steps:
-            shapes.append(np.broadcast_shapes(*[shapes[i] for i in operands]))
-        whole = [shape == self.shape for shape in shapes]
-        keys = self.buffers()
-        reduced = self.reduction[1] if self.reduction else ()
-        scratch: dict = {}
-        for *outer, k in tasks:
-            inner = [range(n) if i in reduced else (j,) for i, (j, n) in enumerate(zip(outer, self.shape))]
-            total, cut = None, slice(k * rows, min((k + 1) * rows, self.shape[axis]))
-            for index in itertools.product(*inner):
-                block = (*(slice(i, i + 1) for i in index), cut)
-                result = self.block(block, whole, keys, scratch)
-                if self.reduction:
-                    name, axes = self.reduction
-                    part = _REDUCERS[name].reduce(result, axes, self.parts.dtype, None, True)
-                    total = part if total is None else _REDUCERS[name](total, part, out=total)
+        numbers, scratch, ndim = self.buffers(), {}, len(self.shape)
+        for block, place in tasks:
+            shape = tuple([s.stop - s.start for s in block])
+            values: list = []
+            for x in self.inputs:
+                if np.ndim(x):
+                    x = x[tuple([slice(None) if n == 1 else s for n, s in zip(x.shape, block[ndim - x.ndim :])])]
+                values.append(x)
+            for step, (prim, operands, dtype) in enumerate(self.steps):
+                args, target, number = [values[i] for i in operands], self.outputs.get(len(values)), numbers[step]
+                if target is not None:
+                    target = target[block]
+                else:
+                    if number not in scratch:
+                        scratch[number] = np.empty(math.prod(self.extents), dtype)
+                    target = scratch[number][: math.prod(shape)].reshape(shape)
+                _local.step = "cast" if prim is _as_dtype else prim.name
+                if prim is _as_dtype:
+                    np.copyto(target, args[0], "unsafe")
+                elif isinstance(prim.forward, np.ufunc):
+                    prim.forward(*args, out=target)
+                else:
+                    np.copyto(target, prim.forward(*args))
+                values.append(target)
             if self.reduction:
-                place = tuple(slice(None) if i in reduced else s for i, s in enumerate(block))
-                self.parts[(k if axis in reduced else 0, *place)] = total
-
-    def block(self, block: tuple[slice, ...], whole: list[bool], keys: list[tuple], scratch: dict):
-        """All steps on one block; the last result.
-
-        whole: for each place whether it has the shape of the job; keys: the steps' scratch buffers, kept in `scratch`.
-        """
-        ndim, values = len(self.shape), []
-        for x, all_of_it in zip(self.inputs, whole):
-            if all_of_it:
-                x = x[block]
-            elif np.ndim(x):
-                x = x[tuple([slice(None) if n == 1 else s for n, s in zip(x.shape, block[ndim - x.ndim :])])]
-            values.append(x)
-        shape = tuple([s.stop - s.start for s in block]) + self.shape[len(block) :]
-        first = len(self.inputs)
-        for place, (prim, operands, dtype) in enumerate(self.steps, first):
-            args, target = [values[i] for i in operands], self.outputs.get(place)
-            if target is not None:
-                target = target[block]
-            elif whole[place]:
-                key = keys[place - first], shape
-                if key not in scratch:
-                    scratch[key] = np.empty(shape, dtype)
-                target = scratch[key]
-            _fault.step = prim.name
-            if target is None:
-                out = args[0].astype(dtype) if prim is _as_dtype else prim.forward(*args)
-            elif prim is _as_dtype:
-                out = target
-                np.copyto(out, args[0], "unsafe")
-            elif isinstance(prim.forward, np.ufunc):
-                out = prim.forward(*args, out=target)
-            else:
-                out = prim.forward(*args)
-                if place in self.outputs:
-                    np.copyto(target, out)
-            values.append(out)
-        return values[-1] if whole[-1] else np.broadcast_to(values[-1], shape)
+                _local.step, (name, axes) = "reduce", self.reduction
+                result = values[-1] if np.shape(values[-1]) == shape else np.broadcast_to(values[-1], shape)
+                _REDUCERS[name].reduce(result, axes, self.parts.dtype, self.parts[place], True)
 
 
-class _Fault(threading.local):
-    """What went wrong in this thread's blocks: floating-point faults, by kind and primitive, to be warned of once."""
+class _Local(threading.local):
+    """What this thread is at: in how many jobs, at which operation, and the floating-point faults met, by kind and
+    operation, to be warned of once."""
 
+    depth = 0
     step = ""
-    depth = 0  # jobs that this thread is in: a primitive of a user may compute in blocks itself
-
-    def __init__(self):
-        self.found: dict[tuple[str, str], None] = {}
+    found: dict[tuple[str, str], None] = {}
 
     def __call__(self, kind, flag):
         self.found[kind, self.step] = None
 
 
-_fault = _Fault()
+_local = _Local()
 
 
 def _run_tasks(job: _Job, tasks: Iterable[tuple], state: dict) -> list:
     """Runs tasks in this thread; the floating-point faults that were met."""
-    before, _fault.found, _fault.depth = _fault.found, {}, _fault.depth + 1
+    before, _local.found = _local.found, {}
+    _local.depth += 1
     try:
-        with np.errstate(**{kind: "call" if how == "warn" else how for kind, how in state.items()}, call=_fault):
+        with np.errstate(**{kind: "call" if how == "warn" else how for kind, how in state.items()}, call=_local):
             job.run(tasks)
-        return list(_fault.found)
+        return list(_local.found)
     finally:
-        _fault.found, _fault.depth = before, _fault.depth - 1
+        _local.found = before
+        _local.depth -= 1
 
 
 # --- the executor ---
 
 
 class _Workers:
-    """The `concurrent.futures` pools, of threads and of processes, made at first use, of the size that is asked for."""
+    """The `concurrent.futures` pools, of threads and of processes, made at first use, as large as was asked for yet."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -3870,11 +3940,11 @@ class _Workers:
 
     @contextlib.contextmanager
     def use(self, processes: bool, n: int) -> Iterator[Any]:
-        """The pool of a kind and size, for one job at a time. If that fails or is interrupted, even while it is handed
+        """A pool of a kind for n tasks, for one job at a time. If that fails or is interrupted, even while it is handed
         over, waits until nobody works on it any more, and forgets the pool: the next job gets a fresh one."""
         with self.lock:
             size, pool = self.pools.get(processes, (0, None))
-            if size != n:
+            if size < n:
                 if pool is not None:
                     pool.shutdown(wait=False)
                 pool = self.make(processes, n)
@@ -3895,11 +3965,13 @@ class _Workers:
         import concurrent.futures
         import multiprocessing
 
-        if processes:
-            return concurrent.futures.ProcessPoolExecutor(
-                n, multiprocessing.get_context(), _start_worker, (os.getpid(),)
-            )
-        return concurrent.futures.ThreadPoolExecutor(n, "picograd")
+        if not processes:
+            return concurrent.futures.ThreadPoolExecutor(n, "picograd")
+        if _Shared is _Named and os.name == "posix":
+            from multiprocessing import resource_tracker
+
+            resource_tracker.ensure_running()  # one for all: a worker's own would remove the memory when that ends
+        return concurrent.futures.ProcessPoolExecutor(n, multiprocessing.get_context(), _start_worker)
 
     def warn(self, text: str) -> None:
         if text not in self.warned:
@@ -3907,35 +3979,47 @@ class _Workers:
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-def _start_worker(parent: int) -> None:
+def _start_worker() -> None:
     """In a new worker process: an interrupt is for the parent, which waits for the blocks that are under way; and
-    when the parent is gone, even by kill -9, so is the worker."""
+    when the parent is gone, also by kill -9, so is the worker."""
+    import multiprocessing.connection
     import signal
-    import time
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ends, started_by = [multiprocessing.parent_process().sentinel], os.getppid()
 
-    def watch():
-        with contextlib.suppress(ProcessLookupError):
-            while True:
-                os.kill(parent, 0)  # sends nothing, and fails when there is no such process
-                time.sleep(0.5)
+    def watch():  # the sentinel may be held open by the parent's other children
+        while not multiprocessing.connection.wait(ends, 0.5) and os.getppid() == started_by:
+            pass
         os._exit(1)
 
-    if os.name == "posix":
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 _workers = _Workers()
-atexit.register(lambda: _workers.pools.clear())  # while what their ends need is still there
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Forgets the pools, while what their ends need is still there; and shared memory with a name loses it."""
+    _workers.pools.clear()
+    for name in list(_memory.shared):
+        _memory.shared.pop(name).leave()
+
+
+def _before_fork() -> None:
+    _chunk_lock.acquire()  # no job is under way in another thread
+    if not _local.depth:  # else it is a worker that starts
+        _memory.part()
+
+
+def _in_child() -> None:
+    """Neither pools nor segments are the child's to use, and a lock may be held by a thread that the child has not."""
+    globals().update(_workers=_Workers(), _memory=_Memory(), _chunk_lock=threading.RLock())
+
+
 if hasattr(os, "register_at_fork"):
-    # Neither its pools nor its freed shared buffers are the child's to use, and a lock may be held by a thread that the
-    # child has not.
-    os.register_at_fork(
-        after_in_child=lambda: globals().update(
-            _workers=_Workers(), _memory=_Memory(), _chunk_lock=threading.RLock(), _fault=_Fault()
-        )
-    )
+    os.register_at_fork(before=_before_fork, after_in_parent=lambda: _chunk_lock.release(), after_in_child=_in_child)
 
 
 @contextlib.contextmanager
@@ -3954,51 +4038,69 @@ def _without_main() -> Iterator[None]:
                 setattr(main, name, value)
 
 
-def _in_worker() -> bool:
-    """Whether this is a worker process of some pool, or in the middle of a job: then it must not start workers."""
-    module = sys.modules.get("multiprocessing.process")
-    return _fault.depth > 0 or (module is not None and module.parent_process() is not None)
+_attached: dict[tuple, tuple] = {}  # in a worker: the segments that it has mapped
 
 
-def _remote(job: _Job, arrays: list, tasks: list, state: dict):
-    """In a worker process: finds the arrays, and runs the tasks."""
-    *found, job.parts = [_find(*x) if isinstance(x, tuple) else x for x in arrays]
-    n = len(job.inputs)
-    return _run_tasks(replace(job, inputs=found[:n], outputs=dict(zip(job.outputs, found[n:]))), tasks, state)
+def _find(x):
+    """In a worker: the array that `_describe` described; anything else as it is."""
+    if type(x) is not tuple:
+        return x
+    name, offset, shape, strides, dtype = x
+    if name not in _attached:
+        _attached[name] = globals()[name[1]].attach(*name[2])
+    return np.ndarray(shape, dtype, _attached[name][1], offset, strides)
 
 
-def _in_processes(job: _Job, tasks: list, n: int, state: dict) -> list | None:
-    """Has worker processes do a job's tasks; the faults that were met, or None if they could not do it."""
-    from concurrent.futures.process import BrokenProcessPool
-
-    arrays = [*job.inputs, *job.outputs.values(), job.parts]
-    places = [(_describe(x) or x) if isinstance(x, np.ndarray) else x for x in arrays]
-    n_inputs = len(job.inputs)
-    if any(isinstance(x, np.ndarray) and (i >= n_inputs or x.nbytes > _TRAVELS_BYTES) for i, x in enumerate(places)):
-        return None  # an array is where workers do not see it; to copy it there would cost more than to compute
-    travelling = replace(job, inputs=[None] * n_inputs, outputs=dict.fromkeys(job.outputs), parts=None)
-    cuts = [len(tasks) * i // n for i in range(n + 1)]
-    shares = [tasks[a:b] for a, b in zip(cuts, cuts[1:]) if a < b]
-    try:
-        with _workers.use(True, n) as pool:
-            with _without_main():
-                futures = [pool.submit(_remote, travelling, places, share, state) for share in shares]
-            return [future.result() for future in futures]
-    except BrokenProcessPool:
-        warnings.warn("a worker process died; its work is done again, in threads", RuntimeWarning, stacklevel=2)
-    except OSError as error:
-        _workers.warn(f"worker processes cannot be had here ({error}); computing in threads")
-    return None
+def _remote(job: _Job, live: set, start: int, stop: int, state: dict) -> list:
+    """In a worker process: finds the arrays, and runs the tasks from start to stop."""
+    for name in _attached.keys() - live:
+        del _attached[name]
+    job.steps = tuple([(_BUILTIN[name], operands, dtype) for name, operands, dtype in job.steps])
+    job.inputs, job.parts = [_find(x) for x in job.inputs], _find(job.parts)
+    job.outputs = {place: _find(x) for place, x in job.outputs.items()}
+    return _run_tasks(job, job.tasks()[start:stop], state)
 
 
 _TRAVELS_BYTES = 1 << 16  # arrays below travel with the instructions
 
 
+def _in_processes(job: _Job, count: int, n: int, state: dict) -> list | None:
+    """Has n worker processes do a job of so many tasks; the faults that were met, or None if they could not do it."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    def place(x, travels=True):
+        return (_describe(x) or (x if travels and x.nbytes <= _TRAVELS_BYTES else None)) if np.ndim(x) else x
+
+    travelling = replace(
+        job,
+        steps=tuple([(prim.name, operands, dtype) for prim, operands, dtype in job.steps]),
+        inputs=[place(x) for x in job.inputs],
+        outputs={i: place(x, False) for i, x in job.outputs.items()},
+        parts=None if job.parts is None else place(job.parts, False),
+    )
+    there = [*travelling.inputs, *travelling.outputs.values(), travelling.parts if job.reduction else 0]
+    if any(x is None for x in there):
+        return None  # an array is where workers do not see it; to copy it there would cost more than to compute
+    cuts = [count * i // n for i in range(n + 1)]
+    try:
+        with _workers.use(True, n) as pool:
+            with _without_main():
+                live = set(_memory.shared)
+                futures = [pool.submit(_remote, travelling, live, a, b, state) for a, b in zip(cuts, cuts[1:])]
+            return [future.result() for future in futures]
+    except BrokenProcessPool:
+        warnings.warn("a worker process died; its work is done again, in threads", RuntimeWarning, stacklevel=2)
+    except OSError as error:
+        _workers.warn(f"worker processes cannot be had here ({error}); computing in threads")
+    except RuntimeError as error:
+        if "shutdown" not in str(error):  # as when Python ends
+            raise
+    return None
+
+
 def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
     """Does a job's tasks in n threads, of which this is one, each taking the next; the faults that were met."""
-    if n == 1 or len(tasks) == 1:
-        return [_run_tasks(job, tasks, state)]
-    queue = collections.deque(tasks)
+    queue, futures = collections.deque(tasks), []
 
     def work():
         def taken():
@@ -4008,12 +4110,26 @@ def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
 
         return _run_tasks(job, taken(), state)
 
+    if n == 1:
+        return [work()]
     with _workers.use(False, n - 1) as pool:
         try:
-            futures = [pool.submit(work) for _ in range(min(n, len(tasks)) - 1)]
-            return [work(), *(future.result() for future in futures)]
+            try:
+                for _ in range(n - 1):
+                    futures.append(pool.submit(work))
+            except RuntimeError as error:
+                if "shutdown" not in str(error):
+                    raise  # else Python ends, and there are no more threads: this one does it
+            return [work(), *[future.result() for future in futures]]
         finally:
             queue.clear()  # after an error or an interrupt, the others stop at the next block
+
+
+def _in_worker() -> bool:
+    """Whether this is a worker process of some pool, or in the middle of a job, as in the handler of a signal: then it
+    must not start workers, nor wait for those at work."""
+    module = sys.modules.get("multiprocessing.process")
+    return _local.depth > 0 or (module is not None and module.parent_process() is not None)
 
 
 def run_blocks(
@@ -4026,8 +4142,8 @@ def run_blocks(
 ) -> tuple[list[np.ndarray], Any]:
     """Runs a block program on all cores.
 
-    steps: (primitive, places of its operands, dtype of its result) of element-wise primitives. Places count the inputs
-        first, then the steps.
+    steps: (primitive, places of its operands, dtype of its result) of element-wise primitives, whose results have this
+        shape. Places count the inputs first, then the steps.
     inputs: arrays, and numbers, that broadcast to shape.
     outputs: the places whose results are wanted as whole arrays.
     reduction: (name in _REDUCERS, axes as non-negative numbers, dtype) of the last result.
@@ -4036,57 +4152,174 @@ def run_blocks(
     Returns the arrays, and the reduction's result with its axes kept as length 1. Floating-point faults are warned of
     as the caller's `np.errstate` says, once for each primitive.
     """
-    state, n = np.geterr(), _num_workers()
-    processes = _config.use_processes and not _in_worker() and all(prim.name in _BUILTIN for prim, *_ in steps)
-    inputs = [  # what a view repeats is there once
-        x[tuple([slice(0, 1) if step == 0 else slice(None) for step in x.strides])] if isinstance(x, np.ndarray) else x
-        for x in inputs
-    ]
+    state = np.geterr()
+    inputs = [_without_repeats(x) if isinstance(x, np.ndarray) else x for x in inputs]
     first = len(inputs)
     dtypes = {i: steps[i - first][2] for i in outputs}
+    name, axes, dtype = reduction or (None, (), None)
+    itemsizes = [dtype.itemsize for *_, dtype in steps] + [x.dtype.itemsize for x in inputs if np.ndim(x)]
+    extents = _block_shape(shape, max(itemsizes), axes)
+    count = math.prod(-(-n // extent) for n, extent in zip(shape, extents))
+    if not all(prim.builtin for prim, *_ in steps):
+        extents, count = [max(1, n) for n in shape], 1
+    n = 1 if _in_worker() else min(_num_workers(), count)
+    processes = _config.use_processes and n > 1
+    if into is None and len(steps) + bool(reduction) == 1 and count <= _WHOLE_BLOCKS:
+        return _at_once(steps, inputs, shape, reduction, processes)
     if into is None:
         into = [_memory.empty(shape, dtype, processes) for dtype in dtypes.values()]
-    arrays = dict(zip(dtypes, into))
-    job = _Job(steps, inputs, shape, arrays, reduction[:2] if reduction else None)
-    tasks = job.tasks()
+    parts = None
+    if reduction:
+        wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
+        kept = [-(-n // extents[i]) if i in axes else n for i, n in enumerate(shape)]
+        parts = _memory.empty(tuple(kept), wide, processes)
+    job = _Job(steps, inputs, shape, dict(zip(dtypes, into)), (name, axes) if reduction else None, parts, extents)
+    faults = None
+    _local.depth += 1  # from here on a signal's handler finds a job under way
+    try:
+        if processes:
+            faults = _in_processes(job, count, n, state)
+        if faults is None:
+            faults = _in_threads(job, job.tasks(), n, state)
+    finally:
+        _local.depth -= 1
+    for kind, where in dict.fromkeys(fault for found in faults for fault in found):
+        warnings.warn(f"{kind} encountered in {where}", RuntimeWarning, stacklevel=2)
+    if reduction and any(parts.shape[i] > 1 for i in axes):
+        wide = np.promote_types(dtype, np.float64) if name == "sum" and dtype.kind == "f" else dtype
+        parts = _REDUCERS[name].reduce(parts, axes, wide, None, True)  # no error is added to that within the blocks
+    return list(into), parts if parts is None else parts.astype(dtype, copy=False)
+
+
+def _at_once(steps: tuple, inputs: list, shape: tuple, reduction: tuple | None, shared: bool) -> tuple:
+    """What `run_blocks` returns for one operation, done by NumPy in one go."""
     if reduction:
         name, axes, dtype = reduction
-        axis, rows = job.cut
-        cuts = -(-shape[axis] // rows) if axis in axes else 1
-        kept = [1 if i in axes else n for i, n in enumerate(shape)]
-        job.parts = _memory.empty((cuts, *kept), dtype, processes)
-    faults = None
-    if processes and n > 1 and len(tasks) > 1:
-        faults = _in_processes(job, tasks, n, state)
-    if faults is None:
-        faults = _in_threads(job, tasks, 1 if _in_worker() else n, state)
-    for kind, name in dict.fromkeys(fault for found in faults for fault in found):
-        warnings.warn(f"{kind} encountered in {name}", RuntimeWarning, stacklevel=2)
-    total = job.parts
-    if reduction:
-        if cuts > 1 and reduction[0] == "sum" and dtype.kind == "f":  # no error is added to that within the blocks
-            total = np.add.reduce(total, 0, np.result_type(dtype, np.float64)).astype(dtype)
-        else:
-            total = np.array(total[0]) if cuts == 1 else _REDUCERS[reduction[0]].reduce(total, 0)
-    return list(arrays.values()), total
+        wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
+        x = inputs[0] if inputs[0].shape == shape else np.broadcast_to(inputs[0], shape)
+        return [], _REDUCERS[name].reduce(x, axes, wide, None, True).astype(dtype, copy=False)
+    ((prim, operands, dtype),) = steps
+    args = [inputs[i] for i in operands]
+    if not isinstance(prim.forward, np.ufunc) and prim is not _as_dtype:
+        return [prim.forward(*args)], None
+    out = _memory.empty(shape, dtype, shared)
+    if prim is _as_dtype:
+        np.copyto(out, args[0], "unsafe")
+    else:
+        prim.forward(*args, out=out)
+    return [out], None
 
 
-# --- arrays that defer ---
+def _without_repeats(x: np.ndarray) -> np.ndarray:
+    """What a view repeats is there once."""
+    if 0 not in x.strides:
+        return x
+    return x[tuple([slice(0, 1) if step == 0 else slice(None) for step in x.strides])]
+
+
+# --- arrays that wait ---
 
 _MAX_PENDING = 32  # steps that wait for each other; then they are computed
-_chunk_lock = threading.RLock()
-_BUILTIN = frozenset(PRIMITIVES)  # what worker processes know, too
+_chunk_lock = threading.RLock()  # held while anything is computed, or changes from waiting to done
+
+
+class _Buffer:
+    """What an array holds: its data, or the step (prim, args, state of np.errstate) that computes them when somebody
+    needs them, and which waits. Data change only once they were handed out, and then nothing waits to read them.
+
+    given: whether it was handed out; runs: how often it was computed without being kept; readers: what waits for it.
+    """
+
+    __slots__ = ("shape", "dtype", "array", "given", "prim", "args", "state", "runs", "readers", "__weakref__")
+
+    def __init__(self, array=None, given=False, shape=None, dtype=None, prim=None, args=(), state=None):
+        self.array, self.given, self.prim, self.args, self.state, self.runs = array, given, prim, args, state, 0
+        self.shape, self.dtype = (shape, dtype) if array is None else (array.shape, array.dtype)
+        self.readers: weakref.WeakSet | None = None
+
+    def pending(self) -> list[_Buffer]:
+        """All that has to be computed for this, operands first."""
+        found: dict[_Buffer, None] = {}
+        stack = [self]
+        while stack:
+            node = stack[-1]
+            if node.array is not None or node in found:
+                stack.pop()
+                continue
+            rest = [x for x in node.args if type(x) is _Buffer and x.array is None and x not in found]
+            if rest:
+                stack += rest
+            else:
+                found[stack.pop()] = None
+        return list(found)
+
+    def compute(self, reduction: tuple | None = None):
+        """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
+        kept is kept now: nothing is computed a third time."""
+        nodes = self.pending()
+        inputs: list = []
+        places: dict[int, int] = {}
+        for x in [x for node in nodes for x in node.args] or [self]:
+            if not (type(x) is _Buffer and x.array is None) and id(x) not in places:
+                places[id(x)] = len(inputs)
+                inputs.append(x)
+        places.update((id(node), len(inputs) + i) for i, node in enumerate(nodes))
+        steps = tuple([(node.prim, tuple([places[id(x)] for x in node.args]), node.dtype) for node in nodes])
+        kept = [node for node in nodes if node.runs or (node is self and reduction is None)]
+        raw = [x.where_workers_are() if type(x) is _Buffer else x for x in inputs]
+        with np.errstate(**(self.state or np.geterr())):
+            arrays, total = run_blocks(steps, raw, self.shape, [places[id(node)] for node in kept], reduction)
+        for node in nodes:
+            node.runs += 1
+        for node, array in zip(kept, arrays):
+            node.settle(array)
+        return total
+
+    def settle(self, array: np.ndarray) -> None:
+        """Waits no longer; only now is this struck off where it was to read."""
+        if self.array is not None:
+            return  # the handler of a signal was first
+        self.array = array
+        for x in self.args:
+            if type(x) is _Buffer and x.readers:
+                x.readers.discard(self)
+        self.prim, self.args, self.state = None, (), None
+
+    def where_workers_are(self) -> np.ndarray:
+        """The data, in process mode in shared memory if nobody knows where they are."""
+        if _config.use_processes and not self.given and _describe(self.array) is None and not _in_worker():
+            shared = _memory.empty(self.shape, self.dtype, True)
+            np.copyto(shared, self.array)
+            self.array = shared
+        return self.array
+
+    def force(self) -> np.ndarray:
+        """The data, for reading at once."""
+        with _chunk_lock:
+            if self.array is None:
+                self.compute()
+            return self.array
+
+    def hand_out(self) -> np.ndarray:
+        """The data, for somebody who may keep them and write to them."""
+        with _chunk_lock:
+            array, self.given = self.force(), True  # from now on it stays where it is
+            for reader in list(self.readers or ()):
+                reader.force()
+            return array
 
 
 class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
     """A large array that computes in blocks; element-wise operations on it wait until somebody needs the result.
 
-    Either `array` has the data, or `prim` and `args` say how to compute it. Raw values of distributed Tensors and
-    Values are of this kind. That something waits is never seen: `array` is handed out by `expose` alone, which first
-    computes all that reads it; and as long as somebody outside holds it, and might write to it, nothing waits.
+    Raw values of distributed Tensors and Values are of this kind. It is what is written to, in place: it holds a
+    buffer, and in place another one, unless the one it has was handed out.
+
+    data: an array in C order, or a buffer. given: whether others may have the array, too. forced: whether it is
+        distributed whatever the configuration.
     """
 
-    __slots__ = ("shape", "dtype", "array", "prim", "args", "state", "runs", "readers", "forced", "__weakref__")
+    __slots__ = ("shape", "dtype", "buffer", "forced", "__weakref__")
     __hash__ = object.__hash__
 
     ndim = property(lambda self: len(self.shape))
@@ -4094,119 +4327,72 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
     nbytes = property(lambda self: self.size * self.dtype.itemsize)
     T = property(lambda self: self.expose().T)
 
-    def __init__(self, array=None, shape=None, dtype=None, prim=None, args=(), state=None):
-        self.array, self.prim, self.args, self.state, self.runs = array, prim, args, state, 0
-        self.shape, self.dtype = (shape, dtype) if array is None else (array.shape, array.dtype)
-        self.readers: list[weakref.ref] = []
-        self.forced = any([x.forced for x in args if type(x) is Chunked])  # distributed whatever the configuration
-
-    # --- what waits ---
-
-    def pending(self) -> list[Chunked]:
-        """All that has to be computed for this, operands first."""
-        found: dict[Chunked, None] = {}
-        stack = [self]
-        while stack:
-            node = stack[-1]
-            if node.array is not None or node in found:
-                stack.pop()
-                continue
-            rest = [x for x in node.args if type(x) is Chunked and x.array is None and x not in found]
-            if rest:
-                stack += rest
-            else:
-                found[stack.pop()] = None
-        return list(found)
-
-    def run(self, reduction: tuple | None = None):
-        """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
-        kept is kept now: nothing is computed a third time."""
-        nodes = self.pending()
-        inputs: list = []
-        places: dict[int, int] = {}
-        for x in [x for node in nodes for x in node.args] or [self]:
-            if not (type(x) is Chunked and x.array is None) and id(x) not in places:
-                places[id(x)] = len(inputs)
-                inputs.append(x)
-        places.update((id(node), len(inputs) + i) for i, node in enumerate(nodes))
-        steps = tuple([(node.prim, tuple([places[id(x)] for x in node.args]), node.dtype) for node in nodes])
-        kept = [node for node in nodes if node.runs or (node is self and reduction is None)]
-        raw = [x.buffer() if type(x) is Chunked else x for x in inputs]
-        with np.errstate(**(self.state or np.geterr())):
-            arrays, total = run_blocks(steps, raw, self.shape, [places[id(node)] for node in kept], reduction)
-        for node in nodes:
-            node.runs += 1
-        for node, array in zip(kept, arrays):
-            node.array, node.prim, node.args = array, None, ()
-        return total
-
-    def buffer(self) -> np.ndarray:
-        """The array, where the workers see it."""
-        array = self.array
-        if _config.use_processes and array.nbytes > _TRAVELS_BYTES and _describe(array) is None and not _in_worker():
-            del array
-            if not self.held_outside() and self.array.base is None:
-                shared = _memory.empty(self.shape, self.dtype, True)
-                np.copyto(shared, self.array)
-                self.array = shared
-        return self.array
+    def __init__(self, data, given: bool = True, forced: bool = False):
+        self.forced = forced
+        self.buffer = data if type(data) is _Buffer else _Buffer(data, given)
+        self.shape, self.dtype = self.buffer.shape, self.buffer.dtype
 
     def force(self) -> np.ndarray:
         """The array, for reading at once."""
-        with _chunk_lock:
-            if self.array is None:
-                self.run()
-            return self.array
+        return self.buffer.force()
 
     def expose(self) -> np.ndarray:
-        """The array, to be handed out: whoever gets it may keep it, and write to it."""
+        """The array, handed out."""
         with _chunk_lock:
-            readers, self.readers = self.readers, []
-            for ref in readers:
-                if (reader := ref()) is not None:
-                    reader.force()
-            return self.force()
-
-    def held_outside(self) -> bool:
-        """Whether somebody else holds the array or a view of it."""
-        if sys.getrefcount(self.array) > _HELD_ONCE:
-            return True
-        base = self.array.base
-        return isinstance(base, np.ndarray) and sys.getrefcount(base) > _BASE_HELD_ONCE
+            return self.buffer.hand_out()
 
     def assign(self, new) -> None:
-        """In place: the data of `new`, of this shape, once it is there as a whole."""
+        """In place: the data of `new`, of this shape. TypeError if its dtype does not cast to this one's kind."""
         with _chunk_lock:
-            array = new.force() if type(new) is Chunked else np.asarray(new)
-            if array.dtype != self.dtype:
-                array = array.astype(self.dtype, casting="same_kind")
-            old = self.expose()
-            owns = not isinstance(old.base, np.ndarray)
-            del old
-            if owns and not self.held_outside():
-                self.array = array
-            else:
-                np.copyto(self.array, array)
+            if not np.can_cast(new.dtype, self.dtype, "same_kind"):
+                raise TypeError(f"in place: cannot cast {new.dtype} to {self.dtype}")
+            if self.buffer.given:
+                np.copyto(self.expose(), new.force() if type(new) is Chunked else new, "same_kind")
+            elif type(new) is not Chunked:
+                self.buffer = _Buffer(np.array(new, self.dtype, order="C"))
+            elif new.buffer is not self.buffer:
+                old, state = new.buffer, np.geterr()
+                if new.dtype != self.dtype or old.given:
+                    self.buffer = _step(_as_dtype, (new,), self.dtype, state)
+                else:  # `new` becomes a copy, which waits: mostly nobody has it any more
+                    self.buffer, new.buffer = old, _step(_as_dtype, (new,), self.dtype, state)
 
     # --- NumPy's protocols: so that the primitives' rules run on it ---
 
     def __array__(self, dtype=None, copy=None):
-        array = self.expose()
-        return np.array(array, dtype) if copy or (dtype is not None and dtype != array.dtype) else array
+        if copy:
+            return np.array(self.force(), dtype)
+        return np.asarray(self.expose(), dtype)
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         prim = TABLE.get(ufunc)
-        if method == "__call__" and not kwargs and isinstance(prim, Primitive):
-            return _evaluate(prim, inputs, _NO_PARAMS)
-        out = kwargs.pop("out", None)
-        if out is not None:
+        if method == "__call__" and isinstance(prim, Primitive):
+            if not kwargs:
+                return _evaluate(prim, inputs, _NO_PARAMS)
+            out = kwargs["out"][0] if kwargs.keys() == {"out"} else None
+            if type(out) is Chunked and _waits(prim):
+                new = _evaluate(prim, inputs, _NO_PARAMS)
+                if new.shape == out.shape and np.can_cast(new.dtype, out.dtype, "same_kind"):
+                    out.assign(new)
+                    return out
+        out = kwargs.pop("out", ())
+        if out:
             kwargs["out"] = tuple([x.expose() if type(x) is Chunked else x for x in out])
-        return getattr(ufunc, method)(*[x.force() if type(x) is Chunked else x for x in inputs], **kwargs)
+        ours = [x for x in inputs if type(x) is Chunked]
+        if method == "at" and type(inputs[0]) is Chunked:
+            inputs[0].expose()
+        result = _whole(getattr(ufunc, method), inputs, ours, False if out else None, **kwargs)
+        if not out:
+            return result
+        return out if len(out) > 1 else out[0]
 
     def __array_function__(self, function, kinds, args, kwargs):
         prim = TABLE.get(function)
         if function in (np.shape, np.ndim, np.size) and len(args) == 1:
             return getattr(self, function.__name__)
+        if function in (np.empty_like, np.zeros_like, np.ones_like, np.full_like):
+            like = np.broadcast_to(np.zeros((), self.dtype), self.shape)
+            return _whole(function, (like, *args[1:]), (), self.forced or None, **kwargs)
         if isinstance(prim, Primitive) and set(kwargs) <= {*prim.params, *(prim.operands or ())}:
             return prim(*args, **kwargs)
 
@@ -4229,6 +4415,9 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
     def astype(self, dtype, copy=True):
         return _evaluate(_as_dtype, (self,), {"dtype": np.dtype(dtype)}) if dtype != self.dtype or copy else self
 
+    def copy(self):
+        return Chunked(_step(_as_dtype, (self,), self.dtype, np.geterr()), forced=self.forced)
+
     def reshape(self, *shape):
         return self.expose().reshape(*shape)
 
@@ -4242,78 +4431,14 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
         return np.array, (self.force(),)
 
 
-def _references():
-    """What `held_outside` counts if nobody does; it differs between versions of Python."""
-    probe = Chunked(np.empty(4)[:2])
-    base = probe.array.base
-    del base
-
-    def counts(self):
-        held = sys.getrefcount(self.array)
-        base = self.array.base
-        return held, sys.getrefcount(base)
-
-    return counts(probe)
-
-
-_HELD_ONCE, _BASE_HELD_ONCE = _references()
-
-
-def _result_dtype(prim: Primitive, args: Sequence, params: dict) -> np.dtype:
-    """The dtype of an element-wise result: what one element gives."""
-    key = prim, tuple([x.dtype if hasattr(x, "dtype") else type(x) for x in args]), params.get("dtype")
-    if key not in _dtypes:
-        with np.errstate(all="ignore"):
-            ones = [np.ones(1, x.dtype) if hasattr(x, "dtype") else x for x in args]
-            _dtypes[key] = np.asarray(prim.forward(*ones, **params)).dtype
-    return _dtypes[key]
-
-
-_dtypes: dict[tuple, np.dtype] = {}
-
-
-def _evaluate_chunked(prim: Primitive, raw: Sequence, params: dict):
-    """The forward of a primitive on raw operands of which some are chunked: deferred, reduced, or done at once."""
-    state = np.geterr()
-    # Not under `raise` or `call`; and the layout of results from arrays that are not in C order is for NumPy to choose.
-    plain = set(state.values()) <= {"ignore", "warn"} and all(map(_in_c_order, raw))
-    forced = any([x.forced for x in raw if type(x) is Chunked])
-    plain &= not _fault.depth and not _mode.tracing and (_config.enabled or forced)
-    if plain and prim.elementwise and (not params or prim is _as_dtype):
-        return _deferred(prim, raw, params, state)
-    if plain and prim.name in _REDUCTIONS and type(raw[0]) is Chunked and raw[0].size:
-        return _reduced(prim.name, raw[0], **params)
-    return _evaluate(prim, [x.expose() if type(x) is Chunked else x for x in raw], params)
-
-
-def _in_c_order(x) -> bool:
-    array = x.array if type(x) is Chunked else x
-    return not isinstance(array, np.ndarray) or array.ndim < 2 or array.flags.c_contiguous
-
-
-def _deferred(prim, raw, params, state) -> Chunked:
-    shape = np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])  # errors are raised here, at the call
-    dtype = _result_dtype(prim, raw, params)
-    with _chunk_lock:
-        args, wait = [], True
-        for x in raw:
-            if type(x) is Chunked:
-                if x.array is None and x.state != state:
-                    x.force()
-                wait &= x.array is None or not x.held_outside()
-            elif isinstance(x, np.ndarray):
-                wait &= x.nbytes <= _TRAVELS_BYTES
-                x = x.copy() if wait else x
-            args.append(x)
-        new = Chunked(None, shape, dtype, prim, tuple(args), state)
-        if not wait or len(new.pending()) >= _MAX_PENDING:
-            new.force()
-        else:
-            for x in args:
-                if type(x) is Chunked:
-                    x.readers = [ref for ref in x.readers if (r := ref()) is not None and r.array is None]
-                    x.readers.append(weakref.ref(new))
-    return new
+def _waits(prim: Primitive) -> bool:
+    """Whether an operation may wait, or be cut into blocks: one of the catalogue, whose faults nobody has to see at
+    once; as NumPy does them, they may be an error, or a call, on the line that they come from."""
+    return (
+        prim.builtin
+        and set(np.geterr().values()) <= {"ignore", "warn"}
+        and not any(how == "error" and issubclass(RuntimeWarning, kind) for how, _, kind, *_ in warnings.filters)
+    )
 
 
 class _InBlocks(Kind):
@@ -4322,10 +4447,29 @@ class _InBlocks(Kind):
     rank = 2
 
     def enter(self, data, dtype, choice, who):
-        return HOOK.adopt(data.force(), choice, dtype or data.dtype)
+        if HOOK.takes(data, choice):
+            return Chunked(_step(_as_dtype, (data,), np.dtype(dtype or data.dtype), np.geterr()), forced=choice is True)
+        return data.force().astype(dtype or data.dtype)
 
     def evaluate(self, prim, raw, params):
-        return _evaluate_chunked(prim, raw, params)
+        """Waits, is reduced, or is done at once."""
+        ours = [x for x in raw if type(x) is Chunked]
+        forced = any([x.forced for x in ours])
+        if prim is _detach:
+            return raw[0]
+        if (_config.enabled or forced) and not _mode.tracing and _waits(prim):
+            if prim.elementwise and (not params or prim is _as_dtype) and all(map(_in_c_order, raw)):
+                raw = raw if prim.ufunc else _strengthened(prim, raw)
+                with contextlib.suppress(ValueError):  # shapes that do not fit: NumPy says so
+                    np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])
+                    dtype = np.dtype(params["dtype"]) if params else _result_dtype(prim, raw)
+                    if prim.forward is not np.power or dtype.kind == "f":  # which fails on some integers
+                        return Chunked(_step(prim, raw, dtype, np.geterr()), forced=forced)
+            if prim.name in _REDUCTIONS and type(raw[0]) is Chunked:
+                return _reduced(prim.name, raw[0].buffer, **params)
+        if not prim.builtin:  # code that is not ours may keep what it gets, and what it returns
+            return NUMPY.evaluate(prim, [x.expose() if type(x) is Chunked else x for x in raw], params)
+        return _whole(NUMPY.evaluate, (prim, raw, params), ours, forced or (None if _config.enabled else False))
 
     def hand_out(self, raw):
         return raw.expose()
@@ -4334,34 +4478,37 @@ class _InBlocks(Kind):
         return [raw.force() for raw in raws]
 
     def own(self, raw):
-        return Chunked(raw.force().copy())
+        return raw.copy()
 
     def shared(self, raw):
-        return True
+        return raw.buffer.given
+
+    def same(self, raw, x):
+        return x is raw or (raw.buffer.given and x is raw.buffer.array)
 
     def write(self, raw, new):
         raw.assign(new)
         return raw
 
 
-KINDS[Chunked] = _InBlocks()
-
-
 class _BlocksHook(_Hook):
     """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed."""
 
-    def adopt(self, raw, choice, dtype=None):
-        if dtype is not None and type(raw) is np.ndarray:
-            if _config.enabled and raw.ndim and choice is not False and raw.size >= self.limit:
-                raw = run_blocks(((_as_dtype, (0,), dtype),), [raw], raw.shape, [1])[0][0]
-            else:
-                raw = raw.astype(dtype)
-        wanted = self.distributed(raw, choice) and not _mode.tracing and not _fault.depth
-        if wanted and type(raw) is np.ndarray:
-            raw = Chunked(raw)
-            raw.forced = choice is True
-            return raw
-        return raw.expose() if type(raw) is Chunked and not wanted else raw
+    def adopt(self, raw, choice, dtype=None, new=False):
+        takes = self.takes(raw, choice)
+        if type(raw) is Chunked:
+            return raw if takes else raw.expose()
+        if dtype is not None:
+            large = takes and raw.nbytes > _BLOCK_BYTES and raw.flags.c_contiguous
+            steps = ((_as_dtype, (0,), dtype),)
+            raw = run_blocks(steps, [raw], raw.shape, [1])[0][0] if large else raw.astype(dtype)
+            new = True
+        fits = takes and type(raw) is np.ndarray and raw.nbytes > _BLOCK_BYTES and raw.flags.carray
+        return Chunked(raw, not new, choice is True) if fits else raw
+
+    def takes(self, raw, choice):
+        """Whether a raw value is to be chunked."""
+        return self.distributed(raw, choice) and not _mode.tracing
 
     def distributed(self, raw, choice):
         if not np.ndim(raw):
@@ -4369,38 +4516,109 @@ class _BlocksHook(_Hook):
         return choice if choice is not None else _config.enabled and raw.size >= _config.min_elements_for_parallel
 
 
+KINDS[Chunked] = _InBlocks()
 HOOK = _BlocksHook()
+
+
+def _whole(function: Callable, args: Sequence, ours: Sequence[Chunked], choice: bool | None = None, **kwargs):
+    """Calls a function of NumPy's on the arrays. If what it returns is a view of one of ours, that is handed out; if it
+    is new, it is a chunked array, where that may pay."""
+
+    def plain(x):
+        if type(x) is Chunked:
+            return x.force()
+        return type(x)(map(plain, x)) if type(x) in (list, tuple) else x
+
+    out = _memory.spend(function, *map(plain, args), **{name: plain(x) for name, x in kwargs.items()})
+    seen = [y for y in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(y, np.ndarray)]
+    views = [x for x in ours if any(np.may_share_memory(x.force(), y) for y in seen)]
+    for x in views:
+        x.expose()
+    return out if views or not seen or not out.flags.owndata else HOOK.adopt(out, choice, new=True)
+
+
+def _in_c_order(x) -> bool:
+    """Whether NumPy would give a result of x in C order, as we do; else its layout is for NumPy to choose."""
+    if not isinstance(x, np.ndarray) or x.flags.c_contiguous:
+        return True
+    steps = [step for step, n in zip(x.strides, x.shape) if n > 1 and step]
+    return all(a > b for a, b in zip(steps, [*steps[1:], 0]))
+
+
+def _result_dtype(prim: Primitive, args: Sequence) -> np.dtype:
+    """The dtype of an element-wise result: what one element gives."""
+    key = prim, *[x.dtype if hasattr(x, "dtype") else x if type(x) is int else type(x) for x in args]
+    if key not in _dtypes:
+        if len(_dtypes) > 1000:
+            _dtypes.clear()
+        with np.errstate(all="ignore"):
+            _dtypes[key] = prim.forward(*[np.ones(1, x.dtype) if hasattr(x, "dtype") else x for x in args]).dtype
+    return _dtypes[key]
+
+
+_dtypes: dict[tuple, np.dtype] = {}
+
+
+def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buffer:
+    """An element-wise operation, which waits if nobody else may write to what it reads."""
+    shape = np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])
+    with _chunk_lock:
+        args, wait = [], True
+        for x in raw:
+            if type(x) is Chunked:
+                x = x.buffer
+                if x.array is None and (x.shape != shape or x.state != state):
+                    x.force()  # all steps of a job have one shape
+                wait = wait and not x.given
+            elif isinstance(x, np.ndarray):
+                x = _without_repeats(x)
+                wait = wait and x.nbytes <= _TRAVELS_BYTES
+                x = x.copy() if wait else x
+            args.append(x)
+        new = _Buffer(None, False, shape, np.dtype(dtype), prim, tuple(args), state)
+        if not wait or len(new.pending()) >= _MAX_PENDING:
+            new.force()
+        for x in new.args:
+            if type(x) is _Buffer:
+                if x.readers is None:
+                    x.readers = weakref.WeakSet()
+                x.readers.add(new)
+    return new
 
 
 _REDUCTIONS = {*_REDUCERS, "mean", "var", "std"}
 
 
-def _reduced(name: str, x: Chunked, axis=None, keepdims=False, ddof=0):
+def _reduced(name: str, x: _Buffer, axis=None, keepdims=False, ddof=0):
     """A reduction in one pass; var and std, which need the mean first, in two."""
-    ndim = x.ndim
+    ndim, state = len(x.shape), np.geterr()
     axes = tuple(range(ndim)) if axis is None else tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     axes = np.lib.array_utils.normalize_axis_tuple(axes, ndim)
     count = math.prod(x.shape[i] for i in axes)
-    if name in ("var", "std"):
-        centred = x - _reduced("mean", x, axes, True)
-        total = np.asarray(_reduced("sum", np.square(centred), axes, True)) / max(count - ddof, 0)
-        total = np.sqrt(total) if name == "std" else total
-        total = total.astype(x.dtype if x.dtype.kind == "f" else np.float64)
-    else:
-        kind = "sum" if name == "mean" else name
-        dtype = _REDUCERS[kind].reduce(np.ones(1, x.dtype)).dtype
-        if name == "mean" and x.dtype.kind != "f":
-            dtype = np.dtype(np.float64)
-        with _chunk_lock:
-            total = x.run((kind, axes, dtype))
-        total = np.true_divide(total, count, dtype=dtype) if name == "mean" else total
-    return (
-        total[()]
-        if not total.ndim
-        else total
-        if keepdims
-        else _settle(total.reshape([n for i, n in enumerate(x.shape) if i not in axes]))
-    )
+    with _chunk_lock:
+        if x.array is None and x.state != state:
+            x.force()
+        if name in ("var", "std"):
+            wide = np.promote_types(x.dtype, np.float32) if x.dtype.kind == "f" else np.dtype(np.float64)
+            steps = [(_as_dtype, ()), (TABLE[np.subtract], (_mean(x, axes, count, wide),)), (TABLE[np.square], ())]
+            squares = x
+            for prim, others in steps[x.dtype == wide :]:
+                squares = _Buffer(None, False, x.shape, wide, prim, (squares, *others), state)
+            total = np.true_divide(squares.compute(("sum", axes, wide)), max(count - ddof, 0))
+            total = np.sqrt(total) if name == "std" else total
+            total = total.astype(x.dtype if x.dtype.kind == "f" else wide, copy=False)
+        elif name == "mean":
+            total = _mean(x, axes, count, x.dtype if x.dtype.kind == "f" else np.dtype(np.float64))
+        else:
+            total = x.compute((name, axes, _REDUCERS[name].reduce(np.ones(1, x.dtype)).dtype))
+    if not keepdims:
+        total = total.reshape([n for i, n in enumerate(x.shape) if i not in axes])
+    return total if total.ndim else total[()]
+
+
+def _mean(x: _Buffer, axes: tuple, count: int, dtype: np.dtype) -> np.ndarray:
+    wide = np.promote_types(dtype, np.float32)
+    return np.true_divide(x.compute(("sum", axes, wide)), count, dtype=wide).astype(dtype, copy=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

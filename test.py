@@ -623,7 +623,10 @@ class TestWorkers(Strict):
 
     def test_who_is_distributed(self):
         data = np.ones((4, 3))
-        with distributed_config(enabled=True, min_elements_for_parallel=10):
+        with (
+            distributed_config(enabled=True, min_elements_for_parallel=10),
+            mock.patch.object(picograd, "_BLOCK_BYTES", 8),
+        ):
             free, forced, off = Tensor(data), Tensor(data[:1], distributed=True), Tensor(data, distributed=False)
             self.assertEqual([t.distributed for t in (free, forced, off)], [True, True, False])
             self.assertEqual([(t * 2).distributed for t in (free, forced, off)], [True, True, False])
@@ -852,10 +855,13 @@ class TestWorkers(Strict):
                 1 / x
 
     def test_the_first_operation_waits_too(self):
-        with distributed_config(enabled=True, min_elements_for_parallel=1):
+        with (
+            distributed_config(enabled=True, min_elements_for_parallel=1),
+            mock.patch.object(picograd, "_BLOCK_BYTES", 64),
+        ):
             for make in (Tensor, Value):
                 for f in (lambda x: x * 2, lambda x: 1 - x, lambda x: x + x, np.tanh, lambda x: -x, lambda x: x > 0):
-                    self.assertIsNone(f(make(np.ones(100)))._data.array)
+                    self.assertIsNone(f(make(np.ones(100)))._data.buffer.array)
 
     @unittest.skipUnless(sys.platform == "linux", "resets the peak of the memory in use")
     def test_a_reduction_takes_no_memory(self):
@@ -1054,7 +1060,7 @@ class TestWorkers(Strict):
     def test_without_shared_memory(self):
         config = {"enabled": True, "use_processes": True, "num_workers": 2, "min_elements_for_parallel": 1}
         with (
-            mock.patch.object(picograd._Segment, "__init__", side_effect=OSError("no memory")),
+            mock.patch.object(picograd, "_Shared", side_effect=OSError("no memory")),
             mock.patch.object(picograd, "_memory", picograd._Memory()),  # nor any that is kept
             distributed_config(**config),
         ):
