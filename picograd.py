@@ -3044,27 +3044,44 @@ def _parameter(name: str, x: Any) -> str:
     return f"[{', '.join(map(short, x))}]" if name == "index" and isinstance(x, tuple) else f"{name}={short(x)}"
 
 
-def _save_picture(graph: Any, path: Path) -> None:
-    """Renders in memory, then puts the complete file in its place, with the permissions of any new file."""
-    from graphviz import ExecutableNotFound
+_DOT_SECONDS = 60.0  # that Graphviz may take, and a second more for each box
 
-    picture, missing = graph.copy(), None
+
+def _save_picture(graph: Any, path: Path, seconds: float) -> None:
+    """Renders in memory, then puts the complete file in its place."""
+    import subprocess
+
+    picture = graph.copy()
     if path.suffix.lower() == ".png":
         picture.graph_attr["dpi"] = "120"  # text comes out as large as that of the page around it
+    command = ["dot", f"-T{path.suffix[1:].lower()}"]
     try:
-        content = picture.pipe(format=path.suffix[1:].lower())
-    except ExecutableNotFound as error:
-        path, content, missing = path.with_suffix(".gv"), graph.source.encode(), error
-    _write_whole(path, lambda file: file.write(content))
-    if missing:
+        done = subprocess.run(command, input=picture.source.encode(), capture_output=True, timeout=seconds)
+    except (FileNotFoundError, PermissionError) as error:
+        source = _save_source(graph.source.encode(), path)
         raise RuntimeError(
             "draw: Graphviz's program `dot`, which makes the picture, was not found on PATH. To install it:\n"
             "  Debian, Ubuntu   sudo apt install graphviz\n"
             "  macOS            brew install graphviz\n"
             "  Windows          winget install Graphviz.Graphviz, then add its bin folder to PATH\n"
             "  conda            conda install -c conda-forge graphviz\n"
-            f"The picture's source was saved as {path}; `dot` turns that into a picture, too."
-        ) from missing
+            f"The picture's source was saved as {source}; `dot` turns that into a picture, too."
+        ) from error
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"draw: Graphviz's program `dot` did not finish within {seconds:g} s") from None
+    if done.returncode or not done.stdout:
+        said = done.stderr.decode(errors="replace").strip() or "no message"
+        raise RuntimeError(f"draw: Graphviz's program `dot` made no picture (exit code {done.returncode}): {said}")
+    _write_whole(path, lambda file: file.write(done.stdout))
+
+
+def _save_source(content: bytes, path: Path) -> Path:
+    """Writes beside path, ending in .gv, under a name that no other file has."""
+    for i in itertools.count():
+        source = path.with_suffix(f".{i}.gv" if i else ".gv")
+        if not os.path.lexists(source) or (source.is_file() and source.read_bytes() == content):
+            _write_whole(source, lambda file: file.write(content))
+            return source
 
 
 def draw(
@@ -3082,8 +3099,8 @@ def draw(
     max_nodes: the most boxes to draw; above that, ValueError says how many there are.
     rankdir: "LR" (left to right) or "TB" (top to bottom); None takes what keeps a page-wide picture legible.
 
-    ImportError without the package graphviz. RuntimeError if a picture file needs Graphviz's program `dot` and it is
-    not installed: then the picture's source is saved instead, ending in .gv.
+    ImportError without the package graphviz. RuntimeError if a picture file needs Graphviz's program `dot` and this
+    fails, takes minutes, or is not installed: then the picture's source is saved instead, in a new file ending in .gv.
     """
     if not isinstance(root, Value):
         raise TypeError(f"draw: root must be a Value, got {type(root).__name__}")
@@ -3170,7 +3187,7 @@ def draw(
     cells = "".join(cell(kind=kind, **look) for kind, look in _BOXES.items() if kind in kinds)
     graph.attr(label=f'<<table border="0" cellborder="1" cellspacing="4" cellpadding="3"><tr>{cells}</tr></table>>')
     if filename is not None:
-        _save_picture(graph, filename)
+        _save_picture(graph, filename, _DOT_SECONDS + count)
     return graph
 
 

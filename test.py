@@ -2585,8 +2585,9 @@ class TestDraw(unittest.TestCase):
         path = self.folder / "a.png"
         path.write_bytes(b"old")
         for error in (OSError("disk full"), KeyboardInterrupt()):
-            for where in ("graphviz.Digraph.pipe", "os.replace"):
-                with mock.patch("graphviz.Digraph.pipe", return_value=b"new"), mock.patch(where, side_effect=error):
+            for where in ("subprocess.run", "os.replace"):
+                done = subprocess.CompletedProcess([], 0, b"new", b"")
+                with mock.patch("subprocess.run", return_value=done), mock.patch(where, side_effect=error):
                     with self.assertRaises(type(error)):
                         draw(Value(1.0), path)
                 self.assertEqual(os.listdir(self.folder), ["a.png"])
@@ -2602,6 +2603,37 @@ class TestDraw(unittest.TestCase):
         self.assertEqual((self.folder / "a.gv").read_text(encoding="utf-8"), draw(v).source)
         for part in ("apt install", "brew install", "winget install", "conda install", str(self.folder / "a.gv")):
             self.assertIn(part, str(caught.exception))
+
+    def test_the_source_replaces_no_file_of_others(self):
+        own = self.folder / "a.gv"
+        own.write_bytes(b"mine")
+        (self.folder / "a.1.gv").mkdir()
+        for _ in range(2):
+            with mock.patch.dict(os.environ, PATH=str(self.folder)), self.assertRaisesRegex(RuntimeError, r"a\.2\.gv"):
+                draw(Value(2.0), self.folder / "a.svg")
+        self.assertEqual(sorted(os.listdir(self.folder)), ["a.1.gv", "a.2.gv", "a.gv"])
+        self.assertEqual(own.read_bytes(), b"mine")
+
+    @unittest.skipUnless(os.name == "posix", "needs a shell")
+    def test_a_dot_that_does_not_work(self):
+        programs, pictures = self.folder / "bin", self.folder / "out"
+        programs.mkdir()
+        pictures.mkdir()
+        (pictures / "a.png").write_bytes(b"old")
+        for script, message in [
+            ("sleep 60", "did not finish within 0.5 s"),
+            ("cat >/dev/null", r"no picture \(exit code 0\): no message"),
+            ("exit 0", r"no picture \(exit code 0\)"),
+            ("echo half; echo 'no such format' >&2; exit 3", r"no picture \(exit code 3\): no such format"),
+        ]:
+            (programs / "dot").write_text(f"#!/bin/sh\n{script}\n")
+            (programs / "dot").chmod(0o755)
+            path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+            with self.subTest(script=script), mock.patch.dict(os.environ, PATH=path):
+                with mock.patch.object(picograd, "_DOT_SECONDS", -0.5 if "sleep" in script else 60.0):  # and 1 s a box
+                    with self.assertRaisesRegex(RuntimeError, message):
+                        draw(Value(1.0), pictures / "a.png")
+                self.assertEqual([f.read_bytes() for f in pictures.iterdir()], [b"old"])
 
     def test_without_the_package(self):
         with mock.patch.dict(sys.modules, graphviz=None):
@@ -3309,6 +3341,28 @@ class TestDemo(unittest.TestCase):
                 self.assertEqual(len(said), 1, run.stdout)
                 self.assertRegex(said[0], rf"^Not drawn: (graph/\w+_\w+.png, ){{2}}graph/trained_model.png: .*{reason}")
                 self.assertRegex(run.stdout.splitlines()[-1], r"^test accuracy: \d+\.\d%$")
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs a shell and /dev/full")
+    def test_an_output_that_cannot_be_written_causes_no_traceback(self):
+        def run(case):
+            redirection, environment = case
+            command = f'"{sys.executable}" "{self.folder / "demo.py"}" --epochs 1 {redirection}'
+            environment = os.environ | environment
+            return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
+
+        cases = {  # redirection: exit code, standard error
+            "| head -n 1; exit ${PIPESTATUS[0]}": ("141|0", ""),  # 0 if all was written before head ended
+            ">&-": ("0", ""),
+            ">&- 2>&-": ("0", ""),
+            ">/dev/full": ("1", "demo.py: error: No space left on device\n"),
+            ">/dev/full 2>/dev/full": ("1|120", ""),  # 120 is Python's own, where it cannot flush
+        }
+        runs = [(redirection, {"PYTHONUNBUFFERED": mode}) for redirection in cases for mode in ("", "1")]
+        with ThreadPoolExecutor(2) as pool:
+            for (redirection, mode), result in zip(runs, pool.map(run, runs)):
+                with self.subTest(redirection, **mode):
+                    self.assertRegex(str(result.returncode), f"^({cases[redirection][0]})$")
+                    self.assertEqual(result.stderr, cases[redirection][1])
 
     @unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
     def test_progress_on_a_terminal_and_ctrl_c(self):
