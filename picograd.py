@@ -82,6 +82,7 @@ class Primitive:
     """
 
     __slots__ = ("name", "symbol", "forward", "vjps", "reads", "scalar", "elementwise", "samples", "operands", "params")
+    __slots__ += ("typed", "ufunc", "builtin")
 
     def __call__(self, *args, **kwargs):
         operands = args
@@ -114,6 +115,9 @@ class Primitive:
     def __reduce__(self):
         return _primitive_named, (self.name,)
 
+    def __deepcopy__(self, memo):
+        return self
+
 
 def _python_numbers(x):
     """NumPy's integers and truths as Python's own, also in a tuple."""
@@ -138,6 +142,7 @@ def primitive(
     elementwise: bool | None = None,
     variadic: bool = False,
     reads: str = "out operands",
+    typed: Sequence[int] | None = None,
     samples: Sequence = (),
 ) -> Primitive:
     """Adds an operation to the table and returns it as a function of Values, Tensors, arrays and numbers.
@@ -153,6 +158,8 @@ def primitive(
     variadic: any number of operands; then there is one rule, told which: `vjp(i, g, out, operands, **params)`.
     reads: what the rules read besides g: "out", "operands", both or "". If no operands, then forward takes out=, and
         a result may be written over an operand that nobody else needs.
+    typed: the operands that share one dtype, so that integers among them become floats where they meet floats. Unless
+        given, those that have a rule, or all if none has; a condition or an index has none, and stays what it is.
     samples: for the gradient test. An interval per operand of an element-wise primitive, or a list of
         (shapes of the operands, parameters).
 
@@ -172,7 +179,10 @@ def primitive(
     new = Primitive()
     new.name = name or forward.__name__
     new.symbol, new.scalar = _OPERATORS.get(forward, ("", new.name, scalar))[1:]
-    new.forward, new.vjps = forward, vjps
+    new.forward, new.vjps, new.builtin = forward, vjps, False
+    new.ufunc = isinstance(forward, np.ufunc)
+    ruled = tuple([i for i, rule in enumerate(vjps) if rule])
+    new.typed = typed if typed is not None or variadic or not ruled or len(ruled) == len(vjps) else ruled
     new.elementwise = (
         isinstance(forward, np.ufunc) and forward.signature is None if elementwise is None else elementwise
     )
@@ -237,19 +247,179 @@ _OPERATORS = {
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Arrays
 #
-# An array without gradient. What it holds is "raw", as inside every node of a graph: a Python float (a weak scalar,
-# which takes on the dtype of the arrays it meets), a NumPy scalar or an ndarray; or a foreign array: one of another
-# library that speaks NumPy's protocols, such as a `dask.array`, kept as it is. In: anything array-like. Out: Tensors.
-# `Array` is what Tensor and Value share: one way to compute a primitive on raw operands, and one set of methods.
-# Invariant: a raw value never is a 0-d ndarray, and a computation on Python floats alone gives a Python float again.
-# One with a foreign operand gives a foreign array, and computes nothing by itself.
+# What a node or a Tensor holds is a raw value. In: anything array-like. Out: raw values, and Tensors around them.
+#
+#     a Python float, int, bool     a weak number: double precision, and it takes the dtype of the arrays that it meets
+#     a NumPy scalar, an ndarray      strong: they have a dtype. A raw value never is a 0-d ndarray: that is a scalar
+#     other types                     come through `KINDS`, which knows for each type how it computes and is written to
+#
+# `_evaluate` computes a primitive on raw values: it settles the dtypes, and the kind of highest rank among the operands
+# does the rest. `_apply` does so for operands of any sort, and wraps the result: Value, Tensor, or neither.
+# Invariant: what is computed of weak numbers alone is a weak number or a float64 array, and `type(raw) is float` is the
+# sign of a weak float: np.float64 is a subclass of float, and strong.
+#
+#     >>> (Tensor([1, 2]) * 2.0).dtype, (Tensor([1, 2]) * np.array([0.1, 0.2])).dtype
+#     (dtype('float32'), dtype('float32'))
+#     >>> (Tensor(2.0) * np.array([0.1, 0.2])).dtype
+#     dtype('float64')
 # ---------------------------------------------------------------------------------------------------------------------
 
-
 _new = object.__new__
+_NUMBERS = (float, int, np.bool_, np.integer, np.floating)
 
 
-def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub") -> Any:
+class Kind:
+    """What the engine asks of the raw values of one type; here, the answers for NumPy's arrays and scalars.
+
+    rank: of the kinds of a primitive's operands, the one of highest rank computes it.
+    lazy: whether looking at numbers costs a computation elsewhere.
+    """
+
+    rank, lazy = 1, False
+
+    def enter(self, data, dtype: np.dtype | None, choice: bool | None, who: str):
+        """The raw value of a Tensor or Value made from data; `who` is named in errors."""
+        return self.own(data if dtype is None else data.astype(dtype))
+
+    def constant(self, x, who: str):
+        """The raw value of a constant operand."""
+        return x
+
+    def evaluate(self, prim: Primitive, raw: Sequence, params: dict):
+        """The forward of a primitive on raw operands of this kind and lower ones, whose dtypes are settled."""
+        if not prim.ufunc:
+            raw = _strengthened(prim, raw)
+        out = prim.forward(*raw, **params)
+        if type(out) is np.ndarray or isinstance(out, np.generic) or params.get("dtype") is float:
+            return _settle(out)
+        return _settle(np.asarray(out))  # a forward of a user's: what is computed of arrays is one
+
+    def hand_out(self, raw):
+        """What `.data` gives away: NumPy's array or scalar, or what stands for it."""
+        return raw
+
+    def fetch(self, raws: Sequence) -> list:
+        """NumPy's arrays and scalars for raw values of this kind, to be read at once; several are got in one pass."""
+        return list(raws)
+
+    def own(self, raw):
+        """The same data, held by nobody else."""
+        return raw.copy()
+
+    def shared(self, raw) -> bool:
+        """Whether the memory of a raw value may be another's, too."""
+        return type(raw) is np.ndarray and raw.base is not None
+
+    def write(self, raw, new):
+        """In place: gives raw the data of `new`, of its shape; what holds it from now on."""
+        np.copyto(raw, _fetched(new), casting="same_kind")
+        return raw
+
+    def rule(self, prim: Primitive, rule: Callable) -> Callable:
+        """A rule, as it is to be called on operands or gradients of this kind."""
+        return rule
+
+    def text(self, raw) -> str:
+        """What repr adds to shape and dtype."""
+        return ""
+
+
+class _Weak(Kind):
+    """Python's numbers. Where Python raises though IEEE arithmetic has an answer, NumPy gives that and its warning."""
+
+    rank = 0
+
+    def evaluate(self, prim, raw, params):
+        if prim.scalar is not None and not params and all([type(x) is float for x in raw]):
+            try:
+                return prim.scalar(*raw)
+            except (ArithmeticError, ValueError):
+                pass
+        out = _settle(prim.forward(*map(self.hand_out, raw), **params))
+        return out if "dtype" in params or type(out) is np.ndarray else _number(out)
+
+    def hand_out(self, raw):
+        return np.float64(raw) if type(raw) is float else np.asarray(raw)[()]
+
+    def fetch(self, raws):
+        return [self.hand_out(raw) for raw in raws]
+
+    def own(self, raw):
+        return raw
+
+
+class _Kinds(dict):
+    """The kind of each type of raw value; None for types that are not arrays by themselves, such as list.
+
+    A type met for the first time is looked at once: `finders` are functions of a type that return its kind or None.
+    """
+
+    def __init__(self, kinds):
+        super().__init__(kinds)
+        self.finders: list[Callable] = []
+
+    def __missing__(self, cls: type) -> Kind | None:
+        if issubclass(cls, np.ma.MaskedArray):
+            raise TypeError(f"{cls.__name__}: its mask would be lost; pass .filled(...) or .data")
+        if hasattr(cls, "_picograd"):
+            raise TypeError(_two_copies(cls))
+        if issubclass(cls, (np.ndarray, np.generic)):
+            found = self[np.ndarray]
+        else:
+            found = next(filter(None, (find(cls) for find in self.finders)), None)
+        self[cls] = found
+        return found
+
+
+WEAK, NUMPY = _Weak(), Kind()
+KINDS = _Kinds({float: WEAK, int: WEAK, bool: WEAK, np.ndarray: NUMPY, list: None, tuple: None})
+
+
+class _Hook:
+    """Where large arrays are taken over: by nobody, unless a room below puts another hook here.
+
+    limit: elements from which an ndarray is shown to `adopt`, as the data of a new Tensor or Value and as an operand.
+    """
+
+    limit: float = math.inf
+
+    def adopt(self, raw, choice: bool | None, dtype: np.dtype | None = None):
+        """A raw value in place of another.
+
+        choice: the Tensor's distributed=.
+        dtype: given where a Tensor or Value is made: the result is a copy, of that dtype. None for what is there
+            already, which others may have, too.
+        """
+        if choice:
+            raise RuntimeError("Tensor: distributed=True needs room 8, Blocks, which this copy of picograd.py lacks")
+        return raw if dtype is None else raw.astype(dtype)
+
+    def distributed(self, raw, choice: bool | None) -> bool:
+        """Whether a Tensor with that raw value and choice counts as distributed."""
+        return False
+
+
+HOOK = _Hook()
+
+
+def _two_copies(cls: type) -> str:
+    """The message for a Value or Tensor of another copy of this file, or of this one before a reload."""
+    theirs = getattr(sys.modules.get(cls.__module__), "__file__", "?")
+    which = "before it was loaded anew" if cls.__module__ == __name__ else f"of {cls.__module__} ({theirs})"
+    return f"a {cls.__name__} {which} met {__name__} ({__file__}): two copies of picograd do not share their graphs"
+
+
+# --- entering: what users pass becomes a raw value ---
+
+
+def _number(x):
+    """A number of Python's or NumPy's as Python's: weak."""
+    if isinstance(x, (bool, np.bool_)):
+        return bool(x)
+    return float(x) if isinstance(x, (float, np.floating)) else int(x)
+
+
+def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub", choice: bool | None = None) -> Any:
     """Copies data into a raw value; dtype float32 unless given, or data is a number or has one of its own."""
     expected = "floating" if kinds == "f" else "floating, integer or boolean"
     if dtype is not None:
@@ -261,21 +431,58 @@ def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub") -> Any:
         dtype = dtype or getattr(data, "dtype", None)
         if dtype is not None and dtype.kind not in kinds:
             raise TypeError(f"{who}: the dtype of data must be {expected}, got {dtype}; pass dtype=")
-    if dtype is None and isinstance(data, (int, float, np.bool_, np.integer, np.floating)):
-        return float(data)
-    if _is_foreign(data):
+        if dtype is None and kinds != "f":
+            return data if choice is None else HOOK.adopt(data, choice)
+    if dtype is None and isinstance(data, _NUMBERS):
+        return float(data) if choice is None else HOOK.adopt(float(data), choice)
+    kind = KINDS[type(data)]
+    if kind is not None and kind.rank > NUMPY.rank:
         if data.dtype.kind not in (kinds if dtype is None else "fiub"):
             raise TypeError(f"{who}: the dtype of data must be {expected}, got {data.dtype}; pass dtype=")
-        return _known_shape(data if dtype is None else data.astype(dtype), who)
+        return kind.enter(data, dtype, choice, who)
     try:
         array = np.asarray(data)
     except ValueError as error:
         raise ValueError(f"{who}: data must be rectangular, got ragged nested sequences ({error})") from None
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{who}: data must be real numbers, got {type(data).__name__} of dtype {array.dtype}")
-    if _config.enabled and array.ndim and array.size >= _config.min_elements_for_parallel:
-        return run_blocks(((_as_dtype, (0,), np.dtype(dtype or np.float32)),), [array], array.shape, [1])[0][0]
-    return _settle(array.astype(dtype or np.float32))
+    dtype = np.dtype(dtype or np.float32)
+    if choice is not None or array.size >= HOOK.limit:
+        return _settle(HOOK.adopt(array, choice, dtype))
+    return _settle(array.astype(dtype))
+
+
+def _constant(x, who: str):
+    """An operand that is neither Value nor Tensor as a raw value: not copied, and a number is Python's."""
+    if isinstance(x, _NUMBERS):
+        return _number(x)
+    kind = KINDS[type(x)]
+    if kind is not None and kind.rank > NUMPY.rank:
+        return kind.constant(x, who)
+    if kind is None and not isinstance(x, (list, tuple)):
+        raise TypeError(f"{who}: expected a Value, Tensor, array or number, got {type(x).__name__}")
+    try:
+        x = np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"{who}: operand must be rectangular, got ragged sequences ({error})") from None
+    if x.dtype.kind not in "fiub":
+        raise TypeError(f"{who}: operands must be real numbers, got an array of dtype {x.dtype}")
+    return x
+
+
+def _conform(x, like, who, choice: bool | None = None):
+    """x, copied, as a replacement of the raw value `like`: of its dtype, and of its shape if x is a number."""
+    x = _raw(x)
+    if KINDS[type(like)] is WEAK:
+        if np.ndim(x):
+            raise ValueError(f"{who}: expected a number, got shape {np.shape(x)}")
+        return type(like)(_fetched(x))
+    if np.ndim(like) and not np.ndim(x):
+        return np.full_like(like, _fetched(x))
+    return _as_raw(x, like.dtype, who, choice=choice)
+
+
+# --- leaving ---
 
 
 def _settle(out):
@@ -289,125 +496,124 @@ def _raw(x):
 
 
 def _public(raw):
-    """A raw value as it is handed out: Python's weak scalars become NumPy scalars, chunked arrays arrays."""
-    if type(raw) is Chunked:
-        return raw.expose()
-    return np.float64(raw) if type(raw) is float else np.bool_(raw) if type(raw) is bool else raw
+    """A raw value as it is handed out: weak numbers become NumPy scalars."""
+    return KINDS[type(raw)].hand_out(raw)
 
 
-def _conform(x, like, who):
-    """x, copied, as a replacement of the raw value `like`: of its dtype, and of its shape if x is a number."""
-    x = _raw(x)
-    if type(like) is float:
-        if np.ndim(x):
-            raise ValueError(f"{who}: expected a number, got shape {np.shape(x)}")
-        return float(x)
-    raw = _as_raw(x, like.dtype, who)
-    return raw if np.ndim(raw) or not np.ndim(like) else np.full_like(like, raw)
+def _lazy(x) -> bool:
+    """Whether looking at the numbers of anything costs a computation elsewhere."""
+    kind = KINDS[type(_raw(x))]
+    return kind is not None and kind.lazy
+
+
+def _fetched(x):
+    """A raw value, or anything array-like, as NumPy's array or scalar, to be read at once."""
+    kind = KINDS[type(x)]
+    return np.asarray(x) if kind is None else kind.fetch([x])[0]
+
+
+# --- how a primitive is computed: settle the dtypes, evaluate, wrap ---
+
+
+def _strong(prim: Primitive, raw: Sequence) -> list[tuple[int, np.dtype]]:
+    """Places and dtypes of the operands that have one, of those that share it: an index does not, nor a condition."""
+    places = range(len(raw)) if prim.typed is None else prim.typed
+    return [(i, raw[i].dtype) for i in places if type(raw[i]) not in _WEAK_TYPES]
+
+
+def _lifted(prim: Primitive, operands: Sequence) -> tuple:
+    """Operands with their constants as raw values, of the dtypes in which a node keeps them.
+
+    Raw floating arrays take the dtype of the strong floating Values and Tensors that they meet, and so do integers and
+    masks; without such, all is as in NumPy.
+    """
+    operands = [x if isinstance(x, Array) else _constant(x, prim.name) for x in operands]
+    raw = [_raw(x) for x in operands]
+    strong = _strong(prim, raw)
+    if not strong:
+        if float in map(type, raw):  # a whole number beside weak floats is one of them
+            operands = [float(x) if type(x) is int else x for x in operands]
+        return tuple(operands)
+    held = [dtype for i, dtype in strong if dtype.kind == "f" and isinstance(operands[i], Array)]
+    dtype = np.result_type(*(held or [dtype for _, dtype in strong]))
+    for i, own in strong:
+        if own != dtype and (own.kind == "f" or held) and not isinstance(operands[i], Array):
+            operands[i] = operands[i].astype(dtype)
+    return tuple(operands)
+
+
+def _promoted(prim: Primitive, raw: Sequence) -> Sequence:
+    """Raw operands with integers and masks in the dtype of the strong floats that they meet."""
+    strong = _strong(prim, raw)
+    floats = [dtype for _, dtype in strong if dtype.kind == "f"]
+    if not floats or len(floats) == len(strong):
+        return raw
+    dtype, raw = np.result_type(*floats), list(raw)
+    for i, own in strong:
+        if own.kind != "f":
+            raw[i] = raw[i].astype(dtype)
+    return raw
+
+
+def _strengthened(prim: Primitive, raw: Sequence) -> Sequence:
+    """Raw operands with weak numbers as scalars of the dtype that they take: only ufuncs know numbers without one."""
+    if not any([type(x) in _WEAK_TYPES for x in raw]):
+        return raw
+    dtypes, raw = [dtype for _, dtype in _strong(prim, raw)], list(raw)
+    for i in range(len(raw)) if prim.typed is None else prim.typed:
+        if type(raw[i]) in _WEAK_TYPES:
+            raw[i] = np.result_type(*dtypes, raw[i]).type(raw[i])
+    return raw
+
+
+_WEAK_TYPES = frozenset((float, int, bool))
 
 
 def _evaluate(prim: Primitive, raw: Sequence, params: dict):
-    """The forward of a primitive on raw operands."""
-    weak = strong = False
+    """The forward of a primitive on raw operands: a raw value."""
+    kind = WEAK
     for x in raw:
-        if type(x) is float or type(x) is bool:
-            weak = True
-        elif type(x) is Chunked:
-            return _evaluate_chunked(prim, raw, params)
-        else:
-            strong = True
-            if not isinstance(x, _RAW) and _is_foreign(x):
-                return _evaluate_foreign(prim, raw, params, x)
-    if not strong:
-        if prim.scalar is not None and not params and all([type(x) is float for x in raw]):
-            try:
-                return prim.scalar(*raw)
-            except (ArithmeticError, ValueError):
-                pass  # Python raises where IEEE arithmetic has an answer: NumPy gives that answer and its warning
-        out = _settle(prim.forward(*map(_public, raw), **params))
-        if "dtype" in params:
-            return out
-        if not np.ndim(out):
-            return float(out) if isinstance(out, np.floating) else bool(out) if isinstance(out, np.bool_) else out
-        return out.astype(np.float32) if out.dtype == np.float64 else out
-    if weak and not isinstance(prim.forward, np.ufunc):  # others would take a Python float for a float64
-        floats = [x.dtype for x in raw if hasattr(x, "dtype") and x.dtype.kind == "f"]
-        dtype = np.result_type(*floats) if floats else np.dtype(np.float32)
-        raw = [dtype.type(x) if type(x) is float else x for x in raw]
-    out = prim.forward(*raw, **params)
-    return out if type(out) is np.ndarray and out.ndim else _settle(out)
-
-
-def _constant(x, prim: Primitive):
-    """Checks an operand that is neither Value nor Tensor: a Python float or bool, or a raw array."""
-    if isinstance(x, (float, int, np.floating, np.integer, np.bool_)):
-        return bool(x) if isinstance(x, (bool, np.bool_)) else x if type(x) is int else float(x)
-    if _is_foreign(x):
-        x = _known_shape(x, prim.name)
-    elif not isinstance(x, (np.ndarray, list, tuple)):
-        raise TypeError(f"{prim.name}: expected a Value, Tensor, array or number, got {type(x).__name__}")
-    else:
-        try:
-            x = np.asarray(x)
-        except ValueError as error:
-            raise ValueError(f"{prim.name}: operand must be rectangular, got ragged sequences ({error})") from None
-    if x.dtype.kind not in "fiub":
-        raise TypeError(f"{prim.name}: operands must be real numbers, got an array of dtype {x.dtype}")
-    return x
-
-
-def _take_dtype(operands: tuple) -> tuple:
-    """Raw arrays among the operands take the dtype of those they meet, else float32; masks, and integers that meet
-    integers, stay as they are. Other integers become floats."""
-    held = {x._data.dtype for x in operands if isinstance(x, Array) and not isinstance(x._data, (float, bool))}
-    floating = [dtype for dtype in held if dtype.kind == "f"]
-    dtype = np.result_type(*floating) if floating else np.dtype(np.float32)
-    kinds = "f" if held and not floating else "fiu"
-    whole = held and not floating
-    return tuple(
-        [
-            float(x)
-            if type(x) is int and not whole
-            else x
-            if isinstance(x, (Array, int, float, bool)) or x.dtype.kind not in kinds
-            else x.astype(dtype, copy=False)
-            for x in operands
-        ]
-    )
+        other = KINDS[type(x)]
+        if other.rank > kind.rank:
+            kind = other
+    return kind.evaluate(prim, _promoted(prim, raw) if kind.rank else raw, params)
 
 
 def _apply(prim: Primitive, operands: tuple, params: dict):
-    """Computes a primitive on any kinds of operand: a node if one is a Value, a Tensor if one is, else a raw result."""
-    kind, constants, usual, raw = None, False, True, []
-    limit = _config.min_elements_for_parallel if _chunking else math.inf
+    """Computes a primitive on any sort of operands: a node if one is a Value, a Tensor if one is, else a raw result."""
+    result, constants, plain, dtype, limit = None, False, True, None, HOOK.limit
+    raw = []
     for x in operands:
         if isinstance(x, Value):
-            kind, x = Value, x._data
+            result, x = Value, x._data
         elif isinstance(x, Tensor):
-            usual = usual and not x._choice
-            kind, x = kind or Tensor, x._data
+            result, x = result or Tensor, x._data
         elif type(x) is not float:
             constants = True
-        if type(x) is not np.ndarray or x.size >= limit:
-            usual = False
+        if type(x) is np.ndarray:
+            if x.size >= limit or (dtype is not None and dtype is not x.dtype):
+                plain = False
+            dtype = x.dtype
+        elif type(x) is not float or not prim.ufunc:
+            plain = False
         raw.append(x)
-    if kind is None:
-        if _chunking and any(type(x) is Chunked for x in operands):
+    if result is None:
+        kinds = [KINDS[type(x)] for x in operands]
+        if None not in kinds and (NUMPY not in kinds or max(kinds, key=_get_rank) is not NUMPY):
             return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
-    if usual and not constants:  # what `_evaluate` would do, without its questions
-        out = prim.forward(*raw, **params)
-        out = out if type(out) is np.ndarray and out.ndim else _settle(out)
+    if plain and not constants and dtype is not None and dtype.kind == "f":
+        out = prim.forward(*raw, **params)  # what `_evaluate` would do for arrays of one dtype, without its questions
+        if type(out) is not np.ndarray or not out.ndim:
+            out = _settle(out)
     else:
-        raw = x = None  # an array that is held here would seem to be held by somebody who may write to it
-        if _chunking and (prim.elementwise or prim.name in _REDUCTIONS):
-            for x in operands:
-                if isinstance(x, Array):
-                    x._follow_config()
         if constants:
-            operands = _take_dtype(tuple([x if isinstance(x, Array) else _constant(x, prim) for x in operands]))
-        out = _evaluate(prim, [x._data if isinstance(x, Array) else x for x in operands], params)
-    if kind is Value:
+            operands = _lifted(prim, operands)
+        for x in operands:
+            if isinstance(x, Array) and type(x._data) is np.ndarray and x._data.size >= limit:
+                x._adopt()
+        out = _evaluate(prim, [_raw(x) for x in operands], params)
+    if result is Value:
         return _node(out, prim, operands, params)
     if len(operands) == 1:
         return _wrap(out, operands[0]._choice)
@@ -416,10 +622,11 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
 
 
 class Array:
-    """What Tensor and Value share. Operators, and a method for every entry of the table, are added below."""
+    """What Tensor and Value share. Operators, and a method for every entry of the table, are added in room 5."""
 
     __slots__ = ("_data", "__weakref__")
     __hash__ = object.__hash__
+    _picograd = True  # how another copy of this file is known
 
     shape: tuple[int, ...] = property(lambda self: getattr(self._data, "shape", ()))
     ndim: int = property(lambda self: len(self.shape))
@@ -429,17 +636,9 @@ class Array:
     T = property(lambda self: np.transpose(self))
     mT = property(lambda self: np.matrix_transpose(self))
 
-    def _follow_config(self) -> None:
-        """Makes the raw array chunked if this is distributed now, and an ndarray if it is not."""
-        raw = self._data
-        small = isinstance(raw, (float, bool)) or raw.size < _config.min_elements_for_parallel
-        if small and type(raw) is not Chunked and getattr(self, "_choice", None) is None:
-            return  # the usual case, before anything else is asked
-        if self.distributed and not _mode.tracing and not _fault.depth:
-            if type(raw) is np.ndarray:
-                self._data = Chunked(raw)
-        elif type(raw) is Chunked:
-            self._data = raw.expose()
+    def _adopt(self) -> None:
+        """Lets the hook take over the raw value, which is of its limit or more."""
+        self._data = HOOK.adopt(self._data, None)
 
     def item(self) -> float | int | bool:
         """The one element as a Python number; ValueError if there are more."""
@@ -448,10 +647,10 @@ class Array:
             return raw
         if self.size != 1:
             raise ValueError(f"{type(self).__name__}.item: expected one element, got shape {self.shape}")
-        return _public(_computed([raw])[0] if _is_foreign(raw) else raw).item()
+        return _fetched(raw).item()
 
     def tolist(self) -> Any:
-        return _public(_computed([self._data])[0]).tolist()
+        return _fetched(self._data).tolist()
 
     def reshape(self, *shape):
         return np.reshape(self, shape[0] if len(shape) == 1 else shape)
@@ -460,6 +659,7 @@ class Array:
         return np.transpose(self, (axes[0] if isinstance(axes[0], (tuple, list)) else axes) if axes else None)
 
     def flatten(self):
+        """A copy in one dimension; `ravel` is a view where it can be."""
         return np.copy(np.ravel(self))
 
     def astype(self, dtype: Any):
@@ -469,10 +669,9 @@ class Array:
         return _as_dtype(self, dtype)
 
     def __getitem__(self, index):
-        index = index if isinstance(index, tuple) else (index,)
-        index = tuple(_index_array(i) if isinstance(i, list) else _wrap(i) if _is_foreign(i) else i for i in index)
+        index = tuple([_index_part(i) for i in index]) if isinstance(index, tuple) else (_index_part(index),)
         parts = [i for i in index if isinstance(i, Array)]
-        return _getitem(self, *parts, index=tuple(_HOLE if isinstance(i, Array) else i for i in index))
+        return _getitem(self, *parts, index=tuple([_HOLE if isinstance(i, Array) else i for i in index]))
 
     def __len__(self):
         if not self.ndim:
@@ -506,8 +705,9 @@ class Tensor(Array):
 
     data: numbers, nested sequences, an array, a Tensor or a Value; copied. Arrays become float32 unless dtype says
         otherwise or data is a Tensor or Value; a single number is held in double precision and is weak, like a Python
-        float. Ragged sequences raise ValueError; complex, text and objects TypeError. An array of another library
-        that speaks NumPy's protocols, such as a `dask.array`, is kept, with its dtype, and counts as distributed.
+        float. Ragged sequences raise ValueError; complex, text, objects and masked arrays TypeError. An array of
+        another library that speaks NumPy's protocols, such as a `dask.array`, is kept, with its dtype, and counts as
+        distributed.
     dtype: a floating, integer or boolean NumPy dtype.
     distributed: True or False to force it, None to leave it to `set_distributed_config`.
 
@@ -517,11 +717,10 @@ class Tensor(Array):
     __slots__ = ("_choice", "_owner")
 
     def __init__(self, data: Any, dtype: Any = None, distributed: bool | None = None):
-        global _chunking
         if not (distributed is None or isinstance(distributed, bool)):
             raise TypeError(f"Tensor: distributed must be True, False or None, got {distributed!r}")
-        _chunking |= distributed is True
-        self._data, self._choice, self._owner = _as_raw(data, dtype, "Tensor"), distributed, None
+        self._data = _as_raw(data, dtype, "Tensor", choice=distributed)
+        self._choice, self._owner = distributed, None
 
     @property
     def data(self) -> np.ndarray | np.generic:
@@ -531,30 +730,40 @@ class Tensor(Array):
     @data.setter
     def data(self, new):
         if _raw(new) is not self._data:
-            self._data = _conform(new, self._data, "Tensor.data")
-            if self._owner:
-                setattr(*self._owner, self._data)
+            self._become(_conform(new, self._data, "Tensor.data", self._choice))
+
+    def _become(self, raw) -> None:
+        """Holds another raw value from now on; so does the Value that handed this Tensor out."""
+        self._data = raw
+        if self._owner:
+            setattr(*self._owner, raw)
+
+    def _adopt(self) -> None:
+        if self._choice is not False:
+            raw = HOOK.adopt(self._data, self._choice)
+            if self._owner and getattr(*self._owner) is self._data:
+                setattr(*self._owner, raw)
+            self._data = raw
 
     @property
     def distributed(self) -> bool:
         """Whether it counts as distributed: forced, or large enough by the configuration in force; never if 0-d."""
-        if self._choice is not None or _is_foreign(self._data):
-            return _is_foreign(self._data) or (self._choice and self.ndim > 0)
-        return _config.enabled and self.ndim > 0 and self.size >= _config.min_elements_for_parallel
+        return KINDS[type(self._data)].lazy or HOOK.distributed(self._data, self._choice)
 
     def enable_distributed(self) -> None:
-        global _chunking
-        self._choice = _chunking = True
+        """From now on, distributed whatever its size. RuntimeError where the file was cut above room 8."""
+        self._data, self._choice = HOOK.adopt(self._data, True), True
 
     def disable_distributed(self) -> None:
-        self._choice = False
+        """From now on, computed by NumPy whatever its size."""
+        self._data, self._choice = HOOK.adopt(self._data, False), False
 
     def numpy(self) -> np.ndarray:
         """A copy as an ndarray."""
-        return np.array(self._data)
+        return np.array(_fetched(self._data))
 
     def __array__(self, dtype=None, copy=None):
-        return np.array(self._data, dtype) if copy else np.asarray(self._data, dtype)
+        return np.array(_fetched(self._data), dtype) if copy else np.asarray(_public(self._data), dtype)
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         if any(isinstance(x, Value) for x in inputs):
@@ -574,11 +783,11 @@ class Tensor(Array):
     def __setitem__(self, index, new):
         if not self.ndim:
             raise TypeError("a 0-d Tensor cannot be indexed; assign to .data")
-        index = tuple(map(_public, map(_raw, index))) if isinstance(index, tuple) else _public(_raw(index))
-        _public(self._data)[index] = _public(_raw(new))
+        index = tuple(map(_public_index, index)) if isinstance(index, tuple) else _public_index(index)
+        _public(self._data)[index] = _fetched(_raw(new))
 
     def __reduce__(self):
-        return _wrap, (self._data, self._choice)
+        return _restored, (self._data, self._choice)
 
     def __copy__(self):
         return Tensor(self, distributed=self._choice)
@@ -586,22 +795,24 @@ class Tensor(Array):
     def __repr__(self):
         if not self.ndim:
             return f"Tensor({self._data})"
-        values = _chunks_of(self._data)
-        if not _is_foreign(self._data) and self.size <= 8:
+        kind = KINDS[type(self._data)]
+        values = kind.text(self._data)
+        if not kind.lazy and self.size <= 8:
             values = f", data={self.tolist()}"
         return f"Tensor(shape={self.shape}, dtype={self.dtype}, distributed={self.distributed}{values})"
 
     def __str__(self):
-        return repr(self) if self.ndim else str(self.data)
+        return repr(self) if self.ndim else str(_fetched(self._data))
 
     def __format__(self, spec):
         if spec and self.ndim:
             raise TypeError(f"Tensor: format {spec!r} needs one number, got shape {self.shape}")
-        return format(_computed([self.data])[0], spec) if spec else str(self)
+        return format(_fetched(self._data), spec) if spec else str(self)
 
 
-def _chunks_of(raw) -> str:
-    return f", chunksize={raw.chunksize}" if hasattr(raw, "chunksize") else ""
+def _public_index(i):
+    i = _raw(i)
+    return _public(i) if KINDS[type(i)] else i
 
 
 def _wrap(raw, choice=None, owner=None) -> Tensor:
@@ -609,6 +820,11 @@ def _wrap(raw, choice=None, owner=None) -> Tensor:
     tensor = _new(Tensor)
     tensor._data, tensor._choice, tensor._owner = raw, choice, owner
     return tensor
+
+
+def _restored(raw, choice) -> Tensor:
+    """A pickled Tensor."""
+    return _wrap(raw if choice is None else HOOK.adopt(raw, choice), choice)
 
 
 def _on_arrays(function, args, kwargs):
@@ -643,8 +859,12 @@ class _Mode(threading.local):
     tracing = False  # whether arrays stay plain, in this thread
     depth = 0  # how many gradient functions are at work around this call, in this thread
 
+    def __init__(self):
+        self.listed: set[int] = set()  # ids of nodes whose operands come before them in the pickle that is under way
+
 
 _mode = _Mode()
+_ENDS = "its gradient ends here; use NumPy's functions, or say .item() or .detach() where no gradient is wanted"
 _next_number = itertools.count(1).__next__
 _NO_PARAMS: dict[str, Any] = {}
 
@@ -691,7 +911,7 @@ class Value(Array):
         """The gradient as a Tensor, zeros before any backward; assign 0 or None to reset it."""
         if self._grad is None:
             self._grad = _filled_like(self._data, 0)
-        elif type(self._grad) is np.ndarray and not self._grad.flags.writeable:  # a broadcast view
+        elif type(self._grad) is np.ndarray and not self._grad.flags.writeable:  # a broadcast view of an inner node
             self._grad = self._grad.copy()
         return _wrap(self._grad, None, (self, "_grad"))
 
@@ -713,6 +933,10 @@ class Value(Array):
 
     # --- the graph ---
 
+    def _picture(self) -> Value:
+        """The root of the graph that `draw` shows."""
+        return self
+
     @property
     def _prev(self) -> set[Value]:
         """The Values this one was made from, as micrograd calls them."""
@@ -731,7 +955,7 @@ class Value(Array):
         """
         for node in reversed(_newest_first(self, everything=True)):
             if node._prim is not None:
-                node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
+                _recompute(node)
         return self
 
     def backward(self, gradient: Any = None, retain_grads: bool = True) -> None:
@@ -746,16 +970,8 @@ class Value(Array):
         If it fails (a rule raises, Ctrl-C), the leaves' gradients are as before.
         """
         grads = _at_home(_backpropagate(self, self._seed(gradient), retain=retain_grads), self)
-        # A leaf owns its gradient: a view, or an array that is the gradient of another node too, is copied.
-        shared = {id(g) for node, g in grads.items() if node._prim is not None}
-        for leaf in [node for node in grads if node._prim is None]:
-            g = grads[leaf]
-            if leaf._grad is not None:
-                grads[leaf] = leaf._grad + g
-            elif type(g) is np.ndarray and (g.base is not None or id(g) in shared):
-                grads[leaf] = g.copy()
-            shared.add(id(g))
-        for node, g in grads.items():
+        leaves = _deposited({node: g for node, g in grads.items() if node._prim is None}, grads)
+        for node, g in (grads | leaves).items():
             node._grad = g
 
     def _seed(self, gradient):
@@ -791,7 +1007,7 @@ class Value(Array):
     def __array__(self, dtype=None, copy=None):
         raise TypeError(
             "a Value does not turn into an array by itself, which would lose its gradient: "
-            "take .data.data for the numbers, np.stack to join Values"
+            "take .data.data for the numbers, np.stack or np.block to join Values"
         )
 
     def __setitem__(self, index, new):
@@ -800,30 +1016,47 @@ class Value(Array):
             "or v.data[index] = new to change the data of a leaf"
         )
 
+    def _leave(self, how: str) -> float | int | bool:
+        """The number, on its way to code that knows nothing of gradients."""
+        number = self.item()
+        if self._needs and _mode.recording:
+            if _mode.depth:
+                raise TypeError(f"{how}(Value): {_ENDS}")
+            warnings.warn(f"{how}(Value): {_ENDS}", stacklevel=3)
+        return number
+
+    def __float__(self):
+        return float(self._leave("float"))
+
+    def __int__(self):
+        return int(self._leave("int"))
+
+    def __index__(self):
+        return operator.index(self._leave("operator.index"))
+
     def __copy__(self):
-        twin = _node(self._data, self._prim, self._args, self._params)
-        twin._data = _settle(np.array(self._data)) if isinstance(self._data, np.ndarray) else self._data
-        twin._grad = self._grad.copy() if isinstance(self._grad, np.ndarray) else self._grad
+        twin = _node(_owned(self._data), self._prim, self._args, self._params)
+        twin._prim, twin._args, twin._params = self._prim, self._args, self._params
+        twin._grad = None if self._grad is None else _owned(self._grad)
         twin._needs, twin.label = self._needs, self.label
         return twin
 
     def __reduce__(self):
-        # A graph is pickled as a flat list of its inner nodes, oldest first, so that its depth does not matter. Leaves
-        # stay objects of their own in that list: pickle and deepcopy keep their identity.
-        nodes = [node for node in reversed(_newest_first(self, everything=True)) if node._args or node is self]
-        place = {node: _Place(i) for i, node in enumerate(nodes)}
-        rows = [
-            (n._prim, tuple(place.get(x, x) if isinstance(x, Value) else x for x in n._args))
-            + (n._params, n._needs, n._data, n._grad, n.label)
-            for n in nodes
-        ]
-        return _rebuild, (rows,)
+        # A node's operands come before it. All that it depends on is listed first, oldest first, so that neither pickle
+        # nor deepcopy, which both remember what they have seen, go any deeper, however deep the graph is.
+        first: tuple = ()
+        if self._args and id(self) not in _mode.listed:
+            first = tuple(_newest_first(self, everything=True)[:0:-1])
+            _mode.listed.update(map(id, first))
+        made = self._prim, self._args, self._params, self._needs, self._data, self._grad, self.label
+        return _rebuild, (type(self), first, _Listed() if first else None, *made)
 
     def __repr__(self):
         label = f", label={self.label!r}" if self.label else ""
         made = f", op={self._prim.name!r}" if self._prim else ""
-        if self.ndim or _is_foreign(self._data):
-            return f"Value(shape={self.shape}, dtype={self.dtype}{_chunks_of(self._data)}{made}{label})"
+        kind = KINDS[type(self._data)]
+        if self.ndim or kind.lazy:
+            return f"Value(shape={self.shape}, dtype={self.dtype}{kind.text(self._data)}{made}{label})"
         return f"Value(data={self._data}, grad={self._grad or 0.0}{made}{label})"
 
     def __format__(self, spec):
@@ -877,7 +1110,7 @@ def _write_over(function: Callable, spent: Value, *others: Value):
     if not (
         "operands" not in getattr(prim, "reads", "operands")
         and (spent._prim is None or "out" not in spent._prim.reads)
-        and not any(_is_foreign(x._data) for x in others)
+        and not any(_lazy(x._data) for x in others)
         and all(np.broadcast_shapes(raw.shape, x.shape) == raw.shape for x in others)
         and np.result_type(raw, *(x._data for x in others)) == raw.dtype
     ):
@@ -903,18 +1136,20 @@ class _Overwritten(Value):
         self._data = new
 
 
-class _Place(int):
-    """In a pickled graph, an operand that is the node at this place of the list."""
+class _Listed:
+    """In a pickle, behind the list of what a node depends on: the next node makes a list of its own again."""
+
+    def __reduce__(self):
+        _mode.listed.clear()
+        return _Listed, ()
 
 
-def _rebuild(rows) -> Value:
-    nodes: list[Value] = []
-    for prim, args, params, needs, data, grad, label in rows:
-        node = _node(data, None, (), params)
-        node._prim, node._args, node._params = prim, tuple([nodes[x] if type(x) is _Place else x for x in args]), params
-        node._needs, node._grad, node.label = needs, grad, label
-        nodes.append(node)
-    return nodes[-1]
+def _rebuild(cls, first, listed, prim, args, params, needs, data, grad, label) -> Value:
+    """A pickled or deeply copied node; `first` are those that it depends on, which come before it."""
+    node = _new(cls)
+    node._prim, node._args, node._params, node._needs = prim, args, params, needs
+    node._data, node._grad, node._number, node.label = data, grad, _next_number(), label
+    return node
 
 
 # --- the backward sweep ---
@@ -935,6 +1170,7 @@ def _newest_first(root: Value, stop=frozenset(), everything=False) -> list[Value
 
 
 _get_number = operator.attrgetter("_number")
+_get_rank = operator.attrgetter("rank")
 
 
 def _filled_like(raw, number):
@@ -969,14 +1205,14 @@ def _fit(g, raw):
                 g = add(g, axis=axes, keepdims=len(axes) != extra)
                 g = np.reshape(g, np.shape(g)[extra:]) if extra > 0 and len(axes) != extra else g
         if np.shape(g) != shape:
-            if _is_foreign(raw):
+            if KINDS[type(raw)].lazy:
                 g = np.zeros_like(raw) + g  # in the chunks of raw
             elif type(g) is not Value and not had and raw.size < _SPREAD_ELEMENTS:
                 g = np.full(shape, g)  # a view takes longer
             else:
                 g = np.broadcast_to(g, shape)
     weak = type(raw) is float
-    if weak and _is_foreign(g):
+    if weak and KINDS[type(_raw(g))].lazy:
         return g  # `_at_home` computes it with all others
     if weak == (type(_raw(g)) is float) and (weak or g.dtype == raw.dtype):
         return g
@@ -985,18 +1221,43 @@ def _fit(g, raw):
 
 
 def _at_home(grads: dict[Value, Any], root: Value) -> dict[Value, Any]:
-    """The gradients of leaves held by Python or NumPy, computed if they are foreign; with them the root, if a number.
+    """The gradients of leaves that are not lazy, computed if they are; with them the root, if a number.
 
     One pass computes them all, and nothing is changed before it is done.
     """
-    away = [x for x, g in grads.items() if x._prim is None and _is_foreign(g) and not _is_foreign(x._data)]
+    away = [x for x, g in grads.items() if x._prim is None and KINDS[type(g)].lazy and not KINDS[type(x._data)].lazy]
     if away:
-        with_root = _is_foreign(root._data) and not root.ndim
-        done = _computed([grads[x] for x in away] + [root._data] * with_root)
+        lazy = KINDS[type(grads[away[0]])]
+        with_root = KINDS[type(root._data)] is lazy and not root.ndim
+        done = lazy.fetch([grads[x] for x in away] + [root._data] * with_root)
         if with_root:
             root._data = done[-1]
         grads.update((x, float(g) if type(x._data) is float else g) for x, g in zip(away, done))
     return grads
+
+
+def _owned(raw):
+    """The same data, held by nobody else."""
+    return KINDS[type(raw)].own(raw)
+
+
+def _deposited(new: dict[Value, Any], held: dict[Value, Any]) -> dict[Value, Any]:
+    """The gradients that leaves have from now on, with new ones added. A leaf owns its gradient: what another leaf or
+    any of the nodes that hold a gradient has, or what is part of a larger array, is copied."""
+    taken = {id(g) for node, g in held.items() if node not in new}
+    result = {}
+    for leaf, g in new.items():
+        if leaf._grad is not None:
+            result[leaf] = leaf._grad + g
+        else:
+            result[leaf] = _owned(g) if id(g) in taken or KINDS[type(g)].shared(g) else g
+        taken.add(id(g))
+    return result
+
+
+def _recompute(node: Value) -> None:
+    """Computes a node's data anew from its operands."""
+    node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
 
 
 def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=False) -> dict[Value, Any]:
@@ -1027,10 +1288,11 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
                 if isinstance(x, (Value, Tensor)):
                     x = g if type(x) is _Overwritten and "operands" not in prim.reads else x._data
                 operands.append(x)
-        weak, foreign = False, None
+        weak, kind = False, NUMPY
         if type(out) is not ndarray or type(g) is not ndarray:
             weak = type(out) is float and type(g) is float and not variadic
-            foreign = None if weak else next((x for x in (g, out) if _is_foreign(x)), None)
+            if not weak:
+                kind = max(KINDS[type(_raw(g))], KINDS[type(_raw(out))], NUMPY, key=_get_rank)
         for i, x in enumerate(args):
             if not isinstance(x, Value) or not x._needs:
                 continue
@@ -1045,17 +1307,17 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
                 except (ArithmeticError, ValueError, TypeError):  # also a complex power: NumPy has the IEEE answer
                     h = float(rule(_public(g), _public(out), *map(_public, operands), **params))
             else:
-                if foreign is not None:
-                    rule = _lazily(prim, foreign)(rule)
+                if kind is not NUMPY:
+                    rule = kind.rule(prim, rule)
                 if variadic:
                     h = rule(i, g, out, operands, **params)
                 else:
                     h = rule(g, out, *operands, **params) if params else rule(g, out, *operands)
                 if h is None:
                     continue
-                if foreign is g and not _is_foreign(h):
-                    raise _not_offered(prim, g)
                 raw = x._data if symbolic else operands[i]
+                if not prim.builtin and not symbolic:
+                    h = _owned(_settle(np.asarray(h)) if KINDS[type(h)] in (None, WEAK) else h)  # a user may keep it
                 if type(h) is not ndarray or type(raw) is not ndarray or h.shape != raw.shape or h.dtype != raw.dtype:
                     h = _fit(h, raw)
             had = grads.get(x)
@@ -1101,7 +1363,12 @@ def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Calla
         variables = [_variable(args[i], i) for i in numbers]
         for i, variable in zip(numbers, variables):
             args[i] = variable
-        out = f(*args, **kwargs)
+        try:
+            out = f(*args, **kwargs)
+        except ValueError as error:  # buffer[0] = v: NumPy makes a ValueError of what float(v) raised
+            if isinstance(error.__cause__, TypeError) and _ENDS in str(error.__cause__):
+                raise error.__cause__ from None
+            raise
         if not isinstance(out, (Array, np.ndarray, np.number, int, float)):
             raise TypeError(f"the function to differentiate must return a Value or number, got {type(out).__name__}")
         rows = []
@@ -1109,7 +1376,7 @@ def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Calla
             grads = {}
             if isinstance(out, Value) and out._needs:
                 grads = _backpropagate(out, _leaf(seed) if symbolic else seed, set(variables), False, symbolic)
-                grads = grads if symbolic else _at_home(grads, out)
+                grads = grads if symbolic else _deposited(_at_home(grads, out), {out: _raw(out)})
             rows.append([grads[v] if v in grads else _filled_like(v._data, 0) for v in variables])
     finally:
         _mode.recording, _mode.depth = before, _mode.depth - 1
@@ -1120,9 +1387,12 @@ def _variable(x, i):
     """A fresh node for argument i of a function; connected to x if that is a Value."""
     if isinstance(x, Value):
         return np.positive(x)
-    dtype = getattr(x, "dtype", None)
     try:
-        return Value(x, dtype if np.ndim(x) and getattr(dtype, "kind", "") == "f" else None)
+        dtype = None
+        if not isinstance(x, (Array, *_NUMBERS)) and not _lazy(x):
+            x = np.asarray(x)
+            dtype = x.dtype if x.dtype.kind == "f" else None
+        return Value(x, dtype)
     except (TypeError, ValueError) as error:
         raise type(error)(f"argument {i}: {error}") from None
 
@@ -1866,8 +2136,6 @@ def _filled(index, parts):
 def _put(a, *parts, shape, index):
     """Zeros of that shape with `a` added at that index: the transpose of indexing."""
     index = _filled(index, parts)
-    if _is_foreign(a):
-        return _put_foreign(a, shape, index)
     out = np.zeros(shape, getattr(a, "dtype", np.float64))
     if all(i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer)) for i in index):
         out[index] = a
@@ -1883,6 +2151,7 @@ _getitem = primitive(
     ),
     name="getitem",
     variadic=True,
+    typed=(0,),
     samples=[
         (((3, 4),), {"index": (1,)}),
         (((3, 4),), {"index": (slice(None, None, -2), None, Ellipsis, slice(1, 3))}),
@@ -1896,6 +2165,7 @@ _scatter = primitive(
     lambda i, g, out, operands, shape, index: None if i else _getitem(g, *operands[1:], index=index),
     name="scatter",
     variadic=True,
+    typed=(0,),
     samples=[(((2,),), {"shape": (3, 4), "index": (1, slice(1, 3))})],
 )
 
@@ -1903,6 +2173,13 @@ _scatter = primitive(
 def _index_array(i):
     """A list in an index, as an array; of integers if it is empty."""
     return (np.asarray(i) if len(i) else np.zeros(0, int)) if isinstance(i, (list, tuple)) else i
+
+
+def _index_part(i):
+    """A part of an index as `_getitem` takes it: a lazy array is an operand."""
+    if isinstance(i, list):
+        return _index_array(i)
+    return _wrap(i) if not isinstance(i, Array) and _lazy(i) else i
 
 
 def _lead(axis, a) -> tuple:
@@ -2414,10 +2691,9 @@ def _value_operator(prim: Primitive, swapped=False):
             y = other._data
         elif kind is float:
             y = other
-        elif kind is int:
-            whole = type(self._data) is not float and getattr(self._data, "dtype", _FLOAT).kind in "iu"
-            y = other = other if whole else float(other)
-        elif isinstance(other, _OPERANDS) or _is_foreign(other):
+        elif kind is int and (type(self._data) is float or self.dtype.kind == "f"):
+            y = other = float(other)
+        elif isinstance(other, _OPERANDS) or KINDS[kind] is not None:
             y = None
         else:
             return NotImplemented
@@ -2439,7 +2715,6 @@ def _value_operator(prim: Primitive, swapped=False):
             node._number = _next_number()
             node.label = ""
             return node
-        x = y = None  # see `_apply`
         return _apply(prim, args, _NO_PARAMS)
 
     return method
@@ -2452,16 +2727,15 @@ def _tensor_operator(prim: Primitive, swapped=False):
         x, kind = self._data, type(other)
         if kind is Value:
             return NotImplemented
-        if type(x) is ndarray and self._choice is None and x.size < _config.min_elements_for_parallel:
+        if type(x) is ndarray and x.size < HOOK.limit:
             # What `_apply` would do for small arrays, spelled out: there, its checks cost more than the arithmetic.
-            y = other._data if kind is Tensor and other._choice is None else other
+            y = other._data if kind is Tensor and other._choice is self._choice else other
             if kind is int and x.dtype.kind == "f":
                 y = float(other)
-            if type(y) is float or (type(y) is ndarray and kind is Tensor and y.size <= x.size):
-                return _wrap(forward(y, x) if swapped else forward(x, y))
-        if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or _is_foreign(other)):
+            if type(y) is float or (type(y) is ndarray and y is not other and y.dtype is x.dtype and y.size <= x.size):
+                return _wrap(forward(y, x) if swapped else forward(x, y), self._choice)
+        if not isinstance(other, _OPERANDS) and KINDS[kind] is None:
             return NotImplemented
-        x = y = None  # see `_apply`
         out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
         return out._data if isinstance(out._data, (bool, np.bool_)) else out  # of numbers, a comparison is a bool
 
@@ -2472,19 +2746,16 @@ def _in_place_operator(prim: Primitive):
     """`t += x`: arrays are written to once the whole result is there; a 0-d Tensor is replaced, like a number."""
 
     def method(self, other):
-        if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or _is_foreign(other)):
+        if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or KINDS[type(other)] is not None):
             return NotImplemented
         out = _apply(prim, (self, other), _NO_PARAMS)
         if not self.ndim and not out.ndim:
             return out
         if out.shape != self.shape:
             raise ValueError(f"Tensor: in place, shape {self.shape} cannot take a result of shape {out.shape}")
-        if type(self._data) is Chunked:
-            self._data.assign(out._data)
-        elif _is_foreign(self._data):
-            self.data = out
-        else:
-            np.copyto(self._data, _computed([_public(out._data)])[0], casting="same_kind")
+        raw = KINDS[type(self._data)].write(self._data, out._data)
+        if raw is not self._data:
+            self._become(raw)
         return self
 
     return method
@@ -2503,6 +2774,9 @@ for _forward, (_name, _, _) in _OPERATORS.items():
             setattr(_class, f"__r{_name}__", _operator(_prim, swapped=True))
     if hasattr(operator, f"__i{_name}__"):
         setattr(Tensor, f"__i{_name}__", _in_place_operator(_prim))
+
+for _prim in PRIMITIVES.values():
+    _prim.builtin = True
 
 # Methods: every primitive that takes its operands one by one, and the compositions that ndarray has as methods.
 for _key, _function in list(TABLE.items()):
@@ -2682,7 +2956,7 @@ def _layer_input(x, w: Value):
     if isinstance(x, (list, tuple)) and any(isinstance(i, Array) for i in x):
         x = np.stack([i if isinstance(i, Value) else Value(i) for i in x])
         x = x if x.dtype == w.dtype else x.astype(w.dtype)
-    elif not isinstance(x, (Array, np.ndarray)) and not _is_foreign(x):
+    elif not isinstance(x, (Array, np.ndarray)) and not _lazy(x):
         x = _as_raw(x, w.dtype, "input")
     shape, nin = x.shape, w.shape[0]
     if len(shape) not in (1, 2) or shape[-1] != nin:
@@ -2762,7 +3036,7 @@ class MLP(Module):
 
 
 def _same_shape(name, prediction, target):
-    target = target if isinstance(target, Array) or _is_foreign(target) else np.asarray(target)
+    target = target if isinstance(target, Array) or _lazy(target) else np.asarray(target)
     if target.dtype.kind not in "fiub":
         raise TypeError(f"{name}: the target must be real numbers, got dtype {target.dtype}")
     shape = prediction.shape if isinstance(prediction, Array) else np.shape(prediction)
@@ -2779,14 +3053,14 @@ def mse_loss(prediction: Value, target: Any) -> Value:
 def cross_entropy(logits: Value, labels: Any) -> Value:
     """The mean of -log(softmax(logits)[label]), for logits (n, k) or (k,) and integer labels (n,) or () below k."""
     raw = _raw(labels)
-    raw = raw if _is_foreign(raw) else np.asarray(raw)
+    raw = raw if _lazy(raw) else np.asarray(raw)
     if np.shape(logits)[:-1] != raw.shape or not np.ndim(logits):
         raise ValueError(f"cross_entropy: labels must have shape {np.shape(logits)[:-1]}, got {raw.shape}")
     k = np.shape(logits)[-1]
-    floats = raw.dtype.kind == "f" and not _is_foreign(raw)
+    floats = raw.dtype.kind == "f" and not _lazy(raw)
     if raw.dtype.kind not in "iub" and not (floats and np.array_equal(raw, np.floor(raw))):
         raise TypeError(f"cross_entropy: labels must be integers, got dtype {raw.dtype}")
-    if not _is_foreign(raw) and raw.size and not (0 <= raw.min() and raw.max() < k):
+    if not _lazy(raw) and raw.size and not (0 <= raw.min() and raw.max() < k):
         raise ValueError(f"cross_entropy: labels must be from 0 to {k - 1}, got {raw.min()} to {raw.max()}")
     # A mask instead of indices: it runs on any kind of array. As a node, a Tensor of labels is read anew by a replay.
     labels = _node(labels._data, _detach, (labels,), _NO_PARAMS) if isinstance(labels, Tensor) else raw
@@ -2798,7 +3072,7 @@ def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
     """The mean of softplus(x) - x * y: the cross-entropy of sigmoid(x) with targets y in [0, 1] of the same shape."""
     targets = _same_shape("binary_cross_entropy_with_logits", logits, targets)
     raw = _raw(targets)
-    if not _is_foreign(raw) and np.size(raw) and not (0 <= np.min(raw) and np.max(raw) <= 1):
+    if not _lazy(raw) and np.size(raw) and not (0 <= np.min(raw) and np.max(raw) <= 1):
         raise ValueError(f"binary_cross_entropy_with_logits: targets must be in [0, 1], got {raw.min()} to {raw.max()}")
     return np.mean(softplus(logits) - logits * targets)
 
@@ -2806,7 +3080,7 @@ def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
 def hinge_loss(scores: Value, labels: Any) -> Value:
     """The mean of relu(1 - y * s), for labels y of -1 or 1 of the same shape."""
     labels = _same_shape("hinge_loss", scores, labels)
-    if not _is_foreign(_raw(labels)) and not np.all(np.abs(np.asarray(_raw(labels))) == 1):
+    if not _lazy(labels) and not np.all(np.abs(np.asarray(_raw(labels))) == 1):
         raise ValueError("hinge_loss: labels must be -1 or 1")
     return np.mean(relu(1.0 - labels * scores))
 
@@ -2825,7 +3099,7 @@ class _Optimizer:
             raise TypeError("params must be a non-empty list of Values")
         if any(p._prim is not None for p in self.params):
             raise ValueError("params must be leaves; one of them is the result of an operation")
-        if any(_is_foreign(p._data) for p in self.params):
+        if any(_lazy(p._data) for p in self.params):
             raise TypeError("params must be held in NumPy: optimizers work in place")
         if len(set(self.params)) < len(self.params):
             raise ValueError("params must name each parameter once")
@@ -3018,7 +3292,7 @@ def _summary(raw: Any, grad: Any) -> list[str]:
         rows = np.array2string(np.asarray(x), separator=", ", formatter={"all": number})
         return " ".join(rows.split())  # in one line: columns of numbers would tear the picture apart
 
-    if _is_foreign(raw) or _is_foreign(grad):
+    if _lazy(raw) or _lazy(grad):
         return [f"{np.shape(raw)} {_public(raw).dtype}"]  # numbers would have to be computed
     if 0 < np.size(raw) <= 4:
         return [numbers(raw)] if grad is None else [numbers(raw), f"grad {numbers(grad)}"]
@@ -3124,12 +3398,10 @@ def draw(
             "python-graphviz (the rest of picograd does not need it)"
         ) from error
 
-    if isinstance(root, Optimized):
-        root = root.graph
-    packs = {node for node in _oldest_first([root]) if node._prim is _pack}  # many numbers in one box
-    values = _newest_first(root, packs, everything=True)[::-1]
+    root = root._picture()
+    values = _newest_first(root, everything=True)[::-1]
     # An object is one box however often it is used; a number is a box at each use, as equal numbers are not related.
-    others = [x for v in values if v not in packs for x in v._args if not isinstance(x, Value)]
+    others = [x for v in values for x in v._args if not isinstance(x, Value)]
     numbers = sum(isinstance(x, (float, bool)) for x in others)
     count = len(values) + numbers + len({id(x) for x in others if not isinstance(x, (float, bool))})
     if count > max_nodes:
@@ -3141,7 +3413,7 @@ def draw(
     if rankdir is None:  # long and thin graphs go downwards: fitted to a page's width, their text would be too small
         depth: dict[Value, int] = {}
         for v in values:
-            depth[v] = 1 + max((depth[x] for x in v._args if isinstance(x, Value) and v not in packs), default=-1)
+            depth[v] = 1 + max((depth[x] for x in v._args if isinstance(x, Value)), default=-1)
         rankdir = "TB" if depth[root] > 4 and count < 3 * depth[root] else "LR"
 
     graph = graphviz.Digraph(
@@ -3163,16 +3435,12 @@ def draw(
         return name
 
     for v in values:
-        leaf = v._prim is None or v in packs
-        label = f"{v.size} numbers" if v in packs else v.label
-        name = box(v, "leaf" if leaf else "result" if v is root else "intermediate", label)
+        leaf = v._prim is None
+        name = box(v, "leaf" if leaf else "result" if v is root else "intermediate", v.label)
         if leaf:
             continue
         op = f"op_{name}"
-        if v._prim is _fused:
-            lines = [_formula(v._params["chain"])]
-        else:
-            lines = [v._prim.symbol] + [_parameter(k, x) for k, x in v._params.items() if x is not None]
+        lines = [v._prim.symbol] + [_parameter(k, x) for k, x in v._params.items() if x is not None]
         graph.node(op, f"<{'<br/>'.join(filter(None, map(_text, lines))) or '&#160;'}>", **_ELLIPSE)
         graph.edge(op, name, weight="2")
         entries = _ENTRIES[rankdir].get(len(v._args))
@@ -3216,7 +3484,6 @@ class DistributedConfig:
 
 
 _config = DistributedConfig()
-_chunking = False  # whether any tensor may be distributed: enabled, or one was told to be
 
 
 def get_distributed_config() -> DistributedConfig:
@@ -3229,7 +3496,7 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
 
     Returns the new configuration. TypeError or ValueError names a wrong argument, and nothing is changed.
     """
-    global _config, _chunking
+    global _config
     for name, value in changes.items():
         if name not in DistributedConfig.__dataclass_fields__:
             known = ", ".join(DistributedConfig.__dataclass_fields__)
@@ -3245,19 +3512,18 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
                 raise ValueError(f"set_distributed_config: {name} must be at least 1, got {value}")
             changes[name] = int(value)
     _config = replace(_config, **changes)
-    _chunking |= _config.enabled
+    HOOK.limit = _config.min_elements_for_parallel if _config.enabled else math.inf
     return _config
 
 
 @contextlib.contextmanager
 def distributed_config(**changes: Any) -> Iterator[DistributedConfig]:
     """Sets the configuration for a block of code, and restores it afterwards."""
-    global _config
     before = _config
     try:
         yield set_distributed_config(**changes)
     finally:
-        _config = before
+        set_distributed_config(**vars(before))
 
 
 def _usable_cores() -> int:
@@ -3794,7 +4060,7 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
     computes all that reads it; and as long as somebody outside holds it, and might write to it, nothing waits.
     """
 
-    __slots__ = ("shape", "dtype", "array", "prim", "args", "state", "runs", "readers", "__weakref__")
+    __slots__ = ("shape", "dtype", "array", "prim", "args", "state", "runs", "readers", "forced", "__weakref__")
     __hash__ = object.__hash__
 
     ndim = property(lambda self: len(self.shape))
@@ -3806,6 +4072,7 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
         self.array, self.prim, self.args, self.state, self.runs = array, prim, args, state, 0
         self.shape, self.dtype = (shape, dtype) if array is None else (array.shape, array.dtype)
         self.readers: list[weakref.ref] = []
+        self.forced = any([x.forced for x in args if type(x) is Chunked])  # distributed whatever the configuration
 
     # --- what waits ---
 
@@ -3984,6 +4251,8 @@ def _evaluate_chunked(prim: Primitive, raw: Sequence, params: dict):
     state = np.geterr()
     # Not under `raise` or `call`; and the layout of results from arrays that are not in C order is for NumPy to choose.
     plain = set(state.values()) <= {"ignore", "warn"} and all(map(_in_c_order, raw))
+    forced = any([x.forced for x in raw if type(x) is Chunked])
+    plain &= not _fault.depth and not _mode.tracing and (_config.enabled or forced)
     if plain and prim.elementwise and (not params or prim is _as_dtype):
         return _deferred(prim, raw, params, state)
     if plain and prim.name in _REDUCTIONS and type(raw[0]) is Chunked and raw[0].size:
@@ -4019,6 +4288,62 @@ def _deferred(prim, raw, params, state) -> Chunked:
                     x.readers = [ref for ref in x.readers if (r := ref()) is not None and r.array is None]
                     x.readers.append(weakref.ref(new))
     return new
+
+
+class _InBlocks(Kind):
+    """The kind of chunked arrays."""
+
+    rank = 2
+
+    def enter(self, data, dtype, choice, who):
+        return HOOK.adopt(data.force(), choice, dtype or data.dtype)
+
+    def evaluate(self, prim, raw, params):
+        return _evaluate_chunked(prim, raw, params)
+
+    def hand_out(self, raw):
+        return raw.expose()
+
+    def fetch(self, raws):
+        return [raw.force() for raw in raws]
+
+    def own(self, raw):
+        return Chunked(raw.force().copy())
+
+    def shared(self, raw):
+        return True
+
+    def write(self, raw, new):
+        raw.assign(new)
+        return raw
+
+
+KINDS[Chunked] = _InBlocks()
+
+
+class _BlocksHook(_Hook):
+    """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed."""
+
+    def adopt(self, raw, choice, dtype=None):
+        if dtype is not None and type(raw) is np.ndarray:
+            if _config.enabled and raw.ndim and choice is not False and raw.size >= self.limit:
+                raw = run_blocks(((_as_dtype, (0,), dtype),), [raw], raw.shape, [1])[0][0]
+            else:
+                raw = raw.astype(dtype)
+        wanted = self.distributed(raw, choice) and not _mode.tracing and not _fault.depth
+        if wanted and type(raw) is np.ndarray:
+            raw = Chunked(raw)
+            raw.forced = choice is True
+            return raw
+        return raw.expose() if type(raw) is Chunked and not wanted else raw
+
+    def distributed(self, raw, choice):
+        if not np.ndim(raw):
+            return False
+        return choice if choice is not None else _config.enabled and raw.size >= _config.min_elements_for_parallel
+
+
+HOOK = _BlocksHook()
 
 
 _REDUCTIONS = {*_REDUCERS, "mean", "var", "std"}
@@ -4470,7 +4795,7 @@ class _Batch:
                     whole = self.layouts[id(found[0][0])]
                     layout = whole if math.prod(whole) == len(nodes) else layout
                     break
-        strong = [x.dtype for x in map(_raw, node._args) if type(x) is not float and type(x) is not bool]
+        strong = [x.dtype for x in map(_raw, node._args) if type(x) not in _WEAK_TYPES]
         operands, any_stacked = [], False
         for k, x in enumerate(map(_raw, node._args)):
             y, stacked = self.operand(nodes, k, layout)
@@ -5261,7 +5586,7 @@ class _Program:
         """What the graph of a root became, with its current data, to be drawn."""
         with self.lock:
             self.refresh()
-            root = fuse([self.graph[index]])[0]
+            root = _rewrite(fuse([self.graph[index]]), _pictured)[0]
             return _twin(root, root._prim, root._args, root._params)
 
     def __reduce__(self):
@@ -5311,6 +5636,21 @@ def _program_forward(*leaves, program, index):
 _program = primitive(_program_forward, _program_i, name="program", variadic=True)
 
 
+def _pictured(node: Value, args: tuple) -> Value:
+    """A node as it is drawn: numbers that were packed are one leaf, and a fused chain is called by its formula."""
+    if node._prim is _pack:
+        leaf = _leaf(node._data)
+        leaf.label = f"{node.size} numbers"
+        return leaf
+    if node._prim is not _fused:
+        return _renewed(node, args)
+    named = _new(Primitive)
+    for slot in Primitive.__slots__:
+        setattr(named, slot, getattr(_fused, slot))
+    named.symbol = _formula(node._params["chain"])
+    return _twin(node, named, args)
+
+
 class Optimized(Value):
     """What `optimize` returns: a Value whose `forward` and `backward` run a program over the leaves."""
 
@@ -5329,9 +5669,15 @@ class Optimized(Value):
         """Adds the gradient of this Value to the `.grad` of the leaves; see `Value.backward`."""
         seed = self._seed(gradient)
         program, index = self._params.values()
+        grads: dict[Value, Any] = {}
         for x, g in _unpacked(program.backward(index, seed)):
-            x._grad = g if x._grad is None else x._grad + g
+            grads[x] = grads[x] + g if x in grads else g
+        for x, g in _deposited(grads, {self: seed}).items():
+            x._grad = g
         self._grad = seed
+
+    def _picture(self) -> Value:
+        return self.graph
 
     @property
     def graph(self) -> Value:
@@ -5391,15 +5737,9 @@ def optimize(*roots: Value) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-_RAW = (np.ndarray, np.generic, float, Chunked)
-
-
 def _is_foreign(x) -> bool:
     """Whether x is an array of another library that takes part in NumPy's functions, such as a `dask.array`."""
-    if isinstance(x, _RAW) or isinstance(x, Array):
-        return False
-    protocols = "__array_function__", "__array_ufunc__", "shape", "dtype"
-    return all(getattr(x, name, None) is not None for name in protocols)
+    return _lazy(x)
 
 
 def _known_shape(x, who):
@@ -5436,15 +5776,16 @@ def _not_offered(prim: Primitive, x) -> TypeError:
 
 
 def _computed(arrays: Sequence) -> list:
-    """Foreign arrays as NumPy's; those of Dask together, in one pass over its cluster. Others as they are."""
+    """Foreign arrays as NumPy's; those of Dask together, in one pass over its cluster."""
     lazy = [x for x in arrays if hasattr(x, "__dask_graph__")]
     done = iter(sys.modules["dask"].compute(*lazy, traverse=False) if lazy else ())
-    taken = ((x, next(done) if hasattr(x, "__dask_graph__") else x) for x in arrays)
-    return [_settle(np.array(y)) if _is_foreign(x) else x for x, y in taken]
+    return [_settle(np.array(next(done) if hasattr(x, "__dask_graph__") else x)) for x in arrays]
 
 
 def _evaluate_foreign(prim: Primitive, raw: Sequence, params: dict, foreign):
     """The forward of a primitive if an operand is a foreign array; so is its result, and nothing is computed yet."""
+    if prim.name == "scatter":
+        return _put_foreign(raw[0], params["shape"], _filled(params["index"], raw[1:]))
     # NumPy would compute a foreign index into its own array; Dask's Cholesky factor is the upper one.
     if prim.name == "cholesky" or ("index" in params and not _is_foreign(raw[0])):
         raise _not_offered(prim, foreign)
@@ -5471,3 +5812,55 @@ def _put_foreign(a, shape, index):
         ends.append((start, max(start, stop)))
     block = np.reshape(a, tuple(stop - start for start, stop in ends))
     return np.pad(block, [(start, n - stop) for n, (start, stop) in zip(shape, ends)])
+
+
+class _Elsewhere(Kind):
+    """The kind of arrays of other libraries."""
+
+    rank, lazy = 3, True
+
+    def enter(self, data, dtype, choice, who):
+        return _known_shape(data if dtype is None else data.astype(dtype), who)
+
+    def constant(self, x, who):
+        if x.dtype.kind not in "fiub":
+            raise TypeError(f"{who}: operands must be real numbers, got an array of dtype {x.dtype}")
+        return _known_shape(x, who)
+
+    def evaluate(self, prim, raw, params):
+        foreign = next(x for x in raw if KINDS[type(x)] is self)
+        raw = [x.force() if KINDS[type(x)].rank == 2 else x for x in raw]
+        return _evaluate_foreign(prim, raw, params, foreign)
+
+    def fetch(self, raws):
+        return _computed(raws)
+
+    def own(self, raw):
+        return raw
+
+    def write(self, raw, new):
+        return new
+
+    def rule(self, prim, rule):
+        def checked(*args, **params):
+            foreign = next(x for x in args if KINDS.get(type(x)) is self)
+            with _lazily(prim, foreign):
+                h = rule(*args, **params)
+            if h is not None and foreign is args[isinstance(args[0], int)] and not _lazy(h):
+                raise _not_offered(prim, foreign)
+            return h
+
+        return checked
+
+    def text(self, raw):
+        return f", chunksize={raw.chunksize}" if hasattr(raw, "chunksize") else ""
+
+
+def _foreign_kind(cls: type) -> Kind | None:
+    """The kind of a type that takes part in NumPy's functions."""
+    protocols = "__array_function__", "__array_ufunc__", "shape", "dtype"
+    return ELSEWHERE if all(getattr(cls, name, None) is not None for name in protocols) else None
+
+
+ELSEWHERE = _Elsewhere()
+KINDS.finders.append(_foreign_kind)
