@@ -1265,22 +1265,6 @@ class TestValue(Strict):
         (x * 2).sum().backward()
         self.assertEqual(x.grad.tolist(), [2] * 4)
 
-    def test_layers_written_over(self):
-        """A layer's product and sum give up their buffers; who asks for them gets them computed again."""
-        layer, x = Layer(64, 512, seed=0, dtype=np.float64), np.random.default_rng(SEED).normal(size=(64, 64))
-        w, b = (Value(p, np.float64) for p in (layer.w, layer.b))
-        ours, plain = layer(x), np.tanh(x @ w + b)
-        self.assertIs(type(ours._args[0]), picograd._Overwritten)
-        for out in (ours, plain):
-            np.sum(out**2).backward()
-        np.testing.assert_allclose(layer.w.grad, w.grad, rtol=1e-12)
-        np.testing.assert_allclose(layer.b.grad, b.grad, rtol=1e-12)
-        self.assertIs(type(ours._args[0]), picograd._Overwritten, "backward needs neither")
-        np.testing.assert_allclose(ours._args[0].data, x @ w.data.data + b.data.data)
-        np.testing.assert_array_equal(pickle.loads(pickle.dumps(layer(x)))._args[0]._args[0].data, x @ w.data.data)
-        layer.b.data = layer.b.data + 1.0
-        np.testing.assert_allclose(layer(x).forward().data, np.tanh(x @ w.data.data + 1.0))
-
     def test_rules_read_what_they_say(self):
         """`reads` decides what may be written over: a rule must not touch the rest."""
         for prim in PRIMITIVES.values():
@@ -2177,6 +2161,35 @@ class TestNN(Strict):
             check_gradients(lambda w, model=model: np.tanh(np.ones(2) @ w), model.layers[0].w)
         with self.assertRaisesRegex(ValueError, "tanh.*'nope'"):
             MLP(2, [3, 2], activation="nope")
+
+    def test_a_large_layer_is_one_operation_in_one_buffer(self):
+        rng = np.random.default_rng(SEED)
+        x = rng.normal(size=(64, 64))
+        for activation in ("tanh", "relu", "sigmoid", None, "gelu", lambda x: np.sin(x)):
+            layer = Layer(64, 512, activation, seed=0, dtype=np.float64)
+            layer.b.data = rng.normal(size=512)
+            w, b, v, batch = Value(layer.w), Value(layer.b), Value(x, float), Value(x, float)
+            function = layer._function or np.positive
+            ours, plain = layer(batch), function(v @ w + b)
+            self.assertEqual(ours._prim.name == "dense layer", activation in ("tanh", "relu", "sigmoid", None))
+            for out in (ours, plain):
+                np.sum(out**2).backward()
+            for p, q in ((layer.w, w), (layer.b, b), (batch, v)):
+                np.testing.assert_allclose(p.grad.data, q.grad.data, rtol=1e-12, atol=1e-12)
+            layer.b.data = layer.b.data + 1.0
+            np.testing.assert_allclose(layer(x).forward().data.data, function(x @ layer.w + layer.b).data.data)
+            fast = optimize(layer(batch))
+            self.assertNotIn("dense", draw(fast).source, "optimize makes operations of it again")
+            if isinstance(activation, str):
+                np.testing.assert_array_equal(pickle.loads(pickle.dumps(ours)).data.data, ours.data.data)
+            self.assertEqual(layer(np.float32(x[:1])).dtype, np.float64)
+        layer, x = Layer(64, 4096, seed=0), np.ones((256, 64), np.float32)
+        layer(x)
+        tracemalloc.start()
+        out = layer(x)
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        self.assertLess(held, 1.1 * out.nbytes)
 
     def test_a_tensor_batch_is_read_anew_by_a_replay(self):
         model, x = MLP(2, [3, 1], seed=0), Tensor(np.ones((4, 2)))
