@@ -1101,47 +1101,6 @@ def _record(prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
     return _node(_evaluate(prim, [_raw(x) for x in args], params), prim, args, params)
 
 
-_OVERWRITE_ELEMENTS = 1 << 14  # below, a buffer of its own costs less than the checks
-
-
-def _write_over(function: Callable, spent: Value, *others: Value):
-    """function(spent, *others), in the buffer of `spent`: a result that the caller made and nobody else holds.
-
-    Halves the memory of x @ w + b and its activation. Walkers of the graph who ask for the data of `spent` all the same
-    have it computed again, from what the leaves are then.
-    """
-    prim, raw = TABLE.get(function, function), spent._data
-    if type(raw) is not np.ndarray or raw.size < _OVERWRITE_ELEMENTS:
-        return prim(spent, *others)
-    if not (
-        "operands" not in getattr(prim, "reads", "operands")
-        and (spent._prim is None or "out" not in spent._prim.reads)
-        and not any(_lazy(x._data) for x in others)
-        and all(np.broadcast_shapes(raw.shape, x.shape) == raw.shape for x in others)
-        and np.result_type(raw, *(x._data for x in others)) == raw.dtype
-    ):
-        return prim(spent, *others)
-    out = prim.forward(raw, *(x._data for x in others), out=raw)
-    spent.__class__ = _Overwritten
-    return _node(out, prim, (spent, *others), _NO_PARAMS)
-
-
-class _Overwritten(Value):
-    """A node that another's data was written over. Computed anew if somebody asks, it is a plain Value again."""
-
-    __slots__ = ()
-
-    @property
-    def _data(self):
-        self._data = _evaluate(self._prim, [_raw(x) for x in self._args], self._params)
-        return self._data
-
-    @_data.setter
-    def _data(self, new):
-        self.__class__ = Value
-        self._data = new
-
-
 class _Listed:
     """In a pickle, behind the list of what a node depends on: the next node makes a list of its own again."""
 
@@ -1289,13 +1248,8 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
             # A Tensor becomes a node: what a rule computes from it is recorded, too, and a replay reads it anew.
             operands = [_record(_detach, (x,)) if isinstance(x, Tensor) else x for x in args]
         else:
-            # Where data was written over, no rule reads it; g has its shape and dtype, which is all that `_fit` needs.
-            out = g if type(node) is _Overwritten else node._data
-            operands = []
-            for x in args:
-                if isinstance(x, (Value, Tensor)):
-                    x = g if type(x) is _Overwritten and "operands" not in prim.reads else x._data
-                operands.append(x)
+            out = node._data
+            operands = [x._data if isinstance(x, (Value, Tensor)) else x for x in args]
         weak, kind = False, NUMPY
         if type(out) is not ndarray or type(g) is not ndarray:
             weak = type(out) is float and type(g) is float and not variadic
@@ -1914,7 +1868,7 @@ TABLE[np.amax] = primitive(np.max, _extremum_a, samples=_axes())
 TABLE[np.amin] = primitive(np.min, _extremum_a, samples=_axes())
 primitive(np.cumsum, _cumsum_a, samples=_SCANS)
 primitive(np.cumprod, _cumprod_a, samples=_SCANS)
-_weights_of = primitive(_logsumexp_weights, _softmax_a, name="logsumexp_weights", samples=_AXIS)
+_weights_of = primitive(_logsumexp_weights, _softmax_a, name="weights of logsumexp", samples=_AXIS)
 logsumexp = primitive(
     _logsumexp,
     lambda g, out, a, axis=None, keepdims=False: _unreduce(g, a, axis, keepdims) * _weights_of(a, axis=axis),
@@ -2428,6 +2382,31 @@ TABLE[np.matmul] = primitive(
 )
 
 
+def _dense_forward(x, w, b, activation=None):
+    out = _matmul(x, w)
+    if type(out) is not np.ndarray or np.result_type(out, b) != out.dtype:
+        out = out + b
+        return activation.forward(out) if activation else out
+    out += b
+    return activation.forward(out, out=out) if activation else out
+
+
+def _dense_g(g, out, activation):
+    return activation.vjps[0](g, out, None) if activation else g
+
+
+# activation(x @ w + b) in one buffer where three operations have three, of which no rule reads two: half the memory of
+# a large layer. `activation` is a primitive that reads its result only, or None; `optimize` makes it three again.
+_dense = primitive(
+    _dense_forward,
+    lambda g, out, x, w, b, activation=None: _matmul_x(_dense_g(g, out, activation), out, x, w),
+    lambda g, out, x, w, b, activation=None: _matmul_y(_dense_g(g, out, activation), out, x, w),
+    lambda g, out, x, w, b, activation=None: _dense_g(g, out, activation),
+    name="dense layer",
+    samples=[(((2, 3), (3, 4), (4,)), {"activation": f}) for f in (TABLE[np.tanh], sigmoid, None)],
+)
+
+
 @composed(np.dot)
 def dot(a, b):
     if np.ndim(a) == 0 or np.ndim(b) == 0:
@@ -2623,12 +2602,14 @@ def _traces(a):
     return np.trace(a, 0, -2, -1)
 
 
-_cofactor = primitive(_cofactors, lambda g, out, a: _slope_of_cofactors(g, a), name="cofactors", samples=_SQUARE)
+_cofactor = primitive(
+    _cofactors, lambda g, out, a: _slope_of_cofactors(g, a), name="matrix of cofactors", samples=_SQUARE
+)
 _slope_of_cofactors = primitive(
     _cofactors_slope,
     lambda g, out, h, a: _slope_of_cofactors(g, a),
     _cofactors_slope_a,
-    name="cofactors_slope",
+    name="slope of cofactors",
     samples=[((shape, (shape, "definite")), {}) for shape in ((3, 3), (2, 3, 3))],
 )
 primitive(np.linalg.det, lambda g, out, a: np.expand_dims(g, (-1, -2)) * _cofactor(a), samples=_SQUARE)
@@ -2830,7 +2811,11 @@ for _prim in PRIMITIVES.values():
 # Methods: every primitive that takes its operands one by one, and the compositions that ndarray has as methods.
 for _key, _function in list(TABLE.items()):
     _name = getattr(_function, "name", _key.__name__)
-    if _name not in vars(Array) and (hasattr(np.ndarray, _name) or getattr(_function, "operands", None)):
+    if (
+        _name.isidentifier()
+        and _name not in vars(Array)
+        and (hasattr(np.ndarray, _name) or getattr(_function, "operands", None))
+    ):
         setattr(Array, _name, lambda self, *args, _function=_function, **kwargs: _function(self, *args, **kwargs))
 
 
@@ -2976,13 +2961,20 @@ def _write_whole(path: Path, write: Callable) -> None:
         os.replace(new, path)
 
 
-_ACTIVATIONS = {"tanh": np.tanh, "relu": relu, "sigmoid": sigmoid, "gelu": gelu, "softplus": softplus, None: None}
+_ACTIVATIONS = {
+    "tanh": TABLE[np.tanh],
+    "relu": relu,
+    "sigmoid": sigmoid,
+    "gelu": gelu,
+    "softplus": softplus,
+    None: None,
+}
 
 
 def _activation(activation):
-    """The function of an activation's name."""
+    """The function of an activation's name; of one of NumPy's, the primitive."""
     if callable(activation):
-        return activation
+        return TABLE.get(activation, activation) if isinstance(activation, np.ufunc) else activation
     if not isinstance(activation, str | None) or activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be a function or one of {list(_ACTIVATIONS)}, got {activation!r}")
     return _ACTIVATIONS[activation]
@@ -3013,6 +3005,9 @@ def _layer_input(x, w: Value):
     return x
 
 
+_DENSE_ELEMENTS = 1 << 14  # below, memory is no matter, and a picture of each operation says more
+
+
 class Neuron(Module):
     """activation(x @ w + b), with w of shape (nin,) and b of (). In: (nin,) or (n, nin); out: () or (n,)."""
 
@@ -3038,8 +3033,12 @@ class Layer(Module):
         self.activation, self._function = activation, _activation(activation)
 
     def __call__(self, x: Any) -> Value:
-        out = _write_over(np.add, _layer_input(x, self.w) @ self.w, self.b)
-        return _write_over(self._function, out) if self._function else out
+        x, f = _layer_input(x, self.w), self._function
+        if _DENSE_ELEMENTS <= math.prod(x.shape[:-1]) * self.w.shape[1] < HOOK.limit:
+            if f is None or (isinstance(f, Primitive) and f.builtin and f.reads == "out"):
+                return _dense(x, self.w, self.b, activation=f)
+        out = x @ self.w + self.b
+        return f(out) if f else out
 
     def __repr__(self):
         return f"Layer({self.w.shape[0]}, {self.w.shape[1]}, activation={self.activation!r})"
@@ -3367,27 +3366,44 @@ def _parameter(name: str, x: Any) -> str:
     return f"[{', '.join(map(short, x))}]" if name == "index" and isinstance(x, tuple) else f"{name}={short(x)}"
 
 
-def _save_picture(graph: Any, path: Path) -> None:
-    """Renders in memory, then puts the complete file in its place, with the permissions of any new file."""
-    from graphviz import ExecutableNotFound
+_DOT_SECONDS = 60.0  # that Graphviz may take, and a second more for each box
 
-    picture, missing = graph.copy(), None
+
+def _save_picture(graph: Any, path: Path, seconds: float) -> None:
+    """Renders in memory, then puts the complete file in its place."""
+    import subprocess
+
+    picture = graph.copy()
     if path.suffix.lower() == ".png":
         picture.graph_attr["dpi"] = "120"  # text comes out as large as that of the page around it
+    command = ["dot", f"-T{path.suffix[1:].lower()}"]
     try:
-        content = picture.pipe(format=path.suffix[1:].lower())
-    except ExecutableNotFound as error:
-        path, content, missing = path.with_suffix(".gv"), graph.source.encode(), error
-    _write_whole(path, lambda file: file.write(content))
-    if missing:
+        done = subprocess.run(command, input=picture.source.encode(), capture_output=True, timeout=seconds)
+    except (FileNotFoundError, PermissionError) as error:
+        source = _save_source(graph.source.encode(), path)
         raise RuntimeError(
             "draw: Graphviz's program `dot`, which makes the picture, was not found on PATH. To install it:\n"
             "  Debian, Ubuntu   sudo apt install graphviz\n"
             "  macOS            brew install graphviz\n"
             "  Windows          winget install Graphviz.Graphviz, then add its bin folder to PATH\n"
             "  conda            conda install -c conda-forge graphviz\n"
-            f"The picture's source was saved as {path}; `dot` turns that into a picture, too."
-        ) from missing
+            f"The picture's source was saved as {source}; `dot` turns that into a picture, too."
+        ) from error
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"draw: Graphviz's program `dot` did not finish within {seconds:g} s") from None
+    if done.returncode or not done.stdout:
+        said = done.stderr.decode(errors="replace").strip() or "no message"
+        raise RuntimeError(f"draw: Graphviz's program `dot` made no picture (exit code {done.returncode}): {said}")
+    _write_whole(path, lambda file: file.write(done.stdout))
+
+
+def _save_source(content: bytes, path: Path) -> Path:
+    """Writes beside path, ending in .gv, under a name that no other file has."""
+    for i in itertools.count():
+        source = path.with_suffix(f".{i}.gv" if i else ".gv")
+        if not os.path.lexists(source) or (source.is_file() and source.read_bytes() == content):
+            _write_whole(source, lambda file: file.write(content))
+            return source
 
 
 def draw(
@@ -3405,8 +3421,8 @@ def draw(
     max_nodes: the most boxes to draw; above that, ValueError says how many there are.
     rankdir: "LR" (left to right) or "TB" (top to bottom); None takes what keeps a page-wide picture legible.
 
-    ImportError without the package graphviz. RuntimeError if a picture file needs Graphviz's program `dot` and it is
-    not installed: then the picture's source is saved instead, ending in .gv.
+    ImportError without the package graphviz. RuntimeError if a picture file needs Graphviz's program `dot` and this
+    fails, takes minutes, or is not installed: then the picture's source is saved instead, in a new file ending in .gv.
     """
     if not isinstance(root, Value):
         raise TypeError(f"draw: root must be a Value, got {type(root).__name__}")
@@ -3487,7 +3503,7 @@ def draw(
     cells = "".join(cell(kind=kind, **look) for kind, look in _BOXES.items() if kind in kinds)
     graph.attr(label=f'<<table border="0" cellborder="1" cellspacing="4" cellpadding="3"><tr>{cells}</tr></table>>')
     if filename is not None:
-        _save_picture(graph, filename)
+        _save_picture(graph, filename, _DOT_SECONDS + count)
     return graph
 
 
@@ -4864,6 +4880,9 @@ _SIMPLER: dict[Primitive, Callable] = {
     TABLE[np.copy]: lambda node, a: a,
     _BROADCAST: lambda node, array, shape: array,
     _as_dtype: lambda node, a, dtype: a,
+    PRIMITIVES["dense layer"]: lambda node, x, w, b, activation=None: (
+        activation(x @ w + b) if activation else x @ w + b
+    ),
 }
 
 

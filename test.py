@@ -1272,22 +1272,6 @@ class TestValue(Strict):
         (x * 2).sum().backward()
         self.assertEqual(x.grad.tolist(), [2] * 4)
 
-    def test_layers_written_over(self):
-        """A layer's product and sum give up their buffers; who asks for them gets them computed again."""
-        layer, x = Layer(64, 512, seed=0, dtype=np.float64), np.random.default_rng(SEED).normal(size=(64, 64))
-        w, b = (Value(p, np.float64) for p in (layer.w, layer.b))
-        ours, plain = layer(x), np.tanh(x @ w + b)
-        self.assertIs(type(ours._args[0]), picograd._Overwritten)
-        for out in (ours, plain):
-            np.sum(out**2).backward()
-        np.testing.assert_allclose(layer.w.grad, w.grad, rtol=1e-12)
-        np.testing.assert_allclose(layer.b.grad, b.grad, rtol=1e-12)
-        self.assertIs(type(ours._args[0]), picograd._Overwritten, "backward needs neither")
-        np.testing.assert_allclose(ours._args[0].data, x @ w.data.data + b.data.data)
-        np.testing.assert_array_equal(pickle.loads(pickle.dumps(layer(x)))._args[0]._args[0].data, x @ w.data.data)
-        layer.b.data = layer.b.data + 1.0
-        np.testing.assert_allclose(layer(x).forward().data, np.tanh(x @ w.data.data + 1.0))
-
     def test_rules_read_what_they_say(self):
         """`reads` decides what may be written over: a rule must not touch the rest."""
         for prim in PRIMITIVES.values():
@@ -2374,6 +2358,35 @@ class TestNN(Strict):
         with self.assertRaisesRegex(ValueError, "tanh.*'nope'"):
             MLP(2, [3, 2], activation="nope")
 
+    def test_a_large_layer_is_one_operation_in_one_buffer(self):
+        rng = np.random.default_rng(SEED)
+        x = rng.normal(size=(64, 64))
+        for activation in ("tanh", "relu", "sigmoid", None, "gelu", lambda x: np.sin(x)):
+            layer = Layer(64, 512, activation, seed=0, dtype=np.float64)
+            layer.b.data = rng.normal(size=512)
+            w, b, v, batch = Value(layer.w), Value(layer.b), Value(x, float), Value(x, float)
+            function = layer._function or np.positive
+            ours, plain = layer(batch), function(v @ w + b)
+            self.assertEqual(ours._prim.name == "dense layer", activation in ("tanh", "relu", "sigmoid", None))
+            for out in (ours, plain):
+                np.sum(out**2).backward()
+            for p, q in ((layer.w, w), (layer.b, b), (batch, v)):
+                np.testing.assert_allclose(p.grad.data, q.grad.data, rtol=1e-12, atol=1e-12)
+            layer.b.data = layer.b.data + 1.0
+            np.testing.assert_allclose(layer(x).forward().data.data, function(x @ layer.w + layer.b).data.data)
+            fast = optimize(layer(batch))
+            self.assertNotIn("dense", draw(fast).source, "optimize makes operations of it again")
+            if isinstance(activation, str):
+                np.testing.assert_array_equal(pickle.loads(pickle.dumps(ours)).data.data, ours.data.data)
+            self.assertEqual(layer(np.float32(x[:1])).dtype, np.float64)
+        layer, x = Layer(64, 4096, seed=0), np.ones((256, 64), np.float32)
+        layer(x)
+        tracemalloc.start()
+        out = layer(x)
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        self.assertLess(held, 1.1 * out.nbytes)
+
     def test_a_tensor_batch_is_read_anew_by_a_replay(self):
         model, x = MLP(2, [3, 1], seed=0), Tensor(np.ones((4, 2)))
         out = model(x)
@@ -2778,8 +2791,9 @@ class TestDraw(unittest.TestCase):
         path = self.folder / "a.png"
         path.write_bytes(b"old")
         for error in (OSError("disk full"), KeyboardInterrupt()):
-            for where in ("graphviz.Digraph.pipe", "os.replace"):
-                with mock.patch("graphviz.Digraph.pipe", return_value=b"new"), mock.patch(where, side_effect=error):
+            for where in ("subprocess.run", "os.replace"):
+                done = subprocess.CompletedProcess([], 0, b"new", b"")
+                with mock.patch("subprocess.run", return_value=done), mock.patch(where, side_effect=error):
                     with self.assertRaises(type(error)):
                         draw(Value(1.0), path)
                 self.assertEqual(os.listdir(self.folder), ["a.png"])
@@ -2795,6 +2809,37 @@ class TestDraw(unittest.TestCase):
         self.assertEqual((self.folder / "a.gv").read_text(encoding="utf-8"), draw(v).source)
         for part in ("apt install", "brew install", "winget install", "conda install", str(self.folder / "a.gv")):
             self.assertIn(part, str(caught.exception))
+
+    def test_the_source_replaces_no_file_of_others(self):
+        own = self.folder / "a.gv"
+        own.write_bytes(b"mine")
+        (self.folder / "a.1.gv").mkdir()
+        for _ in range(2):
+            with mock.patch.dict(os.environ, PATH=str(self.folder)), self.assertRaisesRegex(RuntimeError, r"a\.2\.gv"):
+                draw(Value(2.0), self.folder / "a.svg")
+        self.assertEqual(sorted(os.listdir(self.folder)), ["a.1.gv", "a.2.gv", "a.gv"])
+        self.assertEqual(own.read_bytes(), b"mine")
+
+    @unittest.skipUnless(os.name == "posix", "needs a shell")
+    def test_a_dot_that_does_not_work(self):
+        programs, pictures = self.folder / "bin", self.folder / "out"
+        programs.mkdir()
+        pictures.mkdir()
+        (pictures / "a.png").write_bytes(b"old")
+        for script, message in [
+            ("sleep 60", "did not finish within 0.5 s"),
+            ("cat >/dev/null", r"no picture \(exit code 0\): no message"),
+            ("exit 0", r"no picture \(exit code 0\)"),
+            ("echo half; echo 'no such format' >&2; exit 3", r"no picture \(exit code 3\): no such format"),
+        ]:
+            (programs / "dot").write_text(f"#!/bin/sh\n{script}\n")
+            (programs / "dot").chmod(0o755)
+            path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+            with self.subTest(script=script), mock.patch.dict(os.environ, PATH=path):
+                with mock.patch.object(picograd, "_DOT_SECONDS", -0.5 if "sleep" in script else 60.0):  # and 1 s a box
+                    with self.assertRaisesRegex(RuntimeError, message):
+                        draw(Value(1.0), pictures / "a.png")
+                self.assertEqual([f.read_bytes() for f in pictures.iterdir()], [b"old"])
 
     def test_without_the_package(self):
         with mock.patch.dict(sys.modules, graphviz=None):
@@ -3502,6 +3547,28 @@ class TestDemo(unittest.TestCase):
                 self.assertEqual(len(said), 1, run.stdout)
                 self.assertRegex(said[0], rf"^Not drawn: (graph/\w+_\w+.png, ){{2}}graph/trained_model.png: .*{reason}")
                 self.assertRegex(run.stdout.splitlines()[-1], r"^test accuracy: \d+\.\d%$")
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs a shell and /dev/full")
+    def test_an_output_that_cannot_be_written_causes_no_traceback(self):
+        def run(case):
+            redirection, environment = case
+            command = f'"{sys.executable}" "{self.folder / "demo.py"}" --epochs 1 {redirection}'
+            environment = os.environ | environment
+            return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
+
+        cases = {  # redirection: exit code, standard error
+            "| head -n 1; exit ${PIPESTATUS[0]}": ("141|0", ""),  # 0 if all was written before head ended
+            ">&-": ("0", ""),
+            ">&- 2>&-": ("0", ""),
+            ">/dev/full": ("1", "demo.py: error: No space left on device\n"),
+            ">/dev/full 2>/dev/full": ("1|120", ""),  # 120 is Python's own, where it cannot flush
+        }
+        runs = [(redirection, {"PYTHONUNBUFFERED": mode}) for redirection in cases for mode in ("", "1")]
+        with ThreadPoolExecutor(2) as pool:
+            for (redirection, mode), result in zip(runs, pool.map(run, runs)):
+                with self.subTest(redirection, **mode):
+                    self.assertRegex(str(result.returncode), f"^({cases[redirection][0]})$")
+                    self.assertEqual(result.stderr, cases[redirection][1])
 
     @unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
     def test_progress_on_a_terminal_and_ctrl_c(self):
