@@ -2010,8 +2010,11 @@ SHRINK_EACH = 8  # of each kind, so that one defect does not take all the time
 
 
 def head(verdict) -> str:
-    """The kind of a difference."""
-    return verdict.split(":")[0] if isinstance(verdict, str) else ""
+    """The kind of a difference: what comes before a colon in a comment, or else the first line without its data."""
+    if not isinstance(verdict, str):
+        return ""
+    first = verdict.split("\n")[0]
+    return first.split(":")[0] if first.startswith("#") else re.sub(r"`[^`]*`|\[[^\]]*\]|[\d.]+", "", first)[:60]
 
 
 def shrink(room, program, verdict):
