@@ -280,7 +280,7 @@ def plain(x):
 
 def _as_type(x, dtype):
     if mode.wide and np.dtype(dtype).kind == "f":
-        return Model(x.raw)
+        return Model(x.raw if x.dtype.kind == "f" else np.asarray(x.raw, np.float64)[()])
     return wrap(np.asarray(x.raw).astype(dtype)[()], False)
 
 
