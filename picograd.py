@@ -305,7 +305,7 @@ class Kind:
 
     def own(self, raw):
         """The same data, held by nobody else."""
-        return raw.copy()
+        return raw.copy("K") if type(raw) is np.ndarray else raw
 
     def shared(self, raw) -> bool:
         """Whether the memory of a raw value may be another's, too."""
@@ -604,7 +604,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         raw.append(x)
     if result is None:
         kinds = [KINDS[type(x)] for x in operands]
-        if None not in kinds:
+        if any([kind is not None and kind.rank > NUMPY.rank for kind in kinds]):
             return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
     if plain and not constants and dtype is not None and dtype.kind == "f":
@@ -1895,7 +1895,7 @@ def average(a, axis=None, weights=None, *, keepdims=False):
                 f"average: weights have length {np.shape(weights)[0]}, axis {axis} has {np.shape(a)[axis]}"
             )
         weights = np.reshape(weights, [-1 if i == axis % np.ndim(a) else 1 for i in range(np.ndim(a))])
-    weights = np.broadcast_to(weights, np.shape(a))
+    weights = weights * np.ones_like(a)  # summed in the precision of both
     return np.sum(a * weights, axis=axis, keepdims=keepdims) / np.sum(weights, axis=axis, keepdims=keepdims)
 
 
@@ -2038,7 +2038,7 @@ _stack = primitive(
 
 
 def _together(arrays) -> list:
-    """What is to be joined, with weak numbers in the dtype of what they meet: an array made of one would be strong."""
+    """What is to meet, with weak numbers in the dtype that they take there: reshaped to arrays, they would be strong."""
     held = [x.dtype for x in arrays if isinstance(x, Array) and type(x._data) not in _WEAK_TYPES]
     held = [dtype for dtype in held if dtype.kind == "f"] or [
         x.dtype for x in map(_raw, arrays) if hasattr(x, "dtype") and not isinstance(x, _NUMBERS)
@@ -2148,7 +2148,7 @@ def _put(a, *parts, shape, index):
 
 
 _getitem = primitive(
-    lambda a, *parts, index: a[_filled(index, parts)],
+    lambda a, *parts, index: (np.float64(a) if type(a) is float else a)[_filled(index, parts)],
     lambda i, g, out, operands, index: (
         None if i else _scatter(g, *operands[1:], shape=np.shape(operands[0]), index=index)
     ),
@@ -2219,14 +2219,25 @@ def repeat(a, repeats, axis=None):
     return take(a, np.repeat(np.arange(n), repeats), axis)
 
 
+def _tile_x(g, out, x, reps):
+    shape = np.shape(x)
+    parts = [n for r, s in zip(reps[len(reps) - len(shape) :], shape) for n in (r, s)]
+    spread = _reshape(g, (*reps[: len(reps) - len(shape)], *parts))
+    return np.sum(spread, axis=(*range(len(reps) - len(shape)), *range(len(reps) - len(shape), spread.ndim, 2)))
+
+
+_tile = primitive(
+    lambda x, reps: np.tile(x, reps),
+    _tile_x,
+    name="tile",
+    samples=[(((2, 3),), {"reps": (2, 2)}), (((3,),), {"reps": (2, 1, 3)}), (((2, 1),), {"reps": (1, 3)})],
+)
+
+
 @composed(np.tile)
 def tile(A, reps):
     reps = tuple(reps) if isinstance(reps, Iterable) else (reps,)
-    shape = (1,) * (len(reps) - np.ndim(A)) + np.shape(A)
-    reps = (1,) * (len(shape) - len(reps)) + reps
-    spread = _reshape(A, tuple(n for s in shape for n in (1, s)))
-    wide = np.broadcast_to(spread, tuple(n for r, s in zip(reps, shape) for n in (r, s)))
-    return _reshape(wide, tuple(r * s for r, s in zip(reps, shape)))
+    return _tile(A, (1,) * (np.ndim(A) - len(reps)) + tuple(map(operator.index, reps)))
 
 
 @composed(np.pad)
@@ -2421,16 +2432,19 @@ def inner(a, b):
 
 @composed(np.vdot)
 def vdot(a, b):
+    a, b = _together((a, b))
     return np.matmul(ravel(a), ravel(b))
 
 
 @composed(np.outer, np.linalg.outer)
 def outer(a, b):
+    a, b = _together((a, b))
     return _reshape(a, (-1, 1)) * _reshape(b, (1, -1))
 
 
 @composed(np.tensordot)
 def tensordot(a, b, axes=2):
+    a, b = _together((a, b))
     if not isinstance(axes, Iterable):
         axes = (range(np.ndim(a) - axes, np.ndim(a)), range(axes))
     left, right = ([_axis(i, x) for i in (s if isinstance(s, Iterable) else (s,))] for x, s in zip((a, b), axes))
@@ -2449,6 +2463,7 @@ def tensordot(a, b, axes=2):
 
 @composed(np.kron)
 def kron(a, b):
+    a, b = _together((a, b))
     ndim = max(np.ndim(a), np.ndim(b))
     s, t = ((1,) * (ndim - np.ndim(x)) + np.shape(x) for x in (a, b))
     product = _reshape(a, tuple(n for i in s for n in (i, 1))) * _reshape(b, tuple(n for j in t for n in (1, j)))
