@@ -33,7 +33,9 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import errno
 import functools
+import io
 import itertools
 import math
 import operator
@@ -81,6 +83,7 @@ class Primitive:
     """
 
     __slots__ = ("name", "symbol", "forward", "vjps", "reads", "scalar", "elementwise", "samples", "operands", "params")
+    __slots__ += ("typed", "ufunc", "builtin")
 
     def __call__(self, *args, **kwargs):
         operands = args
@@ -101,7 +104,7 @@ class Primitive:
             if name in given:
                 raise TypeError(f"{takes}; argument {name!r} came twice")
             given[name] = value
-        given = {name: int(x) if type(x) is np.int64 else x for name, x in given.items()}  # such as an axis
+        given = {name: _python_numbers(x) for name, x in given.items()}  # such as an axis
         missing = [name for name in self.operands if name not in given]
         if missing:
             raise TypeError(f"{takes}; argument {missing[0]!r} is missing")
@@ -112,6 +115,16 @@ class Primitive:
 
     def __reduce__(self):
         return _primitive_named, (self.name,)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def _python_numbers(x):
+    """NumPy's integers and truths as Python's own, also in a tuple."""
+    if type(x) is tuple:
+        return tuple(map(_python_numbers, x))
+    return x.item() if isinstance(x, (np.integer, np.bool_)) else x
 
 
 def _primitive_named(name: str) -> Primitive:
@@ -130,6 +143,7 @@ def primitive(
     elementwise: bool | None = None,
     variadic: bool = False,
     reads: str = "out operands",
+    typed: Sequence[int] | None = None,
     samples: Sequence = (),
 ) -> Primitive:
     """Adds an operation to the table and returns it as a function of Values, Tensors, arrays and numbers.
@@ -145,6 +159,8 @@ def primitive(
     variadic: any number of operands; then there is one rule, told which: `vjp(i, g, out, operands, **params)`.
     reads: what the rules read besides g: "out", "operands", both or "". If no operands, then forward takes out=, and
         a result may be written over an operand that nobody else needs.
+    typed: the operands that share one dtype, so that integers among them become floats where they meet floats. Unless
+        given, those that have a rule, or all if none has; a condition or an index has none, and stays what it is.
     samples: for the gradient test. An interval per operand of an element-wise primitive, or a list of
         (shapes of the operands, parameters).
 
@@ -164,7 +180,10 @@ def primitive(
     new = Primitive()
     new.name = name or forward.__name__
     new.symbol, new.scalar = _OPERATORS.get(forward, ("", new.name, scalar))[1:]
-    new.forward, new.vjps = forward, vjps
+    new.forward, new.vjps, new.builtin = forward, vjps, False
+    new.ufunc = isinstance(forward, np.ufunc)
+    ruled = tuple([i for i, rule in enumerate(vjps) if rule])
+    new.typed = typed if typed is not None or variadic or not ruled or len(ruled) == len(vjps) else ruled
     new.elementwise = (
         isinstance(forward, np.ufunc) and forward.signature is None if elementwise is None else elementwise
     )
@@ -229,19 +248,183 @@ _OPERATORS = {
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Arrays
 #
-# An array without gradient. What it holds is "raw", as inside every node of a graph: a Python float (a weak scalar,
-# which takes on the dtype of the arrays it meets), a NumPy scalar or an ndarray; or a foreign array: one of another
-# library that speaks NumPy's protocols, such as a `dask.array`, kept as it is. In: anything array-like. Out: Tensors.
-# `Array` is what Tensor and Value share: one way to compute a primitive on raw operands, and one set of methods.
-# Invariant: a raw value never is a 0-d ndarray, and a computation on Python floats alone gives a Python float again.
-# One with a foreign operand gives a foreign array, and computes nothing by itself.
+# What a node or a Tensor holds is a raw value. In: anything array-like. Out: raw values, and Tensors around them.
+#
+#     a Python float, int, bool     a weak number: double precision, and it takes the dtype of the arrays that it meets
+#     a NumPy scalar, an ndarray      strong: they have a dtype. A raw value never is a 0-d ndarray: that is a scalar
+#     other types                     come through `KINDS`, which knows for each type how it computes and is written to
+#
+# `_evaluate` computes a primitive on raw values: it settles the dtypes, and the kind of highest rank among the operands
+# does the rest. `_apply` does so for operands of any sort, and wraps the result: Value, Tensor, or neither.
+# Invariant: what is computed of weak numbers alone is a weak number or a float64 array, and `type(raw) is float` is the
+# sign of a weak float: np.float64 is a subclass of float, and strong.
+#
+#     >>> (Tensor([1, 2]) * 2.0).dtype, (Tensor([1, 2]) * np.array([0.1, 0.2])).dtype
+#     (dtype('float32'), dtype('float32'))
+#     >>> (Tensor(2.0) * np.array([0.1, 0.2])).dtype
+#     dtype('float64')
 # ---------------------------------------------------------------------------------------------------------------------
 
-
 _new = object.__new__
+_NUMBERS = (float, int, np.bool_, np.integer, np.floating)
 
 
-def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub") -> Any:
+class Kind:
+    """What the engine asks of the raw values of one type; here, the answers for NumPy's arrays and scalars.
+
+    rank: of the kinds of a primitive's operands, the one of highest rank computes it.
+    lazy: whether looking at numbers costs a computation elsewhere.
+    """
+
+    rank, lazy = 1, False
+
+    def enter(self, data, dtype: np.dtype | None, choice: bool | None, who: str):
+        """The raw value of a Tensor or Value made from data; `who` is named in errors."""
+        return self.own(data if dtype is None else data.astype(dtype))
+
+    def constant(self, x, who: str):
+        """The raw value of a constant operand."""
+        return x
+
+    def evaluate(self, prim: Primitive, raw: Sequence, params: dict):
+        """The forward of a primitive on raw operands of this kind and lower ones, whose dtypes are settled."""
+        if not prim.ufunc:
+            raw = _strengthened(prim, raw)
+        out = prim.forward(*raw, **params)
+        if type(out) is np.ndarray or isinstance(out, np.generic) or params.get("dtype") is float:
+            return _settle(out)
+        return _settle(np.asarray(out))  # a forward of a user's: what is computed of arrays is one
+
+    def hand_out(self, raw):
+        """What `.data` gives away: NumPy's array or scalar, or what stands for it."""
+        return raw
+
+    def fetch(self, raws: Sequence) -> list:
+        """NumPy's arrays and scalars for raw values of this kind, to be read at once; several are got in one pass."""
+        return list(raws)
+
+    def own(self, raw):
+        """The same data, held by nobody else."""
+        return raw.copy()
+
+    def shared(self, raw) -> bool:
+        """Whether the memory of a raw value may be another's, too."""
+        return type(raw) is np.ndarray and raw.base is not None
+
+    def same(self, raw, x) -> bool:
+        """Whether x is the raw value, or what `hand_out` gives for it."""
+        return x is raw
+
+    def write(self, raw, new):
+        """In place: gives raw the data of `new`, of its shape; what holds it from now on."""
+        np.copyto(raw, _fetched(new), casting="same_kind")
+        return raw
+
+    def rule(self, prim: Primitive, rule: Callable) -> Callable:
+        """A rule, as it is to be called on operands or gradients of this kind."""
+        return rule
+
+    def text(self, raw) -> str:
+        """What repr adds to shape and dtype."""
+        return ""
+
+
+class _Weak(Kind):
+    """Python's numbers. Where Python raises though IEEE arithmetic has an answer, NumPy gives that and its warning."""
+
+    rank = 0
+
+    def evaluate(self, prim, raw, params):
+        if prim.scalar is not None and not params and all([type(x) is float for x in raw]):
+            try:
+                return prim.scalar(*raw)
+            except (ArithmeticError, ValueError):
+                pass
+        out = _settle(prim.forward(*map(self.hand_out, raw), **params))
+        return out if "dtype" in params or type(out) is np.ndarray else _number(out)
+
+    def hand_out(self, raw):
+        return np.float64(raw) if type(raw) is float else np.asarray(raw)[()]
+
+    def fetch(self, raws):
+        return [self.hand_out(raw) for raw in raws]
+
+    def own(self, raw):
+        return raw
+
+
+class _Kinds(dict):
+    """The kind of each type of raw value; None for types that are not arrays by themselves, such as list.
+
+    A type met for the first time is looked at once: `finders` are functions of a type that return its kind or None.
+    """
+
+    def __init__(self, kinds):
+        super().__init__(kinds)
+        self.finders: list[Callable] = []
+
+    def __missing__(self, cls: type) -> Kind | None:
+        if issubclass(cls, np.ma.MaskedArray):
+            raise TypeError(f"{cls.__name__}: its mask would be lost; pass .filled(...) or .data")
+        if hasattr(cls, "_picograd"):
+            raise TypeError(_two_copies(cls))
+        if issubclass(cls, (np.ndarray, np.generic)):
+            found = self[np.ndarray]
+        else:
+            found = next(filter(None, (find(cls) for find in self.finders)), None)
+        self[cls] = found
+        return found
+
+
+WEAK, NUMPY = _Weak(), Kind()
+KINDS = _Kinds({float: WEAK, int: WEAK, bool: WEAK, np.ndarray: NUMPY, list: None, tuple: None})
+
+
+class _Hook:
+    """Where large arrays are taken over: by nobody, unless a room below puts another hook here.
+
+    limit: elements from which an ndarray is shown to `adopt`, as the data of a new Tensor or Value and as an operand.
+    """
+
+    limit: float = math.inf
+
+    def adopt(self, raw, choice: bool | None, dtype: np.dtype | None = None):
+        """A raw value in place of another.
+
+        choice: the Tensor's distributed=.
+        dtype: given where a Tensor or Value is made: the result is a copy, of that dtype. None for what is there
+            already, which others may have, too.
+        """
+        if choice:
+            raise RuntimeError("Tensor: distributed=True needs room 8, Blocks, which this copy of picograd.py lacks")
+        return raw if dtype is None else raw.astype(dtype)
+
+    def distributed(self, raw, choice: bool | None) -> bool:
+        """Whether a Tensor with that raw value and choice counts as distributed."""
+        return False
+
+
+HOOK = _Hook()
+
+
+def _two_copies(cls: type) -> str:
+    """The message for a Value or Tensor of another copy of this file, or of this one before a reload."""
+    theirs = getattr(sys.modules.get(cls.__module__), "__file__", "?")
+    which = "before it was loaded anew" if cls.__module__ == __name__ else f"of {cls.__module__} ({theirs})"
+    return f"a {cls.__name__} {which} met {__name__} ({__file__}): two copies of picograd do not share their graphs"
+
+
+# --- entering: what users pass becomes a raw value ---
+
+
+def _number(x):
+    """A number of Python's or NumPy's as Python's: weak."""
+    if isinstance(x, (bool, np.bool_)):
+        return bool(x)
+    return float(x) if isinstance(x, (float, np.floating)) else int(x)
+
+
+def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub", choice: bool | None = None) -> Any:
     """Copies data into a raw value; dtype float32 unless given, or data is a number or has one of its own."""
     expected = "floating" if kinds == "f" else "floating, integer or boolean"
     if dtype is not None:
@@ -253,21 +436,58 @@ def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub") -> Any:
         dtype = dtype or getattr(data, "dtype", None)
         if dtype is not None and dtype.kind not in kinds:
             raise TypeError(f"{who}: the dtype of data must be {expected}, got {dtype}; pass dtype=")
-    if dtype is None and isinstance(data, (int, float, np.bool_, np.integer, np.floating)):
-        return float(data)
-    if _is_foreign(data):
+        if dtype is None and kinds != "f":
+            return data if choice is None else HOOK.adopt(data, choice)
+    if dtype is None and isinstance(data, _NUMBERS):
+        return float(data) if choice is None else HOOK.adopt(float(data), choice)
+    kind = KINDS[type(data)]
+    if kind is not None and kind.rank > NUMPY.rank:
         if data.dtype.kind not in (kinds if dtype is None else "fiub"):
             raise TypeError(f"{who}: the dtype of data must be {expected}, got {data.dtype}; pass dtype=")
-        return _known_shape(data if dtype is None else data.astype(dtype), who)
+        return kind.enter(data, dtype, choice, who)
     try:
         array = np.asarray(data)
     except ValueError as error:
         raise ValueError(f"{who}: data must be rectangular, got ragged nested sequences ({error})") from None
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{who}: data must be real numbers, got {type(data).__name__} of dtype {array.dtype}")
-    if _config.enabled and array.ndim and array.size >= _config.min_elements_for_parallel:
-        return run_blocks(((_as_dtype, (0,), np.dtype(dtype or np.float32)),), [array], array.shape, [1])[0][0]
-    return _settle(array.astype(dtype or np.float32))
+    dtype = np.dtype(dtype or np.float32)
+    if choice is not None or array.size >= HOOK.limit:
+        return _settle(HOOK.adopt(array, choice, dtype))
+    return _settle(array.astype(dtype))
+
+
+def _constant(x, who: str):
+    """An operand that is neither Value nor Tensor as a raw value: not copied, and a number is Python's."""
+    if isinstance(x, _NUMBERS):
+        return _number(x)
+    kind = KINDS[type(x)]
+    if kind is not None and kind.rank > NUMPY.rank:
+        return kind.constant(x, who)
+    if kind is None and not isinstance(x, (list, tuple)):
+        raise TypeError(f"{who}: expected a Value, Tensor, array or number, got {type(x).__name__}")
+    try:
+        x = np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"{who}: operand must be rectangular, got ragged sequences ({error})") from None
+    if x.dtype.kind not in "fiub":
+        raise TypeError(f"{who}: operands must be real numbers, got an array of dtype {x.dtype}")
+    return x
+
+
+def _conform(x, like, who, choice: bool | None = None):
+    """x, copied, as a replacement of the raw value `like`: of its dtype, and of its shape if x is a number."""
+    x = _raw(x)
+    if KINDS[type(like)] is WEAK:
+        if np.ndim(x):
+            raise ValueError(f"{who}: expected a number, got shape {np.shape(x)}")
+        return type(like)(_fetched(x))
+    if np.ndim(like) and not np.ndim(x):
+        return np.full_like(like, _fetched(x))
+    return _as_raw(x, like.dtype, who, choice=choice)
+
+
+# --- leaving ---
 
 
 def _settle(out):
@@ -281,125 +501,124 @@ def _raw(x):
 
 
 def _public(raw):
-    """A raw value as it is handed out: Python's weak scalars become NumPy scalars, chunked arrays arrays."""
-    if type(raw) is Chunked:
-        return raw.expose()
-    return np.float64(raw) if type(raw) is float else np.bool_(raw) if type(raw) is bool else raw
+    """A raw value as it is handed out: weak numbers become NumPy scalars."""
+    return KINDS[type(raw)].hand_out(raw)
 
 
-def _conform(x, like, who):
-    """x, copied, as a replacement of the raw value `like`: of its dtype, and of its shape if x is a number."""
-    x = _raw(x)
-    if type(like) is float:
-        if np.ndim(x):
-            raise ValueError(f"{who}: expected a number, got shape {np.shape(x)}")
-        return float(x)
-    raw = _as_raw(x, like.dtype, who)
-    return raw if np.ndim(raw) or not np.ndim(like) else np.full_like(like, raw)
+def _lazy(x) -> bool:
+    """Whether looking at the numbers of anything costs a computation elsewhere."""
+    kind = KINDS[type(_raw(x))]
+    return kind is not None and kind.lazy
+
+
+def _fetched(x):
+    """A raw value, or anything array-like, as NumPy's array or scalar, to be read at once."""
+    kind = KINDS[type(x)]
+    return np.asarray(x) if kind is None else kind.fetch([x])[0]
+
+
+# --- how a primitive is computed: settle the dtypes, evaluate, wrap ---
+
+
+def _strong(prim: Primitive, raw: Sequence) -> list[tuple[int, np.dtype]]:
+    """Places and dtypes of the operands that have one, of those that share it: an index does not, nor a condition."""
+    places = range(len(raw)) if prim.typed is None else prim.typed
+    return [(i, raw[i].dtype) for i in places if type(raw[i]) not in _WEAK_TYPES]
+
+
+def _lifted(prim: Primitive, operands: Sequence) -> tuple:
+    """Operands with their constants as raw values, of the dtypes in which a node keeps them.
+
+    Raw floating arrays take the dtype of the strong floating Values and Tensors that they meet, and so do integers and
+    masks; without such, all is as in NumPy.
+    """
+    operands = [x if isinstance(x, Array) else _constant(x, prim.name) for x in operands]
+    raw = [_raw(x) for x in operands]
+    strong = _strong(prim, raw)
+    if not strong:
+        if float in map(type, raw):  # a whole number beside weak floats is one of them
+            operands = [float(x) if type(x) is int else x for x in operands]
+        return tuple(operands)
+    held = [dtype for i, dtype in strong if dtype.kind == "f" and isinstance(operands[i], Array)]
+    dtype = np.result_type(*(held or [dtype for _, dtype in strong]))
+    for i, own in strong:
+        if own != dtype and (own.kind == "f" or held) and not isinstance(operands[i], Array):
+            operands[i] = operands[i].astype(dtype)
+    return tuple(operands)
+
+
+def _promoted(prim: Primitive, raw: Sequence) -> Sequence:
+    """Raw operands with integers and masks in the dtype of the strong floats that they meet."""
+    strong = _strong(prim, raw)
+    floats = [dtype for _, dtype in strong if dtype.kind == "f"]
+    if not floats or len(floats) == len(strong):
+        return raw
+    dtype, raw = np.result_type(*floats), list(raw)
+    for i, own in strong:
+        if own.kind != "f":
+            raw[i] = raw[i].astype(dtype)
+    return raw
+
+
+def _strengthened(prim: Primitive, raw: Sequence) -> Sequence:
+    """Raw operands with weak numbers as scalars of the dtype that they take: only ufuncs know numbers without one."""
+    if not any([type(x) in _WEAK_TYPES for x in raw]):
+        return raw
+    dtypes, raw = [dtype for _, dtype in _strong(prim, raw)], list(raw)
+    for i in range(len(raw)) if prim.typed is None else prim.typed:
+        if type(raw[i]) in _WEAK_TYPES:
+            raw[i] = np.result_type(*dtypes, raw[i]).type(raw[i])
+    return raw
+
+
+_WEAK_TYPES = frozenset((float, int, bool))
 
 
 def _evaluate(prim: Primitive, raw: Sequence, params: dict):
-    """The forward of a primitive on raw operands."""
-    weak = strong = False
+    """The forward of a primitive on raw operands: a raw value."""
+    kind = WEAK
     for x in raw:
-        if type(x) is float or type(x) is bool:
-            weak = True
-        elif type(x) is Chunked:
-            return _evaluate_chunked(prim, raw, params)
-        else:
-            strong = True
-            if not isinstance(x, _RAW) and _is_foreign(x):
-                return _evaluate_foreign(prim, raw, params, x)
-    if not strong:
-        if prim.scalar is not None and not params and all([type(x) is float for x in raw]):
-            try:
-                return prim.scalar(*raw)
-            except (ArithmeticError, ValueError):
-                pass  # Python raises where IEEE arithmetic has an answer: NumPy gives that answer and its warning
-        out = _settle(prim.forward(*map(_public, raw), **params))
-        if "dtype" in params:
-            return out
-        if not np.ndim(out):
-            return float(out) if isinstance(out, np.floating) else bool(out) if isinstance(out, np.bool_) else out
-        return out.astype(np.float32) if out.dtype == np.float64 else out
-    if weak and not isinstance(prim.forward, np.ufunc):  # others would take a Python float for a float64
-        floats = [x.dtype for x in raw if hasattr(x, "dtype") and x.dtype.kind == "f"]
-        dtype = np.result_type(*floats) if floats else np.dtype(np.float32)
-        raw = [dtype.type(x) if type(x) is float else x for x in raw]
-    out = prim.forward(*raw, **params)
-    return out if type(out) is np.ndarray and out.ndim else _settle(out)
-
-
-def _constant(x, prim: Primitive):
-    """Checks an operand that is neither Value nor Tensor: a Python float or bool, or a raw array."""
-    if isinstance(x, (float, int, np.floating, np.integer, np.bool_)):
-        return bool(x) if isinstance(x, (bool, np.bool_)) else x if type(x) is int else float(x)
-    if _is_foreign(x):
-        x = _known_shape(x, prim.name)
-    elif not isinstance(x, (np.ndarray, list, tuple)):
-        raise TypeError(f"{prim.name}: expected a Value, Tensor, array or number, got {type(x).__name__}")
-    else:
-        try:
-            x = np.asarray(x)
-        except ValueError as error:
-            raise ValueError(f"{prim.name}: operand must be rectangular, got ragged sequences ({error})") from None
-    if x.dtype.kind not in "fiub":
-        raise TypeError(f"{prim.name}: operands must be real numbers, got an array of dtype {x.dtype}")
-    return x
-
-
-def _take_dtype(operands: tuple) -> tuple:
-    """Raw arrays among the operands take the dtype of those they meet, else float32; masks, and integers that meet
-    integers, stay as they are. Other integers become floats."""
-    held = {x._data.dtype for x in operands if isinstance(x, Array) and not isinstance(x._data, (float, bool))}
-    floating = [dtype for dtype in held if dtype.kind == "f"]
-    dtype = np.result_type(*floating) if floating else np.dtype(np.float32)
-    kinds = "f" if held and not floating else "fiu"
-    whole = held and not floating
-    return tuple(
-        [
-            float(x)
-            if type(x) is int and not whole
-            else x
-            if isinstance(x, (Array, int, float, bool)) or x.dtype.kind not in kinds
-            else x.astype(dtype, copy=False)
-            for x in operands
-        ]
-    )
+        other = KINDS[type(x)]
+        if other.rank > kind.rank:
+            kind = other
+    return kind.evaluate(prim, _promoted(prim, raw) if kind.rank else raw, params)
 
 
 def _apply(prim: Primitive, operands: tuple, params: dict):
-    """Computes a primitive on any kinds of operand: a node if one is a Value, a Tensor if one is, else a raw result."""
-    kind, constants, usual, raw = None, False, True, []
-    limit = _config.min_elements_for_parallel if _chunking else math.inf
+    """Computes a primitive on any sort of operands: a node if one is a Value, a Tensor if one is, else a raw result."""
+    result, constants, plain, dtype, limit = None, False, True, None, HOOK.limit
+    raw = []
     for x in operands:
         if isinstance(x, Value):
-            kind, x = Value, x._data
+            result, x = Value, x._data
         elif isinstance(x, Tensor):
-            usual = usual and not x._choice
-            kind, x = kind or Tensor, x._data
+            result, x = result or Tensor, x._data
         elif type(x) is not float:
             constants = True
-        if type(x) is not np.ndarray or x.size >= limit:
-            usual = False
+        if type(x) is np.ndarray:
+            if x.size >= limit or (dtype is not None and dtype is not x.dtype):
+                plain = False
+            dtype = x.dtype
+        elif type(x) is not float or not prim.ufunc:
+            plain = False
         raw.append(x)
-    if kind is None:
-        if _chunking and any(type(x) is Chunked for x in operands):
+    if result is None:
+        kinds = [KINDS[type(x)] for x in operands]
+        if None not in kinds:
             return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
-    if usual and not constants:  # what `_evaluate` would do, without its questions
-        out = prim.forward(*raw, **params)
-        out = out if type(out) is np.ndarray and out.ndim else _settle(out)
+    if plain and not constants and dtype is not None and dtype.kind == "f":
+        out = prim.forward(*raw, **params)  # what `_evaluate` would do for arrays of one dtype, without its questions
+        if type(out) is not np.ndarray or not out.ndim:
+            out = _settle(out)
     else:
-        raw = x = None  # an array that is held here would seem to be held by somebody who may write to it
-        if _chunking and (prim.elementwise or prim.name in _REDUCTIONS):
-            for x in operands:
-                if isinstance(x, Array):
-                    x._follow_config()
         if constants:
-            operands = _take_dtype(tuple([x if isinstance(x, Array) else _constant(x, prim) for x in operands]))
-        out = _evaluate(prim, [x._data if isinstance(x, Array) else x for x in operands], params)
-    if kind is Value:
+            operands = _lifted(prim, operands)
+        for x in operands:
+            if isinstance(x, Array) and type(x._data) is np.ndarray and x._data.size >= limit:
+                x._adopt()
+        out = _evaluate(prim, [_raw(x) for x in operands], params)
+    if result is Value:
         return _node(out, prim, operands, params)
     if len(operands) == 1:
         return _wrap(out, operands[0]._choice)
@@ -408,10 +627,11 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
 
 
 class Array:
-    """What Tensor and Value share. Operators, and a method for every entry of the table, are added below."""
+    """What Tensor and Value share. Operators, and a method for every entry of the table, are added in room 5."""
 
     __slots__ = ("_data", "__weakref__")
     __hash__ = object.__hash__
+    _picograd = True  # how another copy of this file is known
 
     shape: tuple[int, ...] = property(lambda self: getattr(self._data, "shape", ()))
     ndim: int = property(lambda self: len(self.shape))
@@ -421,17 +641,9 @@ class Array:
     T = property(lambda self: np.transpose(self))
     mT = property(lambda self: np.matrix_transpose(self))
 
-    def _follow_config(self) -> None:
-        """Makes the raw array chunked if this is distributed now, and an ndarray if it is not."""
-        raw = self._data
-        small = isinstance(raw, (float, bool)) or raw.size < _config.min_elements_for_parallel
-        if small and type(raw) is not Chunked and getattr(self, "_choice", None) is None:
-            return  # the usual case, before anything else is asked
-        if self.distributed and not _mode.tracing and not _fault.depth:
-            if type(raw) is np.ndarray:
-                self._data = Chunked(raw)
-        elif type(raw) is Chunked:
-            self._data = raw.expose()
+    def _adopt(self) -> None:
+        """Lets the hook take over the raw value, which is of its limit or more."""
+        self._data = HOOK.adopt(self._data, None)
 
     def item(self) -> float | int | bool:
         """The one element as a Python number; ValueError if there are more."""
@@ -440,10 +652,10 @@ class Array:
             return raw
         if self.size != 1:
             raise ValueError(f"{type(self).__name__}.item: expected one element, got shape {self.shape}")
-        return _public(_computed([raw])[0] if _is_foreign(raw) else raw).item()
+        return _fetched(raw).item()
 
     def tolist(self) -> Any:
-        return _public(_computed([self._data])[0]).tolist()
+        return _fetched(self._data).tolist()
 
     def reshape(self, *shape):
         return np.reshape(self, shape[0] if len(shape) == 1 else shape)
@@ -452,7 +664,8 @@ class Array:
         return np.transpose(self, (axes[0] if isinstance(axes[0], (tuple, list)) else axes) if axes else None)
 
     def flatten(self):
-        return np.ravel(self)
+        """A copy in one dimension; `ravel` is a view where it can be."""
+        return np.copy(np.ravel(self))
 
     def astype(self, dtype: Any):
         dtype, kinds = np.dtype(dtype), "f" if isinstance(self, Value) else "fiub"
@@ -461,10 +674,9 @@ class Array:
         return _as_dtype(self, dtype)
 
     def __getitem__(self, index):
-        index = index if isinstance(index, tuple) else (index,)
-        index = tuple(_index_array(i) if isinstance(i, list) else _wrap(i) if _is_foreign(i) else i for i in index)
+        index = tuple([_index_part(i) for i in index]) if isinstance(index, tuple) else (_index_part(index),)
         parts = [i for i in index if isinstance(i, Array)]
-        return _getitem(self, *parts, index=tuple(_HOLE if isinstance(i, Array) else i for i in index))
+        return _getitem(self, *parts, index=tuple([_HOLE if isinstance(i, Array) else i for i in index]))
 
     def __len__(self):
         if not self.ndim:
@@ -498,8 +710,9 @@ class Tensor(Array):
 
     data: numbers, nested sequences, an array, a Tensor or a Value; copied. Arrays become float32 unless dtype says
         otherwise or data is a Tensor or Value; a single number is held in double precision and is weak, like a Python
-        float. Ragged sequences raise ValueError; complex, text and objects TypeError. An array of another library
-        that speaks NumPy's protocols, such as a `dask.array`, is kept, with its dtype, and counts as distributed.
+        float. Ragged sequences raise ValueError; complex, text, objects and masked arrays TypeError. An array of
+        another library that speaks NumPy's protocols, such as a `dask.array`, is kept, with its dtype, and counts as
+        distributed.
     dtype: a floating, integer or boolean NumPy dtype.
     distributed: True or False to force it, None to leave it to `set_distributed_config`.
 
@@ -509,11 +722,10 @@ class Tensor(Array):
     __slots__ = ("_choice", "_owner")
 
     def __init__(self, data: Any, dtype: Any = None, distributed: bool | None = None):
-        global _chunking
         if not (distributed is None or isinstance(distributed, bool)):
             raise TypeError(f"Tensor: distributed must be True, False or None, got {distributed!r}")
-        _chunking |= distributed is True
-        self._data, self._choice, self._owner = _as_raw(data, dtype, "Tensor"), distributed, None
+        self._data = _as_raw(data, dtype, "Tensor", choice=distributed)
+        self._choice, self._owner = distributed, None
 
     @property
     def data(self) -> np.ndarray | np.generic:
@@ -522,31 +734,41 @@ class Tensor(Array):
 
     @data.setter
     def data(self, new):
-        if _raw(new) is not self._data:
-            self._data = _conform(new, self._data, "Tensor.data")
-            if self._owner:
-                setattr(*self._owner, self._data)
+        if not KINDS[type(self._data)].same(self._data, _raw(new)):
+            self._become(_conform(new, self._data, "Tensor.data", self._choice))
+
+    def _become(self, raw) -> None:
+        """Holds another raw value from now on; so does the Value that handed this Tensor out."""
+        self._data = raw
+        if self._owner:
+            setattr(*self._owner, raw)
+
+    def _adopt(self) -> None:
+        if self._choice is not False:
+            raw = HOOK.adopt(self._data, self._choice)
+            if self._owner and getattr(*self._owner) is self._data:
+                setattr(*self._owner, raw)
+            self._data = raw
 
     @property
     def distributed(self) -> bool:
         """Whether it counts as distributed: forced, or large enough by the configuration in force; never if 0-d."""
-        if self._choice is not None or _is_foreign(self._data):
-            return _is_foreign(self._data) or (self._choice and self.ndim > 0)
-        return _config.enabled and self.ndim > 0 and self.size >= _config.min_elements_for_parallel
+        return KINDS[type(self._data)].lazy or HOOK.distributed(self._data, self._choice)
 
     def enable_distributed(self) -> None:
-        global _chunking
-        self._choice = _chunking = True
+        """From now on, distributed whatever its size. RuntimeError where the file was cut above room 8."""
+        self._data, self._choice = HOOK.adopt(self._data, True), True
 
     def disable_distributed(self) -> None:
-        self._choice = False
+        """From now on, computed by NumPy whatever its size."""
+        self._data, self._choice = HOOK.adopt(self._data, False), False
 
     def numpy(self) -> np.ndarray:
         """A copy as an ndarray."""
-        return np.array(self._data)
+        return np.array(_fetched(self._data))
 
     def __array__(self, dtype=None, copy=None):
-        return np.array(self._data, dtype) if copy else np.asarray(self._data, dtype)
+        return np.array(_fetched(self._data), dtype) if copy else np.asarray(_public(self._data), dtype)
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         if any(isinstance(x, Value) for x in inputs):
@@ -566,11 +788,11 @@ class Tensor(Array):
     def __setitem__(self, index, new):
         if not self.ndim:
             raise TypeError("a 0-d Tensor cannot be indexed; assign to .data")
-        index = tuple(map(_public, map(_raw, index))) if isinstance(index, tuple) else _public(_raw(index))
-        _public(self._data)[index] = _public(_raw(new))
+        index = tuple(map(_public_index, index)) if isinstance(index, tuple) else _public_index(index)
+        _public(self._data)[index] = _fetched(_raw(new))
 
     def __reduce__(self):
-        return _wrap, (self._data, self._choice)
+        return _restored, (self._data, self._choice)
 
     def __copy__(self):
         return Tensor(self, distributed=self._choice)
@@ -578,22 +800,24 @@ class Tensor(Array):
     def __repr__(self):
         if not self.ndim:
             return f"Tensor({self._data})"
-        values = _chunks_of(self._data)
-        if not _is_foreign(self._data) and self.size <= 8:
+        kind = KINDS[type(self._data)]
+        values = kind.text(self._data)
+        if not kind.lazy and self.size <= 8:
             values = f", data={self.tolist()}"
         return f"Tensor(shape={self.shape}, dtype={self.dtype}, distributed={self.distributed}{values})"
 
     def __str__(self):
-        return repr(self) if self.ndim else str(self.data)
+        return repr(self) if self.ndim else str(_fetched(self._data))
 
     def __format__(self, spec):
         if spec and self.ndim:
             raise TypeError(f"Tensor: format {spec!r} needs one number, got shape {self.shape}")
-        return format(_computed([self.data])[0], spec) if spec else str(self)
+        return format(_fetched(self._data), spec) if spec else str(self)
 
 
-def _chunks_of(raw) -> str:
-    return f", chunksize={raw.chunksize}" if hasattr(raw, "chunksize") else ""
+def _public_index(i):
+    i = _raw(i)
+    return _public(i) if KINDS[type(i)] else i
 
 
 def _wrap(raw, choice=None, owner=None) -> Tensor:
@@ -601,6 +825,11 @@ def _wrap(raw, choice=None, owner=None) -> Tensor:
     tensor = _new(Tensor)
     tensor._data, tensor._choice, tensor._owner = raw, choice, owner
     return tensor
+
+
+def _restored(raw, choice) -> Tensor:
+    """A pickled Tensor."""
+    return _wrap(raw if choice is None else HOOK.adopt(raw, choice), choice)
 
 
 def _on_arrays(function, args, kwargs):
@@ -635,8 +864,12 @@ class _Mode(threading.local):
     tracing = False  # whether arrays stay plain, in this thread
     depth = 0  # how many gradient functions are at work around this call, in this thread
 
+    def __init__(self):
+        self.listed: set[int] = set()  # ids of nodes whose operands come before them in the pickle that is under way
+
 
 _mode = _Mode()
+_ENDS = "its gradient ends here; use NumPy's functions, or say .item() or .detach() where no gradient is wanted"
 _next_number = itertools.count(1).__next__
 _NO_PARAMS: dict[str, Any] = {}
 
@@ -672,7 +905,7 @@ class Value(Array):
 
     @data.setter
     def data(self, new):
-        if _raw(new) is not self._data:
+        if not KINDS[type(self._data)].same(self._data, _raw(new)):
             new = _conform(new, self._data, "Value.data")
             if np.shape(new) != self.shape:
                 self._grad = None  # it was that of other data
@@ -683,13 +916,14 @@ class Value(Array):
         """The gradient as a Tensor, zeros before any backward; assign 0 or None to reset it."""
         if self._grad is None:
             self._grad = _filled_like(self._data, 0)
-        elif type(self._grad) is np.ndarray and not self._grad.flags.writeable:  # a broadcast view
+        elif type(self._grad) is np.ndarray and not self._grad.flags.writeable:  # a broadcast view of an inner node
             self._grad = self._grad.copy()
         return _wrap(self._grad, None, (self, "_grad"))
 
     @grad.setter
     def grad(self, new):
-        if new is not None and (new := _raw(new)) is not self._grad:
+        new, had = _raw(new), self._grad
+        if new is not None and (had is None or not KINDS[type(had)].same(had, new)):
             new = _conform(new, _filled_like(self._data, 0), "Value.grad")
             if np.shape(new) != self.shape:
                 raise ValueError(f"Value.grad: expected shape {self.shape}, got {np.shape(new)}")
@@ -704,6 +938,10 @@ class Value(Array):
         return _detach(self)
 
     # --- the graph ---
+
+    def _picture(self) -> Value:
+        """The root of the graph that `draw` shows."""
+        return self
 
     @property
     def _prev(self) -> set[Value]:
@@ -723,7 +961,7 @@ class Value(Array):
         """
         for node in reversed(_newest_first(self, everything=True)):
             if node._prim is not None:
-                node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
+                _recompute(node)
         return self
 
     def backward(self, gradient: Any = None, retain_grads: bool = True) -> None:
@@ -738,16 +976,8 @@ class Value(Array):
         If it fails (a rule raises, Ctrl-C), the leaves' gradients are as before.
         """
         grads = _at_home(_backpropagate(self, self._seed(gradient), retain=retain_grads), self)
-        # A leaf owns its gradient: a view, or an array that is the gradient of another node too, is copied.
-        shared = {id(g) for node, g in grads.items() if node._prim is not None}
-        for leaf in [node for node in grads if node._prim is None]:
-            g = grads[leaf]
-            if leaf._grad is not None:
-                grads[leaf] = leaf._grad + g
-            elif type(g) is np.ndarray and (g.base is not None or id(g) in shared):
-                grads[leaf] = g.copy()
-            shared.add(id(g))
-        for node, g in grads.items():
+        leaves = _deposited({node: g for node, g in grads.items() if node._prim is None}, grads)
+        for node, g in (grads | leaves).items():
             node._grad = g
 
     def _seed(self, gradient):
@@ -783,7 +1013,7 @@ class Value(Array):
     def __array__(self, dtype=None, copy=None):
         raise TypeError(
             "a Value does not turn into an array by itself, which would lose its gradient: "
-            "take .data.data for the numbers, np.stack to join Values"
+            "take .data.data for the numbers, np.stack or np.block to join Values"
         )
 
     def __setitem__(self, index, new):
@@ -792,30 +1022,47 @@ class Value(Array):
             "or v.data[index] = new to change the data of a leaf"
         )
 
+    def _leave(self, how: str) -> float | int | bool:
+        """The number, on its way to code that knows nothing of gradients."""
+        number = self.item()
+        if self._needs and _mode.recording:
+            if _mode.depth:
+                raise TypeError(f"{how}(Value): {_ENDS}")
+            warnings.warn(f"{how}(Value): {_ENDS}", stacklevel=3)
+        return number
+
+    def __float__(self):
+        return float(self._leave("float"))
+
+    def __int__(self):
+        return int(self._leave("int"))
+
+    def __index__(self):
+        return operator.index(self._leave("operator.index"))
+
     def __copy__(self):
-        twin = _node(self._data, self._prim, self._args, self._params)
-        twin._data = _settle(np.array(self._data)) if isinstance(self._data, np.ndarray) else self._data
-        twin._grad = self._grad.copy() if isinstance(self._grad, np.ndarray) else self._grad
+        twin = _node(_owned(self._data), self._prim, self._args, self._params)
+        twin._prim, twin._args, twin._params = self._prim, self._args, self._params
+        twin._grad = None if self._grad is None else _owned(self._grad)
         twin._needs, twin.label = self._needs, self.label
         return twin
 
     def __reduce__(self):
-        # A graph is pickled as a flat list of its inner nodes, oldest first, so that its depth does not matter. Leaves
-        # stay objects of their own in that list: pickle and deepcopy keep their identity.
-        nodes = [node for node in reversed(_newest_first(self, everything=True)) if node._args or node is self]
-        place = {node: _Place(i) for i, node in enumerate(nodes)}
-        rows = [
-            (n._prim, tuple(place.get(x, x) if isinstance(x, Value) else x for x in n._args))
-            + (n._params, n._needs, n._data, n._grad, n.label)
-            for n in nodes
-        ]
-        return _rebuild, (rows,)
+        # A node's operands come before it. All that it depends on is listed first, oldest first, so that neither pickle
+        # nor deepcopy, which both remember what they have seen, go any deeper, however deep the graph is.
+        first: tuple = ()
+        if self._args and id(self) not in _mode.listed:
+            first = tuple(_newest_first(self, everything=True)[:0:-1])
+            _mode.listed.update(map(id, first))
+        made = self._prim, self._args, self._params, self._needs, self._data, self._grad, self.label
+        return _rebuild, (type(self), first, _Listed() if first else None, *made)
 
     def __repr__(self):
         label = f", label={self.label!r}" if self.label else ""
         made = f", op={self._prim.name!r}" if self._prim else ""
-        if self.ndim or _is_foreign(self._data):
-            return f"Value(shape={self.shape}, dtype={self.dtype}{_chunks_of(self._data)}{made}{label})"
+        kind = KINDS[type(self._data)]
+        if self.ndim or kind.lazy:
+            return f"Value(shape={self.shape}, dtype={self.dtype}{kind.text(self._data)}{made}{label})"
         return f"Value(data={self._data}, grad={self._grad or 0.0}{made}{label})"
 
     def __format__(self, spec):
@@ -869,7 +1116,7 @@ def _write_over(function: Callable, spent: Value, *others: Value):
     if not (
         "operands" not in getattr(prim, "reads", "operands")
         and (spent._prim is None or "out" not in spent._prim.reads)
-        and not any(_is_foreign(x._data) for x in others)
+        and not any(_lazy(x._data) for x in others)
         and all(np.broadcast_shapes(raw.shape, x.shape) == raw.shape for x in others)
         and np.result_type(raw, *(x._data for x in others)) == raw.dtype
     ):
@@ -895,18 +1142,20 @@ class _Overwritten(Value):
         self._data = new
 
 
-class _Place(int):
-    """In a pickled graph, an operand that is the node at this place of the list."""
+class _Listed:
+    """In a pickle, behind the list of what a node depends on: the next node makes a list of its own again."""
+
+    def __reduce__(self):
+        _mode.listed.clear()
+        return _Listed, ()
 
 
-def _rebuild(rows) -> Value:
-    nodes: list[Value] = []
-    for prim, args, params, needs, data, grad, label in rows:
-        node = _node(data, None, (), params)
-        node._prim, node._args, node._params = prim, tuple([nodes[x] if type(x) is _Place else x for x in args]), params
-        node._needs, node._grad, node.label = needs, grad, label
-        nodes.append(node)
-    return nodes[-1]
+def _rebuild(cls, first, listed, prim, args, params, needs, data, grad, label) -> Value:
+    """A pickled or deeply copied node; `first` are those that it depends on, which come before it."""
+    node = _new(cls)
+    node._prim, node._args, node._params, node._needs = prim, args, params, needs
+    node._data, node._grad, node._number, node.label = data, grad, _next_number(), label
+    return node
 
 
 # --- the backward sweep ---
@@ -914,6 +1163,8 @@ def _rebuild(rows) -> Value:
 
 def _newest_first(root: Value, stop=frozenset(), everything=False) -> list[Value]:
     """The nodes that root depends on, newest first: those that a gradient flows to, or everything."""
+    if not isinstance(root, Value):
+        raise TypeError(_two_copies(type(root)))
     seen, nodes = {root}, [root]
     for node in nodes:  # the list grows as it is walked
         if stop and node in stop:
@@ -927,6 +1178,7 @@ def _newest_first(root: Value, stop=frozenset(), everything=False) -> list[Value
 
 
 _get_number = operator.attrgetter("_number")
+_get_rank = operator.attrgetter("rank")
 
 
 def _filled_like(raw, number):
@@ -961,14 +1213,14 @@ def _fit(g, raw):
                 g = add(g, axis=axes, keepdims=len(axes) != extra)
                 g = np.reshape(g, np.shape(g)[extra:]) if extra > 0 and len(axes) != extra else g
         if np.shape(g) != shape:
-            if _is_foreign(raw):
+            if KINDS[type(raw)].lazy:
                 g = np.zeros_like(raw) + g  # in the chunks of raw
             elif type(g) is not Value and not had and raw.size < _SPREAD_ELEMENTS:
                 g = np.full(shape, g)  # a view takes longer
             else:
                 g = np.broadcast_to(g, shape)
     weak = type(raw) is float
-    if weak and _is_foreign(g):
+    if weak and KINDS[type(_raw(g))].lazy:
         return g  # `_at_home` computes it with all others
     if weak == (type(_raw(g)) is float) and (weak or g.dtype == raw.dtype):
         return g
@@ -977,18 +1229,43 @@ def _fit(g, raw):
 
 
 def _at_home(grads: dict[Value, Any], root: Value) -> dict[Value, Any]:
-    """The gradients of leaves held by Python or NumPy, computed if they are foreign; with them the root, if a number.
+    """The gradients of leaves that are not lazy, computed if they are; with them the root, if a number.
 
     One pass computes them all, and nothing is changed before it is done.
     """
-    away = [x for x, g in grads.items() if x._prim is None and _is_foreign(g) and not _is_foreign(x._data)]
+    away = [x for x, g in grads.items() if x._prim is None and KINDS[type(g)].lazy and not KINDS[type(x._data)].lazy]
     if away:
-        with_root = _is_foreign(root._data) and not root.ndim
-        done = _computed([grads[x] for x in away] + [root._data] * with_root)
+        lazy = KINDS[type(grads[away[0]])]
+        with_root = KINDS[type(root._data)] is lazy and not root.ndim
+        done = lazy.fetch([grads[x] for x in away] + [root._data] * with_root)
         if with_root:
             root._data = done[-1]
         grads.update((x, float(g) if type(x._data) is float else g) for x, g in zip(away, done))
     return grads
+
+
+def _owned(raw):
+    """The same data, held by nobody else."""
+    return KINDS[type(raw)].own(raw)
+
+
+def _deposited(new: dict[Value, Any], held: dict[Value, Any]) -> dict[Value, Any]:
+    """The gradients that leaves have from now on, with new ones added. A leaf owns its gradient: what another leaf or
+    any of the nodes that hold a gradient has, or what is part of a larger array, is copied."""
+    taken = {id(g) for node, g in held.items() if node not in new}
+    result = {}
+    for leaf, g in new.items():
+        if leaf._grad is not None:
+            result[leaf] = leaf._grad + g
+        else:
+            result[leaf] = _owned(g) if id(g) in taken or KINDS[type(g)].shared(g) else g
+        taken.add(id(g))
+    return result
+
+
+def _recompute(node: Value) -> None:
+    """Computes a node's data anew from its operands."""
+    node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
 
 
 def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=False) -> dict[Value, Any]:
@@ -1019,10 +1296,11 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
                 if isinstance(x, (Value, Tensor)):
                     x = g if type(x) is _Overwritten and "operands" not in prim.reads else x._data
                 operands.append(x)
-        weak, foreign = False, None
+        weak, kind = False, NUMPY
         if type(out) is not ndarray or type(g) is not ndarray:
             weak = type(out) is float and type(g) is float and not variadic
-            foreign = None if weak else next((x for x in (g, out) if _is_foreign(x)), None)
+            if not weak:
+                kind = max(KINDS[type(_raw(g))], KINDS[type(_raw(out))], NUMPY, key=_get_rank)
         for i, x in enumerate(args):
             if not isinstance(x, Value) or not x._needs:
                 continue
@@ -1037,17 +1315,17 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
                 except (ArithmeticError, ValueError, TypeError):  # also a complex power: NumPy has the IEEE answer
                     h = float(rule(_public(g), _public(out), *map(_public, operands), **params))
             else:
-                if foreign is not None:
-                    rule = _lazily(prim, foreign)(rule)
+                if kind is not NUMPY:
+                    rule = kind.rule(prim, rule)
                 if variadic:
                     h = rule(i, g, out, operands, **params)
                 else:
                     h = rule(g, out, *operands, **params) if params else rule(g, out, *operands)
                 if h is None:
                     continue
-                if foreign is g and not _is_foreign(h):
-                    raise _not_offered(prim, g)
                 raw = x._data if symbolic else operands[i]
+                if not prim.builtin and not symbolic:
+                    h = _owned(_settle(np.asarray(h)) if KINDS[type(h)] in (None, WEAK) else h)  # a user may keep it
                 if type(h) is not ndarray or type(raw) is not ndarray or h.shape != raw.shape or h.dtype != raw.dtype:
                     h = _fit(h, raw)
             had = grads.get(x)
@@ -1093,7 +1371,12 @@ def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Calla
         variables = [_variable(args[i], i) for i in numbers]
         for i, variable in zip(numbers, variables):
             args[i] = variable
-        out = f(*args, **kwargs)
+        try:
+            out = f(*args, **kwargs)
+        except ValueError as error:  # buffer[0] = v: NumPy makes a ValueError of what float(v) raised
+            if isinstance(error.__cause__, TypeError) and _ENDS in str(error.__cause__):
+                raise error.__cause__ from None
+            raise
         if not isinstance(out, (Array, np.ndarray, np.number, int, float)):
             raise TypeError(f"the function to differentiate must return a Value or number, got {type(out).__name__}")
         rows = []
@@ -1101,7 +1384,7 @@ def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Calla
             grads = {}
             if isinstance(out, Value) and out._needs:
                 grads = _backpropagate(out, _leaf(seed) if symbolic else seed, set(variables), False, symbolic)
-                grads = grads if symbolic else _at_home(grads, out)
+                grads = grads if symbolic else _deposited(_at_home(grads, out), {out: _raw(out)})
             rows.append([grads[v] if v in grads else _filled_like(v._data, 0) for v in variables])
     finally:
         _mode.recording, _mode.depth = before, _mode.depth - 1
@@ -1112,9 +1395,12 @@ def _variable(x, i):
     """A fresh node for argument i of a function; connected to x if that is a Value."""
     if isinstance(x, Value):
         return np.positive(x)
-    dtype = getattr(x, "dtype", None)
     try:
-        return Value(x, dtype if np.ndim(x) and getattr(dtype, "kind", "") == "f" else None)
+        dtype = None
+        if not isinstance(x, (Array, *_NUMBERS)) and not _lazy(x):
+            x = np.asarray(x)
+            dtype = x.dtype if x.dtype.kind == "f" else None
+        return Value(x, dtype)
     except (TypeError, ValueError) as error:
         raise type(error)(f"argument {i}: {error}") from None
 
@@ -1265,6 +1551,8 @@ def check_gradients(
 # Intervals that the samples of element-wise primitives are drawn from, away from kinks and poles.
 _REAL, _POSITIVE, _UNIT, _OVER_1 = (-2.0, 2.0), (0.3, 3.0), (-0.9, 0.9), (1.1, 3.0)
 
+_FLOAT = np.dtype(np.float64)
+
 # --- arithmetic ---
 
 
@@ -1284,8 +1572,8 @@ primitive(np.subtract, lambda g, out, x, y: g, lambda g, out, x, y: -g)
 primitive(np.multiply, lambda g, out, x, y: g * y, lambda g, out, x, y: g * x)
 primitive(np.divide, lambda g, out, x, y: g / y, lambda g, out, x, y: -g * out / y, samples=(_REAL, _POSITIVE))
 primitive(np.power, _power_x, _power_y, samples=(_POSITIVE, _REAL))
-primitive(
-    np.remainder, lambda g, out, x, y: g, lambda g, out, x, y: -g * np.floor(x / y), samples=((0.1, 0.9), _OVER_1)
+primitive(  # with the quotient that NumPy takes: x / y may round up to the next integer
+    np.remainder, lambda g, out, x, y: g, lambda g, out, x, y: -g * np.floor_divide(x, y), samples=(_REAL, _OVER_1)
 )
 primitive(np.negative, lambda g, out, x: -g)
 primitive(np.positive, lambda g, out, x: g)
@@ -1304,38 +1592,49 @@ primitive(np.log, lambda g, out, x: g / x, scalar=math.log, samples=(_POSITIVE,)
 primitive(np.log1p, lambda g, out, x: g / (1.0 + x), scalar=math.log1p, samples=(_POSITIVE,))
 primitive(np.log2, lambda g, out, x: g / (_LN2 * x), scalar=math.log2, samples=(_POSITIVE,))
 primitive(np.log10, lambda g, out, x: g / (_LN10 * x), scalar=math.log10, samples=(_POSITIVE,))
-primitive(np.logaddexp, lambda g, out, x, y: g * np.exp(x - out), lambda g, out, x, y: g * np.exp(y - out))
+
+
+def _lead_of(x, y):
+    """x - y, and 0 where both are the same infinity."""
+    with np.errstate(invalid="ignore"):
+        return np.where((x == y) & np.isinf(x), 0.0, x - y)
+
+
+# The weights are exp(x - out) and exp(y - out), in a form in which they sum to 1 whatever the size of x and y.
+primitive(
+    np.logaddexp,
+    lambda g, out, x, y: g * sigmoid(_lead_of(x, y)),
+    lambda g, out, x, y: g * sigmoid(_lead_of(y, x)),
+)
 
 # --- trigonometric and hyperbolic ---
 
 
 def _sinc_x(g, out, x):
     # Near 0 the closed form is 0/0; there the Taylor series is exact to double precision, also when differentiated.
-    z = (np.pi * x) ** 2
-    series = -(np.pi**2) * x * (1 / 3 - z * (1 / 30 - z * (1 / 840 - z * (1 / 45360 - z / 3991680))))
     near = np.abs(x) < 0.05
+    small = np.where(near, x, 0.0)
+    z = (np.pi * small) ** 2
+    series = -(np.pi**2) * small * (1 / 3 - z * (1 / 30 - z * (1 / 840 - z * (1 / 45360 - z / 3991680))))
     return g * np.where(near, series, (np.cos(np.pi * x) - out) / np.where(near, 1.0, x))
 
 
 primitive(np.sin, lambda g, out, x: g * np.cos(x), scalar=math.sin)
 primitive(np.cos, lambda g, out, x: -g * np.sin(x), scalar=math.cos)
 primitive(np.tan, lambda g, out, x: g * (1.0 + out * out), scalar=math.tan, samples=(_UNIT,))
-primitive(np.arcsin, lambda g, out, x: g / np.sqrt(1.0 - x * x), scalar=math.asin, samples=(_UNIT,))
-primitive(np.arccos, lambda g, out, x: -g / np.sqrt(1.0 - x * x), scalar=math.acos, samples=(_UNIT,))
+# (1 - x) * (1 + x): the difference 1 - x * x has no correct digit near 1.
+primitive(np.arcsin, lambda g, out, x: g / np.sqrt((1.0 - x) * (1.0 + x)), scalar=math.asin, samples=(_UNIT,))
+primitive(np.arccos, lambda g, out, x: -g / np.sqrt((1.0 - x) * (1.0 + x)), scalar=math.acos, samples=(_UNIT,))
 primitive(np.arctan, lambda g, out, x: g / (1.0 + x * x), scalar=math.atan)
-primitive(
-    np.arctan2,
-    lambda g, out, y, x: g * x / (x * x + y * y),
-    lambda g, out, y, x: -g * y / (x * x + y * y),
-    samples=(_REAL, _POSITIVE),
-)
 primitive(np.sinh, lambda g, out, x: g * np.cosh(x), scalar=math.sinh)
 primitive(np.cosh, lambda g, out, x: g * np.sinh(x), scalar=math.cosh)
 # g * (1 - out**2), in the order of operations in which NumPy needs one temporary array only.
 primitive(np.tanh, lambda g, out, x: -out * out * g + g, scalar=math.tanh, reads="out")
-primitive(np.arcsinh, lambda g, out, x: g / np.sqrt(x * x + 1.0), scalar=math.asinh)
-primitive(np.arccosh, lambda g, out, x: g / np.sqrt(x * x - 1.0), scalar=math.acosh, samples=(_OVER_1,))
-primitive(np.arctanh, lambda g, out, x: g / (1.0 - x * x), scalar=math.atanh, samples=(_UNIT,))
+primitive(np.arcsinh, lambda g, out, x: g / np.hypot(x, 1.0), scalar=math.asinh)  # x * x could overflow
+primitive(
+    np.arccosh, lambda g, out, x: g / (np.sqrt(x - 1.0) * np.sqrt(x + 1.0)), scalar=math.acosh, samples=(_OVER_1,)
+)
+primitive(np.arctanh, lambda g, out, x: g / ((1.0 - x) * (1.0 + x)), scalar=math.atanh, samples=(_UNIT,))
 primitive(np.sinc, _sinc_x, elementwise=True)
 
 
@@ -1344,6 +1643,15 @@ def _over(x, out):
     return x / np.where(out == 0, np.inf, out)
 
 
+def _turn(g, x, y):
+    """g * x / (x * x + y * y), where no square over- or underflows; 0 at the origin."""
+    r = np.hypot(x, y)
+    return _over(g * _over(x, r), r)
+
+
+primitive(
+    np.arctan2, lambda g, out, y, x: _turn(g, x, y), lambda g, out, y, x: _turn(-g, y, x), samples=(_REAL, _POSITIVE)
+)
 primitive(
     np.hypot, lambda g, out, x, y: g * _over(x, out), lambda g, out, x, y: g * _over(y, out), samples=(_REAL, _POSITIVE)
 )
@@ -1351,29 +1659,27 @@ primitive(
 # --- selection; ties share the gradient equally ---
 
 
-def _larger(g, x, y, ignore_nan=False):
-    takes = (x > y) | np.isnan(y) if ignore_nan else x > y
-    return np.where(x == y, 0.5 * g, np.where(takes, g, 0.0))
+def _contest(ufunc, beats, skips_nan):
+    """Enters maximum or one of its kin: of two operands, the one that `beats` the other gets the gradient, ties share
+    it. Of nan and a number, that gets it which NumPy takes; of two nans the first."""
+
+    def rule(g, mine, other, first):
+        taken, rest = (other, mine) if skips_nan else (mine, other)  # mine is the result if `taken` is nan
+        nan = np.isnan(taken) if first else np.isnan(taken) & ~np.isnan(rest)
+        return np.where(mine == other, 0.5 * g, np.where(beats(mine, other) | nan, g, 0.0))
+
+    primitive(
+        ufunc,
+        lambda g, out, x, y: rule(g, x, y, True),
+        lambda g, out, x, y: rule(g, y, x, False),
+        samples=(_REAL, _OVER_1),
+    )
 
 
-primitive(
-    np.maximum, lambda g, out, x, y: _larger(g, x, y), lambda g, out, x, y: _larger(g, y, x), samples=(_REAL, _OVER_1)
-)
-primitive(
-    np.minimum, lambda g, out, x, y: _larger(g, y, x), lambda g, out, x, y: _larger(g, x, y), samples=(_REAL, _OVER_1)
-)
-primitive(
-    np.fmax,
-    lambda g, out, x, y: _larger(g, x, y, True),
-    lambda g, out, x, y: _larger(g, y, x, True),
-    samples=(_REAL, _OVER_1),
-)
-primitive(
-    np.fmin,
-    lambda g, out, x, y: _larger(g, -x, -y, True),
-    lambda g, out, x, y: _larger(g, -y, -x, True),
-    samples=(_REAL, _OVER_1),
-)
+_contest(np.maximum, np.greater, False)
+_contest(np.minimum, np.less, False)
+_contest(np.fmax, np.greater, True)
+_contest(np.fmin, np.less, True)
 primitive(
     np.where,
     None,
@@ -1384,9 +1690,9 @@ primitive(
 )
 _clip = primitive(
     np.clip,
-    lambda g, out, a, lo, hi: np.where((a >= lo) & (a <= hi), g, 0.0),
-    lambda g, out, a, lo, hi: np.where((a < lo) & (lo <= hi), g, 0.0),
-    lambda g, out, a, lo, hi: np.where((a > hi) | (lo > hi), g, 0.0),
+    lambda g, out, a, lo, hi: np.where(((a >= lo) & (a <= hi)) | np.isnan(a), g, 0.0),
+    lambda g, out, a, lo, hi: np.where(((a < lo) & (lo <= hi)) | (np.isnan(lo) & ~np.isnan(a)), g, 0.0),
+    lambda g, out, a, lo, hi: np.where((np.maximum(a, lo) > hi) | (np.isnan(hi) & ~np.isnan(a + lo)), g, 0.0),
     elementwise=True,
     samples=(_REAL, (-1.1, -0.9), (0.9, 1.1)),
 )
@@ -1394,9 +1700,17 @@ _clip = primitive(
 
 @composed(np.clip)
 def clip(a, a_min=None, a_max=None, *, min=None, max=None):
-    """`np.clip`; the gradient passes at the bounds, as in PyTorch."""
+    """`np.clip`; the gradient passes at the bounds, as in PyTorch. Where the lower bound is above, the upper one is
+    the result, and gets the gradient."""
     low, high = (a_min if min is None else min), (a_max if max is None else max)
-    return _clip(a, -np.inf if low is None else low, np.inf if high is None else high)
+    dtype = getattr(a, "dtype", _FLOAT)
+    if dtype.kind == "b":
+        lowest, highest = False, True
+    elif dtype.kind in "iu":
+        lowest, highest = np.iinfo(dtype).min, np.iinfo(dtype).max
+    else:
+        lowest, highest = -np.inf, np.inf
+    return _clip(a, lowest if low is None else low, highest if high is None else high)
 
 
 # --- activations that NumPy has no name for: functions of picograd, found in the table under themselves ---
@@ -1410,9 +1724,15 @@ def _sigmoid(x, out=None):
 _GELU = math.sqrt(2.0 / math.pi)
 
 
+def _gelu_tanh(x):
+    """x within the limits beyond which tanh is 1 and powers of x might overflow, and the tanh in gelu."""
+    x = np.clip(x, -30.0, 30.0)
+    return x, np.tanh(_GELU * (x * (1.0 + 0.044715 * (x * x))))
+
+
 def _gelu_x(g, out, x):
-    t = np.tanh(_GELU * (x + 0.044715 * x**3))
-    return g * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * (_GELU * (1.0 + 0.134145 * x * x)))
+    x, t = _gelu_tanh(x)
+    return g * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * (_GELU * (1.0 + 0.134145 * (x * x))))
 
 
 relu = primitive(
@@ -1434,7 +1754,7 @@ softplus = primitive(
     elementwise=True,
 )
 gelu = primitive(  # the tanh form: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2
-    lambda x: 0.5 * x * (1.0 + np.tanh(_GELU * (x + 0.044715 * x**3))), _gelu_x, name="gelu", elementwise=True
+    lambda x: 0.5 * x * (1.0 + _gelu_tanh(x)[1]), _gelu_x, name="gelu", elementwise=True
 )
 
 # --- reductions; axis may be None, an int (also negative) or a tuple ---
@@ -1463,11 +1783,18 @@ def _share(a, axis, ddof=0):
     shape = np.shape(a)
     axes = range(len(shape)) if axis is None or not shape else axis if isinstance(axis, tuple) else (axis,)
     count = math.prod(shape[i] for i in axes) - ddof
-    return 1.0 / count if count else math.inf
+    return 1.0 / count if count > 0 else math.inf
+
+
+def _others(a):
+    """The product of all others along the last axis: what comes before times what comes after, exact with zeros."""
+    one = np.ones_like(a[..., :1])
+    before = np.cumprod(np.concatenate([one, a[..., :-1]], axis=-1), axis=-1)
+    after = np.flip(np.cumprod(np.concatenate([one, np.flip(a[..., 1:], -1)], axis=-1), axis=-1), -1)
+    return before * after
 
 
 def _prod_a(g, out, a, axis=None, keepdims=False):
-    # The product of the others, exact with zeros: what comes before times what comes after, along one joint last axis.
     shape = np.shape(a)
     if not shape:
         return g
@@ -1479,10 +1806,7 @@ def _prod_a(g, out, a, axis=None, keepdims=False):
     flat = np.reshape(moved, np.shape(moved)[: len(shape) - len(axes)] + (-1,))
     if np.shape(flat)[-1] == 0:
         return np.zeros_like(a)
-    one = np.ones_like(flat[..., :1])
-    before = np.cumprod(np.concatenate([one, flat[..., :-1]], axis=-1), axis=-1)
-    after = np.flip(np.cumprod(np.concatenate([one, np.flip(flat[..., 1:], -1)], axis=-1), axis=-1), -1)
-    others = np.transpose(np.reshape(before * after, np.shape(moved)), _inverse(order))
+    others = np.transpose(np.reshape(_others(flat), np.shape(moved)), _inverse(order))
     return _unreduce(g, a, axis, keepdims) * others
 
 
@@ -1492,12 +1816,17 @@ def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
 
 
 def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
+    if math.prod(np.shape(a)):  # of equal numbers it is 0, though their mean may be rounded, and this is not
+        low, high = (f(a, axis=axis, keepdims=keepdims) for f in (np.min, np.max))
+        out = np.where(low == high, 0.0, out)
     return _var_a(_over(0.5 * g, out), out, a, axis, ddof, keepdims)
 
 
 def _extremum_a(g, out, a, axis=None, keepdims=False):
-    hit = a == _unreduce(out, a, axis, keepdims)
-    return _unreduce(g, a, axis, keepdims) * hit / np.sum(hit, axis=axis, keepdims=True)
+    g = _unreduce(g, a, axis, keepdims)
+    hit = (a == _unreduce(out, a, axis, keepdims)) | np.isnan(a)  # with a nan, only nans are hits
+    count = np.sum(np.where(hit, np.ones_like(g), 0.0), axis=axis, keepdims=True)
+    return np.where(hit, g / count, 0.0)
 
 
 def _flip_cumsum(g, axis):
@@ -1536,14 +1865,24 @@ def _logsumexp(a, axis=None, keepdims=False):
     return out if keepdims else np.squeeze(out, axis=axis)
 
 
-def _logsumexp_a(g, out, a, axis=None, keepdims=False):
-    out = _unreduce(out, a, axis, keepdims)
-    return _unreduce(g, a, axis, keepdims) * np.exp(a - np.where(np.isfinite(out), out, 0.0))
+def _logsumexp_weights(a, axis=None):
+    """exp(a - logsumexp(a)): softmax, but where the largest are infinite, these share 1 equally."""
+    peak = np.max(a, axis=axis, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        e = np.exp(a - peak)
+    infinite = np.isinf(peak)
+    if type(infinite) is not np.ndarray or infinite.any():  # a foreign array is not asked, which would compute it
+        e = np.where((a == peak) & infinite, np.ones_like(e), e)
+    return e / np.sum(e, axis=axis, keepdims=True)
 
 
 def _softmax(a, axis=-1):
     e = np.exp(a - np.max(a, axis=axis, keepdims=True))
     return e / np.sum(e, axis=axis, keepdims=True)
+
+
+def _softmax_a(g, out, a, axis=-1):
+    return out * (g - np.sum(g * out, axis=axis, keepdims=True))
 
 
 def _log_softmax(a, axis=-1):
@@ -1575,13 +1914,14 @@ TABLE[np.amax] = primitive(np.max, _extremum_a, samples=_axes())
 TABLE[np.amin] = primitive(np.min, _extremum_a, samples=_axes())
 primitive(np.cumsum, _cumsum_a, samples=_SCANS)
 primitive(np.cumprod, _cumprod_a, samples=_SCANS)
-logsumexp = primitive(_logsumexp, _logsumexp_a, name="logsumexp", samples=_axes())
-softmax = primitive(
-    _softmax,
-    lambda g, out, a, axis=-1: out * (g - np.sum(g * out, axis=axis, keepdims=True)),
-    name="softmax",
-    samples=_AXIS,
+_weights_of = primitive(_logsumexp_weights, _softmax_a, name="logsumexp_weights", samples=_AXIS)
+logsumexp = primitive(
+    _logsumexp,
+    lambda g, out, a, axis=None, keepdims=False: _unreduce(g, a, axis, keepdims) * _weights_of(a, axis=axis),
+    name="logsumexp",
+    samples=_axes(),
 )
+softmax = primitive(_softmax, _softmax_a, name="softmax", samples=_AXIS)
 log_softmax = primitive(
     _log_softmax,
     lambda g, out, a, axis=-1: g - np.exp(out) * np.sum(g, axis=axis, keepdims=True),
@@ -1743,9 +2083,25 @@ _stack = primitive(
 )
 
 
+def _together(arrays) -> list:
+    """What is to be joined, with weak numbers in the dtype of what they meet: an array made of one would be strong."""
+    held = [x.dtype for x in arrays if isinstance(x, Array) and type(x._data) not in _WEAK_TYPES]
+    held = [dtype for dtype in held if dtype.kind == "f"] or [
+        x.dtype for x in map(_raw, arrays) if hasattr(x, "dtype") and not isinstance(x, _NUMBERS)
+    ]
+    if not held:
+        return list(arrays)
+    return [
+        _as_dtype(x, np.result_type(*held, _raw(x))) if type(_raw(x)) in _WEAK_TYPES or isinstance(x, _NUMBERS) else x
+        for x in arrays
+    ]
+
+
 @composed(np.concatenate)
 def concatenate(arrays, axis=0):
-    return _concatenate(*map(ravel, arrays), axis=0) if axis is None else _concatenate(*arrays, axis=axis)
+    if axis is None:
+        return _concatenate(*map(ravel, _together(arrays)), axis=0)
+    return _concatenate(*arrays, axis=axis)
 
 
 @composed(np.stack)
@@ -1755,23 +2111,48 @@ def stack(arrays, axis=0):
 
 @composed(np.vstack)
 def vstack(tup):
-    return _concatenate(*map(atleast_2d, tup), axis=0)
+    return _concatenate(*map(atleast_2d, _together(tup)), axis=0)
 
 
 @composed(np.hstack)
 def hstack(tup):
-    arrays = [atleast_1d(a) for a in tup]
+    arrays = [atleast_1d(a) for a in _together(tup)]
     return _concatenate(*arrays, axis=min(1, np.ndim(arrays[0]) - 1))
 
 
 @composed(np.dstack)
 def dstack(tup):
-    return _concatenate(*map(atleast_3d, tup), axis=2)
+    return _concatenate(*map(atleast_3d, _together(tup)), axis=2)
 
 
 @composed(np.column_stack)
 def column_stack(tup):
-    return _concatenate(*(a if np.ndim(a) > 1 else _reshape(a, (-1, 1)) for a in tup), axis=1)
+    return _concatenate(*(a if np.ndim(a) > 1 else _reshape(a, (-1, 1)) for a in _together(tup)), axis=1)
+
+
+@composed(np.block)
+def block(arrays):
+    """`np.block`: a matrix of numbers and arrays from nested lists."""
+
+    def leaves(x):
+        return [leaf for part in x for leaf in leaves(part)] if isinstance(x, list) else [x]
+
+    def depth(x):
+        return 1 + depth(x[0]) if isinstance(x, list) else 0
+
+    def shaped(x):
+        return [shaped(part) for part in x] if isinstance(x, list) else np.empty(np.shape(x), bool)
+
+    def joined(x, axis):
+        if isinstance(x, list):
+            return _concatenate(*[joined(part, axis + 1) for part in x], axis=axis)
+        part = next(parts)
+        return _reshape(part, (1,) * (ndim - np.ndim(part)) + np.shape(part))
+
+    np.block(shaped(arrays))  # NumPy's own checks and errors
+    parts = iter(_together(leaves(arrays)))
+    ndim = max([depth(arrays), *map(np.ndim, leaves(arrays))])
+    return joined(arrays, -depth(arrays))
 
 
 @composed(np.append)
@@ -1804,8 +2185,6 @@ def _filled(index, parts):
 def _put(a, *parts, shape, index):
     """Zeros of that shape with `a` added at that index: the transpose of indexing."""
     index = _filled(index, parts)
-    if _is_foreign(a):
-        return _put_foreign(a, shape, index)
     out = np.zeros(shape, getattr(a, "dtype", np.float64))
     if all(i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer)) for i in index):
         out[index] = a
@@ -1821,6 +2200,7 @@ _getitem = primitive(
     ),
     name="getitem",
     variadic=True,
+    typed=(0,),
     samples=[
         (((3, 4),), {"index": (1,)}),
         (((3, 4),), {"index": (slice(None, None, -2), None, Ellipsis, slice(1, 3))}),
@@ -1834,6 +2214,7 @@ _scatter = primitive(
     lambda i, g, out, operands, shape, index: None if i else _getitem(g, *operands[1:], index=index),
     name="scatter",
     variadic=True,
+    typed=(0,),
     samples=[(((2,),), {"shape": (3, 4), "index": (1, slice(1, 3))})],
 )
 
@@ -1841,6 +2222,13 @@ _scatter = primitive(
 def _index_array(i):
     """A list in an index, as an array; of integers if it is empty."""
     return (np.asarray(i) if len(i) else np.zeros(0, int)) if isinstance(i, (list, tuple)) else i
+
+
+def _index_part(i):
+    """A part of an index as `_getitem` takes it: a lazy array is an operand."""
+    if isinstance(i, list):
+        return _index_array(i)
+    return _wrap(i) if not isinstance(i, Array) and _lazy(i) else i
 
 
 def _lead(axis, a) -> tuple:
@@ -1853,7 +2241,8 @@ def take(a, indices, axis=None):
     indices = _index_array(indices)
     if getattr(getattr(indices, "dtype", None), "kind", "i") == "b":
         raise TypeError("take: indices must be integers, got booleans")
-    return ravel(a)[indices] if axis is None else a[_lead(axis, a) + (indices,)]
+    a = ravel(a) if axis is None or not np.ndim(a) else a
+    return a[_lead(axis or 0, a) + (indices,)]
 
 
 @composed(np.take_along_axis)
@@ -1872,7 +2261,7 @@ def sort(a, axis=-1, kind=None, order=None, *, stable=None):
 
 @composed(np.repeat)
 def repeat(a, repeats, axis=None):
-    n = np.size(a) if axis is None else np.shape(a)[axis]
+    n = np.size(a) if axis is None or not np.ndim(a) else np.shape(a)[axis]
     return take(a, np.repeat(np.arange(n), repeats), axis)
 
 
@@ -1898,7 +2287,8 @@ def pad(array, pad_width, mode="constant", constant_values=0):
     padded = _scatter(array, shape=frame.shape, index=index)
     if np.all(np.asarray(constant_values) == 0):
         return padded
-    return padded + np.pad(np.zeros(shape), pad_width, constant_values=constant_values)
+    edge = np.pad(np.zeros(shape, array.dtype), pad_width, constant_values=constant_values)
+    return np.where(frame, edge, padded)
 
 
 @composed(np.flip)
@@ -1963,16 +2353,16 @@ def sliding_window_view(x, window_shape, axis=None):
 def diff(a, n=1, axis=-1, prepend=None, append=None):
     if n < 0:
         raise ValueError(f"diff: n must not be negative, got {n}")
-    ends = [
-        (x if np.ndim(x) else np.full_like(a[_lead(axis, a) + (slice(1),)], x))
-        for x in (prepend, append)
-        if x is not None
-    ]
-    if ends:
-        a = _concatenate(*ends[: prepend is not None], a, *ends[prepend is not None :], axis=_axis(axis, a))
-    lead = _lead(axis, a)
+    if not n:
+        return a  # without the ends: so it is in NumPy
+    axis, length_1 = _axis(axis, a), list(np.shape(a))
+    length_1[axis] = 1
+    parts = [x if x is None or np.ndim(x) else np.broadcast_to(x, tuple(length_1)) for x in (prepend, a, append)]
+    if prepend is not None or append is not None:
+        a = _concatenate(*(x for x in parts if x is not None), axis=axis)
+    lead, change = _lead(axis, a), np.not_equal if a.dtype == bool else np.subtract
     for _ in range(n):
-        a = a[lead + (slice(1, None),)] - a[lead + (slice(None, -1),)]
+        a = change(a[lead + (slice(1, None),)], a[lead + (slice(None, -1),)])
     return a
 
 
@@ -2020,7 +2410,7 @@ def _matmul_y(g, out, x, y):
     if y.ndim == 1:
         return np.matmul(x.swapaxes(-1, -2), np.expand_dims(g, -1))[..., 0]
     if y.ndim == 2 and x.ndim > 2:  # one product over the whole batch instead of a batch of products to sum
-        x, g = (np.reshape(a, (-1, np.shape(a)[-1])) for a in (x, g))
+        x, g = (np.reshape(a, (math.prod(np.shape(a)[:-1]), np.shape(a)[-1])) for a in (x, g))
     return _matmul(x.swapaxes(-1, -2), g)
 
 
@@ -2186,7 +2576,62 @@ primitive(
         ((((2, 3, 3), "definite"), (3, 2)), {}),
     ],
 )
-primitive(np.linalg.det, lambda g, out, a: np.expand_dims(g * out, (-1, -2)) * _t(np.linalg.inv(a)), samples=_SQUARE)
+
+
+# The gradient of a determinant is the matrix of cofactors, det(a) * inv(a).T, which singular matrices have, too. With
+# a = u @ diag(s) @ v, it is u @ diag(products of the other s) @ v, up to the signs of det(u) and det(v).
+
+
+def _decomposed(a):
+    """u, s, v as np.linalg.svd gives them, nan if a is not finite; and the sign of det(u) * det(v)."""
+    finite = np.isfinite(a).all((-1, -2), keepdims=True)
+    u, s, v = np.linalg.svd(np.where(finite, a, np.zeros_like(a)))
+    sign = np.sign(np.linalg.det(u) * np.linalg.det(v))[..., None, None]
+    return np.where(finite, u, np.nan), s, v, sign
+
+
+def _cofactors(a):
+    with contextlib.suppress(np.linalg.LinAlgError), np.errstate(all="ignore"):
+        inverse = np.linalg.inv(a)
+        condition = np.linalg.norm(a, axis=(-2, -1)) * np.linalg.norm(inverse, axis=(-2, -1))
+        if not np.any(condition > np.finfo(inverse.dtype).eps ** -0.5):
+            return np.linalg.det(a)[..., None, None] * _t(inverse)
+    u, s, v, sign = _decomposed(a)
+    return sign * ((u * _others(s)[..., None, :]) @ v)
+
+
+def _cofactors_slope(h, a):
+    """The gradient by a of sum(h * cofactors(a)): linear in h, with a symmetric matrix, the Hessian of det."""
+    u, s, v, sign = _decomposed(a)
+    h = sign * (_t(u) @ h @ _t(v))
+    own = np.eye(s.shape[-1], dtype=bool)
+    pairs = np.where(own, 0.0, _others(np.where(own, 1.0, s[..., None, :])))  # the product of all s but two
+    diagonal = pairs @ np.diagonal(h, 0, -2, -1)[..., None]
+    return u @ np.where(own, diagonal, -pairs * _t(h)) @ v
+
+
+def _cofactors_slope_a(g, out, h, a):
+    # The third derivative of det, from det(a) * (tr(x) * tr(y) - tr(x @ y)), the second. Only of invertible matrices.
+    b = np.linalg.inv(a)
+    x, y = np.matmul(b, h), np.matmul(b, g)
+    tx, ty, txy, d = (np.expand_dims(z, (-1, -2)) for z in (*map(_traces, (x, y, np.matmul(x, y))), np.linalg.det(a)))
+    both = np.matmul(x, y) + np.matmul(y, x) - ty * x - tx * y
+    return d * _t((tx * ty - txy) * b + np.matmul(both, b))
+
+
+def _traces(a):
+    return np.trace(a, 0, -2, -1)
+
+
+_cofactor = primitive(_cofactors, lambda g, out, a: _slope_of_cofactors(g, a), name="cofactors", samples=_SQUARE)
+_slope_of_cofactors = primitive(
+    _cofactors_slope,
+    lambda g, out, h, a: _slope_of_cofactors(g, a),
+    _cofactors_slope_a,
+    name="cofactors_slope",
+    samples=[((shape, (shape, "definite")), {}) for shape in ((3, 3), (2, 3, 3))],
+)
+primitive(np.linalg.det, lambda g, out, a: np.expand_dims(g, (-1, -2)) * _cofactor(a), samples=_SQUARE)
 _logdet = primitive(
     lambda a: np.linalg.slogdet(a)[1],
     lambda g, out, a: np.expand_dims(g, (-1, -2)) * _t(np.linalg.inv(a)),
@@ -2244,6 +2689,8 @@ _detach = primitive(lambda a: a, None, name="detach", elementwise=True)
 @composed(np.nan_to_num)
 def nan_to_num(x, copy=True, nan=0.0, posinf=None, neginf=None):
     """`np.nan_to_num`; replaced elements have no gradient."""
+    if x.dtype.kind != "f":
+        return np.copy(x)
     info = np.finfo(x.dtype)
     high, low = (info.max if posinf is None else posinf), (info.min if neginf is None else neginf)
     x = np.where(np.isnan(x), float(nan), x)
@@ -2284,22 +2731,18 @@ for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
 # --- operators and methods of both classes, all from the table ---
 
 
-_FLOAT = np.dtype(np.float64)
-
-
 def _value_operator(prim: Primitive, swapped=False):
-    scalar, differentiable = prim.scalar, prim.vjps[0] is not None
+    scalar, differentiable, cls = prim.scalar, prim.vjps[0] is not None, Value  # this copy's, also after a reload
 
     def method(self, other):
         kind = type(other)
-        if kind is Value:
+        if kind is cls:
             y = other._data
         elif kind is float:
             y = other
-        elif kind is int:
-            whole = type(self._data) is not float and getattr(self._data, "dtype", _FLOAT).kind in "iu"
-            y = other = other if whole else float(other)
-        elif isinstance(other, _OPERANDS) or _is_foreign(other):
+        elif kind is int and (type(self._data) is float or self.dtype.kind == "f"):
+            y = other = float(other)
+        elif isinstance(other, _OPERANDS) or KINDS[kind] is not None:
             y = None
         else:
             return NotImplemented
@@ -2311,17 +2754,16 @@ def _value_operator(prim: Primitive, swapped=False):
                 out = scalar(y, x) if swapped else scalar(x, y)
             except (ArithmeticError, ValueError):
                 return _apply(prim, args, _NO_PARAMS)
-            node = _new(Value)
+            node = _new(cls)
             node._data = out
             node._grad = None
             node._prim = prim
             node._args = args
             node._params = _NO_PARAMS
-            node._needs = differentiable and (self._needs or (kind is Value and other._needs))
+            node._needs = differentiable and (self._needs or (kind is cls and other._needs))
             node._number = _next_number()
             node.label = ""
             return node
-        x = y = None  # see `_apply`
         return _apply(prim, args, _NO_PARAMS)
 
     return method
@@ -2334,16 +2776,15 @@ def _tensor_operator(prim: Primitive, swapped=False):
         x, kind = self._data, type(other)
         if kind is Value:
             return NotImplemented
-        if type(x) is ndarray and self._choice is None and x.size < _config.min_elements_for_parallel:
+        if type(x) is ndarray and x.size < HOOK.limit:
             # What `_apply` would do for small arrays, spelled out: there, its checks cost more than the arithmetic.
-            y = other._data if kind is Tensor and other._choice is None else other
+            y = other._data if kind is Tensor and other._choice is self._choice else other
             if kind is int and x.dtype.kind == "f":
                 y = float(other)
-            if type(y) is float or (type(y) is ndarray and kind is Tensor and y.size <= x.size):
-                return _wrap(forward(y, x) if swapped else forward(x, y))
-        if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or _is_foreign(other)):
+            if type(y) is float or (type(y) is ndarray and y is not other and y.dtype is x.dtype and y.size <= x.size):
+                return _wrap(forward(y, x) if swapped else forward(x, y), self._choice)
+        if not isinstance(other, _OPERANDS) and KINDS[kind] is None:
             return NotImplemented
-        x = y = None  # see `_apply`
         out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
         return out._data if isinstance(out._data, (bool, np.bool_)) else out  # of numbers, a comparison is a bool
 
@@ -2354,19 +2795,16 @@ def _in_place_operator(prim: Primitive):
     """`t += x`: arrays are written to once the whole result is there; a 0-d Tensor is replaced, like a number."""
 
     def method(self, other):
-        if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or _is_foreign(other)):
+        if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or KINDS[type(other)] is not None):
             return NotImplemented
         out = _apply(prim, (self, other), _NO_PARAMS)
         if not self.ndim and not out.ndim:
             return out
         if out.shape != self.shape:
             raise ValueError(f"Tensor: in place, shape {self.shape} cannot take a result of shape {out.shape}")
-        if type(self._data) is Chunked:
-            self._data.assign(out._data)
-        elif _is_foreign(self._data):
-            self.data = out
-        else:
-            np.copyto(self._data, _computed([_public(out._data)])[0], casting="same_kind")
+        raw = KINDS[type(self._data)].write(self._data, out._data)
+        if raw is not self._data:
+            self._become(raw)
         return self
 
     return method
@@ -2385,6 +2823,9 @@ for _forward, (_name, _, _) in _OPERATORS.items():
             setattr(_class, f"__r{_name}__", _operator(_prim, swapped=True))
     if hasattr(operator, f"__i{_name}__"):
         setattr(Tensor, f"__i{_name}__", _in_place_operator(_prim))
+
+for _prim in PRIMITIVES.values():
+    _prim.builtin = True
 
 # Methods: every primitive that takes its operands one by one, and the compositions that ndarray has as methods.
 for _key, _function in list(TABLE.items()):
@@ -2407,23 +2848,26 @@ class Module:
 
     def named_parameters(self) -> Iterator[tuple[str, Value]]:
         """(dotted name, parameter), in order of definition; a shared one once."""
-        seen: set = set()
-
-        def walk(x, name):
-            if isinstance(x, (Value, Module)):
-                if id(x) in seen:
-                    return
-                seen.add(id(x))
+        seen: set[int] = set()
+        ahead: list[tuple[str, Any]] = [("", self)]  # a stack: containers may be deep, and may hold themselves
+        while ahead:
+            name, x = ahead.pop()
+            if isinstance(x, dict):
+                items = x.items()
+            elif isinstance(x, Module):
+                items = vars(x).items()
+            elif isinstance(x, (list, tuple)):
+                items = enumerate(x)
+            elif isinstance(x, Value) and x._prim is None:  # a result that a module remembers is no parameter
+                items = ()
+            else:
+                continue
+            if id(x) in seen:
+                continue
+            seen.add(id(x))
             if isinstance(x, Value):
-                if x._prim is None:  # a result that a module remembers is no parameter
-                    yield name, x
-                return
-            items = x if isinstance(x, dict) else vars(x) if isinstance(x, Module) else {}
-            items = enumerate(x) if isinstance(x, (list, tuple)) else items.items()
-            for key, item in items:
-                yield from walk(item, f"{name}.{key}" if name else str(key))
-
-        return walk(self, "")
+                yield name, x
+            ahead += [(f"{name}.{key}" if name else str(key), item) for key, item in reversed(list(items))]
 
     def parameters(self) -> list[Value]:
         """The parameters, in order of definition."""
@@ -2435,48 +2879,100 @@ class Module:
             p._grad = None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the parameters to a .npz file of exactly that path, all or nothing."""
-        arrays = {name: p.data.data for name, p in self.named_parameters()}
+        """Writes the parameters to a .npz file of exactly that path, all or nothing.
+
+        ValueError, and nothing is written, if two parameters have the same name: `{1: v, "1": w}`, or "b.c" beside
+        "b" that holds "c".
+        """
+        import zipfile
+
+        parameters = self._by_name("save")
 
         def write(file):
-            import zipfile
-
             with zipfile.ZipFile(file, "w") as archive:  # what np.savez writes, for parameters of any name
-                for name, array in arrays.items():
+                for name, p in parameters.items():
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+                        np.lib.format.write_array(member, np.asanyarray(p.data.data), allow_pickle=False)
 
         _write_whole(Path(path), write)
 
     def load(self, path: str | os.PathLike) -> None:
         """Reads what `save` wrote. ValueError if names or shapes differ, and then no parameter is changed."""
-        parameters = dict(self.named_parameters())
+        import zipfile
+
+        parameters = self._by_name("load")
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except OSError:
+            with zipfile.ZipFile(path) as archive:
+                shapes = {}
+                for member in archive.namelist():
+                    with archive.open(member) as file:
+                        shapes[member.removesuffix(".npy")] = _shape_in_header(file)
+                self._expect(parameters, shapes, path)  # before anything is read, however large the file says it is
+                arrays = {}
+                for name in parameters:
+                    with archive.open(f"{name}.npy") as file:
+                        arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, _Mismatch):
             raise
         except Exception as error:  # of many kinds, for the many ways in which a file can be another or broken
             raise ValueError(f"load: {str(path)!r} is not a file that save wrote ({error})") from None
-        for name in {**parameters, **arrays}:
-            if name not in arrays or name not in parameters:
-                where = "the model" if name in arrays else f"the file {str(path)!r}"
-                raise ValueError(f"load: parameter {name!r} is not in {where}")
-            if arrays[name].shape != parameters[name].shape:
-                raise ValueError(
-                    f"load: parameter {name!r} has shape {parameters[name].shape}, in the file {arrays[name].shape}"
-                )
         new = {name: _conform(arrays[name], p._data, f"load: parameter {name!r}") for name, p in parameters.items()}
         for name, p in parameters.items():
             p._data = new[name]
 
+    def _by_name(self, who: str) -> dict[str, Value]:
+        import zipfile
+
+        parameters: dict[str, Value] = {}
+        for name, p in self.named_parameters():
+            if name in parameters:
+                raise ValueError(f"{who}: two parameters have the name {name!r}")
+            encoded = name.encode(errors="replace")
+            if encoded.decode() != name or zipfile.ZipInfo(name).filename != name or len(encoded) > 1 << 15:
+                raise ValueError(f"{who}: a file cannot hold a parameter of the name {reprlib.repr(name)}")
+            parameters[name] = p
+        return parameters
+
+    @staticmethod
+    def _expect(parameters: dict[str, Value], shapes: dict[str, tuple], path: str | os.PathLike) -> None:
+        for name in {**parameters, **shapes}:
+            if name not in shapes or name not in parameters:
+                where = "the model" if name in shapes else f"the file {str(path)!r}"
+                raise _Mismatch(f"load: parameter {name!r} is not in {where}")
+            if shapes[name] != parameters[name].shape:
+                raise _Mismatch(
+                    f"load: parameter {name!r} has shape {parameters[name].shape}, in the file {shapes[name]}"
+                )
+
+
+class _Mismatch(ValueError):
+    """A file of parameters, but of other ones."""
+
+
+def _shape_in_header(file) -> tuple[int, ...]:
+    """The shape that a .npy file says it has. In version 1 of the format, the one for numbers, a header is short."""
+    if (version := np.lib.format.read_magic(file)) != (1, 0):
+        raise ValueError(f"version {version} of the format .npy")
+    return np.lib.format.read_array_header_1_0(file)[0]
+
 
 def _write_whole(path: Path, write: Callable) -> None:
-    """Calls write(file) on a file beside path, and then puts it, complete, in path's place."""
+    """Calls write(file) on a file beside path, and then puts it, complete, in path's place.
+
+    A link stays one, and its target is replaced; a file's permissions stay; a device or pipe is written to.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        whole = io.BytesIO()  # where one can go back, too
+        write(whole)
+        path.write_bytes(whole.getvalue())
+        return
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
         new = Path(folder, path.name)
         with open(new, "wb") as file:
             write(file)
+        if path.exists():
+            new.chmod(path.stat().st_mode & 0o7777)
         os.replace(new, path)
 
 
@@ -2499,7 +2995,7 @@ def _weights(shape, activation, seed, dtype) -> Value:
     for name, n in (("nin", nin), ("nout", nout)):
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
             raise ValueError(f"{name} must be a positive integer, got {n!r}")
-    rectifier = activation in ("relu", "gelu", "softplus")
+    rectifier = _activation(activation) in (relu, gelu, softplus)
     scale = math.sqrt(2.0 / (nin if rectifier else nin + nout))
     return Value(np.random.default_rng(seed).normal(0.0, scale, shape), dtype=dtype, label="w")
 
@@ -2509,7 +3005,7 @@ def _layer_input(x, w: Value):
     if isinstance(x, (list, tuple)) and any(isinstance(i, Array) for i in x):
         x = np.stack([i if isinstance(i, Value) else Value(i) for i in x])
         x = x if x.dtype == w.dtype else x.astype(w.dtype)
-    elif not isinstance(x, (Array, np.ndarray)) and not _is_foreign(x):
+    elif not isinstance(x, (Array, np.ndarray)) and not _lazy(x):
         x = _as_raw(x, w.dtype, "input")
     shape, nin = x.shape, w.shape[0]
     if len(shape) not in (1, 2) or shape[-1] != nin:
@@ -2589,7 +3085,7 @@ class MLP(Module):
 
 
 def _same_shape(name, prediction, target):
-    target = target if isinstance(target, Array) or _is_foreign(target) else np.asarray(target)
+    target = target if isinstance(target, Array) or _lazy(target) else np.asarray(target)
     if target.dtype.kind not in "fiub":
         raise TypeError(f"{name}: the target must be real numbers, got dtype {target.dtype}")
     shape = prediction.shape if isinstance(prediction, Array) else np.shape(prediction)
@@ -2606,14 +3102,14 @@ def mse_loss(prediction: Value, target: Any) -> Value:
 def cross_entropy(logits: Value, labels: Any) -> Value:
     """The mean of -log(softmax(logits)[label]), for logits (n, k) or (k,) and integer labels (n,) or () below k."""
     raw = _raw(labels)
-    raw = raw if _is_foreign(raw) else np.asarray(raw)
+    raw = raw if _lazy(raw) else np.asarray(raw)
     if np.shape(logits)[:-1] != raw.shape or not np.ndim(logits):
         raise ValueError(f"cross_entropy: labels must have shape {np.shape(logits)[:-1]}, got {raw.shape}")
     k = np.shape(logits)[-1]
-    floats = raw.dtype.kind == "f" and not _is_foreign(raw)
+    floats = raw.dtype.kind == "f" and not _lazy(raw)
     if raw.dtype.kind not in "iub" and not (floats and np.array_equal(raw, np.floor(raw))):
         raise TypeError(f"cross_entropy: labels must be integers, got dtype {raw.dtype}")
-    if not _is_foreign(raw) and raw.size and not (0 <= raw.min() and raw.max() < k):
+    if not _lazy(raw) and raw.size and not (0 <= raw.min() and raw.max() < k):
         raise ValueError(f"cross_entropy: labels must be from 0 to {k - 1}, got {raw.min()} to {raw.max()}")
     # A mask instead of indices: it runs on any kind of array. As a node, a Tensor of labels is read anew by a replay.
     labels = _node(labels._data, _detach, (labels,), _NO_PARAMS) if isinstance(labels, Tensor) else raw
@@ -2625,7 +3121,7 @@ def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
     """The mean of softplus(x) - x * y: the cross-entropy of sigmoid(x) with targets y in [0, 1] of the same shape."""
     targets = _same_shape("binary_cross_entropy_with_logits", logits, targets)
     raw = _raw(targets)
-    if not _is_foreign(raw) and np.size(raw) and not (0 <= np.min(raw) and np.max(raw) <= 1):
+    if not _lazy(raw) and np.size(raw) and not (0 <= np.min(raw) and np.max(raw) <= 1):
         raise ValueError(f"binary_cross_entropy_with_logits: targets must be in [0, 1], got {raw.min()} to {raw.max()}")
     return np.mean(softplus(logits) - logits * targets)
 
@@ -2633,7 +3129,7 @@ def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
 def hinge_loss(scores: Value, labels: Any) -> Value:
     """The mean of relu(1 - y * s), for labels y of -1 or 1 of the same shape."""
     labels = _same_shape("hinge_loss", scores, labels)
-    if not _is_foreign(_raw(labels)) and not np.all(np.abs(np.asarray(_raw(labels))) == 1):
+    if not _lazy(labels) and not np.all(np.abs(np.asarray(_raw(labels))) == 1):
         raise ValueError("hinge_loss: labels must be -1 or 1")
     return np.mean(relu(1.0 - labels * scores))
 
@@ -2652,7 +3148,7 @@ class _Optimizer:
             raise TypeError("params must be a non-empty list of Values")
         if any(p._prim is not None for p in self.params):
             raise ValueError("params must be leaves; one of them is the result of an operation")
-        if any(_is_foreign(p._data) for p in self.params):
+        if any(_lazy(p._data) for p in self.params):
             raise TypeError("params must be held in NumPy: optimizers work in place")
         if len(set(self.params)) < len(self.params):
             raise ValueError("params must name each parameter once")
@@ -2663,9 +3159,10 @@ class _Optimizer:
                 raise ValueError(
                     f"{name} must be {'below 1' if 1 <= x < math.inf else 'finite and not negative'}, got {x}"
                 )
+        self._shapes = [p.shape for p in self.params]
         self._arrays = [(p, {}) for p in self.params if np.ndim(p._data)]
         self._scalars = [p for p in self.params if not np.ndim(p._data)]
-        self._scalar_state: dict[str, np.ndarray] = {}
+        self._scalar_state = {"steps": np.zeros(len(self._scalars))}  # each has its own count, as it has in an array
 
     def zero_grad(self) -> None:
         """Resets the gradients of the parameters."""
@@ -2673,7 +3170,17 @@ class _Optimizer:
             p._grad = None
 
     def step(self) -> None:
-        """Changes the parameters by their gradients, in place; one without a gradient yet is left alone."""
+        """Changes the parameters by their gradients, in place; one without a gradient yet is left alone.
+
+        ValueError, and nothing is changed, if a parameter or its gradient has another shape than at the beginning.
+        """
+        for i, (p, shape) in enumerate(zip(self.params, self._shapes)):
+            if p._grad is not None and not np.shape(p._data) == np.shape(p._grad) == shape:
+                name = f"{i} ({p.label!r})" if p.label else i
+                raise ValueError(
+                    f"step: parameter {name} was of shape {shape}, and is of shape {p.shape} with a gradient of shape "
+                    f"{np.shape(p._grad)}: make a new optimizer"
+                )
         for p, state in self._arrays:
             if p._grad is not None:
                 self._update(p._data, p._grad, state)
@@ -2834,7 +3341,7 @@ def _summary(raw: Any, grad: Any) -> list[str]:
         rows = np.array2string(np.asarray(x), separator=", ", formatter={"all": number})
         return " ".join(rows.split())  # in one line: columns of numbers would tear the picture apart
 
-    if _is_foreign(raw) or _is_foreign(grad):
+    if _lazy(raw) or _lazy(grad):
         return [f"{np.shape(raw)} {_public(raw).dtype}"]  # numbers would have to be computed
     if 0 < np.size(raw) <= 4:
         return [numbers(raw)] if grad is None else [numbers(raw), f"grad {numbers(grad)}"]
@@ -2923,12 +3430,10 @@ def draw(
             "python-graphviz (the rest of picograd does not need it)"
         ) from error
 
-    if isinstance(root, Optimized):
-        root = root.graph
-    packs = {node for node in _oldest_first([root]) if node._prim is _pack}  # many numbers in one box
-    values = _newest_first(root, packs, everything=True)[::-1]
+    root = root._picture()
+    values = _newest_first(root, everything=True)[::-1]
     # An object is one box however often it is used; a number is a box at each use, as equal numbers are not related.
-    others = [x for v in values if v not in packs for x in v._args if not isinstance(x, Value)]
+    others = [x for v in values for x in v._args if not isinstance(x, Value)]
     numbers = sum(isinstance(x, (float, bool)) for x in others)
     count = len(values) + numbers + len({id(x) for x in others if not isinstance(x, (float, bool))})
     if count > max_nodes:
@@ -2940,7 +3445,7 @@ def draw(
     if rankdir is None:  # long and thin graphs go downwards: fitted to a page's width, their text would be too small
         depth: dict[Value, int] = {}
         for v in values:
-            depth[v] = 1 + max((depth[x] for x in v._args if isinstance(x, Value) and v not in packs), default=-1)
+            depth[v] = 1 + max((depth[x] for x in v._args if isinstance(x, Value)), default=-1)
         rankdir = "TB" if depth[root] > 4 and count < 3 * depth[root] else "LR"
 
     graph = graphviz.Digraph(
@@ -2962,16 +3467,12 @@ def draw(
         return name
 
     for v in values:
-        leaf = v._prim is None or v in packs
-        label = f"{v.size} numbers" if v in packs else v.label
-        name = box(v, "leaf" if leaf else "result" if v is root else "intermediate", label)
+        leaf = v._prim is None
+        name = box(v, "leaf" if leaf else "result" if v is root else "intermediate", v.label)
         if leaf:
             continue
         op = f"op_{name}"
-        if v._prim is _fused:
-            lines = [_formula(v._params["chain"])]
-        else:
-            lines = [v._prim.symbol] + [_parameter(k, x) for k, x in v._params.items() if x is not None]
+        lines = [v._prim.symbol] + [_parameter(k, x) for k, x in v._params.items() if x is not None]
         graph.node(op, f"<{'<br/>'.join(filter(None, map(_text, lines))) or '&#160;'}>", **_ELLIPSE)
         graph.edge(op, name, weight="2")
         entries = _ENTRIES[rankdir].get(len(v._args))
@@ -3015,7 +3516,6 @@ class DistributedConfig:
 
 
 _config = DistributedConfig()
-_chunking = False  # whether any tensor may be distributed: enabled, or one was told to be
 
 
 def get_distributed_config() -> DistributedConfig:
@@ -3028,7 +3528,7 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
 
     Returns the new configuration. TypeError or ValueError names a wrong argument, and nothing is changed.
     """
-    global _config, _chunking
+    global _config
     for name, value in changes.items():
         if name not in DistributedConfig.__dataclass_fields__:
             known = ", ".join(DistributedConfig.__dataclass_fields__)
@@ -3044,19 +3544,21 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
                 raise ValueError(f"set_distributed_config: {name} must be at least 1, got {value}")
             changes[name] = int(value)
     _config = replace(_config, **changes)
-    _chunking |= _config.enabled
+    HOOK.limit = _config.min_elements_for_parallel if _config.enabled else math.inf
+    if not _config.enabled:
+        _memory.bound = 0
+        _memory.clear()
     return _config
 
 
 @contextlib.contextmanager
 def distributed_config(**changes: Any) -> Iterator[DistributedConfig]:
     """Sets the configuration for a block of code, and restores it afterwards."""
-    global _config
     before = _config
     try:
         yield set_distributed_config(**changes)
     finally:
-        _config = before
+        set_distributed_config(**vars(before))
 
 
 def _usable_cores() -> int:
@@ -3085,93 +3587,200 @@ _cores: int | None = None
 
 # --- memory: buffers that are used again, since fresh pages cost as much as the arithmetic on them ---
 
-_KEPT_BYTES = 1 << 30  # of freed buffers that are kept for the next results
 _SMALL_BYTES = 1 << 22  # below, malloc does as well
+_MAX_SEGMENTS = 64  # that are shared at a time: each takes two descriptors
+
+
+def _physical_bytes() -> int:
+    """The memory that this process may use: of the machine, or of its control group."""
+    sizes = [1 << 32]
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes":
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(Path(path).read_text()))
+    return min(sizes)
+
+
+class _Private:
+    """Memory of this process alone. Every segment has a size, an address, and a name by which workers find it."""
+
+    name: tuple | None = None
+
+    def __init__(self, size: int):
+        self.size, self.memory = size, np.empty(size, np.uint8)
+        self.address = self.memory.ctypes.data
+
+
+class _Memfd:
+    """Anonymous shared memory of Linux, which ends with the last process that has it, also after a crash."""
+
+    def __init__(self, size: int):
+        import mmap
+
+        self.size, self.fd = size, os.memfd_create("picograd")
+        try:
+            os.ftruncate(self.fd, size)
+            self.memory = mmap.mmap(self.fd, size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.address = np.frombuffer(self.memory, np.uint8).ctypes.data
+        self.name = next(_serial), "_Memfd", (os.getpid(), self.fd)
+
+    @staticmethod
+    def attach(pid: int, fd: int) -> tuple:
+        import mmap
+
+        with open(f"/proc/{pid}/fd/{fd}", "r+b") as file:
+            memory = mmap.mmap(file.fileno(), 0)
+        return memory, memory
+
+    def close(self) -> None:
+        """Gives the memory back to the system, though workers may still have it mapped."""
+        os.ftruncate(self.fd, 0)
+        self.leave()
+
+    def leave(self) -> None:
+        """From now on it is as private: no worker finds it."""
+        os.close(self.fd)
+        self.name = None
+
+
+class _Named:
+    """Shared memory with a name in the system, `multiprocessing.shared_memory`."""
+
+    def __init__(self, size: int):
+        from multiprocessing import shared_memory
+
+        self.size, self.memory = size, shared_memory.SharedMemory(create=True, size=size)
+        self.address = np.frombuffer(self.memory.buf, np.uint8).ctypes.data
+        self.fd = getattr(self.memory, "_fd", -1)
+        self.name = next(_serial), "_Named", (self.memory.name,)
+
+    @staticmethod
+    def attach(name: str) -> tuple:
+        from multiprocessing import shared_memory
+
+        memory = shared_memory.SharedMemory(name)
+        return memory, memory.buf
+
+    def leave(self) -> None:
+        self.memory.unlink()
+        self.name = None
+
+    close = leave
+
+
+_serial = itertools.count()
+_Shared = _Memfd if hasattr(os, "memfd_create") else _Named
+
+
+class _Lease:
+    """What an array on a segment has as its base: while that array, a view of it or a window on it is there, so is
+    this; then the segment is free again."""
+
+    __slots__ = ("segment", "__array_interface__")
+
+    def __init__(self, segment, shape: tuple, dtype: np.dtype):
+        self.segment = segment
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": shape,
+            "typestr": dtype.str,
+            "data": (segment.address, False),
+        }
+
+    def __del__(self):
+        if _memory is not None:  # as it is when Python ends
+            _memory.take_back(self.segment)
 
 
 class _Memory:
-    """Buffers for large arrays: private memory for threads; for processes shared memory, with a file to map it by."""
+    """The segments: `free` ones, the last freed at the end, and those that are `shared`, free or not."""
 
     def __init__(self):
-        self.free: list[tuple[int, bool, Any]] = []  # (size, shared?, buffer), the last freed at the end
+        self.free: list[Any] = []
+        self.shared: dict[tuple, Any] = {}  # by name
+        self.bound = 0  # bytes of freed segments that are kept for the next results: none when nothing is distributed
         self.lock = threading.RLock()  # reentrant: an array may die, and come here, at any allocation
 
-    def empty(self, shape, dtype, shared: bool) -> np.ndarray:
+    def empty(self, shape: tuple, dtype, shared: bool) -> np.ndarray:
+        """A new array, where worker processes find it if they are to share it and it can be had."""
         dtype = np.dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < _SMALL_BYTES and not shared:
             return np.empty(shape, dtype)
         size = -(-max(nbytes, 1) >> 20) << 20
-        with self.lock:
-            fitting = [i for i, entry in enumerate(self.free) if entry[:2] == (size, shared)]
+        self.bound = self.bound or _physical_bytes() // 16
+        segment = self.take(size, shared)
+        if segment is None and shared and len(self.shared) >= _MAX_SEGMENTS and not self.clear(shared=True):
+            segment = self.take(size, False)
+            shared = False
+        if segment is None and shared:
             try:
-                if fitting:
-                    buffer = self.free.pop(fitting[-1])[2]
-                else:
-                    buffer = _Segment(size) if shared else _private_buffer(size)
-            except OSError as error:
-                if not shared:
-                    raise
+                segment = self.spend(_Shared, size)
+                self.shared[segment.name] = segment
+            except (OSError, ImportError) as error:
+                if getattr(error, "errno", None) == errno.ENOMEM:
+                    raise MemoryError(f"no {size} bytes of shared memory can be had") from error
                 _workers.warn(f"shared memory cannot be had here ({error}); computing in threads")
-                return np.empty(shape, dtype)
-        array = np.ndarray(shape, dtype, buffer.map if shared else buffer)
-        weakref.finalize(array, self.take_back, buffer, size, shared).atexit = False
-        return array
+        return np.asarray(_Lease(segment or self.spend(_Private, size), shape, dtype))
 
-    def take_back(self, buffer, size, shared):
-        """The array in a buffer, and all views of it, are gone."""
-        if shared and buffer.name[0] != os.getpid() and buffer.memory is None:
-            return  # of a process that forked into this one: its arrays may still be there
+    def take(self, size: int, shared: bool):
+        """The segment of that size that was freed last, if there is one."""
         with self.lock:
-            self.free.append((size, shared, buffer))
-            while sum(size for size, *_ in self.free) > _KEPT_BYTES:
-                _, shared, buffer = self.free.pop(0)
-                if shared:
-                    buffer.close()
+            for segment in reversed(self.free):
+                if segment.size == size and (segment.name is not None) == shared:
+                    self.free.remove(segment)
+                    return segment
+        return None
 
+    def spend(self, function: Callable, *args, **kwargs):
+        """Calls a function that takes memory; if there is none left, again without what is kept."""
+        try:
+            return function(*args, **kwargs)
+        except (MemoryError, OSError):
+            if not self.clear():
+                raise
+        return function(*args, **kwargs)
 
-def _private_buffer(size):
-    import mmap
+    def take_back(self, segment) -> None:
+        """The array on a segment, and all views of it, are gone."""
+        with self.lock:
+            self.free.append(segment)
+            while sum([segment.size for segment in self.free]) > self.bound:
+                self.close(self.free[0])
 
-    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-        return bytearray(size)
-    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)  # a fault for 2 MB instead of 4 kB
-    return buffer
+    def close(self, segment) -> None:
+        self.free.remove(segment)
+        if self.shared.pop(segment.name, None):
+            segment.close()
 
+    def clear(self, shared: bool = False) -> int:
+        """Gives freed segments back to the system, or the shared ones only; how many they were."""
+        with self.lock:
+            segments = [segment for segment in self.free if segment.name or not shared]
+            for segment in segments:
+                self.close(segment)
+        return len(segments)
 
-class _Segment:
-    """Anonymous shared memory, which ends with the last process that has it, also after a crash; /dev/shm is not used.
-    Where the system has none, `multiprocessing.shared_memory`."""
-
-    serial = itertools.count()
-    known: dict[int, _Segment] = {}  # by the id of the mapping that its arrays are made on
-
-    def __init__(self, size: int):
+    def part(self) -> None:
+        """Before a fork: what is shared becomes private, at the same addresses, so that neither process sees what the
+        other writes. The file stays as it is from now on, so that a private mapping of it is a copy on write."""
+        import ctypes
         import mmap
 
-        self.memory = None
-        if hasattr(os, "memfd_create"):
-            fd = os.memfd_create("picograd")
-            os.ftruncate(fd, size)
-            self.map = mmap.mmap(fd, size)
-            self.name: tuple = (os.getpid(), fd, next(self.serial), size)
-        else:
-            from multiprocessing import shared_memory
-
-            self.memory = shared_memory.SharedMemory(create=True, size=size)
-            self.map, self.name = self.memory.buf, (self.memory.name, None, next(self.serial), size)
-        self.known[id(self.map)] = self
-
-    def close(self) -> None:
-        """Gives the memory back to the system, though workers may still have it mapped."""
-        del self.known[id(self.map)]
-        if self.memory is not None:
-            self.memory.unlink()
-        elif self.name[0] == os.getpid():
-            os.ftruncate(self.name[1], 0)
-            os.close(self.name[1])
+        self.clear(shared=True)
+        system = ctypes.CDLL(None, use_errno=True).mmap
+        system.restype = ctypes.c_void_p
+        system.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        for name, segment in list(self.shared.items()):
+            flags = mmap.MAP_PRIVATE | 0x10  # MAP_FIXED
+            found = system(segment.address, segment.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, segment.fd, 0)
+            if found != segment.address:
+                raise OSError(ctypes.get_errno(), "picograd: shared memory cannot be parted before a fork")
+            self.shared.pop(name).leave()
 
 
 _memory = _Memory()
@@ -3182,42 +3791,36 @@ def _describe(x: np.ndarray):
     base = x
     while isinstance(base, np.ndarray):
         base = base.base
-    base = base.obj if isinstance(base, memoryview) else base
-    segment = _Segment.known.get(id(base))
-    if segment is None:
+    if type(base) is not _Lease or base.segment.name is None:
         return None
-    whole = np.frombuffer(segment.map, np.uint8)
-    offset = x.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
-    return segment.name, offset, x.shape, x.strides, x.dtype
-
-
-_mapped: dict[tuple, Any] = {}  # in a worker: the segments that it has mapped
-
-
-def _find(name, offset, shape, strides, dtype) -> np.ndarray:
-    """In a worker: the array that `_describe` described."""
-    if name not in _mapped:
-        import mmap
-
-        place, fd, _, size = name
-        for old in [old for old in _mapped if old[:2] == name[:2]]:
-            del _mapped[old]  # the descriptor was closed, and is another segment's now
-        if fd is None:
-            from multiprocessing import shared_memory
-
-            _mapped[name] = shared_memory.SharedMemory(place)
-        else:
-            with open(f"/proc/{place}/fd/{fd}", "r+b") as file:
-                _mapped[name] = mmap.mmap(file.fileno(), size)
-    found = _mapped[name]
-    return np.ndarray(shape, dtype, getattr(found, "buf", found), offset, strides)
+    return base.segment.name, x.__array_interface__["data"][0] - base.segment.address, x.shape, x.strides, x.dtype
 
 
 # --- block programs ---
 
 _BLOCK_BYTES = 1 << 21  # of an array in a block: 512k float32. Smaller ones pass the interpreter's lock on too often
+_WHOLE_BLOCKS = 8  # as many of one operation NumPy does as fast in one go
 _REDUCERS = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum, "any": np.logical_or}
 _REDUCERS |= {"all": np.logical_and}
+_BUILTIN = dict(PRIMITIVES)  # what is cut into blocks, and worker processes know: a primitive of a user runs whole
+
+
+def _block_shape(shape: tuple, itemsize: int, reduced: tuple = ()) -> list[int]:
+    """The shape of a block: the first axes are cut first, so that its memory is in one piece. That would leave many
+    partial results of a reduction over few rows: then the axes that stay are cut."""
+
+    def cut(order):
+        block = list(shape)
+        for axis in order:
+            block[axis] = max(1, min(shape[axis], limit * block[axis] // max(1, math.prod(block))))
+        return block
+
+    limit = max(1, _BLOCK_BYTES // itemsize)
+    block = cut(range(len(shape)))
+    parts = math.prod(-(-shape[i] // block[i]) for i in reduced)
+    if parts * 16 > math.prod(shape[i] for i in reduced):
+        block = cut(sorted(range(len(shape)), key=lambda axis: axis in reduced))
+    return block
 
 
 @dataclass
@@ -3225,150 +3828,110 @@ class _Job:
     """A block program on its arrays.
 
     steps: (primitive, places of the operands, dtype of the result), ...; places count the inputs first, then the steps.
-    inputs: arrays, and numbers, that broadcast to `shape`.
+    inputs: arrays, and numbers, that broadcast to `shape`, which is the shape of every step.
     outputs: {place: array of that shape to write to}.
-    reduction: (name in _REDUCERS, axes) for the last place, or None. Its partial results go to `parts`, of the shape of
-        the result with an axis more in front, for the number of the cut if that axis is reduced.
+    reduction: (name in _REDUCERS, axes) for the last place, or None. A block's part of it is written to `parts`.
     """
 
     steps: tuple
     inputs: list
     shape: tuple[int, ...]
     outputs: dict
-    reduction: tuple | None = None
-    parts: np.ndarray | None = None
-    cut: tuple[int, int] = (0, 0)
-
-    def __post_init__(self):
-        self.cut = self.cut if any(self.cut) else self.plan()
-
-    def plan(self) -> tuple[int, int]:
-        """(axis, rows): a block is `rows` along that axis, one index of each axis before and all of those after."""
-        itemsize = max(
-            [dtype.itemsize for *_, dtype in self.steps] + [x.dtype.itemsize for x in self.inputs if np.ndim(x)]
-        )
-        limit, axis = max(1, _BLOCK_BYTES // itemsize), 0
-        while axis < len(self.shape) - 1 and math.prod(self.shape[axis + 1 :]) > limit:
-            axis += 1
-        return axis, max(1, limit // max(1, math.prod(self.shape[axis + 1 :])))
+    reduction: tuple | None
+    parts: np.ndarray | None
+    extents: list
 
     def tasks(self) -> list[tuple]:
-        """What can run at once: an index of each axis that is neither cut nor reduced, and the number of the cut."""
-        axis, rows = self.cut
-        reduced = self.reduction[1] if self.reduction else ()
-        free = [range(1) if i in reduced else range(n) for i, n in enumerate(self.shape[:axis])]
-        return [(*outer, k) for outer in itertools.product(*free) for k in range(-(-self.shape[axis] // rows))]
+        """The blocks, each with the place of its part; what can be done at once, in any order."""
+        cuts = [
+            [slice(i, min(i + extent, n)) for i in range(0, n, extent)] for n, extent in zip(self.shape, self.extents)
+        ]
+        blocks = list(itertools.product(*cuts))
+        if not self.reduction:
+            return [(block, None) for block in blocks]
+        for axis in self.reduction[1]:
+            cuts[axis] = [slice(i, i + 1) for i in range(len(cuts[axis]))]
+        return list(zip(blocks, itertools.product(*cuts)))
 
-    def buffers(self) -> list[tuple]:
-        """For each step the scratch buffer of its result, by number and dtype: one that no later step reads, if there
-        is one, so that few are in the cache."""
+    def buffers(self) -> list[int]:
+        """For each step the number of the scratch buffer for its result: one that no later step reads, if there is
+        one, so that few are in the cache."""
         n = len(self.inputs)
         last = {i: step for step, (_, operands, _) in enumerate(self.steps) for i in operands}
-        taken, free, keys = {}, [], []
+        taken, free, numbers = {}, [], []
         for step, (_, operands, dtype) in enumerate(self.steps):
-            dead = [taken.pop(i) for i in set(operands) if last[i] == step and i in taken]
-            free += dead
-            key = next((key for key in free if key[1] == dtype), (step, dtype))
-            if key in free:
-                free.remove(key)
-            taken[n + step] = key
-            keys.append(key)
-        return keys
+            free += [taken.pop(i) for i in set(operands) if last[i] == step and i in taken]
+            found = next((i for i in free if self.steps[i][2] == dtype), step)
+            if found != step:
+                free.remove(found)
+            taken[n + step] = found
+            numbers.append(found)
+        return numbers
 
     def run(self, tasks: Iterable[tuple]) -> None:
-        axis, rows = self.cut
-        shapes = [np.shape(x) for x in self.inputs]
-        for _, operands, _ in self.steps:
-            shapes.append(np.broadcast_shapes(*[shapes[i] for i in operands]))
-        whole = [shape == self.shape for shape in shapes]
-        keys = self.buffers()
-        reduced = self.reduction[1] if self.reduction else ()
-        scratch: dict = {}
-        for *outer, k in tasks:
-            inner = [range(n) if i in reduced else (j,) for i, (j, n) in enumerate(zip(outer, self.shape))]
-            total, cut = None, slice(k * rows, min((k + 1) * rows, self.shape[axis]))
-            for index in itertools.product(*inner):
-                block = (*(slice(i, i + 1) for i in index), cut)
-                result = self.block(block, whole, keys, scratch)
-                if self.reduction:
-                    name, axes = self.reduction
-                    part = _REDUCERS[name].reduce(result, axes, self.parts.dtype, None, True)
-                    total = part if total is None else _REDUCERS[name](total, part, out=total)
+        numbers, scratch, ndim = self.buffers(), {}, len(self.shape)
+        for block, place in tasks:
+            shape = tuple([s.stop - s.start for s in block])
+            values: list = []
+            for x in self.inputs:
+                if np.ndim(x):
+                    x = x[tuple([slice(None) if n == 1 else s for n, s in zip(x.shape, block[ndim - x.ndim :])])]
+                values.append(x)
+            for step, (prim, operands, dtype) in enumerate(self.steps):
+                args, target, number = [values[i] for i in operands], self.outputs.get(len(values)), numbers[step]
+                if target is not None:
+                    target = target[block]
+                else:
+                    if number not in scratch:
+                        scratch[number] = np.empty(math.prod(self.extents), dtype)
+                    target = scratch[number][: math.prod(shape)].reshape(shape)
+                _local.step = "cast" if prim is _as_dtype else prim.name
+                if prim is _as_dtype:
+                    np.copyto(target, args[0], "unsafe")
+                elif isinstance(prim.forward, np.ufunc):
+                    prim.forward(*args, out=target)
+                else:
+                    np.copyto(target, prim.forward(*args))
+                values.append(target)
             if self.reduction:
-                place = tuple(slice(None) if i in reduced else s for i, s in enumerate(block))
-                self.parts[(k if axis in reduced else 0, *place)] = total
-
-    def block(self, block: tuple[slice, ...], whole: list[bool], keys: list[tuple], scratch: dict):
-        """All steps on one block; the last result.
-
-        whole: for each place whether it has the shape of the job; keys: the steps' scratch buffers, kept in `scratch`.
-        """
-        ndim, values = len(self.shape), []
-        for x, all_of_it in zip(self.inputs, whole):
-            if all_of_it:
-                x = x[block]
-            elif np.ndim(x):
-                x = x[tuple([slice(None) if n == 1 else s for n, s in zip(x.shape, block[ndim - x.ndim :])])]
-            values.append(x)
-        shape = tuple([s.stop - s.start for s in block]) + self.shape[len(block) :]
-        first = len(self.inputs)
-        for place, (prim, operands, dtype) in enumerate(self.steps, first):
-            args, target = [values[i] for i in operands], self.outputs.get(place)
-            if target is not None:
-                target = target[block]
-            elif whole[place]:
-                key = keys[place - first], shape
-                if key not in scratch:
-                    scratch[key] = np.empty(shape, dtype)
-                target = scratch[key]
-            _fault.step = prim.name
-            if target is None:
-                out = args[0].astype(dtype) if prim is _as_dtype else prim.forward(*args)
-            elif prim is _as_dtype:
-                out = target
-                np.copyto(out, args[0], "unsafe")
-            elif isinstance(prim.forward, np.ufunc):
-                out = prim.forward(*args, out=target)
-            else:
-                out = prim.forward(*args)
-                if place in self.outputs:
-                    np.copyto(target, out)
-            values.append(out)
-        return values[-1] if whole[-1] else np.broadcast_to(values[-1], shape)
+                _local.step, (name, axes) = "reduce", self.reduction
+                result = values[-1] if np.shape(values[-1]) == shape else np.broadcast_to(values[-1], shape)
+                _REDUCERS[name].reduce(result, axes, self.parts.dtype, self.parts[place], True)
 
 
-class _Fault(threading.local):
-    """What went wrong in this thread's blocks: floating-point faults, by kind and primitive, to be warned of once."""
+class _Local(threading.local):
+    """What this thread is at: in how many jobs, at which operation, and the floating-point faults met, by kind and
+    operation, to be warned of once."""
 
+    depth = 0
     step = ""
-    depth = 0  # jobs that this thread is in: a primitive of a user may compute in blocks itself
-
-    def __init__(self):
-        self.found: dict[tuple[str, str], None] = {}
+    found: dict[tuple[str, str], None] = {}
 
     def __call__(self, kind, flag):
         self.found[kind, self.step] = None
 
 
-_fault = _Fault()
+_local = _Local()
 
 
 def _run_tasks(job: _Job, tasks: Iterable[tuple], state: dict) -> list:
     """Runs tasks in this thread; the floating-point faults that were met."""
-    before, _fault.found, _fault.depth = _fault.found, {}, _fault.depth + 1
+    before, _local.found = _local.found, {}
+    _local.depth += 1
     try:
-        with np.errstate(**{kind: "call" if how == "warn" else how for kind, how in state.items()}, call=_fault):
+        with np.errstate(**{kind: "call" if how == "warn" else how for kind, how in state.items()}, call=_local):
             job.run(tasks)
-        return list(_fault.found)
+        return list(_local.found)
     finally:
-        _fault.found, _fault.depth = before, _fault.depth - 1
+        _local.found = before
+        _local.depth -= 1
 
 
 # --- the executor ---
 
 
 class _Workers:
-    """The `concurrent.futures` pools, of threads and of processes, made at first use, of the size that is asked for."""
+    """The `concurrent.futures` pools, of threads and of processes, made at first use, as large as was asked for yet."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -3377,11 +3940,11 @@ class _Workers:
 
     @contextlib.contextmanager
     def use(self, processes: bool, n: int) -> Iterator[Any]:
-        """The pool of a kind and size, for one job at a time. If that fails or is interrupted, even while it is handed
+        """A pool of a kind for n tasks, for one job at a time. If that fails or is interrupted, even while it is handed
         over, waits until nobody works on it any more, and forgets the pool: the next job gets a fresh one."""
         with self.lock:
             size, pool = self.pools.get(processes, (0, None))
-            if size != n:
+            if size < n:
                 if pool is not None:
                     pool.shutdown(wait=False)
                 pool = self.make(processes, n)
@@ -3402,11 +3965,13 @@ class _Workers:
         import concurrent.futures
         import multiprocessing
 
-        if processes:
-            return concurrent.futures.ProcessPoolExecutor(
-                n, multiprocessing.get_context(), _start_worker, (os.getpid(),)
-            )
-        return concurrent.futures.ThreadPoolExecutor(n, "picograd")
+        if not processes:
+            return concurrent.futures.ThreadPoolExecutor(n, "picograd")
+        if _Shared is _Named and os.name == "posix":
+            from multiprocessing import resource_tracker
+
+            resource_tracker.ensure_running()  # one for all: a worker's own would remove the memory when that ends
+        return concurrent.futures.ProcessPoolExecutor(n, multiprocessing.get_context(), _start_worker)
 
     def warn(self, text: str) -> None:
         if text not in self.warned:
@@ -3414,35 +3979,47 @@ class _Workers:
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-def _start_worker(parent: int) -> None:
+def _start_worker() -> None:
     """In a new worker process: an interrupt is for the parent, which waits for the blocks that are under way; and
-    when the parent is gone, even by kill -9, so is the worker."""
+    when the parent is gone, also by kill -9, so is the worker."""
+    import multiprocessing.connection
     import signal
-    import time
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ends, started_by = [multiprocessing.parent_process().sentinel], os.getppid()
 
-    def watch():
-        with contextlib.suppress(ProcessLookupError):
-            while True:
-                os.kill(parent, 0)  # sends nothing, and fails when there is no such process
-                time.sleep(0.5)
+    def watch():  # the sentinel may be held open by the parent's other children
+        while not multiprocessing.connection.wait(ends, 0.5) and os.getppid() == started_by:
+            pass
         os._exit(1)
 
-    if os.name == "posix":
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 _workers = _Workers()
-atexit.register(lambda: _workers.pools.clear())  # while what their ends need is still there
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Forgets the pools, while what their ends need is still there; and shared memory with a name loses it."""
+    _workers.pools.clear()
+    for name in list(_memory.shared):
+        _memory.shared.pop(name).leave()
+
+
+def _before_fork() -> None:
+    _chunk_lock.acquire()  # no job is under way in another thread
+    if not _local.depth:  # else it is a worker that starts
+        _memory.part()
+
+
+def _in_child() -> None:
+    """Neither pools nor segments are the child's to use, and a lock may be held by a thread that the child has not."""
+    globals().update(_workers=_Workers(), _memory=_Memory(), _chunk_lock=threading.RLock())
+
+
 if hasattr(os, "register_at_fork"):
-    # Neither its pools nor its freed shared buffers are the child's to use, and a lock may be held by a thread that the
-    # child has not.
-    os.register_at_fork(
-        after_in_child=lambda: globals().update(
-            _workers=_Workers(), _memory=_Memory(), _chunk_lock=threading.RLock(), _fault=_Fault()
-        )
-    )
+    os.register_at_fork(before=_before_fork, after_in_parent=lambda: _chunk_lock.release(), after_in_child=_in_child)
 
 
 @contextlib.contextmanager
@@ -3461,51 +4038,69 @@ def _without_main() -> Iterator[None]:
                 setattr(main, name, value)
 
 
-def _in_worker() -> bool:
-    """Whether this is a worker process of some pool, or in the middle of a job: then it must not start workers."""
-    module = sys.modules.get("multiprocessing.process")
-    return _fault.depth > 0 or (module is not None and module.parent_process() is not None)
+_attached: dict[tuple, tuple] = {}  # in a worker: the segments that it has mapped
 
 
-def _remote(job: _Job, arrays: list, tasks: list, state: dict):
-    """In a worker process: finds the arrays, and runs the tasks."""
-    *found, job.parts = [_find(*x) if isinstance(x, tuple) else x for x in arrays]
-    n = len(job.inputs)
-    return _run_tasks(replace(job, inputs=found[:n], outputs=dict(zip(job.outputs, found[n:]))), tasks, state)
+def _find(x):
+    """In a worker: the array that `_describe` described; anything else as it is."""
+    if type(x) is not tuple:
+        return x
+    name, offset, shape, strides, dtype = x
+    if name not in _attached:
+        _attached[name] = globals()[name[1]].attach(*name[2])
+    return np.ndarray(shape, dtype, _attached[name][1], offset, strides)
 
 
-def _in_processes(job: _Job, tasks: list, n: int, state: dict) -> list | None:
-    """Has worker processes do a job's tasks; the faults that were met, or None if they could not do it."""
-    from concurrent.futures.process import BrokenProcessPool
-
-    arrays = [*job.inputs, *job.outputs.values(), job.parts]
-    places = [(_describe(x) or x) if isinstance(x, np.ndarray) else x for x in arrays]
-    n_inputs = len(job.inputs)
-    if any(isinstance(x, np.ndarray) and (i >= n_inputs or x.nbytes > _TRAVELS_BYTES) for i, x in enumerate(places)):
-        return None  # an array is where workers do not see it; to copy it there would cost more than to compute
-    travelling = replace(job, inputs=[None] * n_inputs, outputs=dict.fromkeys(job.outputs), parts=None)
-    cuts = [len(tasks) * i // n for i in range(n + 1)]
-    shares = [tasks[a:b] for a, b in zip(cuts, cuts[1:]) if a < b]
-    try:
-        with _workers.use(True, n) as pool:
-            with _without_main():
-                futures = [pool.submit(_remote, travelling, places, share, state) for share in shares]
-            return [future.result() for future in futures]
-    except BrokenProcessPool:
-        warnings.warn("a worker process died; its work is done again, in threads", RuntimeWarning, stacklevel=2)
-    except OSError as error:
-        _workers.warn(f"worker processes cannot be had here ({error}); computing in threads")
-    return None
+def _remote(job: _Job, live: set, start: int, stop: int, state: dict) -> list:
+    """In a worker process: finds the arrays, and runs the tasks from start to stop."""
+    for name in _attached.keys() - live:
+        del _attached[name]
+    job.steps = tuple([(_BUILTIN[name], operands, dtype) for name, operands, dtype in job.steps])
+    job.inputs, job.parts = [_find(x) for x in job.inputs], _find(job.parts)
+    job.outputs = {place: _find(x) for place, x in job.outputs.items()}
+    return _run_tasks(job, job.tasks()[start:stop], state)
 
 
 _TRAVELS_BYTES = 1 << 16  # arrays below travel with the instructions
 
 
+def _in_processes(job: _Job, count: int, n: int, state: dict) -> list | None:
+    """Has n worker processes do a job of so many tasks; the faults that were met, or None if they could not do it."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    def place(x, travels=True):
+        return (_describe(x) or (x if travels and x.nbytes <= _TRAVELS_BYTES else None)) if np.ndim(x) else x
+
+    travelling = replace(
+        job,
+        steps=tuple([(prim.name, operands, dtype) for prim, operands, dtype in job.steps]),
+        inputs=[place(x) for x in job.inputs],
+        outputs={i: place(x, False) for i, x in job.outputs.items()},
+        parts=None if job.parts is None else place(job.parts, False),
+    )
+    there = [*travelling.inputs, *travelling.outputs.values(), travelling.parts if job.reduction else 0]
+    if any(x is None for x in there):
+        return None  # an array is where workers do not see it; to copy it there would cost more than to compute
+    cuts = [count * i // n for i in range(n + 1)]
+    try:
+        with _workers.use(True, n) as pool:
+            with _without_main():
+                live = set(_memory.shared)
+                futures = [pool.submit(_remote, travelling, live, a, b, state) for a, b in zip(cuts, cuts[1:])]
+            return [future.result() for future in futures]
+    except BrokenProcessPool:
+        warnings.warn("a worker process died; its work is done again, in threads", RuntimeWarning, stacklevel=2)
+    except OSError as error:
+        _workers.warn(f"worker processes cannot be had here ({error}); computing in threads")
+    except RuntimeError as error:
+        if "shutdown" not in str(error):  # as when Python ends
+            raise
+    return None
+
+
 def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
     """Does a job's tasks in n threads, of which this is one, each taking the next; the faults that were met."""
-    if n == 1 or len(tasks) == 1:
-        return [_run_tasks(job, tasks, state)]
-    queue = collections.deque(tasks)
+    queue, futures = collections.deque(tasks), []
 
     def work():
         def taken():
@@ -3515,12 +4110,26 @@ def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
 
         return _run_tasks(job, taken(), state)
 
+    if n == 1:
+        return [work()]
     with _workers.use(False, n - 1) as pool:
         try:
-            futures = [pool.submit(work) for _ in range(min(n, len(tasks)) - 1)]
-            return [work(), *(future.result() for future in futures)]
+            try:
+                for _ in range(n - 1):
+                    futures.append(pool.submit(work))
+            except RuntimeError as error:
+                if "shutdown" not in str(error):
+                    raise  # else Python ends, and there are no more threads: this one does it
+            return [work(), *[future.result() for future in futures]]
         finally:
             queue.clear()  # after an error or an interrupt, the others stop at the next block
+
+
+def _in_worker() -> bool:
+    """Whether this is a worker process of some pool, or in the middle of a job, as in the handler of a signal: then it
+    must not start workers, nor wait for those at work."""
+    module = sys.modules.get("multiprocessing.process")
+    return _local.depth > 0 or (module is not None and module.parent_process() is not None)
 
 
 def run_blocks(
@@ -3533,8 +4142,8 @@ def run_blocks(
 ) -> tuple[list[np.ndarray], Any]:
     """Runs a block program on all cores.
 
-    steps: (primitive, places of its operands, dtype of its result) of element-wise primitives. Places count the inputs
-        first, then the steps.
+    steps: (primitive, places of its operands, dtype of its result) of element-wise primitives, whose results have this
+        shape. Places count the inputs first, then the steps.
     inputs: arrays, and numbers, that broadcast to shape.
     outputs: the places whose results are wanted as whole arrays.
     reduction: (name in _REDUCERS, axes as non-negative numbers, dtype) of the last result.
@@ -3543,57 +4152,174 @@ def run_blocks(
     Returns the arrays, and the reduction's result with its axes kept as length 1. Floating-point faults are warned of
     as the caller's `np.errstate` says, once for each primitive.
     """
-    state, n = np.geterr(), _num_workers()
-    processes = _config.use_processes and not _in_worker() and all(prim.name in _BUILTIN for prim, *_ in steps)
-    inputs = [  # what a view repeats is there once
-        x[tuple([slice(0, 1) if step == 0 else slice(None) for step in x.strides])] if isinstance(x, np.ndarray) else x
-        for x in inputs
-    ]
+    state = np.geterr()
+    inputs = [_without_repeats(x) if isinstance(x, np.ndarray) else x for x in inputs]
     first = len(inputs)
     dtypes = {i: steps[i - first][2] for i in outputs}
+    name, axes, dtype = reduction or (None, (), None)
+    itemsizes = [dtype.itemsize for *_, dtype in steps] + [x.dtype.itemsize for x in inputs if np.ndim(x)]
+    extents = _block_shape(shape, max(itemsizes), axes)
+    count = math.prod(-(-n // extent) for n, extent in zip(shape, extents))
+    if not all(prim.builtin for prim, *_ in steps):
+        extents, count = [max(1, n) for n in shape], 1
+    n = 1 if _in_worker() else min(_num_workers(), count)
+    processes = _config.use_processes and n > 1
+    if into is None and len(steps) + bool(reduction) == 1 and count <= _WHOLE_BLOCKS:
+        return _at_once(steps, inputs, shape, reduction, processes)
     if into is None:
         into = [_memory.empty(shape, dtype, processes) for dtype in dtypes.values()]
-    arrays = dict(zip(dtypes, into))
-    job = _Job(steps, inputs, shape, arrays, reduction[:2] if reduction else None)
-    tasks = job.tasks()
+    parts = None
+    if reduction:
+        wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
+        kept = [-(-n // extents[i]) if i in axes else n for i, n in enumerate(shape)]
+        parts = _memory.empty(tuple(kept), wide, processes)
+    job = _Job(steps, inputs, shape, dict(zip(dtypes, into)), (name, axes) if reduction else None, parts, extents)
+    faults = None
+    _local.depth += 1  # from here on a signal's handler finds a job under way
+    try:
+        if processes:
+            faults = _in_processes(job, count, n, state)
+        if faults is None:
+            faults = _in_threads(job, job.tasks(), n, state)
+    finally:
+        _local.depth -= 1
+    for kind, where in dict.fromkeys(fault for found in faults for fault in found):
+        warnings.warn(f"{kind} encountered in {where}", RuntimeWarning, stacklevel=2)
+    if reduction and any(parts.shape[i] > 1 for i in axes):
+        wide = np.promote_types(dtype, np.float64) if name == "sum" and dtype.kind == "f" else dtype
+        parts = _REDUCERS[name].reduce(parts, axes, wide, None, True)  # no error is added to that within the blocks
+    return list(into), parts if parts is None else parts.astype(dtype, copy=False)
+
+
+def _at_once(steps: tuple, inputs: list, shape: tuple, reduction: tuple | None, shared: bool) -> tuple:
+    """What `run_blocks` returns for one operation, done by NumPy in one go."""
     if reduction:
         name, axes, dtype = reduction
-        axis, rows = job.cut
-        cuts = -(-shape[axis] // rows) if axis in axes else 1
-        kept = [1 if i in axes else n for i, n in enumerate(shape)]
-        job.parts = _memory.empty((cuts, *kept), dtype, processes)
-    faults = None
-    if processes and n > 1 and len(tasks) > 1:
-        faults = _in_processes(job, tasks, n, state)
-    if faults is None:
-        faults = _in_threads(job, tasks, 1 if _in_worker() else n, state)
-    for kind, name in dict.fromkeys(fault for found in faults for fault in found):
-        warnings.warn(f"{kind} encountered in {name}", RuntimeWarning, stacklevel=2)
-    total = job.parts
-    if reduction:
-        if cuts > 1 and reduction[0] == "sum" and dtype.kind == "f":  # no error is added to that within the blocks
-            total = np.add.reduce(total, 0, np.result_type(dtype, np.float64)).astype(dtype)
-        else:
-            total = np.array(total[0]) if cuts == 1 else _REDUCERS[reduction[0]].reduce(total, 0)
-    return list(arrays.values()), total
+        wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
+        x = inputs[0] if inputs[0].shape == shape else np.broadcast_to(inputs[0], shape)
+        return [], _REDUCERS[name].reduce(x, axes, wide, None, True).astype(dtype, copy=False)
+    ((prim, operands, dtype),) = steps
+    args = [inputs[i] for i in operands]
+    if not isinstance(prim.forward, np.ufunc) and prim is not _as_dtype:
+        return [prim.forward(*args)], None
+    out = _memory.empty(shape, dtype, shared)
+    if prim is _as_dtype:
+        np.copyto(out, args[0], "unsafe")
+    else:
+        prim.forward(*args, out=out)
+    return [out], None
 
 
-# --- arrays that defer ---
+def _without_repeats(x: np.ndarray) -> np.ndarray:
+    """What a view repeats is there once."""
+    if 0 not in x.strides:
+        return x
+    return x[tuple([slice(0, 1) if step == 0 else slice(None) for step in x.strides])]
+
+
+# --- arrays that wait ---
 
 _MAX_PENDING = 32  # steps that wait for each other; then they are computed
-_chunk_lock = threading.RLock()
-_BUILTIN = frozenset(PRIMITIVES)  # what worker processes know, too
+_chunk_lock = threading.RLock()  # held while anything is computed, or changes from waiting to done
+
+
+class _Buffer:
+    """What an array holds: its data, or the step (prim, args, state of np.errstate) that computes them when somebody
+    needs them, and which waits. Data change only once they were handed out, and then nothing waits to read them.
+
+    given: whether it was handed out; runs: how often it was computed without being kept; readers: what waits for it.
+    """
+
+    __slots__ = ("shape", "dtype", "array", "given", "prim", "args", "state", "runs", "readers", "__weakref__")
+
+    def __init__(self, array=None, given=False, shape=None, dtype=None, prim=None, args=(), state=None):
+        self.array, self.given, self.prim, self.args, self.state, self.runs = array, given, prim, args, state, 0
+        self.shape, self.dtype = (shape, dtype) if array is None else (array.shape, array.dtype)
+        self.readers: weakref.WeakSet | None = None
+
+    def pending(self) -> list[_Buffer]:
+        """All that has to be computed for this, operands first."""
+        found: dict[_Buffer, None] = {}
+        stack = [self]
+        while stack:
+            node = stack[-1]
+            if node.array is not None or node in found:
+                stack.pop()
+                continue
+            rest = [x for x in node.args if type(x) is _Buffer and x.array is None and x not in found]
+            if rest:
+                stack += rest
+            else:
+                found[stack.pop()] = None
+        return list(found)
+
+    def compute(self, reduction: tuple | None = None):
+        """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
+        kept is kept now: nothing is computed a third time."""
+        nodes = self.pending()
+        inputs: list = []
+        places: dict[int, int] = {}
+        for x in [x for node in nodes for x in node.args] or [self]:
+            if not (type(x) is _Buffer and x.array is None) and id(x) not in places:
+                places[id(x)] = len(inputs)
+                inputs.append(x)
+        places.update((id(node), len(inputs) + i) for i, node in enumerate(nodes))
+        steps = tuple([(node.prim, tuple([places[id(x)] for x in node.args]), node.dtype) for node in nodes])
+        kept = [node for node in nodes if node.runs or (node is self and reduction is None)]
+        raw = [x.where_workers_are() if type(x) is _Buffer else x for x in inputs]
+        with np.errstate(**(self.state or np.geterr())):
+            arrays, total = run_blocks(steps, raw, self.shape, [places[id(node)] for node in kept], reduction)
+        for node in nodes:
+            node.runs += 1
+        for node, array in zip(kept, arrays):
+            node.settle(array)
+        return total
+
+    def settle(self, array: np.ndarray) -> None:
+        """Waits no longer; only now is this struck off where it was to read."""
+        if self.array is not None:
+            return  # the handler of a signal was first
+        self.array = array
+        for x in self.args:
+            if type(x) is _Buffer and x.readers:
+                x.readers.discard(self)
+        self.prim, self.args, self.state = None, (), None
+
+    def where_workers_are(self) -> np.ndarray:
+        """The data, in process mode in shared memory if nobody knows where they are."""
+        if _config.use_processes and not self.given and _describe(self.array) is None and not _in_worker():
+            shared = _memory.empty(self.shape, self.dtype, True)
+            np.copyto(shared, self.array)
+            self.array = shared
+        return self.array
+
+    def force(self) -> np.ndarray:
+        """The data, for reading at once."""
+        with _chunk_lock:
+            if self.array is None:
+                self.compute()
+            return self.array
+
+    def hand_out(self) -> np.ndarray:
+        """The data, for somebody who may keep them and write to them."""
+        with _chunk_lock:
+            array, self.given = self.force(), True  # from now on it stays where it is
+            for reader in list(self.readers or ()):
+                reader.force()
+            return array
 
 
 class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
     """A large array that computes in blocks; element-wise operations on it wait until somebody needs the result.
 
-    Either `array` has the data, or `prim` and `args` say how to compute it. Raw values of distributed Tensors and
-    Values are of this kind. That something waits is never seen: `array` is handed out by `expose` alone, which first
-    computes all that reads it; and as long as somebody outside holds it, and might write to it, nothing waits.
+    Raw values of distributed Tensors and Values are of this kind. It is what is written to, in place: it holds a
+    buffer, and in place another one, unless the one it has was handed out.
+
+    data: an array in C order, or a buffer. given: whether others may have the array, too. forced: whether it is
+        distributed whatever the configuration.
     """
 
-    __slots__ = ("shape", "dtype", "array", "prim", "args", "state", "runs", "readers", "__weakref__")
+    __slots__ = ("shape", "dtype", "buffer", "forced", "__weakref__")
     __hash__ = object.__hash__
 
     ndim = property(lambda self: len(self.shape))
@@ -3601,118 +4327,72 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
     nbytes = property(lambda self: self.size * self.dtype.itemsize)
     T = property(lambda self: self.expose().T)
 
-    def __init__(self, array=None, shape=None, dtype=None, prim=None, args=(), state=None):
-        self.array, self.prim, self.args, self.state, self.runs = array, prim, args, state, 0
-        self.shape, self.dtype = (shape, dtype) if array is None else (array.shape, array.dtype)
-        self.readers: list[weakref.ref] = []
-
-    # --- what waits ---
-
-    def pending(self) -> list[Chunked]:
-        """All that has to be computed for this, operands first."""
-        found: dict[Chunked, None] = {}
-        stack = [self]
-        while stack:
-            node = stack[-1]
-            if node.array is not None or node in found:
-                stack.pop()
-                continue
-            rest = [x for x in node.args if type(x) is Chunked and x.array is None and x not in found]
-            if rest:
-                stack += rest
-            else:
-                found[stack.pop()] = None
-        return list(found)
-
-    def run(self, reduction: tuple | None = None):
-        """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
-        kept is kept now: nothing is computed a third time."""
-        nodes = self.pending()
-        inputs: list = []
-        places: dict[int, int] = {}
-        for x in [x for node in nodes for x in node.args] or [self]:
-            if not (type(x) is Chunked and x.array is None) and id(x) not in places:
-                places[id(x)] = len(inputs)
-                inputs.append(x)
-        places.update((id(node), len(inputs) + i) for i, node in enumerate(nodes))
-        steps = tuple([(node.prim, tuple([places[id(x)] for x in node.args]), node.dtype) for node in nodes])
-        kept = [node for node in nodes if node.runs or (node is self and reduction is None)]
-        raw = [x.buffer() if type(x) is Chunked else x for x in inputs]
-        with np.errstate(**(self.state or np.geterr())):
-            arrays, total = run_blocks(steps, raw, self.shape, [places[id(node)] for node in kept], reduction)
-        for node in nodes:
-            node.runs += 1
-        for node, array in zip(kept, arrays):
-            node.array, node.prim, node.args = array, None, ()
-        return total
-
-    def buffer(self) -> np.ndarray:
-        """The array, where the workers see it."""
-        array = self.array
-        if _config.use_processes and array.nbytes > _TRAVELS_BYTES and _describe(array) is None and not _in_worker():
-            del array
-            if not self.held_outside() and self.array.base is None:
-                shared = _memory.empty(self.shape, self.dtype, True)
-                np.copyto(shared, self.array)
-                self.array = shared
-        return self.array
+    def __init__(self, data, given: bool = True, forced: bool = False):
+        self.forced = forced
+        self.buffer = data if type(data) is _Buffer else _Buffer(data, given)
+        self.shape, self.dtype = self.buffer.shape, self.buffer.dtype
 
     def force(self) -> np.ndarray:
         """The array, for reading at once."""
-        with _chunk_lock:
-            if self.array is None:
-                self.run()
-            return self.array
+        return self.buffer.force()
 
     def expose(self) -> np.ndarray:
-        """The array, to be handed out: whoever gets it may keep it, and write to it."""
+        """The array, handed out."""
         with _chunk_lock:
-            readers, self.readers = self.readers, []
-            for ref in readers:
-                if (reader := ref()) is not None:
-                    reader.force()
-            return self.force()
-
-    def held_outside(self) -> bool:
-        """Whether somebody else holds the array or a view of it."""
-        if sys.getrefcount(self.array) > _HELD_ONCE:
-            return True
-        base = self.array.base
-        return isinstance(base, np.ndarray) and sys.getrefcount(base) > _BASE_HELD_ONCE
+            return self.buffer.hand_out()
 
     def assign(self, new) -> None:
-        """In place: the data of `new`, of this shape, once it is there as a whole."""
+        """In place: the data of `new`, of this shape. TypeError if its dtype does not cast to this one's kind."""
         with _chunk_lock:
-            array = new.force() if type(new) is Chunked else np.asarray(new)
-            if array.dtype != self.dtype:
-                array = array.astype(self.dtype, casting="same_kind")
-            old = self.expose()
-            owns = not isinstance(old.base, np.ndarray)
-            del old
-            if owns and not self.held_outside():
-                self.array = array
-            else:
-                np.copyto(self.array, array)
+            if not np.can_cast(new.dtype, self.dtype, "same_kind"):
+                raise TypeError(f"in place: cannot cast {new.dtype} to {self.dtype}")
+            if self.buffer.given:
+                np.copyto(self.expose(), new.force() if type(new) is Chunked else new, "same_kind")
+            elif type(new) is not Chunked:
+                self.buffer = _Buffer(np.array(new, self.dtype, order="C"))
+            elif new.buffer is not self.buffer:
+                old, state = new.buffer, np.geterr()
+                if new.dtype != self.dtype or old.given:
+                    self.buffer = _step(_as_dtype, (new,), self.dtype, state)
+                else:  # `new` becomes a copy, which waits: mostly nobody has it any more
+                    self.buffer, new.buffer = old, _step(_as_dtype, (new,), self.dtype, state)
 
     # --- NumPy's protocols: so that the primitives' rules run on it ---
 
     def __array__(self, dtype=None, copy=None):
-        array = self.expose()
-        return np.array(array, dtype) if copy or (dtype is not None and dtype != array.dtype) else array
+        if copy:
+            return np.array(self.force(), dtype)
+        return np.asarray(self.expose(), dtype)
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         prim = TABLE.get(ufunc)
-        if method == "__call__" and not kwargs and isinstance(prim, Primitive):
-            return _evaluate(prim, inputs, _NO_PARAMS)
-        out = kwargs.pop("out", None)
-        if out is not None:
+        if method == "__call__" and isinstance(prim, Primitive):
+            if not kwargs:
+                return _evaluate(prim, inputs, _NO_PARAMS)
+            out = kwargs["out"][0] if kwargs.keys() == {"out"} else None
+            if type(out) is Chunked and _waits(prim):
+                new = _evaluate(prim, inputs, _NO_PARAMS)
+                if new.shape == out.shape and np.can_cast(new.dtype, out.dtype, "same_kind"):
+                    out.assign(new)
+                    return out
+        out = kwargs.pop("out", ())
+        if out:
             kwargs["out"] = tuple([x.expose() if type(x) is Chunked else x for x in out])
-        return getattr(ufunc, method)(*[x.force() if type(x) is Chunked else x for x in inputs], **kwargs)
+        ours = [x for x in inputs if type(x) is Chunked]
+        if method == "at" and type(inputs[0]) is Chunked:
+            inputs[0].expose()
+        result = _whole(getattr(ufunc, method), inputs, ours, False if out else None, **kwargs)
+        if not out:
+            return result
+        return out if len(out) > 1 else out[0]
 
     def __array_function__(self, function, kinds, args, kwargs):
         prim = TABLE.get(function)
         if function in (np.shape, np.ndim, np.size) and len(args) == 1:
             return getattr(self, function.__name__)
+        if function in (np.empty_like, np.zeros_like, np.ones_like, np.full_like):
+            like = np.broadcast_to(np.zeros((), self.dtype), self.shape)
+            return _whole(function, (like, *args[1:]), (), self.forced or None, **kwargs)
         if isinstance(prim, Primitive) and set(kwargs) <= {*prim.params, *(prim.operands or ())}:
             return prim(*args, **kwargs)
 
@@ -3735,6 +4415,9 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
     def astype(self, dtype, copy=True):
         return _evaluate(_as_dtype, (self,), {"dtype": np.dtype(dtype)}) if dtype != self.dtype or copy else self
 
+    def copy(self):
+        return Chunked(_step(_as_dtype, (self,), self.dtype, np.geterr()), forced=self.forced)
+
     def reshape(self, *shape):
         return self.expose().reshape(*shape)
 
@@ -3748,107 +4431,194 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
         return np.array, (self.force(),)
 
 
-def _references():
-    """What `held_outside` counts if nobody does; it differs between versions of Python."""
-    probe = Chunked(np.empty(4)[:2])
-    base = probe.array.base
-    del base
-
-    def counts(self):
-        held = sys.getrefcount(self.array)
-        base = self.array.base
-        return held, sys.getrefcount(base)
-
-    return counts(probe)
+def _waits(prim: Primitive) -> bool:
+    """Whether an operation may wait, or be cut into blocks: one of the catalogue, whose faults nobody has to see at
+    once; as NumPy does them, they may be an error, or a call, on the line that they come from."""
+    return (
+        prim.builtin
+        and set(np.geterr().values()) <= {"ignore", "warn"}
+        and not any(how == "error" and issubclass(RuntimeWarning, kind) for how, _, kind, *_ in warnings.filters)
+    )
 
 
-_HELD_ONCE, _BASE_HELD_ONCE = _references()
+class _InBlocks(Kind):
+    """The kind of chunked arrays."""
+
+    rank = 2
+
+    def enter(self, data, dtype, choice, who):
+        if HOOK.takes(data, choice):
+            return Chunked(_step(_as_dtype, (data,), np.dtype(dtype or data.dtype), np.geterr()), forced=choice is True)
+        return data.force().astype(dtype or data.dtype)
+
+    def evaluate(self, prim, raw, params):
+        """Waits, is reduced, or is done at once."""
+        ours = [x for x in raw if type(x) is Chunked]
+        forced = any([x.forced for x in ours])
+        if prim is _detach:
+            return raw[0]
+        if (_config.enabled or forced) and not _mode.tracing and _waits(prim):
+            if prim.elementwise and (not params or prim is _as_dtype) and all(map(_in_c_order, raw)):
+                raw = raw if prim.ufunc else _strengthened(prim, raw)
+                with contextlib.suppress(ValueError):  # shapes that do not fit: NumPy says so
+                    np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])
+                    dtype = np.dtype(params["dtype"]) if params else _result_dtype(prim, raw)
+                    if prim.forward is not np.power or dtype.kind == "f":  # which fails on some integers
+                        return Chunked(_step(prim, raw, dtype, np.geterr()), forced=forced)
+            if prim.name in _REDUCTIONS and type(raw[0]) is Chunked:
+                return _reduced(prim.name, raw[0].buffer, **params)
+        if not prim.builtin:  # code that is not ours may keep what it gets, and what it returns
+            return NUMPY.evaluate(prim, [x.expose() if type(x) is Chunked else x for x in raw], params)
+        return _whole(NUMPY.evaluate, (prim, raw, params), ours, forced or (None if _config.enabled else False))
+
+    def hand_out(self, raw):
+        return raw.expose()
+
+    def fetch(self, raws):
+        return [raw.force() for raw in raws]
+
+    def own(self, raw):
+        return raw.copy()
+
+    def shared(self, raw):
+        return raw.buffer.given
+
+    def same(self, raw, x):
+        return x is raw or (raw.buffer.given and x is raw.buffer.array)
+
+    def write(self, raw, new):
+        raw.assign(new)
+        return raw
 
 
-def _result_dtype(prim: Primitive, args: Sequence, params: dict) -> np.dtype:
+class _BlocksHook(_Hook):
+    """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed."""
+
+    def adopt(self, raw, choice, dtype=None, new=False):
+        takes = self.takes(raw, choice)
+        if type(raw) is Chunked:
+            return raw if takes else raw.expose()
+        if dtype is not None:
+            large = takes and raw.nbytes > _BLOCK_BYTES and raw.flags.c_contiguous
+            steps = ((_as_dtype, (0,), dtype),)
+            raw = run_blocks(steps, [raw], raw.shape, [1])[0][0] if large else raw.astype(dtype)
+            new = True
+        fits = takes and type(raw) is np.ndarray and raw.nbytes > _BLOCK_BYTES and raw.flags.carray
+        return Chunked(raw, not new, choice is True) if fits else raw
+
+    def takes(self, raw, choice):
+        """Whether a raw value is to be chunked."""
+        return self.distributed(raw, choice) and not _mode.tracing
+
+    def distributed(self, raw, choice):
+        if not np.ndim(raw):
+            return False
+        return choice if choice is not None else _config.enabled and raw.size >= _config.min_elements_for_parallel
+
+
+KINDS[Chunked] = _InBlocks()
+HOOK = _BlocksHook()
+
+
+def _whole(function: Callable, args: Sequence, ours: Sequence[Chunked], choice: bool | None = None, **kwargs):
+    """Calls a function of NumPy's on the arrays. If what it returns is a view of one of ours, that is handed out; if it
+    is new, it is a chunked array, where that may pay."""
+
+    def plain(x):
+        if type(x) is Chunked:
+            return x.force()
+        return type(x)(map(plain, x)) if type(x) in (list, tuple) else x
+
+    out = _memory.spend(function, *map(plain, args), **{name: plain(x) for name, x in kwargs.items()})
+    seen = [y for y in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(y, np.ndarray)]
+    views = [x for x in ours if any(np.may_share_memory(x.force(), y) for y in seen)]
+    for x in views:
+        x.expose()
+    return out if views or not seen or not out.flags.owndata else HOOK.adopt(out, choice, new=True)
+
+
+def _in_c_order(x) -> bool:
+    """Whether NumPy would give a result of x in C order, as we do; else its layout is for NumPy to choose."""
+    if not isinstance(x, np.ndarray) or x.flags.c_contiguous:
+        return True
+    steps = [step for step, n in zip(x.strides, x.shape) if n > 1 and step]
+    return all(a > b for a, b in zip(steps, [*steps[1:], 0]))
+
+
+def _result_dtype(prim: Primitive, args: Sequence) -> np.dtype:
     """The dtype of an element-wise result: what one element gives."""
-    key = prim, tuple([x.dtype if hasattr(x, "dtype") else type(x) for x in args]), params.get("dtype")
+    key = prim, *[x.dtype if hasattr(x, "dtype") else x if type(x) is int else type(x) for x in args]
     if key not in _dtypes:
+        if len(_dtypes) > 1000:
+            _dtypes.clear()
         with np.errstate(all="ignore"):
-            ones = [np.ones(1, x.dtype) if hasattr(x, "dtype") else x for x in args]
-            _dtypes[key] = np.asarray(prim.forward(*ones, **params)).dtype
+            _dtypes[key] = prim.forward(*[np.ones(1, x.dtype) if hasattr(x, "dtype") else x for x in args]).dtype
     return _dtypes[key]
 
 
 _dtypes: dict[tuple, np.dtype] = {}
 
 
-def _evaluate_chunked(prim: Primitive, raw: Sequence, params: dict):
-    """The forward of a primitive on raw operands of which some are chunked: deferred, reduced, or done at once."""
-    state = np.geterr()
-    # Not under `raise` or `call`; and the layout of results from arrays that are not in C order is for NumPy to choose.
-    plain = set(state.values()) <= {"ignore", "warn"} and all(map(_in_c_order, raw))
-    if plain and prim.elementwise and (not params or prim is _as_dtype):
-        return _deferred(prim, raw, params, state)
-    if plain and prim.name in _REDUCTIONS and type(raw[0]) is Chunked and raw[0].size:
-        return _reduced(prim.name, raw[0], **params)
-    return _evaluate(prim, [x.expose() if type(x) is Chunked else x for x in raw], params)
-
-
-def _in_c_order(x) -> bool:
-    array = x.array if type(x) is Chunked else x
-    return not isinstance(array, np.ndarray) or array.ndim < 2 or array.flags.c_contiguous
-
-
-def _deferred(prim, raw, params, state) -> Chunked:
-    shape = np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])  # errors are raised here, at the call
-    dtype = _result_dtype(prim, raw, params)
+def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buffer:
+    """An element-wise operation, which waits if nobody else may write to what it reads."""
+    shape = np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])
     with _chunk_lock:
         args, wait = [], True
         for x in raw:
             if type(x) is Chunked:
-                if x.array is None and x.state != state:
-                    x.force()
-                wait &= x.array is None or not x.held_outside()
+                x = x.buffer
+                if x.array is None and (x.shape != shape or x.state != state):
+                    x.force()  # all steps of a job have one shape
+                wait = wait and not x.given
             elif isinstance(x, np.ndarray):
-                wait &= x.nbytes <= _TRAVELS_BYTES
+                x = _without_repeats(x)
+                wait = wait and x.nbytes <= _TRAVELS_BYTES
                 x = x.copy() if wait else x
             args.append(x)
-        new = Chunked(None, shape, dtype, prim, tuple(args), state)
+        new = _Buffer(None, False, shape, np.dtype(dtype), prim, tuple(args), state)
         if not wait or len(new.pending()) >= _MAX_PENDING:
             new.force()
-        else:
-            for x in args:
-                if type(x) is Chunked:
-                    x.readers = [ref for ref in x.readers if (r := ref()) is not None and r.array is None]
-                    x.readers.append(weakref.ref(new))
+        for x in new.args:
+            if type(x) is _Buffer:
+                if x.readers is None:
+                    x.readers = weakref.WeakSet()
+                x.readers.add(new)
     return new
 
 
 _REDUCTIONS = {*_REDUCERS, "mean", "var", "std"}
 
 
-def _reduced(name: str, x: Chunked, axis=None, keepdims=False, ddof=0):
+def _reduced(name: str, x: _Buffer, axis=None, keepdims=False, ddof=0):
     """A reduction in one pass; var and std, which need the mean first, in two."""
-    ndim = x.ndim
+    ndim, state = len(x.shape), np.geterr()
     axes = tuple(range(ndim)) if axis is None else tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     axes = np.lib.array_utils.normalize_axis_tuple(axes, ndim)
     count = math.prod(x.shape[i] for i in axes)
-    if name in ("var", "std"):
-        centred = x - _reduced("mean", x, axes, True)
-        total = np.asarray(_reduced("sum", np.square(centred), axes, True)) / max(count - ddof, 0)
-        total = np.sqrt(total) if name == "std" else total
-        total = total.astype(x.dtype if x.dtype.kind == "f" else np.float64)
-    else:
-        kind = "sum" if name == "mean" else name
-        dtype = _REDUCERS[kind].reduce(np.ones(1, x.dtype)).dtype
-        if name == "mean" and x.dtype.kind != "f":
-            dtype = np.dtype(np.float64)
-        with _chunk_lock:
-            total = x.run((kind, axes, dtype))
-        total = np.true_divide(total, count, dtype=dtype) if name == "mean" else total
-    return (
-        total[()]
-        if not total.ndim
-        else total
-        if keepdims
-        else _settle(total.reshape([n for i, n in enumerate(x.shape) if i not in axes]))
-    )
+    with _chunk_lock:
+        if x.array is None and x.state != state:
+            x.force()
+        if name in ("var", "std"):
+            wide = np.promote_types(x.dtype, np.float32) if x.dtype.kind == "f" else np.dtype(np.float64)
+            steps = [(_as_dtype, ()), (TABLE[np.subtract], (_mean(x, axes, count, wide),)), (TABLE[np.square], ())]
+            squares = x
+            for prim, others in steps[x.dtype == wide :]:
+                squares = _Buffer(None, False, x.shape, wide, prim, (squares, *others), state)
+            total = np.true_divide(squares.compute(("sum", axes, wide)), max(count - ddof, 0))
+            total = np.sqrt(total) if name == "std" else total
+            total = total.astype(x.dtype if x.dtype.kind == "f" else wide, copy=False)
+        elif name == "mean":
+            total = _mean(x, axes, count, x.dtype if x.dtype.kind == "f" else np.dtype(np.float64))
+        else:
+            total = x.compute((name, axes, _REDUCERS[name].reduce(np.ones(1, x.dtype)).dtype))
+    if not keepdims:
+        total = total.reshape([n for i, n in enumerate(x.shape) if i not in axes])
+    return total if total.ndim else total[()]
+
+
+def _mean(x: _Buffer, axes: tuple, count: int, dtype: np.dtype) -> np.ndarray:
+    wide = np.promote_types(dtype, np.float32)
+    return np.true_divide(x.compute(("sum", axes, wide)), count, dtype=wide).astype(dtype, copy=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4086,7 +4856,7 @@ _SIMPLER: dict[Primitive, Callable] = {
     TABLE[np.divide]: _simpler_divide,
     TABLE[np.power]: _simpler_power,
     PRIMITIVES["mean"]: _simpler_mean,
-    PRIMITIVES["sum"]: lambda node, a, **params: a if np.size(_raw(a)) == node.size else None,
+    PRIMITIVES["sum"]: lambda node, a, **params: a if math.prod(np.shape(a)) == node.size else None,
     _reshape: _simpler_reshape,
     _TRANSPOSE: _simpler_transpose,
     _NEGATIVE: lambda node, x: x._args[0] if _is(x, _NEGATIVE) else None,
@@ -5265,7 +6035,7 @@ class _Program:
     def picture(self, index: int) -> Value:
         """What the graph of a root became, with its current data, to be drawn."""
         with self.lock, _tracing():
-            root = fuse([_replayed(self.graph)[index]])[0]
+            root = _rewrite(fuse([_replayed(self.graph)[index]]), _pictured)[0]
             return _twin(root, root._prim, root._args, root._params)
 
     def __reduce__(self):
@@ -5328,17 +6098,19 @@ def _program_forward(*leaves, program, index):
 _program = primitive(_program_forward, _program_i, name="program", variadic=True)
 
 
-def _deposit(pairs: Iterable) -> None:
-    """Adds gradients to leaves. A leaf owns its gradient: a view, or an array that others have, too, is copied."""
-    given = set()
-    for leaf, g in pairs:
-        if leaf._grad is not None:
-            g = leaf._grad + g
-        elif type(g) is np.ndarray and (g.base is not None or id(g) in given):
-            g = g.copy()
-        if type(g) is np.ndarray:
-            given.add(id(g))
-        leaf._grad = g
+def _pictured(node: Value, args: tuple) -> Value:
+    """A node as it is drawn: numbers that were packed are one leaf, and a fused chain is called by its formula."""
+    if node._prim is _pack:
+        leaf = _leaf(node._data)
+        leaf.label = f"{node.size} numbers"
+        return leaf
+    if node._prim is not _fused:
+        return _renewed(node, args)
+    named = _new(Primitive)
+    for slot in Primitive.__slots__:
+        setattr(named, slot, getattr(_fused, slot))
+    named.symbol = _formula(node._params["chain"])
+    return _twin(node, named, args)
 
 
 class Optimized(Value):
@@ -5359,8 +6131,12 @@ class Optimized(Value):
         """Adds the gradient of this Value to the `.grad` of the leaves; see `Value.backward`."""
         seed = self._seed(gradient)
         program, index = self._params.values()
-        _deposit(program.backward(index, seed))
+        for x, g in _deposited(program.gradients(index, seed), {self: seed}).items():
+            x._grad = g
         self._grad = seed if retain_grads else None
+
+    def _picture(self) -> Value:
+        return self.graph
 
     @property
     def graph(self) -> Value:
@@ -5422,15 +6198,9 @@ def optimize(*roots: Value) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-_RAW = (np.ndarray, np.generic, float, Chunked)
-
-
 def _is_foreign(x) -> bool:
     """Whether x is an array of another library that takes part in NumPy's functions, such as a `dask.array`."""
-    if isinstance(x, _RAW) or isinstance(x, Array):
-        return False
-    protocols = "__array_function__", "__array_ufunc__", "shape", "dtype"
-    return all(getattr(x, name, None) is not None for name in protocols)
+    return _lazy(x)
 
 
 def _known_shape(x, who):
@@ -5467,15 +6237,16 @@ def _not_offered(prim: Primitive, x) -> TypeError:
 
 
 def _computed(arrays: Sequence) -> list:
-    """Foreign arrays as NumPy's; those of Dask together, in one pass over its cluster. Others as they are."""
+    """Foreign arrays as NumPy's; those of Dask together, in one pass over its cluster."""
     lazy = [x for x in arrays if hasattr(x, "__dask_graph__")]
     done = iter(sys.modules["dask"].compute(*lazy, traverse=False) if lazy else ())
-    taken = ((x, next(done) if hasattr(x, "__dask_graph__") else x) for x in arrays)
-    return [_settle(np.array(y)) if _is_foreign(x) else x for x, y in taken]
+    return [_settle(np.array(next(done) if hasattr(x, "__dask_graph__") else x)) for x in arrays]
 
 
 def _evaluate_foreign(prim: Primitive, raw: Sequence, params: dict, foreign):
     """The forward of a primitive if an operand is a foreign array; so is its result, and nothing is computed yet."""
+    if prim.name == "scatter":
+        return _put_foreign(raw[0], params["shape"], _filled(params["index"], raw[1:]))
     # NumPy would compute a foreign index into its own array; Dask's Cholesky factor is the upper one.
     if prim.name == "cholesky" or ("index" in params and not _is_foreign(raw[0])):
         raise _not_offered(prim, foreign)
@@ -5502,3 +6273,55 @@ def _put_foreign(a, shape, index):
         ends.append((start, max(start, stop)))
     block = np.reshape(a, tuple(stop - start for start, stop in ends))
     return np.pad(block, [(start, n - stop) for n, (start, stop) in zip(shape, ends)])
+
+
+class _Elsewhere(Kind):
+    """The kind of arrays of other libraries."""
+
+    rank, lazy = 3, True
+
+    def enter(self, data, dtype, choice, who):
+        return _known_shape(data if dtype is None else data.astype(dtype), who)
+
+    def constant(self, x, who):
+        if x.dtype.kind not in "fiub":
+            raise TypeError(f"{who}: operands must be real numbers, got an array of dtype {x.dtype}")
+        return _known_shape(x, who)
+
+    def evaluate(self, prim, raw, params):
+        foreign = next(x for x in raw if KINDS[type(x)] is self)
+        raw = [x.force() if KINDS[type(x)].rank == 2 else x for x in raw]
+        return _evaluate_foreign(prim, raw, params, foreign)
+
+    def fetch(self, raws):
+        return _computed(raws)
+
+    def own(self, raw):
+        return raw
+
+    def write(self, raw, new):
+        return new
+
+    def rule(self, prim, rule):
+        def checked(*args, **params):
+            foreign = next(x for x in args if KINDS.get(type(x)) is self)
+            with _lazily(prim, foreign):
+                h = rule(*args, **params)
+            if h is not None and foreign is args[isinstance(args[0], int)] and not _lazy(h):
+                raise _not_offered(prim, foreign)
+            return h
+
+        return checked
+
+    def text(self, raw):
+        return f", chunksize={raw.chunksize}" if hasattr(raw, "chunksize") else ""
+
+
+def _foreign_kind(cls: type) -> Kind | None:
+    """The kind of a type that takes part in NumPy's functions."""
+    protocols = "__array_function__", "__array_ufunc__", "shape", "dtype"
+    return ELSEWHERE if all(getattr(cls, name, None) is not None for name in protocols) else None
+
+
+ELSEWHERE = _Elsewhere()
+KINDS.finders.append(_foreign_kind)
