@@ -4692,7 +4692,7 @@ def _regular(node: Value) -> bool:
     of them empty; masks only where `_MASKS` says so. All else is computed by `_evaluate`, as in eager mode.
     """
     prim, dtype = node._prim, None
-    if prim not in _OWN:
+    if prim in _AS_THEY_ARE or not prim.builtin:
         return prim in _AS_THEY_ARE
     masks = _MASKS.get(prim, ())
     for i, x in enumerate(node._args):
@@ -4934,8 +4934,8 @@ def merge_common(roots: Sequence) -> list:
 
     def rule(node, args):
         prim, params = node._prim, node._params
-        key: Any = (prim, tuple(map(_key, args))) if prim in _OWN else node
-        if params and prim in _OWN:
+        key: Any = (prim, tuple(map(_key, args))) if prim.builtin else node
+        if params and prim.builtin:
             key += tuple([(name, _key(params[name])) for name in sorted(params)])
         found = known.get(key)
         if found is None:
@@ -5356,7 +5356,8 @@ def _chain_i(i, g, out, operands, chain):
 _fused = primitive(_run_chain, _chain_i, name="fused", variadic=True)
 _MAX_CHAIN = 32
 _AS_THEY_ARE = {_detach, _fused}  # what is right on any operands
-_OWN = frozenset(PRIMITIVES.values()) - _AS_THEY_ARE  # what the passes know
+for _prim in (_dot, _pack, _fused):
+    _prim.builtin = True
 
 
 def fuse(roots: Sequence) -> list:
@@ -5469,7 +5470,7 @@ def _unregistered(name: str, forward: Callable, vjps: tuple, like: Primitive) ->
     new = Primitive()
     for slot in Primitive.__slots__:
         setattr(new, slot, getattr(like, slot))
-    new.name, new.forward, new.vjps = name, forward, vjps
+    new.name, new.forward, new.vjps, new.builtin = name, forward, vjps, False
     return new
 
 
@@ -5490,7 +5491,7 @@ def seal(roots: Sequence) -> list:
 
     def rule(node, args):
         prim = node._prim
-        if prim in _OWN or prim in _AS_THEY_ARE or not any(prim.vjps):
+        if prim.builtin or not any(prim.vjps):
             return _renewed(node, args)
         if prim not in sealed:
             rules = tuple([f and rule_of(prim, i) for i, f in enumerate(prim.vjps)])
@@ -5550,7 +5551,7 @@ class _Lowering:
         for node in reversed(nodes):
             if node._prim is _fused and not self.blocked(node):
                 last[node._params["chain"][-1]] = last[node]
-            if node._prim is not None and node._prim not in _OWN and node._prim not in _AS_THEY_ARE:
+            if node._prim is not None and not node._prim.builtin:
                 last.update((x, math.inf) for x in node._args if isinstance(x, Value))  # users may hold on to them
             if type(node._data) is np.ndarray and not self.fills(node):
                 for x in node._args:
@@ -5671,7 +5672,7 @@ class _Lowering:
         prim, a = node._prim, _raw(node._args[0])
         if type(node._data) is not np.ndarray or not _regular(node):
             return None
-        if prim in _VIEWS and (type(a) is not np.ndarray or (prim is _getitem and len(node._args) > 1)):
+        if prim in _VIEWS and (not hasattr(a, "dtype") or (prim is _getitem and len(node._args) > 1)):
             return None
         found = self.EMITTERS.get(prim)
         plain = prim.elementwise and not node._params and (isinstance(prim.forward, np.ufunc) or prim.reads == "out")
@@ -5711,7 +5712,7 @@ class _Lowering:
         if prim is _rule:
             return f"{self.bind('f', functools.partial(_rule.forward, **node._params))}({names})"
         call = f"_evaluate({self.bind('f', prim)}, ({names}), {self.bind('c', node._params)})"
-        if type(node._data) is np.ndarray and (prim is _getitem or prim not in _OWN):  # its shape may be another
+        if type(node._data) is np.ndarray and (prim is _getitem or not prim.builtin):  # its shape may be another
             return f"_as_before({call}, {node.shape}, {self.bind('c', node.dtype)})"
         return call
 
@@ -6006,7 +6007,7 @@ class _Program:
                 joint = fuse(joint)
             joint = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in joint]
             lowering = _Lowering(joint[: len(graph)], seed, joint[len(graph) :])
-        targets = [x if x in reached else [y if y in reached else None for y in x._args] for x in targets]
+        targets = [x if x in reached else _Packed(x._args, reached) for x in targets]
         return _Compiled(*lowering.functions, lowering.source, targets)
 
     def run(self, index: int) -> tuple:
@@ -6040,8 +6041,8 @@ class _Program:
             if (node := ref()) is not None:
                 node._data = results[node._params["index"]]
 
-    def backward(self, index: int, seed) -> Iterable[tuple[Value, Any]]:
-        """(leaf, gradient) pairs, to be added up. Does not change what the results are."""
+    def backward(self, index: int, seed) -> list[tuple[Value, Any]] | dict[Value, Any]:
+        """The gradients of leaves: of code as pairs, to be added up; of a replay as a dict. Results do not change."""
         with self.lock:
             state, self.state, self.current = self.state, None, index  # buffers are used up
             saved = state[1] if state is not None and state[0] == index else self.run(index)[1]
@@ -6055,14 +6056,14 @@ class _Program:
             found = _at_home(_backpropagate(root, seed, retain=False), root)
             if self.foreign:  # the root may be computed by now
                 self.show([root._data for root in saved])
-            return [(node, g) for node, g in found.items() if node in self.reached[index]]
+            return {node: g for node, g in found.items() if node in self.reached[index]}
 
     def gradients(self, index: int, g) -> dict[Value, Any]:
         """The gradients of a root's leaves, as numbers and arrays, or as Values by the graph that was traced."""
         if isinstance(g, Value):
             return _backpropagate(_replayed(self.traced)[index], g, self.reached[index], False, True)
-        found: dict[Value, Any] = {}
-        for x, h in self.backward(index, g):
+        new, found = self.backward(index, g), {}
+        for x, h in new.items() if type(new) is dict else new:
             found[x] = found[x] + h if x in found else h
         return found
 
@@ -6084,7 +6085,7 @@ class _Program:
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """The code of a program, and what its gradients belong to: a leaf, or, of numbers in one array, a list of them."""
+    """The code of a program, and what its gradients belong to: leaves, and numbers in one array."""
 
     forward: Callable
     backward: Callable
@@ -6097,17 +6098,27 @@ def _retraced(roots) -> _Program:
 
 
 def _unpacked(targets: Sequence, gradients: Sequence) -> list[tuple[Value, Any]]:
-    """The pairs of leaf and gradient, one for each number of a pack."""
+    """The pairs of leaf and gradient, one for each number of a pack that is a leaf's."""
     pairs: list = []
     for target, g in zip(targets, gradients):
         if isinstance(target, Value):
             pairs.append((target, g))
+        elif target.weak:
+            pairs += zip(target.leaves, g.reshape(-1)[target.places].tolist())
         else:
-            numbers = g.reshape(-1).tolist() if g.dtype == np.float64 else g.reshape(-1)
-            for x, h in zip(target, numbers):
-                if x is not None:
-                    pairs.append((x, h if type(x._data) is float else x._data.dtype.type(h)))
+            pairs += [(x, _fit(h, x._data)) for x, h in zip(target.leaves, g.reshape(-1)[target.places])]
     return pairs
+
+
+class _Packed:
+    """Leaves that are numbers of a pack, and their places in it."""
+
+    def __init__(self, numbers: Sequence, reached: set):
+        self.places = [i for i, x in enumerate(numbers) if x in reached]
+        self.leaves = [numbers[i] for i in self.places]
+        self.weak = all(type(x._data) is float for x in self.leaves)
+        if len(self.places) == len(numbers):
+            self.places = slice(None)
 
 
 def _is_input(x) -> bool:
@@ -6130,6 +6141,7 @@ def _program_forward(*leaves, program, index):
 
 
 _program = primitive(_program_forward, _program_i, name="program", variadic=True)
+_program.builtin = True
 
 
 def _pictured(node: Value, args: tuple) -> Value:
@@ -6140,9 +6152,7 @@ def _pictured(node: Value, args: tuple) -> Value:
         return leaf
     if node._prim is not _fused:
         return _renewed(node, args)
-    named = _new(Primitive)
-    for slot in Primitive.__slots__:
-        setattr(named, slot, getattr(_fused, slot))
+    named = _unregistered("fused", _run_chain, (_chain_i,), _fused)
     named.symbol = _formula(node._params["chain"])
     return _twin(node, named, args)
 
@@ -6165,8 +6175,13 @@ class Optimized(Value):
         """Adds the gradient of this Value to the `.grad` of the leaves; see `Value.backward`."""
         seed = self._seed(gradient)
         program, index = self._params.values()
-        for x, g in _deposited(program.gradients(index, seed), {self: seed}).items():
-            x._grad = g
+        new = program.backward(index, seed)
+        if type(new) is dict:
+            for x, g in _deposited(new, {self: seed}).items():
+                x._grad = g
+        else:  # what code makes is no other's
+            for x, g in new:
+                x._grad = g if x._grad is None else x._grad + g
         self._grad = seed if retain_grads else None
 
     def _picture(self) -> Value:
@@ -6203,8 +6218,9 @@ def optimize(*roots: Value) -> Any:
     as what the graph became; it nests in further expressions, pickles, and can be optimized again. Values and gradients
     are the eager ones up to rounding. `.source` is the program.
 
-    A trace holds what happened when the graph was built: Python's own branches and loops on values are frozen, as is
-    the number of elements that a boolean mask selects. Shapes may not change: ValueError names the leaf.
+    A trace holds what happened when the graph was built: Python's own branches and loops on values are frozen. Shapes
+    of leaves and Tensors may not change: ValueError names the leaf. Gradients are those at the data of the last
+    forward: where data changed since, as in eager mode, they are undefined, and a second backward may see the change.
 
         >>> w = Value(2.0, label="w")
         >>> loss = optimize((w * 3.0 - 1.0) ** 2)
