@@ -3459,7 +3459,7 @@ class _Lease:
         }
 
     def __del__(self):
-        if _memory is not None:  # as it is when Python ends
+        if _memory is not None and hasattr(self, "segment"):  # else Python ends, or this was interrupted
             _memory.take_back(self.segment)
 
 
@@ -3472,8 +3472,8 @@ class _Memory:
         self.bound = 0  # bytes of freed segments that are kept for the next results: none when nothing is distributed
         self.lock = threading.RLock()  # reentrant: an array may die, and come here, at any allocation
 
-    def empty(self, shape: tuple, dtype, shared: bool) -> np.ndarray:
-        """A new array, where worker processes find it if they are to share it and it can be had."""
+    def empty(self, shape: tuple, dtype, shared: bool, brief: bool = False) -> np.ndarray:
+        """A new array, where worker processes find it if they are to share it and it can be had; brief: for a job."""
         dtype = np.dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < _SMALL_BYTES and not shared:
@@ -3481,7 +3481,8 @@ class _Memory:
         size = -(-max(nbytes, 1) >> 20) << 20
         self.bound = self.bound or _physical_bytes() // 16
         segment = self.take(size, shared)
-        if segment is None and shared and len(self.shared) >= _MAX_SEGMENTS and not self.clear(shared=True):
+        most = 2 * _MAX_SEGMENTS if brief else _MAX_SEGMENTS
+        if segment is None and shared and len(self.shared) >= most and not self.clear(shared=True):
             segment = self.take(size, False)
             shared = False
         if segment is None and shared:
@@ -3939,7 +3940,7 @@ def run_blocks(
     if reduction:
         wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
         kept = [-(-n // extents[i]) if i in axes else n for i, n in enumerate(shape)]
-        parts = _memory.empty(tuple(kept), wide, processes)
+        parts = _memory.empty(tuple(kept), wide, processes, brief=True)
     job = _Job(steps, inputs, shape, dict(zip(dtypes, into)), (name, axes) if reduction else None, parts, extents)
     faults = None
     _local.depth += 1  # from here on a signal's handler finds a job under way
@@ -4054,7 +4055,8 @@ class _Buffer:
 
     def where_workers_are(self) -> np.ndarray:
         """The data, in process mode in shared memory if nobody knows where they are."""
-        if _config.use_processes and not self.given and _describe(self.array) is None and not _in_worker():
+        stays = self.given or not _config.use_processes or _in_worker() or len(_memory.shared) >= _MAX_SEGMENTS
+        if not stays and _describe(self.array) is None:
             shared = _memory.empty(self.shape, self.dtype, True)
             np.copyto(shared, self.array)
             self.array = shared
