@@ -441,7 +441,10 @@ class TestWorkers(Strict):
         """A script of its own, without an `if __name__ == "__main__"`, as a newcomer writes them."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "script.py"
-            path.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{textwrap.dedent(code)}", encoding="utf-8")
+            small = "import picograd; picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = 1 << 16, 0"
+            path.write_text(
+                f"import sys; sys.path.insert(0, {str(HERE)!r}); {small}\n{textwrap.dedent(code)}", encoding="utf-8"
+            )
             command = [sys.executable, *args, str(path)]
             return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
 
@@ -553,7 +556,7 @@ class TestWorkers(Strict):
             )
 
     def test_chains_fuse(self):
-        with distributed_config(enabled=True):
+        with distributed_config(enabled=True), mock.patch.object(picograd, "_FEW_BLOCKS", 0):
             x = Tensor(np.ones((4000, 1000)))
             x * 1
             with mock.patch.object(picograd, "run_blocks", wraps=picograd.run_blocks) as runs:
@@ -587,7 +590,7 @@ class TestWorkers(Strict):
         """Random programs of operations, views, in-place forms and writes from outside, against eager NumPy."""
         for processes, count in ((False, 300), (True, 60)):
             config = {"enabled": True, "min_elements_for_parallel": 1, "num_workers": 2, "use_processes": processes}
-            with distributed_config(**config), mock.patch.object(picograd, "_BLOCK_BYTES", 512):
+            with distributed_config(**config), mock.patch.multiple(picograd, _BLOCK_BYTES=512, _FEW_BLOCKS=0):
                 for seed in range(SEED % 2**20, SEED % 2**20 + count):
                     with self.subTest(seed=seed, processes=processes):
                         self.random_program(np.random.default_rng(seed))
@@ -939,7 +942,7 @@ class TestWorkers(Strict):
     def test_readers_are_lost_to_nothing(self):
         with (
             distributed_config(enabled=True, min_elements_for_parallel=1),
-            mock.patch.object(picograd, "_BLOCK_BYTES", 64),
+            mock.patch.multiple(picograd, _BLOCK_BYTES=64, _FEW_BLOCKS=0),
         ):
             x = Tensor(np.zeros(100)) * 1
             waiting, inverse = [x + i for i in range(5)], 1 / x
@@ -1024,11 +1027,12 @@ class TestWorkers(Strict):
                 z = Tensor(np.ones(3_000_000))
                 z += x
                 handled.append(z.sum().item() / 2 * 3)
+                signal.setitimer(signal.ITIMER_REAL, 0.02)
             signal.signal(signal.SIGALRM, handle)
             for processes in (True, False):
                 set_distributed_config(enabled=True, use_processes=processes, num_workers=2)
                 x = Tensor(np.ones(3_000_000))
-                signal.setitimer(signal.ITIMER_REAL, 0.01, 0.05)
+                signal.setitimer(signal.ITIMER_REAL, 0.01)
                 for _ in range(40):
                     assert (x * 3 - 1).sum().item() == 6_000_000
                 signal.setitimer(signal.ITIMER_REAL, 0)
@@ -1046,9 +1050,8 @@ class TestWorkers(Strict):
             import numpy as np, picograd
             from picograd import Tensor, set_distributed_config
             set_distributed_config(enabled=True, use_processes=True, num_workers=40)
+            picograd._FEW_BLOCKS = 0
             (Tensor(np.ones(2_000_000)) * 2 + 1).sum()
-            picograd._BLOCK_BYTES = 1 << 16
-            (Tensor(np.ones((3, 1_000_000 // 64))) * 2 + 1).sum(0).data
             workers = list(picograd._workers.pools[True][1]._processes)
             assert len(workers) <= 4, len(workers)
             print(*workers, flush=True)
@@ -1150,6 +1153,7 @@ class TestWorkers(Strict):
         with (
             mock.patch.object(picograd, "_Shared", side_effect=OSError("no memory")),
             mock.patch.object(picograd, "_memory", picograd._Memory()),  # nor any that is kept
+            mock.patch.object(picograd, "_BLOCK_BYTES", 1 << 16),
             distributed_config(**config),
         ):
             picograd._workers.warned.clear()
