@@ -35,6 +35,7 @@ import collections
 import contextlib
 import errno
 import functools
+import io
 import itertools
 import math
 import operator
@@ -103,7 +104,7 @@ class Primitive:
             if name in given:
                 raise TypeError(f"{takes}; argument {name!r} came twice")
             given[name] = value
-        given = {name: int(x) if type(x) is np.int64 else x for name, x in given.items()}  # such as an axis
+        given = {name: _python_numbers(x) for name, x in given.items()}  # such as an axis
         missing = [name for name in self.operands if name not in given]
         if missing:
             raise TypeError(f"{takes}; argument {missing[0]!r} is missing")
@@ -117,6 +118,13 @@ class Primitive:
 
     def __deepcopy__(self, memo):
         return self
+
+
+def _python_numbers(x):
+    """NumPy's integers and truths as Python's own, also in a tuple."""
+    if type(x) is tuple:
+        return tuple(map(_python_numbers, x))
+    return x.item() if isinstance(x, (np.integer, np.bool_)) else x
 
 
 def _primitive_named(name: str) -> Primitive:
@@ -596,7 +604,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         raw.append(x)
     if result is None:
         kinds = [KINDS[type(x)] for x in operands]
-        if any([kind is not None and kind.rank > NUMPY.rank for kind in kinds]):
+        if None not in kinds:
             return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
     if plain and not constants and dtype is not None and dtype.kind == "f":
@@ -861,6 +869,7 @@ class _Mode(threading.local):
 
 
 _mode = _Mode()
+_ENDS = "its gradient ends here; use NumPy's functions, or say .item() or .detach() where no gradient is wanted"
 _next_number = itertools.count(1).__next__
 _NO_PARAMS: dict[str, Any] = {}
 
@@ -1017,12 +1026,9 @@ class Value(Array):
         """The number, on its way to code that knows nothing of gradients."""
         number = self.item()
         if self._needs and _mode.recording:
-            instead = "use NumPy's functions, or say .item() or .detach() where no gradient is wanted"
             if _mode.depth:
-                raise TypeError(
-                    f"{how}(Value): its gradient would end here, within a function to differentiate; {instead}"
-                )
-            warnings.warn(f"{how}(Value): its gradient ends here; {instead}", stacklevel=3)
+                raise TypeError(f"{how}(Value): {_ENDS}")
+            warnings.warn(f"{how}(Value): {_ENDS}", stacklevel=3)
         return number
 
     def __float__(self):
@@ -1095,47 +1101,6 @@ def _record(prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
     return _node(_evaluate(prim, [_raw(x) for x in args], params), prim, args, params)
 
 
-_OVERWRITE_ELEMENTS = 1 << 14  # below, a buffer of its own costs less than the checks
-
-
-def _write_over(function: Callable, spent: Value, *others: Value):
-    """function(spent, *others), in the buffer of `spent`: a result that the caller made and nobody else holds.
-
-    Halves the memory of x @ w + b and its activation. Walkers of the graph who ask for the data of `spent` all the same
-    have it computed again, from what the leaves are then.
-    """
-    prim, raw = TABLE.get(function, function), spent._data
-    if type(raw) is not np.ndarray or raw.size < _OVERWRITE_ELEMENTS:
-        return prim(spent, *others)
-    if not (
-        "operands" not in getattr(prim, "reads", "operands")
-        and (spent._prim is None or "out" not in spent._prim.reads)
-        and not any(_lazy(x._data) for x in others)
-        and all(np.broadcast_shapes(raw.shape, x.shape) == raw.shape for x in others)
-        and np.result_type(raw, *(x._data for x in others)) == raw.dtype
-    ):
-        return prim(spent, *others)
-    out = prim.forward(raw, *(x._data for x in others), out=raw)
-    spent.__class__ = _Overwritten
-    return _node(out, prim, (spent, *others), _NO_PARAMS)
-
-
-class _Overwritten(Value):
-    """A node that another's data was written over. Computed anew if somebody asks, it is a plain Value again."""
-
-    __slots__ = ()
-
-    @property
-    def _data(self):
-        self._data = _evaluate(self._prim, [_raw(x) for x in self._args], self._params)
-        return self._data
-
-    @_data.setter
-    def _data(self, new):
-        self.__class__ = Value
-        self._data = new
-
-
 class _Listed:
     """In a pickle, behind the list of what a node depends on: the next node makes a list of its own again."""
 
@@ -1157,6 +1122,8 @@ def _rebuild(cls, first, listed, prim, args, params, needs, data, grad, label) -
 
 def _newest_first(root: Value, stop=frozenset(), everything=False) -> list[Value]:
     """The nodes that root depends on, newest first: those that a gradient flows to, or everything."""
+    if not isinstance(root, Value):
+        raise TypeError(_two_copies(type(root)))
     seen, nodes = {root}, [root]
     for node in nodes:  # the list grows as it is walked
         if stop and node in stop:
@@ -1281,13 +1248,8 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
             # A Tensor becomes a node: what a rule computes from it is recorded, too, and a replay reads it anew.
             operands = [_record(_detach, (x,)) if isinstance(x, Tensor) else x for x in args]
         else:
-            # Where data was written over, no rule reads it; g has its shape and dtype, which is all that `_fit` needs.
-            out = g if type(node) is _Overwritten else node._data
-            operands = []
-            for x in args:
-                if isinstance(x, (Value, Tensor)):
-                    x = g if type(x) is _Overwritten and "operands" not in prim.reads else x._data
-                operands.append(x)
+            out = node._data
+            operands = [x._data if isinstance(x, (Value, Tensor)) else x for x in args]
         weak, kind = False, NUMPY
         if type(out) is not ndarray or type(g) is not ndarray:
             weak = type(out) is float and type(g) is float and not variadic
@@ -1363,7 +1325,12 @@ def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Calla
         variables = [_variable(args[i], i) for i in numbers]
         for i, variable in zip(numbers, variables):
             args[i] = variable
-        out = f(*args, **kwargs)
+        try:
+            out = f(*args, **kwargs)
+        except ValueError as error:  # buffer[0] = v: NumPy makes a ValueError of what float(v) raised
+            if isinstance(error.__cause__, TypeError) and _ENDS in str(error.__cause__):
+                raise error.__cause__ from None
+            raise
         if not isinstance(out, (Array, np.ndarray, np.number, int, float)):
             raise TypeError(f"the function to differentiate must return a Value or number, got {type(out).__name__}")
         rows = []
@@ -1538,6 +1505,8 @@ def check_gradients(
 # Intervals that the samples of element-wise primitives are drawn from, away from kinks and poles.
 _REAL, _POSITIVE, _UNIT, _OVER_1 = (-2.0, 2.0), (0.3, 3.0), (-0.9, 0.9), (1.1, 3.0)
 
+_FLOAT = np.dtype(np.float64)
+
 # --- arithmetic ---
 
 
@@ -1557,8 +1526,8 @@ primitive(np.subtract, lambda g, out, x, y: g, lambda g, out, x, y: -g)
 primitive(np.multiply, lambda g, out, x, y: g * y, lambda g, out, x, y: g * x)
 primitive(np.divide, lambda g, out, x, y: g / y, lambda g, out, x, y: -g * out / y, samples=(_REAL, _POSITIVE))
 primitive(np.power, _power_x, _power_y, samples=(_POSITIVE, _REAL))
-primitive(
-    np.remainder, lambda g, out, x, y: g, lambda g, out, x, y: -g * np.floor(x / y), samples=((0.1, 0.9), _OVER_1)
+primitive(  # with the quotient that NumPy takes: x / y may round up to the next integer
+    np.remainder, lambda g, out, x, y: g, lambda g, out, x, y: -g * np.floor_divide(x, y), samples=(_REAL, _OVER_1)
 )
 primitive(np.negative, lambda g, out, x: -g)
 primitive(np.positive, lambda g, out, x: g)
@@ -1577,38 +1546,49 @@ primitive(np.log, lambda g, out, x: g / x, scalar=math.log, samples=(_POSITIVE,)
 primitive(np.log1p, lambda g, out, x: g / (1.0 + x), scalar=math.log1p, samples=(_POSITIVE,))
 primitive(np.log2, lambda g, out, x: g / (_LN2 * x), scalar=math.log2, samples=(_POSITIVE,))
 primitive(np.log10, lambda g, out, x: g / (_LN10 * x), scalar=math.log10, samples=(_POSITIVE,))
-primitive(np.logaddexp, lambda g, out, x, y: g * np.exp(x - out), lambda g, out, x, y: g * np.exp(y - out))
+
+
+def _lead_of(x, y):
+    """x - y, and 0 where both are the same infinity."""
+    with np.errstate(invalid="ignore"):
+        return np.where((x == y) & np.isinf(x), 0.0, x - y)
+
+
+# The weights are exp(x - out) and exp(y - out), in a form in which they sum to 1 whatever the size of x and y.
+primitive(
+    np.logaddexp,
+    lambda g, out, x, y: g * sigmoid(_lead_of(x, y)),
+    lambda g, out, x, y: g * sigmoid(_lead_of(y, x)),
+)
 
 # --- trigonometric and hyperbolic ---
 
 
 def _sinc_x(g, out, x):
     # Near 0 the closed form is 0/0; there the Taylor series is exact to double precision, also when differentiated.
-    z = (np.pi * x) ** 2
-    series = -(np.pi**2) * x * (1 / 3 - z * (1 / 30 - z * (1 / 840 - z * (1 / 45360 - z / 3991680))))
     near = np.abs(x) < 0.05
+    small = np.where(near, x, 0.0)
+    z = (np.pi * small) ** 2
+    series = -(np.pi**2) * small * (1 / 3 - z * (1 / 30 - z * (1 / 840 - z * (1 / 45360 - z / 3991680))))
     return g * np.where(near, series, (np.cos(np.pi * x) - out) / np.where(near, 1.0, x))
 
 
 primitive(np.sin, lambda g, out, x: g * np.cos(x), scalar=math.sin)
 primitive(np.cos, lambda g, out, x: -g * np.sin(x), scalar=math.cos)
 primitive(np.tan, lambda g, out, x: g * (1.0 + out * out), scalar=math.tan, samples=(_UNIT,))
-primitive(np.arcsin, lambda g, out, x: g / np.sqrt(1.0 - x * x), scalar=math.asin, samples=(_UNIT,))
-primitive(np.arccos, lambda g, out, x: -g / np.sqrt(1.0 - x * x), scalar=math.acos, samples=(_UNIT,))
+# (1 - x) * (1 + x): the difference 1 - x * x has no correct digit near 1.
+primitive(np.arcsin, lambda g, out, x: g / np.sqrt((1.0 - x) * (1.0 + x)), scalar=math.asin, samples=(_UNIT,))
+primitive(np.arccos, lambda g, out, x: -g / np.sqrt((1.0 - x) * (1.0 + x)), scalar=math.acos, samples=(_UNIT,))
 primitive(np.arctan, lambda g, out, x: g / (1.0 + x * x), scalar=math.atan)
-primitive(
-    np.arctan2,
-    lambda g, out, y, x: g * x / (x * x + y * y),
-    lambda g, out, y, x: -g * y / (x * x + y * y),
-    samples=(_REAL, _POSITIVE),
-)
 primitive(np.sinh, lambda g, out, x: g * np.cosh(x), scalar=math.sinh)
 primitive(np.cosh, lambda g, out, x: g * np.sinh(x), scalar=math.cosh)
 # g * (1 - out**2), in the order of operations in which NumPy needs one temporary array only.
 primitive(np.tanh, lambda g, out, x: -out * out * g + g, scalar=math.tanh, reads="out")
-primitive(np.arcsinh, lambda g, out, x: g / np.sqrt(x * x + 1.0), scalar=math.asinh)
-primitive(np.arccosh, lambda g, out, x: g / np.sqrt(x * x - 1.0), scalar=math.acosh, samples=(_OVER_1,))
-primitive(np.arctanh, lambda g, out, x: g / (1.0 - x * x), scalar=math.atanh, samples=(_UNIT,))
+primitive(np.arcsinh, lambda g, out, x: g / np.hypot(x, 1.0), scalar=math.asinh)  # x * x could overflow
+primitive(
+    np.arccosh, lambda g, out, x: g / (np.sqrt(x - 1.0) * np.sqrt(x + 1.0)), scalar=math.acosh, samples=(_OVER_1,)
+)
+primitive(np.arctanh, lambda g, out, x: g / ((1.0 - x) * (1.0 + x)), scalar=math.atanh, samples=(_UNIT,))
 primitive(np.sinc, _sinc_x, elementwise=True)
 
 
@@ -1617,6 +1597,15 @@ def _over(x, out):
     return x / np.where(out == 0, np.inf, out)
 
 
+def _turn(g, x, y):
+    """g * x / (x * x + y * y), where no square over- or underflows; 0 at the origin."""
+    r = np.hypot(x, y)
+    return _over(g * _over(x, r), r)
+
+
+primitive(
+    np.arctan2, lambda g, out, y, x: _turn(g, x, y), lambda g, out, y, x: _turn(-g, y, x), samples=(_REAL, _POSITIVE)
+)
 primitive(
     np.hypot, lambda g, out, x, y: g * _over(x, out), lambda g, out, x, y: g * _over(y, out), samples=(_REAL, _POSITIVE)
 )
@@ -1624,29 +1613,27 @@ primitive(
 # --- selection; ties share the gradient equally ---
 
 
-def _larger(g, x, y, ignore_nan=False):
-    takes = (x > y) | np.isnan(y) if ignore_nan else x > y
-    return np.where(x == y, 0.5 * g, np.where(takes, g, 0.0))
+def _contest(ufunc, beats, skips_nan):
+    """Enters maximum or one of its kin: of two operands, the one that `beats` the other gets the gradient, ties share
+    it. Of nan and a number, that gets it which NumPy takes; of two nans the first."""
+
+    def rule(g, mine, other, first):
+        taken, rest = (other, mine) if skips_nan else (mine, other)  # mine is the result if `taken` is nan
+        nan = np.isnan(taken) if first else np.isnan(taken) & ~np.isnan(rest)
+        return np.where(mine == other, 0.5 * g, np.where(beats(mine, other) | nan, g, 0.0))
+
+    primitive(
+        ufunc,
+        lambda g, out, x, y: rule(g, x, y, True),
+        lambda g, out, x, y: rule(g, y, x, False),
+        samples=(_REAL, _OVER_1),
+    )
 
 
-primitive(
-    np.maximum, lambda g, out, x, y: _larger(g, x, y), lambda g, out, x, y: _larger(g, y, x), samples=(_REAL, _OVER_1)
-)
-primitive(
-    np.minimum, lambda g, out, x, y: _larger(g, y, x), lambda g, out, x, y: _larger(g, x, y), samples=(_REAL, _OVER_1)
-)
-primitive(
-    np.fmax,
-    lambda g, out, x, y: _larger(g, x, y, True),
-    lambda g, out, x, y: _larger(g, y, x, True),
-    samples=(_REAL, _OVER_1),
-)
-primitive(
-    np.fmin,
-    lambda g, out, x, y: _larger(g, -x, -y, True),
-    lambda g, out, x, y: _larger(g, -y, -x, True),
-    samples=(_REAL, _OVER_1),
-)
+_contest(np.maximum, np.greater, False)
+_contest(np.minimum, np.less, False)
+_contest(np.fmax, np.greater, True)
+_contest(np.fmin, np.less, True)
 primitive(
     np.where,
     None,
@@ -1657,9 +1644,9 @@ primitive(
 )
 _clip = primitive(
     np.clip,
-    lambda g, out, a, lo, hi: np.where((a >= lo) & (a <= hi), g, 0.0),
-    lambda g, out, a, lo, hi: np.where((a < lo) & (lo <= hi), g, 0.0),
-    lambda g, out, a, lo, hi: np.where((a > hi) | (lo > hi), g, 0.0),
+    lambda g, out, a, lo, hi: np.where(((a >= lo) & (a <= hi)) | np.isnan(a), g, 0.0),
+    lambda g, out, a, lo, hi: np.where(((a < lo) & (lo <= hi)) | (np.isnan(lo) & ~np.isnan(a)), g, 0.0),
+    lambda g, out, a, lo, hi: np.where((np.maximum(a, lo) > hi) | (np.isnan(hi) & ~np.isnan(a + lo)), g, 0.0),
     elementwise=True,
     samples=(_REAL, (-1.1, -0.9), (0.9, 1.1)),
 )
@@ -1667,9 +1654,17 @@ _clip = primitive(
 
 @composed(np.clip)
 def clip(a, a_min=None, a_max=None, *, min=None, max=None):
-    """`np.clip`; the gradient passes at the bounds, as in PyTorch."""
+    """`np.clip`; the gradient passes at the bounds, as in PyTorch. Where the lower bound is above, the upper one is
+    the result, and gets the gradient."""
     low, high = (a_min if min is None else min), (a_max if max is None else max)
-    return _clip(a, -np.inf if low is None else low, np.inf if high is None else high)
+    dtype = getattr(a, "dtype", _FLOAT)
+    if dtype.kind == "b":
+        lowest, highest = False, True
+    elif dtype.kind in "iu":
+        lowest, highest = np.iinfo(dtype).min, np.iinfo(dtype).max
+    else:
+        lowest, highest = -np.inf, np.inf
+    return _clip(a, lowest if low is None else low, highest if high is None else high)
 
 
 # --- activations that NumPy has no name for: functions of picograd, found in the table under themselves ---
@@ -1683,9 +1678,15 @@ def _sigmoid(x, out=None):
 _GELU = math.sqrt(2.0 / math.pi)
 
 
+def _gelu_tanh(x):
+    """x within the limits beyond which tanh is 1 and powers of x might overflow, and the tanh in gelu."""
+    x = np.clip(x, -30.0, 30.0)
+    return x, np.tanh(_GELU * (x * (1.0 + 0.044715 * (x * x))))
+
+
 def _gelu_x(g, out, x):
-    t = np.tanh(_GELU * (x + 0.044715 * x**3))
-    return g * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * (_GELU * (1.0 + 0.134145 * x * x)))
+    x, t = _gelu_tanh(x)
+    return g * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * (_GELU * (1.0 + 0.134145 * (x * x))))
 
 
 relu = primitive(
@@ -1707,7 +1708,7 @@ softplus = primitive(
     elementwise=True,
 )
 gelu = primitive(  # the tanh form: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2
-    lambda x: 0.5 * x * (1.0 + np.tanh(_GELU * (x + 0.044715 * x**3))), _gelu_x, name="gelu", elementwise=True
+    lambda x: 0.5 * x * (1.0 + _gelu_tanh(x)[1]), _gelu_x, name="gelu", elementwise=True
 )
 
 # --- reductions; axis may be None, an int (also negative) or a tuple ---
@@ -1736,11 +1737,18 @@ def _share(a, axis, ddof=0):
     shape = np.shape(a)
     axes = range(len(shape)) if axis is None or not shape else axis if isinstance(axis, tuple) else (axis,)
     count = math.prod(shape[i] for i in axes) - ddof
-    return 1.0 / count if count else math.inf
+    return 1.0 / count if count > 0 else math.inf
+
+
+def _others(a):
+    """The product of all others along the last axis: what comes before times what comes after, exact with zeros."""
+    one = np.ones_like(a[..., :1])
+    before = np.cumprod(np.concatenate([one, a[..., :-1]], axis=-1), axis=-1)
+    after = np.flip(np.cumprod(np.concatenate([one, np.flip(a[..., 1:], -1)], axis=-1), axis=-1), -1)
+    return before * after
 
 
 def _prod_a(g, out, a, axis=None, keepdims=False):
-    # The product of the others, exact with zeros: what comes before times what comes after, along one joint last axis.
     shape = np.shape(a)
     if not shape:
         return g
@@ -1752,10 +1760,7 @@ def _prod_a(g, out, a, axis=None, keepdims=False):
     flat = np.reshape(moved, np.shape(moved)[: len(shape) - len(axes)] + (-1,))
     if np.shape(flat)[-1] == 0:
         return np.zeros_like(a)
-    one = np.ones_like(flat[..., :1])
-    before = np.cumprod(np.concatenate([one, flat[..., :-1]], axis=-1), axis=-1)
-    after = np.flip(np.cumprod(np.concatenate([one, np.flip(flat[..., 1:], -1)], axis=-1), axis=-1), -1)
-    others = np.transpose(np.reshape(before * after, np.shape(moved)), _inverse(order))
+    others = np.transpose(np.reshape(_others(flat), np.shape(moved)), _inverse(order))
     return _unreduce(g, a, axis, keepdims) * others
 
 
@@ -1765,12 +1770,17 @@ def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
 
 
 def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
+    if math.prod(np.shape(a)):  # of equal numbers it is 0, though their mean may be rounded, and this is not
+        low, high = (f(a, axis=axis, keepdims=keepdims) for f in (np.min, np.max))
+        out = np.where(low == high, 0.0, out)
     return _var_a(_over(0.5 * g, out), out, a, axis, ddof, keepdims)
 
 
 def _extremum_a(g, out, a, axis=None, keepdims=False):
-    hit = a == _unreduce(out, a, axis, keepdims)
-    return _unreduce(g, a, axis, keepdims) * hit / np.sum(hit, axis=axis, keepdims=True)
+    g = _unreduce(g, a, axis, keepdims)
+    hit = (a == _unreduce(out, a, axis, keepdims)) | np.isnan(a)  # with a nan, only nans are hits
+    count = np.sum(np.where(hit, np.ones_like(g), 0.0), axis=axis, keepdims=True)
+    return np.where(hit, g / count, 0.0)
 
 
 def _flip_cumsum(g, axis):
@@ -1809,14 +1819,24 @@ def _logsumexp(a, axis=None, keepdims=False):
     return out if keepdims else np.squeeze(out, axis=axis)
 
 
-def _logsumexp_a(g, out, a, axis=None, keepdims=False):
-    out = _unreduce(out, a, axis, keepdims)
-    return _unreduce(g, a, axis, keepdims) * np.exp(a - np.where(np.isfinite(out), out, 0.0))
+def _logsumexp_weights(a, axis=None):
+    """exp(a - logsumexp(a)): softmax, but where the largest are infinite, these share 1 equally."""
+    peak = np.max(a, axis=axis, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        e = np.exp(a - peak)
+    infinite = np.isinf(peak)
+    if type(infinite) is not np.ndarray or infinite.any():  # a foreign array is not asked, which would compute it
+        e = np.where((a == peak) & infinite, np.ones_like(e), e)
+    return e / np.sum(e, axis=axis, keepdims=True)
 
 
 def _softmax(a, axis=-1):
     e = np.exp(a - np.max(a, axis=axis, keepdims=True))
     return e / np.sum(e, axis=axis, keepdims=True)
+
+
+def _softmax_a(g, out, a, axis=-1):
+    return out * (g - np.sum(g * out, axis=axis, keepdims=True))
 
 
 def _log_softmax(a, axis=-1):
@@ -1848,13 +1868,14 @@ TABLE[np.amax] = primitive(np.max, _extremum_a, samples=_axes())
 TABLE[np.amin] = primitive(np.min, _extremum_a, samples=_axes())
 primitive(np.cumsum, _cumsum_a, samples=_SCANS)
 primitive(np.cumprod, _cumprod_a, samples=_SCANS)
-logsumexp = primitive(_logsumexp, _logsumexp_a, name="logsumexp", samples=_axes())
-softmax = primitive(
-    _softmax,
-    lambda g, out, a, axis=-1: out * (g - np.sum(g * out, axis=axis, keepdims=True)),
-    name="softmax",
-    samples=_AXIS,
+_weights_of = primitive(_logsumexp_weights, _softmax_a, name="weights of logsumexp", samples=_AXIS)
+logsumexp = primitive(
+    _logsumexp,
+    lambda g, out, a, axis=None, keepdims=False: _unreduce(g, a, axis, keepdims) * _weights_of(a, axis=axis),
+    name="logsumexp",
+    samples=_axes(),
 )
+softmax = primitive(_softmax, _softmax_a, name="softmax", samples=_AXIS)
 log_softmax = primitive(
     _log_softmax,
     lambda g, out, a, axis=-1: g - np.exp(out) * np.sum(g, axis=axis, keepdims=True),
@@ -2016,9 +2037,25 @@ _stack = primitive(
 )
 
 
+def _together(arrays) -> list:
+    """What is to be joined, with weak numbers in the dtype of what they meet: an array made of one would be strong."""
+    held = [x.dtype for x in arrays if isinstance(x, Array) and type(x._data) not in _WEAK_TYPES]
+    held = [dtype for dtype in held if dtype.kind == "f"] or [
+        x.dtype for x in map(_raw, arrays) if hasattr(x, "dtype") and not isinstance(x, _NUMBERS)
+    ]
+    if not held:
+        return list(arrays)
+    return [
+        _as_dtype(x, np.result_type(*held, _raw(x))) if type(_raw(x)) in _WEAK_TYPES or isinstance(x, _NUMBERS) else x
+        for x in arrays
+    ]
+
+
 @composed(np.concatenate)
 def concatenate(arrays, axis=0):
-    return _concatenate(*map(ravel, arrays), axis=0) if axis is None else _concatenate(*arrays, axis=axis)
+    if axis is None:
+        return _concatenate(*map(ravel, _together(arrays)), axis=0)
+    return _concatenate(*arrays, axis=axis)
 
 
 @composed(np.stack)
@@ -2028,23 +2065,48 @@ def stack(arrays, axis=0):
 
 @composed(np.vstack)
 def vstack(tup):
-    return _concatenate(*map(atleast_2d, tup), axis=0)
+    return _concatenate(*map(atleast_2d, _together(tup)), axis=0)
 
 
 @composed(np.hstack)
 def hstack(tup):
-    arrays = [atleast_1d(a) for a in tup]
+    arrays = [atleast_1d(a) for a in _together(tup)]
     return _concatenate(*arrays, axis=min(1, np.ndim(arrays[0]) - 1))
 
 
 @composed(np.dstack)
 def dstack(tup):
-    return _concatenate(*map(atleast_3d, tup), axis=2)
+    return _concatenate(*map(atleast_3d, _together(tup)), axis=2)
 
 
 @composed(np.column_stack)
 def column_stack(tup):
-    return _concatenate(*(a if np.ndim(a) > 1 else _reshape(a, (-1, 1)) for a in tup), axis=1)
+    return _concatenate(*(a if np.ndim(a) > 1 else _reshape(a, (-1, 1)) for a in _together(tup)), axis=1)
+
+
+@composed(np.block)
+def block(arrays):
+    """`np.block`: a matrix of numbers and arrays from nested lists."""
+
+    def leaves(x):
+        return [leaf for part in x for leaf in leaves(part)] if isinstance(x, list) else [x]
+
+    def depth(x):
+        return 1 + depth(x[0]) if isinstance(x, list) else 0
+
+    def shaped(x):
+        return [shaped(part) for part in x] if isinstance(x, list) else np.empty(np.shape(x), bool)
+
+    def joined(x, axis):
+        if isinstance(x, list):
+            return _concatenate(*[joined(part, axis + 1) for part in x], axis=axis)
+        part = next(parts)
+        return _reshape(part, (1,) * (ndim - np.ndim(part)) + np.shape(part))
+
+    np.block(shaped(arrays))  # NumPy's own checks and errors
+    parts = iter(_together(leaves(arrays)))
+    ndim = max([depth(arrays), *map(np.ndim, leaves(arrays))])
+    return joined(arrays, -depth(arrays))
 
 
 @composed(np.append)
@@ -2133,7 +2195,8 @@ def take(a, indices, axis=None):
     indices = _index_array(indices)
     if getattr(getattr(indices, "dtype", None), "kind", "i") == "b":
         raise TypeError("take: indices must be integers, got booleans")
-    return ravel(a)[indices] if axis is None else a[_lead(axis, a) + (indices,)]
+    a = ravel(a) if axis is None or not np.ndim(a) else a
+    return a[_lead(axis or 0, a) + (indices,)]
 
 
 @composed(np.take_along_axis)
@@ -2152,7 +2215,7 @@ def sort(a, axis=-1, kind=None, order=None, *, stable=None):
 
 @composed(np.repeat)
 def repeat(a, repeats, axis=None):
-    n = np.size(a) if axis is None else np.shape(a)[axis]
+    n = np.size(a) if axis is None or not np.ndim(a) else np.shape(a)[axis]
     return take(a, np.repeat(np.arange(n), repeats), axis)
 
 
@@ -2178,7 +2241,8 @@ def pad(array, pad_width, mode="constant", constant_values=0):
     padded = _scatter(array, shape=frame.shape, index=index)
     if np.all(np.asarray(constant_values) == 0):
         return padded
-    return padded + np.pad(np.zeros(shape), pad_width, constant_values=constant_values)
+    edge = np.pad(np.zeros(shape, array.dtype), pad_width, constant_values=constant_values)
+    return np.where(frame, edge, padded)
 
 
 @composed(np.flip)
@@ -2243,16 +2307,16 @@ def sliding_window_view(x, window_shape, axis=None):
 def diff(a, n=1, axis=-1, prepend=None, append=None):
     if n < 0:
         raise ValueError(f"diff: n must not be negative, got {n}")
-    ends = [
-        (x if np.ndim(x) else np.full_like(a[_lead(axis, a) + (slice(1),)], x))
-        for x in (prepend, append)
-        if x is not None
-    ]
-    if ends:
-        a = _concatenate(*ends[: prepend is not None], a, *ends[prepend is not None :], axis=_axis(axis, a))
-    lead = _lead(axis, a)
+    if not n:
+        return a  # without the ends: so it is in NumPy
+    axis, length_1 = _axis(axis, a), list(np.shape(a))
+    length_1[axis] = 1
+    parts = [x if x is None or np.ndim(x) else np.broadcast_to(x, tuple(length_1)) for x in (prepend, a, append)]
+    if prepend is not None or append is not None:
+        a = _concatenate(*(x for x in parts if x is not None), axis=axis)
+    lead, change = _lead(axis, a), np.not_equal if a.dtype == bool else np.subtract
     for _ in range(n):
-        a = a[lead + (slice(1, None),)] - a[lead + (slice(None, -1),)]
+        a = change(a[lead + (slice(1, None),)], a[lead + (slice(None, -1),)])
     return a
 
 
@@ -2300,7 +2364,7 @@ def _matmul_y(g, out, x, y):
     if y.ndim == 1:
         return np.matmul(x.swapaxes(-1, -2), np.expand_dims(g, -1))[..., 0]
     if y.ndim == 2 and x.ndim > 2:  # one product over the whole batch instead of a batch of products to sum
-        x, g = (np.reshape(a, (-1, np.shape(a)[-1])) for a in (x, g))
+        x, g = (np.reshape(a, (math.prod(np.shape(a)[:-1]), np.shape(a)[-1])) for a in (x, g))
     return _matmul(x.swapaxes(-1, -2), g)
 
 
@@ -2315,6 +2379,31 @@ _MATMUL = [
 _MATMUL += [((3,), (5, 3, 2)), ((5, 2, 3), (3,))]
 TABLE[np.matmul] = primitive(
     _matmul, _matmul_x, _matmul_y, name="matmul", reads="operands", samples=[(shapes, {}) for shapes in _MATMUL]
+)
+
+
+def _dense_forward(x, w, b, activation=None):
+    out = _matmul(x, w)
+    if type(out) is not np.ndarray or np.result_type(out, b) != out.dtype:
+        out = out + b
+        return activation.forward(out) if activation else out
+    out += b
+    return activation.forward(out, out=out) if activation else out
+
+
+def _dense_g(g, out, activation):
+    return activation.vjps[0](g, out, None) if activation else g
+
+
+# activation(x @ w + b) in one buffer where three operations have three, of which no rule reads two: half the memory of
+# a large layer. `activation` is a primitive that reads its result only, or None; `optimize` makes it three again.
+_dense = primitive(
+    _dense_forward,
+    lambda g, out, x, w, b, activation=None: _matmul_x(_dense_g(g, out, activation), out, x, w),
+    lambda g, out, x, w, b, activation=None: _matmul_y(_dense_g(g, out, activation), out, x, w),
+    lambda g, out, x, w, b, activation=None: _dense_g(g, out, activation),
+    name="dense layer",
+    samples=[(((2, 3), (3, 4), (4,)), {"activation": f}) for f in (TABLE[np.tanh], sigmoid, None)],
 )
 
 
@@ -2466,7 +2555,64 @@ primitive(
         ((((2, 3, 3), "definite"), (3, 2)), {}),
     ],
 )
-primitive(np.linalg.det, lambda g, out, a: np.expand_dims(g * out, (-1, -2)) * _t(np.linalg.inv(a)), samples=_SQUARE)
+
+
+# The gradient of a determinant is the matrix of cofactors, det(a) * inv(a).T, which singular matrices have, too. With
+# a = u @ diag(s) @ v, it is u @ diag(products of the other s) @ v, up to the signs of det(u) and det(v).
+
+
+def _decomposed(a):
+    """u, s, v as np.linalg.svd gives them, nan if a is not finite; and the sign of det(u) * det(v)."""
+    finite = np.isfinite(a).all((-1, -2), keepdims=True)
+    u, s, v = np.linalg.svd(np.where(finite, a, np.zeros_like(a)))
+    sign = np.sign(np.linalg.det(u) * np.linalg.det(v))[..., None, None]
+    return np.where(finite, u, np.nan), s, v, sign
+
+
+def _cofactors(a):
+    with contextlib.suppress(np.linalg.LinAlgError), np.errstate(all="ignore"):
+        inverse = np.linalg.inv(a)
+        condition = np.linalg.norm(a, axis=(-2, -1)) * np.linalg.norm(inverse, axis=(-2, -1))
+        if not np.any(condition > np.finfo(inverse.dtype).eps ** -0.5):
+            return np.linalg.det(a)[..., None, None] * _t(inverse)
+    u, s, v, sign = _decomposed(a)
+    return sign * ((u * _others(s)[..., None, :]) @ v)
+
+
+def _cofactors_slope(h, a):
+    """The gradient by a of sum(h * cofactors(a)): linear in h, with a symmetric matrix, the Hessian of det."""
+    u, s, v, sign = _decomposed(a)
+    h = sign * (_t(u) @ h @ _t(v))
+    own = np.eye(s.shape[-1], dtype=bool)
+    pairs = np.where(own, 0.0, _others(np.where(own, 1.0, s[..., None, :])))  # the product of all s but two
+    diagonal = pairs @ np.diagonal(h, 0, -2, -1)[..., None]
+    return u @ np.where(own, diagonal, -pairs * _t(h)) @ v
+
+
+def _cofactors_slope_a(g, out, h, a):
+    # The third derivative of det, from det(a) * (tr(x) * tr(y) - tr(x @ y)), the second. Only of invertible matrices.
+    b = np.linalg.inv(a)
+    x, y = np.matmul(b, h), np.matmul(b, g)
+    tx, ty, txy, d = (np.expand_dims(z, (-1, -2)) for z in (*map(_traces, (x, y, np.matmul(x, y))), np.linalg.det(a)))
+    both = np.matmul(x, y) + np.matmul(y, x) - ty * x - tx * y
+    return d * _t((tx * ty - txy) * b + np.matmul(both, b))
+
+
+def _traces(a):
+    return np.trace(a, 0, -2, -1)
+
+
+_cofactor = primitive(
+    _cofactors, lambda g, out, a: _slope_of_cofactors(g, a), name="matrix of cofactors", samples=_SQUARE
+)
+_slope_of_cofactors = primitive(
+    _cofactors_slope,
+    lambda g, out, h, a: _slope_of_cofactors(g, a),
+    _cofactors_slope_a,
+    name="slope of cofactors",
+    samples=[((shape, (shape, "definite")), {}) for shape in ((3, 3), (2, 3, 3))],
+)
+primitive(np.linalg.det, lambda g, out, a: np.expand_dims(g, (-1, -2)) * _cofactor(a), samples=_SQUARE)
 _logdet = primitive(
     lambda a: np.linalg.slogdet(a)[1],
     lambda g, out, a: np.expand_dims(g, (-1, -2)) * _t(np.linalg.inv(a)),
@@ -2524,6 +2670,8 @@ _detach = primitive(lambda a: a, None, name="detach", elementwise=True)
 @composed(np.nan_to_num)
 def nan_to_num(x, copy=True, nan=0.0, posinf=None, neginf=None):
     """`np.nan_to_num`; replaced elements have no gradient."""
+    if x.dtype.kind != "f":
+        return np.copy(x)
     info = np.finfo(x.dtype)
     high, low = (info.max if posinf is None else posinf), (info.min if neginf is None else neginf)
     x = np.where(np.isnan(x), float(nan), x)
@@ -2565,11 +2713,11 @@ for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
 
 
 def _value_operator(prim: Primitive, swapped=False):
-    scalar, differentiable = prim.scalar, prim.vjps[0] is not None
+    scalar, differentiable, cls = prim.scalar, prim.vjps[0] is not None, Value  # this copy's, also after a reload
 
     def method(self, other):
         kind = type(other)
-        if kind is Value:
+        if kind is cls:
             y = other._data
         elif kind is float:
             y = other
@@ -2587,13 +2735,13 @@ def _value_operator(prim: Primitive, swapped=False):
                 out = scalar(y, x) if swapped else scalar(x, y)
             except (ArithmeticError, ValueError):
                 return _apply(prim, args, _NO_PARAMS)
-            node = _new(Value)
+            node = _new(cls)
             node._data = out
             node._grad = None
             node._prim = prim
             node._args = args
             node._params = _NO_PARAMS
-            node._needs = differentiable and (self._needs or (kind is Value and other._needs))
+            node._needs = differentiable and (self._needs or (kind is cls and other._needs))
             node._number = _next_number()
             node.label = ""
             return node
@@ -2663,7 +2811,11 @@ for _prim in PRIMITIVES.values():
 # Methods: every primitive that takes its operands one by one, and the compositions that ndarray has as methods.
 for _key, _function in list(TABLE.items()):
     _name = getattr(_function, "name", _key.__name__)
-    if _name not in vars(Array) and (hasattr(np.ndarray, _name) or getattr(_function, "operands", None)):
+    if (
+        _name.isidentifier()
+        and _name not in vars(Array)
+        and (hasattr(np.ndarray, _name) or getattr(_function, "operands", None))
+    ):
         setattr(Array, _name, lambda self, *args, _function=_function, **kwargs: _function(self, *args, **kwargs))
 
 
@@ -2681,23 +2833,26 @@ class Module:
 
     def named_parameters(self) -> Iterator[tuple[str, Value]]:
         """(dotted name, parameter), in order of definition; a shared one once."""
-        seen: set = set()
-
-        def walk(x, name):
-            if isinstance(x, (Value, Module)):
-                if id(x) in seen:
-                    return
-                seen.add(id(x))
+        seen: set[int] = set()
+        ahead: list[tuple[str, Any]] = [("", self)]  # a stack: containers may be deep, and may hold themselves
+        while ahead:
+            name, x = ahead.pop()
+            if isinstance(x, dict):
+                items = x.items()
+            elif isinstance(x, Module):
+                items = vars(x).items()
+            elif isinstance(x, (list, tuple)):
+                items = enumerate(x)
+            elif isinstance(x, Value) and x._prim is None:  # a result that a module remembers is no parameter
+                items = ()
+            else:
+                continue
+            if id(x) in seen:
+                continue
+            seen.add(id(x))
             if isinstance(x, Value):
-                if x._prim is None:  # a result that a module remembers is no parameter
-                    yield name, x
-                return
-            items = x if isinstance(x, dict) else vars(x) if isinstance(x, Module) else {}
-            items = enumerate(x) if isinstance(x, (list, tuple)) else items.items()
-            for key, item in items:
-                yield from walk(item, f"{name}.{key}" if name else str(key))
-
-        return walk(self, "")
+                yield name, x
+            ahead += [(f"{name}.{key}" if name else str(key), item) for key, item in reversed(list(items))]
 
     def parameters(self) -> list[Value]:
         """The parameters, in order of definition."""
@@ -2709,58 +2864,117 @@ class Module:
             p._grad = None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the parameters to a .npz file of exactly that path, all or nothing."""
-        arrays = {name: p.data.data for name, p in self.named_parameters()}
+        """Writes the parameters to a .npz file of exactly that path, all or nothing.
+
+        ValueError, and nothing is written, if two parameters have the same name: `{1: v, "1": w}`, or "b.c" beside
+        "b" that holds "c".
+        """
+        import zipfile
+
+        parameters = self._by_name("save")
 
         def write(file):
-            import zipfile
-
             with zipfile.ZipFile(file, "w") as archive:  # what np.savez writes, for parameters of any name
-                for name, array in arrays.items():
+                for name, p in parameters.items():
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+                        np.lib.format.write_array(member, np.asanyarray(p.data.data), allow_pickle=False)
 
         _write_whole(Path(path), write)
 
     def load(self, path: str | os.PathLike) -> None:
         """Reads what `save` wrote. ValueError if names or shapes differ, and then no parameter is changed."""
-        parameters = dict(self.named_parameters())
+        import zipfile
+
+        parameters = self._by_name("load")
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except OSError:
+            with zipfile.ZipFile(path) as archive:
+                shapes = {}
+                for member in archive.namelist():
+                    with archive.open(member) as file:
+                        shapes[member.removesuffix(".npy")] = _shape_in_header(file)
+                self._expect(parameters, shapes, path)  # before anything is read, however large the file says it is
+                arrays = {}
+                for name in parameters:
+                    with archive.open(f"{name}.npy") as file:
+                        arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, _Mismatch):
             raise
         except Exception as error:  # of many kinds, for the many ways in which a file can be another or broken
             raise ValueError(f"load: {str(path)!r} is not a file that save wrote ({error})") from None
-        for name in {**parameters, **arrays}:
-            if name not in arrays or name not in parameters:
-                where = "the model" if name in arrays else f"the file {str(path)!r}"
-                raise ValueError(f"load: parameter {name!r} is not in {where}")
-            if arrays[name].shape != parameters[name].shape:
-                raise ValueError(
-                    f"load: parameter {name!r} has shape {parameters[name].shape}, in the file {arrays[name].shape}"
-                )
         new = {name: _conform(arrays[name], p._data, f"load: parameter {name!r}") for name, p in parameters.items()}
         for name, p in parameters.items():
             p._data = new[name]
 
+    def _by_name(self, who: str) -> dict[str, Value]:
+        import zipfile
+
+        parameters: dict[str, Value] = {}
+        for name, p in self.named_parameters():
+            if name in parameters:
+                raise ValueError(f"{who}: two parameters have the name {name!r}")
+            encoded = name.encode(errors="replace")
+            if encoded.decode() != name or zipfile.ZipInfo(name).filename != name or len(encoded) > 1 << 15:
+                raise ValueError(f"{who}: a file cannot hold a parameter of the name {reprlib.repr(name)}")
+            parameters[name] = p
+        return parameters
+
+    @staticmethod
+    def _expect(parameters: dict[str, Value], shapes: dict[str, tuple], path: str | os.PathLike) -> None:
+        for name in {**parameters, **shapes}:
+            if name not in shapes or name not in parameters:
+                where = "the model" if name in shapes else f"the file {str(path)!r}"
+                raise _Mismatch(f"load: parameter {name!r} is not in {where}")
+            if shapes[name] != parameters[name].shape:
+                raise _Mismatch(
+                    f"load: parameter {name!r} has shape {parameters[name].shape}, in the file {shapes[name]}"
+                )
+
+
+class _Mismatch(ValueError):
+    """A file of parameters, but of other ones."""
+
+
+def _shape_in_header(file) -> tuple[int, ...]:
+    """The shape that a .npy file says it has. In version 1 of the format, the one for numbers, a header is short."""
+    if (version := np.lib.format.read_magic(file)) != (1, 0):
+        raise ValueError(f"version {version} of the format .npy")
+    return np.lib.format.read_array_header_1_0(file)[0]
+
 
 def _write_whole(path: Path, write: Callable) -> None:
-    """Calls write(file) on a file beside path, and then puts it, complete, in path's place."""
+    """Calls write(file) on a file beside path, and then puts it, complete, in path's place.
+
+    A link stays one, and its target is replaced; a file's permissions stay; a device or pipe is written to.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        whole = io.BytesIO()  # where one can go back, too
+        write(whole)
+        path.write_bytes(whole.getvalue())
+        return
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
         new = Path(folder, path.name)
         with open(new, "wb") as file:
             write(file)
+        if path.exists():
+            new.chmod(path.stat().st_mode & 0o7777)
         os.replace(new, path)
 
 
-_ACTIVATIONS = {"tanh": np.tanh, "relu": relu, "sigmoid": sigmoid, "gelu": gelu, "softplus": softplus, None: None}
+_ACTIVATIONS = {
+    "tanh": TABLE[np.tanh],
+    "relu": relu,
+    "sigmoid": sigmoid,
+    "gelu": gelu,
+    "softplus": softplus,
+    None: None,
+}
 
 
 def _activation(activation):
-    """The function of an activation's name."""
+    """The function of an activation's name; of one of NumPy's, the primitive."""
     if callable(activation):
-        return activation
+        return TABLE.get(activation, activation) if isinstance(activation, np.ufunc) else activation
     if not isinstance(activation, str | None) or activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be a function or one of {list(_ACTIVATIONS)}, got {activation!r}")
     return _ACTIVATIONS[activation]
@@ -2773,7 +2987,7 @@ def _weights(shape, activation, seed, dtype) -> Value:
     for name, n in (("nin", nin), ("nout", nout)):
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
             raise ValueError(f"{name} must be a positive integer, got {n!r}")
-    rectifier = activation in ("relu", "gelu", "softplus")
+    rectifier = _activation(activation) in (relu, gelu, softplus)
     scale = math.sqrt(2.0 / (nin if rectifier else nin + nout))
     return Value(np.random.default_rng(seed).normal(0.0, scale, shape), dtype=dtype, label="w")
 
@@ -2789,6 +3003,9 @@ def _layer_input(x, w: Value):
     if len(shape) not in (1, 2) or shape[-1] != nin:
         raise ValueError(f"input: expected width {nin}, shape ({nin},) or (n, {nin}); got shape {shape}")
     return x
+
+
+_DENSE_ELEMENTS = 1 << 14  # below, memory is no matter, and a picture of each operation says more
 
 
 class Neuron(Module):
@@ -2816,8 +3033,12 @@ class Layer(Module):
         self.activation, self._function = activation, _activation(activation)
 
     def __call__(self, x: Any) -> Value:
-        out = _write_over(np.add, _layer_input(x, self.w) @ self.w, self.b)
-        return _write_over(self._function, out) if self._function else out
+        x, f = _layer_input(x, self.w), self._function
+        if _DENSE_ELEMENTS <= math.prod(x.shape[:-1]) * self.w.shape[1] < HOOK.limit:
+            if f is None or (isinstance(f, Primitive) and f.builtin and f.reads == "out"):
+                return _dense(x, self.w, self.b, activation=f)
+        out = x @ self.w + self.b
+        return f(out) if f else out
 
     def __repr__(self):
         return f"Layer({self.w.shape[0]}, {self.w.shape[1]}, activation={self.activation!r})"
@@ -2937,9 +3158,10 @@ class _Optimizer:
                 raise ValueError(
                     f"{name} must be {'below 1' if 1 <= x < math.inf else 'finite and not negative'}, got {x}"
                 )
+        self._shapes = [p.shape for p in self.params]
         self._arrays = [(p, {}) for p in self.params if np.ndim(p._data)]
         self._scalars = [p for p in self.params if not np.ndim(p._data)]
-        self._scalar_state: dict[str, np.ndarray] = {}
+        self._scalar_state = {"steps": np.zeros(len(self._scalars))}  # each has its own count, as it has in an array
 
     def zero_grad(self) -> None:
         """Resets the gradients of the parameters."""
@@ -2947,7 +3169,17 @@ class _Optimizer:
             p._grad = None
 
     def step(self) -> None:
-        """Changes the parameters by their gradients, in place; one without a gradient yet is left alone."""
+        """Changes the parameters by their gradients, in place; one without a gradient yet is left alone.
+
+        ValueError, and nothing is changed, if a parameter or its gradient has another shape than at the beginning.
+        """
+        for i, (p, shape) in enumerate(zip(self.params, self._shapes)):
+            if p._grad is not None and not np.shape(p._data) == np.shape(p._grad) == shape:
+                name = f"{i} ({p.label!r})" if p.label else i
+                raise ValueError(
+                    f"step: parameter {name} was of shape {shape}, and is of shape {p.shape} with a gradient of shape "
+                    f"{np.shape(p._grad)}: make a new optimizer"
+                )
         for p, state in self._arrays:
             if p._grad is not None:
                 self._update(p._data, p._grad, state)
@@ -3134,27 +3366,44 @@ def _parameter(name: str, x: Any) -> str:
     return f"[{', '.join(map(short, x))}]" if name == "index" and isinstance(x, tuple) else f"{name}={short(x)}"
 
 
-def _save_picture(graph: Any, path: Path) -> None:
-    """Renders in memory, then puts the complete file in its place, with the permissions of any new file."""
-    from graphviz import ExecutableNotFound
+_DOT_SECONDS = 60.0  # that Graphviz may take, and a second more for each box
 
-    picture, missing = graph.copy(), None
+
+def _save_picture(graph: Any, path: Path, seconds: float) -> None:
+    """Renders in memory, then puts the complete file in its place."""
+    import subprocess
+
+    picture = graph.copy()
     if path.suffix.lower() == ".png":
         picture.graph_attr["dpi"] = "120"  # text comes out as large as that of the page around it
+    command = ["dot", f"-T{path.suffix[1:].lower()}"]
     try:
-        content = picture.pipe(format=path.suffix[1:].lower())
-    except ExecutableNotFound as error:
-        path, content, missing = path.with_suffix(".gv"), graph.source.encode(), error
-    _write_whole(path, lambda file: file.write(content))
-    if missing:
+        done = subprocess.run(command, input=picture.source.encode(), capture_output=True, timeout=seconds)
+    except (FileNotFoundError, PermissionError) as error:
+        source = _save_source(graph.source.encode(), path)
         raise RuntimeError(
             "draw: Graphviz's program `dot`, which makes the picture, was not found on PATH. To install it:\n"
             "  Debian, Ubuntu   sudo apt install graphviz\n"
             "  macOS            brew install graphviz\n"
             "  Windows          winget install Graphviz.Graphviz, then add its bin folder to PATH\n"
             "  conda            conda install -c conda-forge graphviz\n"
-            f"The picture's source was saved as {path}; `dot` turns that into a picture, too."
-        ) from missing
+            f"The picture's source was saved as {source}; `dot` turns that into a picture, too."
+        ) from error
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"draw: Graphviz's program `dot` did not finish within {seconds:g} s") from None
+    if done.returncode or not done.stdout:
+        said = done.stderr.decode(errors="replace").strip() or "no message"
+        raise RuntimeError(f"draw: Graphviz's program `dot` made no picture (exit code {done.returncode}): {said}")
+    _write_whole(path, lambda file: file.write(done.stdout))
+
+
+def _save_source(content: bytes, path: Path) -> Path:
+    """Writes beside path, ending in .gv, under a name that no other file has."""
+    for i in itertools.count():
+        source = path.with_suffix(f".{i}.gv" if i else ".gv")
+        if not os.path.lexists(source) or (source.is_file() and source.read_bytes() == content):
+            _write_whole(source, lambda file: file.write(content))
+            return source
 
 
 def draw(
@@ -3172,8 +3421,8 @@ def draw(
     max_nodes: the most boxes to draw; above that, ValueError says how many there are.
     rankdir: "LR" (left to right) or "TB" (top to bottom); None takes what keeps a page-wide picture legible.
 
-    ImportError without the package graphviz. RuntimeError if a picture file needs Graphviz's program `dot` and it is
-    not installed: then the picture's source is saved instead, ending in .gv.
+    ImportError without the package graphviz. RuntimeError if a picture file needs Graphviz's program `dot` and this
+    fails, takes minutes, or is not installed: then the picture's source is saved instead, in a new file ending in .gv.
     """
     if not isinstance(root, Value):
         raise TypeError(f"draw: root must be a Value, got {type(root).__name__}")
@@ -3254,7 +3503,7 @@ def draw(
     cells = "".join(cell(kind=kind, **look) for kind, look in _BOXES.items() if kind in kinds)
     graph.attr(label=f'<<table border="0" cellborder="1" cellspacing="4" cellpadding="3"><tr>{cells}</tr></table>>')
     if filename is not None:
-        _save_picture(graph, filename)
+        _save_picture(graph, filename, _DOT_SECONDS + count)
     return graph
 
 
@@ -4413,6 +4662,58 @@ def _mean(x: _Buffer, axes: tuple, count: int, dtype: np.dtype) -> np.ndarray:
 
 _BATCH_SCALARS, _BATCH_ARRAYS = 16, 4  # smallest groups worth an array operation: below, its overhead costs more
 _BATCH_SIZE = 1 << 16  # elements of an array above which stacking it costs more than calls are saved
+_FLOATS = {np.dtype(np.float32), np.dtype(np.float64)}  # what rewrites are about; other dtypes stay as they are
+_ADD, _SUBTRACT, _MULTIPLY, _WHERE = (TABLE[f] for f in (np.add, np.subtract, np.multiply, np.where))
+_NEGATIVE, _SQUARED, _TRANSPOSE, _BROADCAST = (
+    TABLE[f] for f in (np.negative, np.square, np.transpose, np.broadcast_to)
+)
+_VIEWS = (_reshape, _TRANSPOSE, _BROADCAST, _getitem)
+# Operands that may be masks: where's condition, a mask times a float (micrograd's relu), masks made of masks.
+_MASKS = (
+    {_WHERE: (0,), _MULTIPLY: (0, 1)}
+    | dict.fromkeys(_VIEWS, (0,))
+    | dict.fromkeys((TABLE[f] for f in (np.logical_and, np.logical_or, np.logical_xor, np.logical_not)), (0, 1))
+)
+_MASKS |= dict.fromkeys((TABLE[f] for f in (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.invert)), (0, 1))
+
+
+def _is_mask(x) -> bool:
+    raw = _raw(x)
+    return type(raw) is bool or (hasattr(raw, "dtype") and raw.dtype.kind == "b")
+
+
+def _regular(node: Value) -> bool:
+    """The one guard: whether a rewrite may fire on a node, and whether a plain call of NumPy's computes it.
+
+    A primitive of this file made it; its operands are numbers, or arrays of one floating dtype, which it has, too, none
+    of them empty; masks only where `_MASKS` says so. All else is computed by `_evaluate`, as in eager mode.
+    """
+    prim, dtype = node._prim, None
+    if prim not in _OWN:
+        return prim in _AS_THEY_ARE
+    masks = _MASKS.get(prim, ())
+    for i, x in enumerate(node._args):
+        x = x._data if isinstance(x, Array) else x
+        if i in masks:
+            if _is_mask(x) and np.size(x):
+                continue
+            if prim is _WHERE:
+                return False
+        if type(x) is float:
+            continue
+        if not isinstance(x, (np.ndarray, np.generic)) or not x.size:
+            return False
+        if x.dtype not in _FLOATS or dtype not in (None, x.dtype):
+            return False
+        dtype = x.dtype
+    out = node._data
+    if _is_mask(out):
+        return (prim.vjps[0] is None or prim in _VIEWS) and np.size(out) > 0
+    if type(out) is float:
+        return dtype is None or prim is _as_dtype
+    if not isinstance(out, (np.ndarray, np.generic)) or not out.size or out.dtype not in _FLOATS:
+        return False
+    return dtype is None or dtype == out.dtype or prim is _as_dtype or prim is _pack
 
 
 def _twin(node: Value, prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
@@ -4435,14 +4736,18 @@ def _oldest_first(roots: Sequence) -> list[Value]:
     return nodes
 
 
-def _rewrite(roots: Sequence, rule: Callable) -> list:
-    """Rebuilds a graph from the leaves up: rule(node, its new operands) is the new node, or a constant."""
+def _rewrite(roots: Sequence, rule: Callable, regular: bool = False) -> list:
+    """Rebuilds a graph from the leaves up: rule(node, its new operands) is the new node, or a constant.
+
+    With `regular`, nodes that `_regular` refuses stay as they are.
+    """
     new: dict[Value, Any] = {}
     for node in _oldest_first(roots):
         if node._prim is None:
             new[node] = node
         else:
-            new[node] = rule(node, tuple([new[x] if isinstance(x, Value) else x for x in node._args]))
+            args = tuple([new[x] if isinstance(x, Value) else x for x in node._args])
+            new[node] = rule(node, args) if not regular or _regular(node) else _renewed(node, args)
     return [new[root] if isinstance(root, Value) else root for root in roots]
 
 
@@ -4454,15 +4759,43 @@ def _renewed(node: Value, args: tuple) -> Value:
     return node
 
 
+def _replayed(roots: Sequence) -> list[Value]:
+    """The graph anew, computed from the current data of its leaves and Tensors by the code of eager mode."""
+
+    def rule(node, args):
+        new = _twin(node, node._prim, args, node._params)
+        new._data = _evaluate(node._prim, [_raw(x) for x in args], node._params)
+        return new
+
+    with _recording():
+        return _rewrite(roots, rule)
+
+
+def _reach(roots: Sequence) -> dict[Value, int]:
+    """By node, the roots that send it a gradient, as a bit for each."""
+    reach: dict[Value, int] = collections.defaultdict(int)
+    for i, root in enumerate(roots):
+        if isinstance(root, Value) and root._needs:
+            reach[root] |= 1 << i
+    for node in reversed(_oldest_first(roots)):
+        prim = node._prim
+        if prim is None or node not in reach:
+            continue
+        for i, x in enumerate(node._args):
+            if isinstance(x, Value) and x._needs and prim.vjps[0 if prim.operands is None else i] is not None:
+                reach[x] |= reach[node]
+    return reach
+
+
 def _alike(x, node: Value) -> bool:
     """Whether x can stand for a node: of its shape and dtype, and weak if it is weak."""
     x, y = _raw(x), node._data
     return type(x) is type(y) and (type(x) is float or type(x) is bool or (x.shape, x.dtype) == (y.shape, y.dtype))
 
 
-def _is(x, name: str) -> bool:
-    """Whether x is a node made by the primitive of that name."""
-    return isinstance(x, Value) and x._prim is not None and x._prim.name == name
+def _is(x, prim: Primitive) -> bool:
+    """Whether x is a node made by that primitive, on which a rewrite may fire."""
+    return isinstance(x, Value) and x._prim is prim and _regular(x)
 
 
 # --- the passes ---
@@ -4482,131 +4815,125 @@ def fold_constants(roots: Sequence) -> list:
 
 def _simpler_add(node, x, y):
     for a, b in ((x, y), (y, x)):
-        if type(b) is float and b == 0.0:
-            return a
-        if _is(b, "negative"):
-            return _twin(node, TABLE[np.subtract], (a, b._args[0]))
+        if _is(b, _NEGATIVE):
+            return _twin(node, _SUBTRACT, (a, b._args[0]))
     return None
 
 
 def _simpler_subtract(node, x, y):
-    if type(y) is float and y == 0.0:
-        return x
-    return _twin(node, TABLE[np.add], (x, y._args[0])) if _is(y, "negative") else None
+    return _twin(node, _ADD, (x, y._args[0])) if _is(y, _NEGATIVE) else None
 
 
 def _simpler_multiply(node, x, y):
     for a, b in ((x, y), (y, x)):
         if type(b) is float and b == 1.0:
             return a
-        if type(b) is float and b == -1.0:
-            return _twin(node, TABLE[np.negative], (a,))
-        if _is(a, "negative"):
-            return _twin(node, TABLE[np.negative], (np.multiply(a._args[0], b),))
-        # s * (t * x) with numbers s and t: one product of full size less. Not where it could over- or underflow.
-        if node.ndim and _is(b, "multiply") and not np.ndim(_raw(a)):
-            for s, rest in (b._args, b._args[::-1]):
-                if not np.ndim(_raw(s)) and (isinstance(a, Value) or isinstance(s, Value)):
-                    product = np.multiply(a, s)
-                    return _twin(node, TABLE[np.multiply], (product, rest))
+        if type(b) is float and b == -1.0 and _alike(a, node):
+            return _twin(node, _NEGATIVE, (a,))
+        if _is(a, _NEGATIVE):
+            return _twin(node, _NEGATIVE, (_record(_MULTIPLY, (a._args[0], b)),))
+        # (u * c) * (s * x) -> (u * (c * s)) * x saves one product of full size: exact for constants c and s = 2 or 4,
+        # and safe where their product is at most 1; so the mean of squares goes backward.
+        if node.ndim and not np.ndim(_raw(a)) and _is(a, _MULTIPLY) and _is(b, _MULTIPLY):
+            (u, c), (s, rest) = a._args, b._args
+            if type(c) is type(s) is float and s in (2.0, 4.0) and abs(c * s) <= 1.0:
+                return _twin(node, _MULTIPLY, (_record(_MULTIPLY, (u, c * s)), rest))
         # Where operands broadcast anyway, a broadcast one needs no array of its own.
-        if _is(a, "broadcast_to") and np.shape(_raw(b)) == node.shape and node.ndim:
-            return _twin(node, TABLE[np.multiply], (a._args[0], b) if a is x else (b, a._args[0]))
-    return _twin(node, TABLE[np.square], (x,)) if x is y and node.ndim else None
+        if _is(a, _BROADCAST) and np.shape(_raw(b)) == node.shape and node.ndim:
+            return _twin(node, _MULTIPLY, (a._args[0], b) if a is x else (b, a._args[0]))
+    return _twin(node, _SQUARED, (x,)) if x is y and node.ndim else None
 
 
 def _simpler_divide(node, x, y):
-    if type(y) is not float or math.frexp(y)[0] != 0.5 or not 1e-30 < abs(y) < 1e30:
+    if type(y) is not float or math.frexp(y)[0] not in (0.5, -0.5) or not 1e-4 < abs(y) < 1e4:
         return None  # only by powers of two is the reciprocal exact
-    return _twin(node, TABLE[np.multiply], (x, 1.0 / y))
+    return _twin(node, _MULTIPLY, (x, 1.0 / y))
 
 
 def _simpler_power(node, x, y):
     if type(y) is not float or y not in (1.0, 2.0):
         return None
-    return x if y == 1.0 else _twin(node, TABLE[np.square], (x,))
+    return x if y == 1.0 else _twin(node, _SQUARED, (x,))
 
 
 def _simpler_mean(node, a, **params):
     n = math.prod(np.shape(_raw(a)))
-    if node.dtype.itemsize < 4 or not node.size or not n:
-        return None
-    if n == node.size and _alike(a, node):
+    if n == node.size:
         return a
-    total = np.sum(a, **params)
-    return _twin(node, TABLE[np.multiply], (total, node.size / n)) if _alike(total, node) else None
+    return _twin(node, _MULTIPLY, (_record(PRIMITIVES["sum"], (a,), params), node.size / n))
 
 
 def _simpler_reshape(node, x, shape):
-    inner = x._args[0] if _is(x, "reshape") else x
+    inner = x._args[0] if _is(x, _reshape) else x
     if _alike(inner, node):
         return inner
-    return None if inner is x else _twin(node, node._prim, (inner,), {"shape": node.shape})
+    return None if inner is x else _twin(node, _reshape, (inner,), {"shape": node.shape})
 
 
 def _simpler_transpose(node, x, axes=None):
-    if not _is(x, "transpose"):
+    if not _is(x, _TRANSPOSE):
         return None
     outer, inner = ([*range(node.ndim)][::-1] if a is None else list(a) for a in (axes, x._params.get("axes")))
     return x._args[0] if [inner[i] % node.ndim for i in outer] == list(range(node.ndim)) else None
 
 
-_SIMPLER: dict[str, Callable] = {
-    "add": _simpler_add,
-    "subtract": _simpler_subtract,
-    "multiply": _simpler_multiply,
-    "divide": _simpler_divide,
-    "power": _simpler_power,
-    "mean": _simpler_mean,
-    "sum": lambda node, a, **params: a if np.size(_raw(a)) == node.size else None,
-    "reshape": _simpler_reshape,
-    "transpose": _simpler_transpose,
-    "negative": lambda node, x: x._args[0] if _is(x, "negative") else None,
-    "positive": lambda node, x: x,
-    "copy": lambda node, a: a,
-    "broadcast_to": lambda node, array, shape: array,
-    "astype": lambda node, a, dtype: a,
+_SIMPLER: dict[Primitive, Callable] = {
+    _ADD: _simpler_add,
+    _SUBTRACT: _simpler_subtract,
+    _MULTIPLY: _simpler_multiply,
+    TABLE[np.divide]: _simpler_divide,
+    TABLE[np.power]: _simpler_power,
+    PRIMITIVES["mean"]: _simpler_mean,
+    PRIMITIVES["sum"]: lambda node, a, **params: a if math.prod(np.shape(a)) == node.size else None,
+    _reshape: _simpler_reshape,
+    _TRANSPOSE: _simpler_transpose,
+    _NEGATIVE: lambda node, x: x._args[0] if _is(x, _NEGATIVE) else None,
+    TABLE[np.positive]: lambda node, x: x,
+    TABLE[np.copy]: lambda node, a: a,
+    _BROADCAST: lambda node, array, shape: array,
+    _as_dtype: lambda node, a, dtype: a,
+    PRIMITIVES["dense layer"]: lambda node, x, w, b, activation=None: (
+        activation(x @ w + b) if activation else x @ w + b
+    ),
 }
 
 
 def simplify(roots: Sequence) -> list:
-    """Algebra that is safe for inf and nan: x + 0 -> x, x**2 -> square(x), a - -b -> a + b, x / 4 -> x * 0.25."""
+    """Algebra that is exact, also for inf, nan and -0.0: x * 1 -> x, x**2 -> square(x), a - -b -> a + b, x / 4 ->
+    x * 0.25."""
 
     def rule(node, args):
-        simpler = _SIMPLER.get(node._prim.name)
+        simpler = _SIMPLER.get(node._prim)
         new = simpler(node, *args, **node._params) if simpler else None
-        if new is None or not _alike(new, node) or not isinstance(new, Value):
-            return _renewed(node, args)
-        return new
+        return new if isinstance(new, Value) and _alike(new, node) else _renewed(node, args)
 
-    return _rewrite(roots, rule)
+    return _rewrite(roots, rule, regular=True)
 
 
 def _key(x):
     """Something hashable that is equal for interchangeable operands and parameters."""
-    if isinstance(x, (Array, np.ndarray)):
-        return id(x)
-    if isinstance(x, float):
+    kind = type(x)
+    if kind is float:
         return (x, math.copysign(1.0, x)) if x == x else "nan"
-    if _is_foreign(x):
-        return id(x)
-    if isinstance(x, (tuple, list)):
-        return tuple([_key(i) for i in x])
-    if isinstance(x, slice):
-        return ("slice", x.start, x.stop, x.step)
-    if isinstance(x, dict):
-        return tuple([(name, _key(x[name])) for name in sorted(x)])
-    return (type(x), x)
+    if kind is int or kind is str:
+        return kind, x
+    if kind is tuple or kind is list:
+        return tuple(map(_key, x))
+    if kind is slice:
+        return "slice", _key(x.start), _key(x.stop), _key(x.step)
+    return id(x)  # arrays and nodes, what there is one of, and what we know nothing about
 
 
 def merge_common(roots: Sequence) -> list:
-    """Makes equal operations on the same operands one node: tanh(x) * tanh(x) -> t * t with one tanh."""
+    """Makes equal operations on the same operands one node: tanh(x) * tanh(x) -> t * t with one tanh. What a user's
+    primitive does is its own affair: it may draw random numbers."""
     known: dict[Any, Value] = {}
 
     def rule(node, args):
-        key = (node._prim, tuple([id(x) if isinstance(x, Value) else _key(x) for x in args]))
-        if node._params:
-            key += (_key(node._params),)
+        prim, params = node._prim, node._params
+        key: Any = (prim, tuple(map(_key, args))) if prim in _OWN else node
+        if params and prim in _OWN:
+            key += tuple([(name, _key(params[name])) for name in sorted(params)])
         found = known.get(key)
         if found is None:
             found = known[key] = _renewed(node, args)
@@ -4615,11 +4942,14 @@ def merge_common(roots: Sequence) -> list:
     return _rewrite(roots, rule)
 
 
+def _sum_of_products(*terms, products):
+    pairs = map(operator.mul, terms[: 2 * products : 2], terms[1 : 2 * products : 2])
+    return functools.reduce(operator.add, [*pairs, *terms[2 * products :]])
+
+
 # A sum of products of 0-d operands and of what else is added: a1*b1 + a2*b2 + ... + c + d + ...
 _dot = primitive(
-    lambda *terms, products: (
-        sum(map(operator.mul, terms[: 2 * products : 2], terms[1 : 2 * products : 2])) + sum(terms[2 * products :])
-    ),
+    _sum_of_products,
     lambda i, g, out, terms, products: g * terms[i ^ 1] if i < 2 * products else g,
     name="dot",
     variadic=True,
@@ -4632,9 +4962,10 @@ def flatten(roots: Sequence) -> list:
     nodes = _oldest_first(roots)
     uses = collections.Counter([x for node in nodes for x in node._args if isinstance(x, Value)])
     uses.update(root for root in roots if isinstance(root, Value))
-    sums = {node for node in nodes if _is(node, "add")}
+    sums = {node for node in nodes if _is(node, _ADD)}
     # The terms of a sum that only another such sum needs wait here for that.
-    inner = {x for node in sums for x in node._args if x in sums and uses[x] == 1 and _alike(x, node)}
+    used = ((x, node) for node in sums for x in node._args if isinstance(x, Value))
+    inner = {x for x, node in used if x in sums and uses[x] == 1 and _alike(x, node)}
     inner.difference_update(roots)
     waiting: dict[Value, list] = {}
 
@@ -4643,9 +4974,7 @@ def flatten(roots: Sequence) -> list:
             return _renewed(node, args)
         terms: list = []
         for old, x in zip(node._args, args):
-            if type(x) is float and x == 0.0:  # where sum() starts; it changes the sign of a zero at most
-                continue
-            more = waiting.pop(old) if old in inner else [(old, x)]
+            more = waiting.pop(old) if isinstance(old, Value) and old in inner else [(old, x)]
             if len(more) > len(terms):
                 terms, more = more, terms
             terms += more
@@ -4653,19 +4982,21 @@ def flatten(roots: Sequence) -> list:
             waiting[node] = terms
             return node  # a place holder
         if len(terms) < 3:
-            return _renewed(node, args) if len(args) == len(terms) else terms[0][1] if terms else node._data
+            return _renewed(node, args)
         products: list = []
         rest: list = []
+        zero: list = []  # where sum() starts: it makes -0.0 a 0.0, and comes last
         for old, x in terms:
+            factors: tuple = ()
             if not node.ndim and isinstance(old, Value) and uses[old] == 1 and _alike(x, node):
-                if _is(x, "multiply"):
-                    products += x._args
-                    continue
-                if _is(x, "square"):
-                    products += x._args * 2
-                    continue
-            rest.append(x)
-        return _twin(node, _dot, (*products, *rest), {"products": len(products) // 2})
+                factors = x._args if _is(x, _MULTIPLY) else x._args * 2 if _is(x, _SQUARED) else ()
+            if type(x) is float and x == 0.0:
+                zero = [x] if math.copysign(1.0, x) > 0 else zero
+            elif factors and not any(map(_is_mask, factors)):
+                products += factors
+            else:
+                rest.append(x)
+        return _twin(node, _dot, (*products, *rest, *zero), {"products": len(products) // 2})
 
     return _rewrite(roots, rule)
 
@@ -4678,6 +5009,11 @@ _pack = primitive(
     variadic=True,
     samples=[(((), (), ()), {"shape": (3,), "dtype": np.float64})],
 )
+
+
+def _starts_at_zero(node: Value) -> bool:
+    """Whether 0.0 is the last of the terms of a sum of products."""
+    return type(node._args[-1]) is float and node._args[-1] == 0.0
 
 
 class _Batch:
@@ -4701,7 +5037,10 @@ class _Batch:
             else:
                 stack, place = self.places[x]
                 part = stack[tuple(map(int, np.unravel_index(place, self.layouts[id(stack)])))]
-                self.new[x] = _as_dtype(part, float) if type(x._data) is float else part
+                weak = type(x._data) is float or type(x._data) is bool
+                self.new[x] = _as_dtype(part, float) if weak else part
+                if type(x._data) is bool:
+                    self.new[x] = np.not_equal(self.new[x], 0.0)
         return self.new[x]
 
     def rank(self, xs: Sequence) -> tuple:
@@ -4719,7 +5058,7 @@ class _Batch:
         """The operands as one array (*layout, *their shape), or one that broadcasts to it. It is a stack that exists, a
         part or a transpose of one where that will do, and a copy only where not."""
         shape = np.shape(_raw(xs[0]))
-        keys = [id(x) if isinstance(x, (Array, np.ndarray)) else _key(x) for x in xs]
+        keys = list(map(_key, xs))
         if len(layout) == 2 and min(layout) > 1:
             rows, columns = layout
             if all(keys[i * columns : (i + 1) * columns] == keys[:columns] for i in range(1, rows)):
@@ -4731,21 +5070,15 @@ class _Batch:
             return np.array(xs, None if shape else dtype).reshape(whole)
         places = self.places
         if shape:
-            if not all(x in places for x in xs):
+            if not all(isinstance(x, Array) and x in places for x in xs):
                 return np.reshape(_record(_stack, tuple(map(self.single, xs)), {"axis": 0}), whole)
         else:  # numbers that are in no stack yet become one, in the order in which they are wanted here
             loose = list(dict.fromkeys([x for x in xs if isinstance(x, Array) and x not in places]))
             if loose:
                 own = layout if len(loose) == len(xs) else (len(loose),)
-                held = {type(x._data) for x in loose}
-                kind = (
-                    np.float64
-                    if held == {float}
-                    else bool
-                    if held == {bool}
-                    else np.result_type(*(_raw(x) for x in loose))
-                )
-                params = {"shape": own, "dtype": np.dtype(kind)}
+                kinds = {float: np.float64, bool: bool}  # what numbers of Python's become
+                dtypes = [kinds.get(type(x._data)) or x._data.dtype for x in loose]
+                params = {"shape": own, "dtype": np.result_type(*dtypes)}
                 self.put(loose, _record(_pack, tuple(map(self.single, loose)), params), own, places)
             constants = list({_key(x): x for x in xs if not isinstance(x, Array)}.values())
             if constants:
@@ -4777,23 +5110,24 @@ class _Batch:
     def operand(self, nodes: list, k: int, layout: tuple[int, ...]):
         """Operand k of all nodes, and whether it is stacked or one that they share."""
         xs = [node._args[k] for node in nodes]
-        if len({id(x) if isinstance(x, (Array, np.ndarray)) else _key(x) for x in xs}) == 1:
+        if len(set(map(_key, xs))) == 1:
             return self.single(xs[0]), False
         return self.gather(xs, layout), True
 
     @staticmethod
     def rows(nodes: list) -> tuple[list, list, list]:
-        """Of sums of products: the left factors, the right ones, and what is added, a row per node."""
-        end = 2 * nodes[0]._params["products"]
+        """Of sums of products: the left factors, the right ones, and what is added but for a 0.0 at the end, a row per
+        node."""
+        end, stop = 2 * nodes[0]._params["products"], -1 if _starts_at_zero(nodes[0]) else None
         return tuple(
-            [node._args[cut] for node in nodes] for cut in (slice(0, end, 2), slice(1, end, 2), slice(end, None))
+            [node._args[cut] for node in nodes] for cut in (slice(0, end, 2), slice(1, end, 2), slice(end, stop))
         )
 
     @staticmethod
     def distinct(rows: list) -> tuple[list, list[int]]:
         """The different rows, in order of appearance, and which of them each row is."""
         numbers: dict = {}
-        keys = [tuple([id(x) if isinstance(x, Array) else _key(x) for x in row]) for row in rows]
+        keys = [_key(row) for row in rows]
         of_row = [numbers.setdefault(key, len(numbers)) for key in keys]
         return list({i: row for i, row in reversed([*zip(of_row, rows)])}.values())[::-1], of_row
 
@@ -4818,14 +5152,14 @@ class _Batch:
                     whole = self.layouts[id(found[0][0])]
                     layout = whole if math.prod(whole) == len(nodes) else layout
                     break
-        strong = [x.dtype for x in map(_raw, node._args) if type(x) not in _WEAK_TYPES]
+        strong = [x.dtype for x in map(_raw, node._args) if getattr(x, "dtype", None) in _FLOATS]
         operands, any_stacked = [], False
         for k, x in enumerate(map(_raw, node._args)):
             y, stacked = self.operand(nodes, k, layout)
             if stacked and np.ndim(x) < node.ndim:
                 y = np.reshape(y, np.shape(y)[: len(layout)] + (1,) * (node.ndim - np.ndim(x)) + np.shape(x))
             if stacked and strong and type(x) is float:  # a number that was weak takes the dtype of those it meets
-                y = y.astype(np.result_type(*strong))
+                y = y.astype(strong[0])
             any_stacked |= stacked
             operands.append(y)
         if not any_stacked:
@@ -4845,7 +5179,7 @@ class _Batch:
             stack = self.gather([x for row in rows for x in row], layout, dtype)
             return np.broadcast_to(stack, (*layout, *node.shape))
 
-        out = None
+        out, zero = None, _starts_at_zero(node)
         left, right, rest = self.rows(nodes)
         if len(nodes) == 1:  # the order of its terms is free: that of the stacks which they are in spares a gather
             left, right = (
@@ -4859,15 +5193,17 @@ class _Batch:
             if len(lefts) * len(rights) == len(nodes) == len(set(zip(i, j))):
                 order = sorted(range(len(nodes)), key=lambda n: (j[n], i[n]))
                 nodes, layout = [nodes[n] for n in order], (len(rights), len(lefts))
-                out = np.matmul(block(rights), np.swapaxes(block(lefts), 0, 1))
+                out, zero = np.matmul(block(rights), np.swapaxes(block(lefts), 0, 1)), False  # BLAS starts at 0.0
             else:
                 out = np.sum(block(left) * block(right), axis=1)
         if len(rest[0]) > 2:
             total = np.reshape(np.sum(block(rest), axis=1), (*layout, *node.shape))
             out = total if out is None else out + total
         else:
-            for k in range(2 * products, len(node._args)):
-                out = out + self.operand(nodes, k, layout)[0]
+            for k in range(2 * products, 2 * products + len(rest[0])):
+                term = self.operand(nodes, k, layout)[0]
+                out = term if out is None else out + term
+        out = out + 0.0 if zero else out
         if out.dtype != dtype:
             out = out.astype(dtype)
         self.put(nodes, out, layout, self.places)
@@ -4876,7 +5212,7 @@ class _Batch:
     def arrays(self, nodes: list) -> bool:
         """Other operations on arrays, by their entry in _BATCHED: on stacks, with an axis more at the front."""
         operands, stacked = zip(*(self.operand(nodes, k, (len(nodes),)) for k in range(len(nodes[0]._args))))
-        out = _BATCHED[nodes[0]._prim.name](nodes[0], len(nodes), operands, stacked) if any(stacked) else None
+        out = _BATCHED[nodes[0]._prim](nodes[0], len(nodes), operands, stacked) if any(stacked) else None
         if out is None:
             return False
         self.put(nodes, out, (len(nodes),), self.places)
@@ -4906,25 +5242,25 @@ def _batched_axis(node, n, operands, stacked):
     ndim, params = np.ndim(_raw(node._args[0])), dict(node._params)
     axis = params.get("axis", -1 if "softmax" in node._prim.name else None)
     axes = range(ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    shifted = tuple(i % ndim + 1 for i in axes)
-    params["axis"] = shifted[0] if isinstance(axis, int) else shifted
+    shifted = tuple(int(i) % ndim + 1 for i in axes)
+    params["axis"] = shifted[0] if len(shifted) == 1 else shifted
     return _record(node._prim, operands, params)
 
 
 def _batched_getitem(node, n, operands, stacked):
     index = node._params["index"]
-    if len(operands) > 1 or sum(isinstance(i, np.ndarray) for i in index) > 1:
+    if len(operands) > 1 or any(isinstance(i, np.ndarray) for i in index):
         return None
     return _getitem(operands[0], index=(slice(None), *index))
 
 
-_BATCHED: dict[str, Callable] = {
-    **dict.fromkeys(("sum", "prod", "max", "min", "var", "std", "norm", "logsumexp"), _batched_axis),
-    **dict.fromkeys(("mean", "softmax", "log_softmax"), _batched_axis),
-    "matmul": _batched_matmul,
-    "getitem": _batched_getitem,
-    "reshape": lambda node, n, operands, stacked: np.reshape(operands[0], (n, *node.shape)),
-    "transpose": lambda node, n, operands, stacked: np.transpose(
+_BATCHED: dict[Primitive, Callable] = {
+    **{PRIMITIVES[name]: _batched_axis for name in ("sum", "mean", "prod", "max", "min", "var", "std", "norm")},
+    **dict.fromkeys((logsumexp, softmax, log_softmax), _batched_axis),
+    TABLE[np.matmul]: _batched_matmul,
+    _getitem: _batched_getitem,
+    _reshape: lambda node, n, operands, stacked: np.reshape(operands[0], (n, *node.shape)),
+    _TRANSPOSE: lambda node, n, operands, stacked: np.transpose(
         operands[0], (0, *(i % node.ndim + 1 for i in node._params.get("axes") or range(node.ndim)[::-1]))
     ),
 }
@@ -4933,8 +5269,10 @@ _BATCHED: dict[str, Callable] = {
 def batch(roots: Sequence) -> list:
     """Groups equal operations of equal depth into one on stacked operands (Neubig et al. 2017, "On-the-fly Operation
     Batching in Dynamic Computation Graphs"): tanh(a), tanh(b), ... -> tanh([a, b, ...]). A group of dot products of
-    some rows with all of some others becomes a matrix product."""
-    state, depth = _Batch(), {}
+    some rows with all of some others becomes a matrix product.
+
+    Only what sends its gradients to the same roots goes together: where one has none, 0 * inf would make it nan."""
+    state, depth, reach = _Batch(), {}, _reach(roots)
     levels: dict[int, dict] = collections.defaultdict(lambda: collections.defaultdict(list))
 
     def kind(x):
@@ -4948,14 +5286,22 @@ def batch(roots: Sequence) -> list:
             continue
         depth[node] = 1 + max((depth[x] for x in node._args if isinstance(x, Value)), default=0)
         key: Any = node  # on its own
-        if prim is _dot:
-            key = (prim, node._params["products"], len(node._args), kind(node))
-        elif node.size <= _BATCH_SIZE and not any(x is float for x in node._params.values()):
-            if (prim.elementwise and prim.operands) or prim.name in _BATCHED:
+        if prim is _dot and _regular(node):
+            key = (prim, node._params["products"], len(node._args), kind(node), _starts_at_zero(node), reach[node])
+        elif node.size <= _BATCH_SIZE and _regular(node):
+            arrays = prim in _BATCHED and all([isinstance(_raw(x), np.ndarray) for x in node._args])
+            if arrays or (prim.elementwise and prim.operands and not node._params):
                 shared = [
                     id(x) for x in node._args if isinstance(x, Array) and x.ndim > 1 and not getattr(x, "_prim", None)
                 ]
-                key = (prim, _key(node._params), kind(node), *map(kind, node._args), *shared)
+                key = (
+                    prim,
+                    _key(tuple(node._params.items())),
+                    kind(node),
+                    *map(kind, node._args),
+                    *shared,
+                    reach[node],
+                )
         levels[depth[node]][key].append(node)
     groups = [nodes for level in levels.values() for nodes in level.values() if len(nodes) > 1]
     for nodes in sorted(groups, key=len, reverse=True):
@@ -4966,8 +5312,9 @@ def batch(roots: Sequence) -> list:
             node, done = nodes[0], False
             if key is not node:
                 if node._prim is _dot:
-                    if len(nodes) * len(node._args) >= 4 * _BATCH_SCALARS and all(
-                        np.shape(_raw(x)) == node.shape for x in node._args
+                    terms = node._args[:-1] if _starts_at_zero(node) else node._args
+                    if len(nodes) * len(terms) >= 4 * _BATCH_SCALARS and all(
+                        np.shape(_raw(x)) == node.shape for n in nodes for x in n._args[: len(terms)]
                     ):
                         done = state.sums(nodes)
                 elif len(nodes) >= (_BATCH_ARRAYS if any(np.ndim(_raw(x)) for x in node._args) else _BATCH_SCALARS):
@@ -5005,6 +5352,8 @@ def _chain_i(i, g, out, operands, chain):
 
 _fused = primitive(_run_chain, _chain_i, name="fused", variadic=True)
 _MAX_CHAIN = 32
+_AS_THEY_ARE = {_detach, _fused}  # what is right on any operands
+_OWN = frozenset(PRIMITIVES.values()) - _AS_THEY_ARE  # what the passes know
 
 
 def fuse(roots: Sequence) -> list:
@@ -5015,13 +5364,13 @@ def fuse(roots: Sequence) -> list:
     uses.update(root for root in roots if isinstance(root, Value))
 
     def fits(x, node):
-        part = x._prim is not None and (x._prim.elementwise or x._prim.name == "matmul")
+        part = x._prim is not None and (x._prim.elementwise or x._prim is TABLE[np.matmul]) and _regular(x)
         return part and uses[x] == 1 and isinstance(x._data, np.ndarray) and x.shape == node.shape
 
     inner = {
         x
         for node in nodes
-        if node._prim and node._prim.elementwise
+        if node._prim and node._prim.elementwise and _regular(node)
         for x in node._args
         if isinstance(x, Value) and fits(x, node)
     }
@@ -5087,14 +5436,65 @@ def reduce_products(roots: Sequence) -> list:
 
     def rule(node, args):
         x = args[0]
-        if _is(node, "sum") and node.ndim == 0 and isinstance(x, Value) and isinstance(x._data, np.ndarray):
-            pair = x._args * 2 if _is(x, "square") else x._args if _is(x, "multiply") else ()
+        if _is(node, PRIMITIVES["sum"]) and node.ndim == 0 and isinstance(x, Value) and x.ndim:
+            pair = x._args * 2 if _is(x, _SQUARED) else x._args if _is(x, _MULTIPLY) else ()
             if pair and all(np.shape(_raw(y)) == x.shape and np.result_type(_raw(y)) == x.dtype for y in pair):
                 flat = [y if np.ndim(_raw(y)) == 1 else _record(_reshape, (y,), {"shape": (x.size,)}) for y in pair]
                 flat[1] = flat[0] if pair[0] is pair[1] else flat[1]
-                if _alike(product := np.matmul(*flat), node):
+                if _alike(product := _record(TABLE[np.matmul], tuple(flat)), node):
                     return product
         return _renewed(node, args)
+
+    return _rewrite(roots, rule, regular=True)
+
+
+def _run_rule(g, out, *operands, prim, i, params):
+    """The gradient of operand i of a user's primitive, by the sweep of eager mode: its rule may do what it likes."""
+    x = _leaf(operands[i])
+    with _recording():
+        node = _node(out, prim, (*operands[:i], x, *operands[i + 1 :]), params)
+    return _backpropagate(node, g).get(x)
+
+
+def _rule_or_zeros(g, out, *operands, prim, i, params):
+    h = _run_rule(g, out, *operands, prim=prim, i=i, params=params)
+    return _filled_like(operands[i], 0) if h is None else h
+
+
+def _unregistered(name: str, forward: Callable, vjps: tuple, like: Primitive) -> Primitive:
+    """A primitive that is in no table."""
+    new = Primitive()
+    for slot in Primitive.__slots__:
+        setattr(new, slot, getattr(like, slot))
+    new.name, new.forward, new.vjps = name, forward, vjps
+    return new
+
+
+_rule = _unregistered("rule", _rule_or_zeros, (None,), like=_dot)  # its parameters: primitive, place and parameters
+
+
+def seal(roots: Sequence) -> list:
+    """Makes the rules of users' primitives nodes, when a sweep comes by: what they do is not traced, but done anew."""
+    sealed: dict[Primitive, Primitive] = {}
+
+    def rule_of(prim, i):
+        def rule(g, out, *operands, **params):
+            params = {"prim": prim, "i": i, "params": params}
+            h = _run_rule(*map(_raw, (g, out, *operands)), **params)
+            return None if h is None else _node(h, _rule, (g, out, *operands), params)
+
+        return rule
+
+    def rule(node, args):
+        prim = node._prim
+        if prim in _OWN or prim in _AS_THEY_ARE or not any(prim.vjps):
+            return _renewed(node, args)
+        if prim not in sealed:
+            rules = tuple([f and rule_of(prim, i) for i, f in enumerate(prim.vjps)])
+            if prim.operands is None:
+                rules = (lambda i, g, out, operands, **params: rule_of(prim, i)(g, out, *operands, **params),)
+            sealed[prim] = _unregistered(prim.name, prim.forward, rules, prim)
+        return _twin(node, sealed[prim], args, node._params)
 
     return _rewrite(roots, rule)
 
@@ -5108,13 +5508,13 @@ class _Lowering:
     """
 
     def __init__(self, roots: Sequence[Value], seed: Value, gradients: Sequence[Value]):
-        self.space: dict[str, Any] = {"np": np, "math": math, "_evaluate": _evaluate}
+        self.space: dict[str, Any] = {"np": np, "math": math, "_evaluate": _evaluate, "_as_before": _as_before}
         self.names: dict[Any, str] = {}  # of nodes, Tensors, and, by id, of other objects
         self.fixed: dict[str, np.ndarray] = {}  # by name: what is the same array in every run
         self.buffers: dict[Value, np.ndarray] = {}  # a node's own buffer, until its last use
         self.spare: dict[tuple, list[np.ndarray]] = collections.defaultdict(list)
         self.inputs: dict[str, Array] = {}
-        self.outputs: dict[str, np.ndarray] = {}
+        self.outputs: set[str] = set()  # arrays that leaves get as their gradients
         self.section, self.lines = 0, ([], [])
         self.sections = {"seed": 1}  # of a local: 0 if made by forward, 1 by backward
         self.saved: dict[str, None] = {}  # locals of forward that backward needs, in order
@@ -5147,6 +5547,8 @@ class _Lowering:
         for node in reversed(nodes):
             if node._prim is _fused and not self.blocked(node):
                 last[node._params["chain"][-1]] = last[node]
+            if node._prim is not None and node._prim not in _OWN and node._prim not in _AS_THEY_ARE:
+                last.update((x, math.inf) for x in node._args if isinstance(x, Value))  # users may hold on to them
             if type(node._data) is np.ndarray and not self.fills(node):
                 for x in node._args:
                     if isinstance(x, Value):
@@ -5204,8 +5606,8 @@ class _Lowering:
         """The buffer for a node's result: that of an operand whose last use this is, a spare or a new one."""
         shape, dtype = node.shape, node.dtype
         if node in self.handed_out:
-            name = self.names[node] = f"out{len(self.outputs)}"
-            self.outputs[name], self.sections[name] = np.empty(shape, dtype), 1
+            name = self.output(node)
+            self.line(f"{name} = np.empty({shape}, np.{dtype.name})")
             return name
         for x in reuse:
             if isinstance(x, Value) and x in self.buffers and self.last[x] == self.place:
@@ -5216,6 +5618,20 @@ class _Lowering:
         buffer = spare.pop() if spare else np.empty(node.size, dtype)
         self.names[node], self.buffers[node] = self.bind("b", buffer.reshape(shape)), buffer
         return self.names[node]
+
+    def output(self, node: Value) -> str:
+        """The name of an array that is new in every run."""
+        name = self.names[node] = f"out{len(self.outputs)}"
+        self.outputs.add(name)
+        self.sections[name] = 1
+        return name
+
+    def write(self, node: Value, call: str, keyword: str = "", reuse: Sequence = ()) -> None:
+        """A call, its last bracket open, into the node's buffer; what a leaf gets as its gradient is made anew."""
+        if node in self.handed_out:
+            self.line(f"{self.output(node)} = {call})")
+        else:
+            self.line(f"{call}, {keyword}{self.target(node, reuse)})")
 
     # --- lines ---
 
@@ -5247,91 +5663,107 @@ class _Lowering:
         last = len(outside) + len(chain) - 1
         self.line(f"_blocks({self.bind('c', steps)}, [{names}], {node.shape}, [{last}], None, [{self.target(node)}])")
 
+    def emitter(self, node: Value) -> Callable | None:
+        """How an array comes about by calls of NumPy's: a method of this class, or None for `_evaluate`."""
+        prim, a = node._prim, _raw(node._args[0])
+        if type(node._data) is not np.ndarray or not _regular(node):
+            return None
+        if prim in _VIEWS and (type(a) is not np.ndarray or (prim is _getitem and len(node._args) > 1)):
+            return None
+        found = self.EMITTERS.get(prim)
+        plain = prim.elementwise and not node._params and (isinstance(prim.forward, np.ufunc) or prim.reads == "out")
+        return found or (_Lowering.plain if plain else None)
+
     def fills(self, node: Value) -> bool:
         """Whether an array is written to a buffer of its own; what other primitives return may be a view."""
         prim = node._prim
-        if prim is None or type(node._data) is not np.ndarray:
+        if prim is None or self.emitter(node) is None or prim is _detach:
             return False
-        if prim.name in self.EMITTERS and PRIMITIVES[prim.name] is prim:
-            if prim is _fused:
-                return self.blocked(node)
-            return self.takes(node) if prim.name == "getitem" else prim.name not in self.VIEWS
-        return prim.elementwise and not node._params and (isinstance(prim.forward, np.ufunc) or prim.reads == "out")
-
-    VIEWS = ("reshape", "transpose", "broadcast_to", "getitem", "detach")
+        if prim is _fused:
+            return self.blocked(node)
+        return prim not in _VIEWS or (prim is _getitem and self.takes(node) is not None)
 
     @staticmethod
-    def takes(node: Value) -> bool:
-        """Whether an index is an array of places along the first axis."""
-        index = node._params["index"]
-        plain = len(index) == 1 and len(node._args) == 1 and isinstance(index[0], np.ndarray)
-        return plain and index[0].dtype.kind == "i" and bool((index[0] >= 0).all())
+    def takes(node: Value) -> np.ndarray | None:
+        """The places along the first axis that an index names, if it does nothing else; none of them negative."""
+        index, shape = node._params["index"], node._params.get("shape") or np.shape(_raw(node._args[0]))
+        if len(index) != 1 or not isinstance(index[0], np.ndarray) or index[0].dtype.kind != "i":
+            return None
+        return np.where(index[0] < 0, index[0] + shape[0], index[0])
 
     def emit(self, node: Value) -> None:
-        prim, args = node._prim, node._args
-        emitter = self.EMITTERS.get(prim.name) if PRIMITIVES.get(prim.name) is prim else None
+        emitter = self.emitter(node)
         if type(node._data) is not np.ndarray:
             self.local(node, self.number_of(node))
-        elif emitter is None and self.fills(node):
-            names = [self.name(x) for x in args]
-            self.line(f"{self.function(prim.forward)}({', '.join(names)}, out={self.target(node, args)})")
-        elif emitter is None or emitter(self, node, *args, **node._params) is False:
+        elif emitter is None or emitter(self, node, *node._args, **node._params) is False:
             self.local(node, self.call(node))
+
+    def plain(self, node, *args):
+        names = [self.name(x) for x in args]
+        self.write(node, f"{self.function(node._prim.forward)}({', '.join(names)}", "out=", args)
 
     def call(self, node: Value) -> str:
         """The forward of a primitive on whatever operands and parameters it has."""
-        names = "".join([f"{self.name(x)}, " for x in node._args])
-        return f"_evaluate({self.bind('f', node._prim)}, ({names}), {self.bind('c', node._params)})"
+        prim, names = node._prim, "".join([f"{self.name(x)}, " for x in node._args])
+        if prim is _rule:
+            return f"{self.bind('f', functools.partial(_rule.forward, **node._params))}({names})"
+        call = f"_evaluate({self.bind('f', prim)}, ({names}), {self.bind('c', node._params)})"
+        if type(node._data) is np.ndarray and (prim is _getitem or prim not in _OWN):  # its shape may be another
+            return f"_as_before({call}, {node.shape}, {self.bind('c', node.dtype)})"
+        return call
 
     def number_of(self, node: Value) -> str:
         """An expression for a 0-d result: plain arithmetic where Python's is that of the engine."""
         prim, args, params = node._prim, node._args, node._params
-        kinds = {type(_raw(x)) for x in args}
-        weak = kinds <= {float, bool} and float in kinds and type(node._data) in (float, bool)
-        if prim is _dot and kinds <= {float} and len(args) < 100:
-            names, end = [self.name(x) for x in args], 2 * params["products"]
-            return " + ".join([*map("{} * {}".format, names[:end:2], names[1:end:2]), *names[end:]])
-        if not params and weak and prim.forward in _INFIX:
-            return _INFIX[prim.forward].format(*map(self.name, args))
-        if not params and kinds <= {float} and prim.scalar:
-            return f"{self.function(prim.scalar)}({', '.join(map(self.name, args))})"
-        if not params and prim.forward in _INFIX and all(np.ndim(_raw(x)) == 0 for x in args) and bool not in kinds:
-            return _INFIX[prim.forward].format(*map(self.name, args))
-        a = args[0] if args else None
-        if PRIMITIVES.get(prim.name) is not prim or np.ndarray not in kinds and prim is not _as_dtype:
+        if not _regular(node):
             return self.call(node)
+        kinds, names = {type(_raw(x)) for x in args}, list(map(self.name, args))
+        if prim is _dot and len(args) < 100:
+            end = 2 * params["products"]
+            return " + ".join([*map("{} * {}".format, names[:end:2], names[1:end:2]), *names[end:]])
+        if not params and np.ndarray not in kinds:
+            if prim.forward in _INFIX:
+                return _INFIX[prim.forward].format(*names)
+            if kinds == {float} and prim.scalar:
+                return f"{self.function(prim.scalar)}({', '.join(names)})"
+            if isinstance(node._data, np.generic) and isinstance(prim.forward, np.ufunc):
+                return f"{self.function(prim.forward)}({', '.join(names)})"
         if prim is _as_dtype and params["dtype"] is float:
-            return f"float({self.name(a)})"
-        if prim.name == "sum" and len(kinds) == 1:
-            return f"np.add.reduce({self.name(a)}, None)"
-        if prim.name == "matmul":
-            return f"{self.name(a)}.dot({self.name(args[1])})"
-        if prim.name == "reshape":
-            return f"{self.name(a)}.reshape(())[()]"
-        if prim.name == "getitem" and all(type(i) is int for i in params["index"]):
-            return f"{self.name(a)}[{', '.join(map(str, params['index']))}]"
+            return f"float({names[0]})"
+        if prim is _detach:
+            return names[0]
+        if kinds == {np.ndarray}:
+            if prim is PRIMITIVES["sum"]:
+                return f"np.add.reduce({names[0]}, None)"
+            if prim is TABLE[np.matmul]:
+                return f"{names[0]}.dot({names[1]})"
+            if prim is _reshape:
+                return f"{names[0]}.reshape(())[()]"
+            if prim is _getitem and all(type(i) is int for i in params["index"]):
+                return f"{names[0]}[{', '.join(map(str, params['index']))}]"
         return self.call(node)
 
-    def view(self, node, a, *_, **params):
+    def view(self, node, a, **params):
         """A view of what is always the same array is made now, and costs nothing in a run."""
-        base = self.fixed.get(self.name(a))
+        prim, name = node._prim, self.name(a)
+        base = self.fixed.get(name)
         if base is not None:
-            view = node._prim.forward(base, **params)
+            view = prim.forward(base, **params)
             if np.may_share_memory(view, base):
                 self.names[node] = self.bind("b", view)
                 return None
-        if node._prim.name == "reshape":
-            return self.local(node, f"{self.name(a)}.reshape({node.shape})")
-        if node._prim.name == "transpose":
-            return self.local(node, f"{self.name(a)}.transpose({params.get('axes') or ''})")
-        if node._prim.name == "broadcast_to" and type(_raw(a)) is not float:
-            return self.local(node, f"np.broadcast_to({self.name(a)}, {node.shape})")
-        return False
+        if prim is _reshape:
+            return self.local(node, f"{name}.reshape({node.shape})")
+        if prim is _TRANSPOSE:
+            axes = params.get("axes")
+            axes = range(node.ndim)[::-1] if axes is None else [int(i) % node.ndim for i in axes]
+            return self.local(node, f"{name}.transpose({', '.join(map(str, axes))})")
+        return False if prim is _getitem else self.local(node, f"np.broadcast_to({name}, {node.shape})")
 
-    def getitem(self, node, a, *parts, index):
-        if parts or not self.takes(node):
-            return False if parts else self.view(node, a, index=index)
-        a, c = self.name(a), self.name(index[0])
+    def getitem(self, node, a, index):
+        if (places := self.takes(node)) is None:
+            return self.view(node, a, index=index)
+        a, c = self.name(a), self.bind("c", places)
         self.line(f"np.take({a}, {c}, 0, {self.target(node)}, 'clip')")  # with 'raise', take would make a copy
 
     def detach(self, node, a):
@@ -5340,13 +5772,13 @@ class _Lowering:
     def matmul(self, node, x, y):
         matrices = np.ndim(_raw(x)) <= 2 >= np.ndim(_raw(y))
         x, y = self.name(x), self.name(y)
-        self.line(f"{x}.dot({y}, {self.target(node)})" if matrices else f"np.matmul({x}, {y}, out={self.target(node)})")
+        self.write(node, f"{x}.dot({y}" if matrices else f"np.matmul({x}, {y}")
 
     def sum(self, node, a, axis=None, keepdims=False):
         name = self.name(a)
-        if np.ndim(_raw(a)) == 2 and axis in (0, (0,)) and not keepdims and node.dtype.kind == "f":
-            ones = self.bind("c", _ones(np.shape(_raw(a))[0], node.dtype))
-            self.line(f"{ones}.dot({name}, {self.target(node)})")  # BLAS sums rows faster than NumPy's reduce
+        if np.ndim(_raw(a)) == 2 and axis in (0, (0,)) and not keepdims:
+            ones = self.name(_ones(np.shape(_raw(a))[0], node.dtype))
+            self.write(node, f"{ones}.dot({name}")  # BLAS sums rows faster than NumPy's reduce
         else:
             axis = tuple(map(int, axis)) if isinstance(axis, tuple) else axis if axis is None else int(axis)
             self.line(f"np.add.reduce({name}, {axis}, None, {self.target(node)}, {bool(keepdims)})")
@@ -5365,7 +5797,7 @@ class _Lowering:
         self.line(f"np.{node._prim.name}(({names}), {int(axis)}, {self.target(node)})")
 
     def pack(self, node, *numbers, shape, dtype):
-        if all(x._prim is None if isinstance(x, Value) else isinstance(x, Tensor) for x in numbers):
+        if all(_is_input(x) and type(x._data) is float for x in numbers):
             values = f"[x._data for x in {self.bind('c', numbers)}]"  # their data is read here, not as inputs
         else:
             values = ", ".join([self.name(x) for x in numbers])
@@ -5374,10 +5806,9 @@ class _Lowering:
         self.line(f"{flat}[:] = {values}")
 
     def scatter(self, node, a, *parts, shape, index):
-        unique = all(type(i) is int or isinstance(i, slice) for i in index)
-        if not unique and not parts and len(index) == 1 and isinstance(index[0], np.ndarray):
-            unique = index[0].dtype.kind == "b" or len(np.unique(index[0])) == index[0].size
-        if parts or not unique:
+        places = self.takes(node)
+        unique = all(i is None or i is Ellipsis or type(i) is int or isinstance(i, slice) for i in index)
+        if not unique and (parts or places is None or len(np.unique(places)) < places.size):
             return False
         a, out = self.name(a), self.target(node)
         self.line(f"{out}.fill(0)")
@@ -5393,20 +5824,21 @@ class _Lowering:
             self.line(f"np.add({out}, {name}, out={out})")
 
     EMITTERS = {
-        **dict.fromkeys(("reshape", "transpose", "broadcast_to"), view),
-        **dict.fromkeys(("concatenate", "stack"), joined),
-        **{f.__name__: f for f in (getitem, detach, matmul, sum, where, astype, pack, scatter, dot, fused)},
-        "copy": lambda self, node, a: self.astype(node, a, None),
+        **dict.fromkeys((_reshape, _TRANSPOSE, _BROADCAST), view),
+        **dict.fromkeys((_concatenate, _stack), joined),
+        **{_getitem: getitem, _detach: detach, _scatter: scatter, _pack: pack, _dot: dot, _fused: fused},
+        **{TABLE[np.matmul]: matmul, PRIMITIVES["sum"]: sum, _WHERE: where, _as_dtype: astype},
+        TABLE[np.copy]: lambda self, node, a: self.astype(node, a, None),
     }
 
     def finish(self, roots, gradients):
-        """Heads and tails of the two functions, and their source."""
+        """Heads and tails of the two functions, their source, and the functions."""
         self.section = 1
         handed = []
         for g in gradients:
             name = self.name(g)
-            if type(g._data) is np.ndarray and name not in self.outputs:
-                name = f"np.array({name})"
+            if type(g._data) is np.ndarray and (name not in self.outputs or name in handed):
+                name = f"np.array({name})"  # a leaf owns its gradient
             handed.append(name)
         self.section = 0
         results = [f"np.array({self.name(r)})" if type(r._data) is np.ndarray else self.name(r) for r in roots]
@@ -5417,13 +5849,10 @@ class _Lowering:
             if type(x._data) is np.ndarray:
                 wrong = f"type({name}) is not _array or {name}.shape != {x.shape}"
                 head.append(f"if {wrong}: {name} = _checked({source}, {x.shape})")
-            elif type(x._data) is not float:
+            elif isinstance(x._data, np.generic):
                 head.append(f"if {name}.shape != (): _checked({source}, ())")
         self.space |= {"_array": np.ndarray, "_checked": _checked, "_blocks": run_blocks}
         saved = "".join(f"{name}, " for name in self.saved)
-        outs = [f"{name} = _fresh({i})" for i, name in enumerate(self.outputs)]
-        arrays = list(self.outputs.values())
-        self.space["_fresh"] = functools.partial(_fresh, arrays)
 
         def body(lines):
             return "".join(f"    {line}\n" for line in lines)
@@ -5431,22 +5860,23 @@ class _Lowering:
         self.source = (
             f"def forward():\n{body(head)}{body(self.lines[0])}"
             f"    return ({''.join(f'{r}, ' for r in results)}), ({saved})\n\n\n"
-            f"def backward(seed, saved):\n{body([f'{saved[:-1]} = saved'] if saved else [])}{body(outs)}"
+            f"def backward(seed, saved):\n{body([f'{saved[:-1]} = saved'] if saved else [])}"
             f"{body(self.lines[1])}    return [{', '.join(handed)}]\n"
         )
         exec(compile(self.source, "<optimized>", "exec"), self.space)
+        # Out of the namespace, which they hold: nothing is in a cycle, and a program that is dropped is gone.
+        self.functions = self.space.pop("forward"), self.space.pop("backward")
 
 
-def _fresh(arrays: list, i: int) -> np.ndarray:
-    """Array i to write a gradient to: the one of the last run, unless somebody holds it still."""
-    if sys.getrefcount(arrays[i]) > _UNSHARED:
-        arrays[i] = np.empty_like(arrays[i])
-    return arrays[i]
+class _Resized(Exception):
+    """What a program was made for has another shape or type now; the graph that was traced has none to be wrong."""
 
 
-_UNSHARED = 1 << 30
-_probe = [np.empty(0)]
-_UNSHARED = next(n for n in range(1, 9) if sys.getrefcount(_probe[0]) <= n)
+def _as_before(x, shape: tuple, dtype: np.dtype) -> np.ndarray:
+    """A result whose shape may depend on data, if it has the one that it had."""
+    if type(x) is not np.ndarray or x.shape != shape or x.dtype != dtype:
+        raise _Resized
+    return x
 
 
 class _ShapeChanged(ValueError):
@@ -5455,13 +5885,16 @@ class _ShapeChanged(ValueError):
 
 def _checked(x: Array, shape: tuple) -> np.ndarray:
     """The array of an input, which must have the shape that it had."""
-    if x.shape == shape:
-        return _public(x._data)
-    label = f" {x.label!r}" if getattr(x, "label", "") else ""
-    raise _ShapeChanged(
-        f"optimize: {type(x).__name__}{label} had shape {shape} when the graph was optimized, and now has {x.shape}; "
-        "build and optimize the graph anew for another shape"
-    )
+    if x.shape != shape:
+        label = f" {x.label!r}" if getattr(x, "label", "") else ""
+        raise _ShapeChanged(
+            f"optimize: {type(x).__name__}{label} had shape {shape} when the graph was optimized, and now has "
+            f"{x.shape}; build and optimize the graph anew for another shape"
+        )
+    raw = _public(x._data)
+    if type(raw) is not np.ndarray:
+        raise _Resized
+    return raw
 
 
 # --- programs ---
@@ -5472,144 +5905,168 @@ JOINT_PASSES = (fold_constants, simplify, simplify, merge_common, reduce_product
 
 
 @contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """The opposite of `no_grad`: a program is made, and goes on, as otherwise."""
+    before, _mode.recording = _mode.recording, True
+    try:
+        yield
+    finally:
+        _mode.recording = before
+
+
+@contextlib.contextmanager
 def _tracing() -> Iterator[None]:
     """While a graph is rewritten: arrays are plain in this thread, and arithmetic on examples warns of nothing."""
-    _mode.tracing = True
+    before, _mode.tracing = _mode.tracing, True
     try:
-        with np.errstate(all="ignore"):
+        with _recording(), np.errstate(all="ignore"):
             yield
     finally:
-        _mode.tracing = False
+        _mode.tracing = before
+
+
+def _traced(roots: Sequence[Value]) -> list[Value]:
+    """A copy of the graph, with the programs in it written out as the graphs that they were made of."""
+    programs: dict[_Program, list[Value]] = {}
+
+    def rule(node, args):
+        if node._prim is not _program:
+            return _twin(node, node._prim, args, node._params)
+        program, index = node._params.values()
+        if program not in programs:
+            programs[program] = _replayed(program.traced)
+        return programs[program][index]
+
+    return _rewrite(roots, rule)
 
 
 class _Program:
     """A graph made to run again and again: its values by `forward`, then the gradients of one root by `backward`.
 
-    `graph` are the roots that the passes made. Where arithmetic on Python floats raises though IEEE arithmetic has an
-    answer, and where the graph is too large to be compiled, that graph is replayed.
+    `traced` is a copy of the graph it was made of, and `graph` what the passes made of that; both without data. `graph`
+    is replayed where arithmetic on Python floats raises though IEEE arithmetic has an answer, and where there is too
+    much of it to be compiled; `traced`, once sizes turn out to depend on data.
     """
 
     def __init__(self, roots: Sequence[Value]):
         self.lock = threading.RLock()
-        self.traced = _rewrite(roots, lambda node, args: _twin(node, node._prim, args, node._params))
-        for node in _oldest_first(self.traced):
-            for x in (node, *node._args):
-                if isinstance(x, Array) and type(x._data) is Chunked:
-                    x._data = x._data.expose()  # the passes look at arrays
         with _tracing():
-            graph = list(self.traced)
-            self.foreign = any(_is_foreign(node._data) for node in _oldest_first(graph))
+            graph = self.traced = _traced(roots)
+            nodes = _oldest_first(self.traced)
+            for node in nodes:
+                for x in (node, *node._args):
+                    if isinstance(x, Array) and type(x._data) is Chunked:
+                        x._data = x._data.expose()  # the passes look at arrays
+            self.foreign = any(_is_foreign(node._data) for node in nodes)
             for apply in FOREIGN_PASSES if self.foreign else PASSES:
                 graph = apply(graph)
-        self.graph = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
-        nodes = _oldest_first(self.traced)
-        self.leaves = [node for node in nodes if node._prim is None]
-        self.compiled: dict[int, tuple] = {}  # by root: its lowering, and what its gradients belong to
-        self.results = [root._data for root in roots]
-        self.state: tuple | None = None  # (compiled for root, locals that backward needs) of the last forward
-        self.swept: tuple | None = None  # (seed, gradients) of the last backward of a larger graph
+            self.graph = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
+        reach, leaves = _reach(self.traced), [node for node in nodes if node._prim is None]
+        # By root: the leaves that get a gradient from it, and all leaves, those first.
+        self.reached = [{x for x in leaves if reach[x] >> i & 1} for i in range(len(roots))]
+        self.leaves = [sorted(leaves, key=lambda x, reached=reached: x not in reached) for reached in self.reached]
+        self.results = [_settle(np.array(x)) if isinstance(x, np.ndarray) else x for x in (r._data for r in roots)]
+        self.compiled: dict[int, _Compiled | None] = {}  # by root
+        self.state: tuple | None = None  # (root, what its backward needs) of the last forward
+        self.swept: dict[tuple, dict] = {}  # gradients that an eager sweep is about to fetch, by root and thread
         self.nodes: list[weakref.ref] = []  # the Values that show the results
         self.current = next((i for i, root in enumerate(self.graph) if root._needs), 0)
-        self.compile(self.current)
-        for node in {*nodes, *_oldest_first(self.graph)}.difference(self.leaves):
-            node._data = _hollow(node._data)
-        self.results = [_settle(np.array(x)) if isinstance(x, np.ndarray) else x for x in self.results]
+        self.compile(self.current, self.graph)
+        for node in {*nodes, *_oldest_first(self.graph)}.difference(leaves):
+            node._data = None
 
-    def compile(self, index: int):
-        """The lowering for the gradients of one root."""
-        if index in self.compiled:
-            return self.compiled[index]
-        root = self.graph[index]
-        nodes = _oldest_first(self.graph)
-        if self.compiled:
-            self.refresh()  # so that the rules run on real data: an inverse of zeros would fail
+    def compile(self, index: int, graph: Sequence | None = None) -> _Compiled | None:
+        """The code for the gradients of one root; None if it is to be replayed."""
+        if index not in self.compiled:
+            graph = graph or _replayed(self.graph)  # the rules run on real data: an inverse of zeros would fail
+            self.compiled[index] = self.lowered(graph, index)
+        return self.compiled[index]
+
+    def lowered(self, graph: Sequence, index: int) -> _Compiled | None:
+        nodes, reached = _oldest_first(graph), self.reached[index]
         if self.foreign or len(nodes) > _MAX_LINES:
-            self.compiled[index] = None, []
-            return self.compiled[index]
+            return None
         with _tracing():
+            graph = seal(graph)
+            root, nodes = graph[index], _oldest_first(graph)
             seed = _leaf(_filled_like(root._data, 1))
             packs = {node for node in nodes if node._prim is _pack and all(_is_input(x) for x in node._args)}
-            gradients = _backpropagate(root, seed, packs, False, True) if root._needs else {}
-            targets = [x for x in gradients if x is not seed and (x._prim is None or x in packs)]
-            joint = [*self.graph, *(gradients[x] for x in targets)]
+            try:
+                gradients = _backpropagate(root, seed, packs, False, True) if root._needs else {}
+            except Exception:  # a rule fails on these data, as it would in eager mode: in `backward`, if that is called
+                return None
+            targets = [x for x in gradients if x is not seed and (x in reached or x in packs)]
+            joint = [*graph, *(gradients[x] for x in targets)]
             for apply in JOINT_PASSES:
                 joint = apply(joint)
             if _config.enabled:
                 joint = fuse(joint)
-            joint = [x if isinstance(x, Value) else _record(_detach, (x,)) for x in joint]
-        n = len(self.graph)
-        self.compiled[index] = _Lowering(joint[:n], seed, joint[n:]), targets
-        return self.compiled[index]
+            joint = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in joint]
+            lowering = _Lowering(joint[: len(graph)], seed, joint[len(graph) :])
+        targets = [x if x in reached else [y if y in reached else None for y in x._args] for x in targets]
+        return _Compiled(*lowering.functions, lowering.source, targets)
+
+    def run(self, index: int) -> tuple:
+        """The results from the current data of leaves and Tensors, and what the gradients of one root need: locals of
+        the code, or the graph with its data."""
+        code = self.compiled.get(index) or self.compile(index)
+        if code is not None:
+            try:
+                return code.forward()
+            except _Resized:
+                self.graph = self.traced
+                self.compiled = dict.fromkeys(range(len(self.graph)))
+            except _ShapeChanged:
+                raise
+            except (ArithmeticError, ValueError):
+                pass
+        graph = _replayed(self.graph)
+        return [root._data for root in graph], graph
 
     def forward(self) -> None:
         """Computes the roots from the current data of leaves and Tensors."""
         with self.lock:
-            lowering, _ = self.compile(self.current)
-            self.state = self.swept = None
-            try:
-                if lowering is None:
-                    raise ArithmeticError
-                results, saved = lowering.space["forward"]()
-                self.state = self.current, saved
-            except _ShapeChanged:
-                raise
-            except (ArithmeticError, ValueError):
-                self.refresh()
-                results = [root._data for root in self.graph]
+            self.state = None
+            results, saved = self.run(self.current)
+            self.state = self.current, saved
             self.show(results)
 
-    def show(self, results: list) -> None:
+    def show(self, results: Sequence) -> None:
         self.results = results
         for ref in self.nodes:
             if (node := ref()) is not None:
                 node._data = results[node._params["index"]]
 
-    def refresh(self) -> None:
-        """Replays the rewritten graph, node by node."""
-        for node in _oldest_first(self.graph):
-            if node._prim is not None:
-                node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
-
-    def backward(self, index: int, seed) -> list[tuple[Value, Any]]:
-        """(leaf, gradient) pairs, to be added up; numbers that were packed come as (pack, array)."""
+    def backward(self, index: int, seed) -> Iterable[tuple[Value, Any]]:
+        """(leaf, gradient) pairs, to be added up. Does not change what the results are."""
         with self.lock:
-            if index != self.current or self.state is None:
-                self.current = index
-                self.forward()
-            lowering, targets = self.compile(index)
-            if self.state is not None:
-                state, self.state = self.state, None  # its buffers are used up
+            state, self.state, self.current = self.state, None, index  # buffers are used up
+            saved = state[1] if state is not None and state[0] == index else self.run(index)[1]
+            if type(saved) is tuple:
+                code = self.compiled[index]
                 try:
-                    return list(zip(targets, lowering.space["backward"](seed, state[1])))
-                except (ArithmeticError, ValueError):
-                    self.refresh()
-            root = self.graph[index]
+                    return _unpacked(code.targets, code.backward(seed, saved))
+                except (ArithmeticError, ValueError, _Resized):
+                    saved = _replayed(self.graph)
+            root = saved[index]
             found = _at_home(_backpropagate(root, seed, retain=False), root)
             if self.foreign:  # the root may be computed by now
-                self.show([root._data for root in self.graph])
-            return [(node, g) for node, g in found.items() if node._prim is None]
+                self.show([root._data for root in saved])
+            return [(node, g) for node, g in found.items() if node in self.reached[index]]
 
     def gradients(self, index: int, g) -> dict[Value, Any]:
-        """The gradients of the leaves, as numbers and arrays, or as Values by the graph that was traced."""
-        if self.swept is not None and self.swept[0] is g:  # one sweep serves all leaves
-            return self.swept[1]
+        """The gradients of a root's leaves, as numbers and arrays, or as Values by the graph that was traced."""
         if isinstance(g, Value):
-            for node in _oldest_first(self.traced):
-                if node._prim is not None:
-                    node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
-            found = _backpropagate(self.traced[index], g, set(self.leaves), False, True)
-        else:
-            found = {}
-            for x, h in _unpacked(self.backward(index, g)):
-                found[x] = found[x] + h if x in found else h
-        self.swept = g, found
+            return _backpropagate(_replayed(self.traced)[index], g, self.reached[index], False, True)
+        found: dict[Value, Any] = {}
+        for x, h in self.backward(index, g):
+            found[x] = found[x] + h if x in found else h
         return found
 
     def picture(self, index: int) -> Value:
         """What the graph of a root became, with its current data, to be drawn."""
-        with self.lock:
-            self.refresh()
-            root = _rewrite(fuse([self.graph[index]]), _pictured)[0]
+        with self.lock, _tracing():
+            root = _rewrite(fuse([_replayed(self.graph)[index]]), _pictured)[0]
             return _twin(root, root._prim, root._args, root._params)
 
     def __reduce__(self):
@@ -5617,38 +6074,51 @@ class _Program:
 
     @property
     def source(self) -> str:
-        lowering, _ = self.compile(self.current)
-        why = "its arrays are computed by another library" if self.foreign else "too large to be compiled"
-        return lowering.source if lowering else f"# {why}: replayed node by node\n"
+        code = self.compile(self.current)
+        why = "its arrays are computed by another library" if self.foreign else "not to be compiled"
+        return code.source if code else f"# {why}: replayed node by node\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """The code of a program, and what its gradients belong to: a leaf, or, of numbers in one array, a list of them."""
+
+    forward: Callable
+    backward: Callable
+    source: str
+    targets: list
 
 
 def _retraced(roots) -> _Program:
     return _Program([root.forward() for root in roots])
 
 
-def _unpacked(pairs: Sequence) -> Iterator[tuple[Value, Any]]:
+def _unpacked(targets: Sequence, gradients: Sequence) -> list[tuple[Value, Any]]:
     """The pairs of leaf and gradient, one for each number of a pack."""
-    for target, g in pairs:
-        if target._prim is None:
-            yield target, g
+    pairs: list = []
+    for target, g in zip(targets, gradients):
+        if isinstance(target, Value):
+            pairs.append((target, g))
         else:
             numbers = g.reshape(-1).tolist() if g.dtype == np.float64 else g.reshape(-1)
-            for pair in zip(target._args, numbers):
-                if isinstance(pair[0], Value):
-                    yield pair
+            for x, h in zip(target, numbers):
+                if x is not None:
+                    pairs.append((x, h if type(x._data) is float else x._data.dtype.type(h)))
+    return pairs
 
 
 def _is_input(x) -> bool:
     return isinstance(x, Tensor) or (isinstance(x, Value) and x._prim is None)
 
 
-def _hollow(raw):
-    """An array of that shape and dtype that takes no memory."""
-    return np.broadcast_to(np.zeros((), raw.dtype), raw.shape) if isinstance(raw, np.ndarray) else raw
-
-
 def _program_i(i, g, out, leaves, program, index):
-    return program.gradients(index, g).get(program.leaves[i])
+    key, n = (index, threading.get_ident()), len(program.reached[index])
+    if i >= n:
+        return None
+    if i == 0:  # one sweep serves all leaves
+        program.swept[key] = program.gradients(index, g)
+    found = program.swept.pop(key) if i == n - 1 else program.swept[key]
+    return found.get(program.leaves[index][i])
 
 
 def _program_forward(*leaves, program, index):
@@ -5692,12 +6162,9 @@ class Optimized(Value):
         """Adds the gradient of this Value to the `.grad` of the leaves; see `Value.backward`."""
         seed = self._seed(gradient)
         program, index = self._params.values()
-        grads: dict[Value, Any] = {}
-        for x, g in _unpacked(program.backward(index, seed)):
-            grads[x] = grads[x] + g if x in grads else g
-        for x, g in _deposited(grads, {self: seed}).items():
+        for x, g in _deposited(program.gradients(index, seed), {self: seed}).items():
             x._grad = g
-        self._grad = seed
+        self._grad = seed if retain_grads else None
 
     def _picture(self) -> Value:
         return self.graph
@@ -5714,8 +6181,10 @@ class Optimized(Value):
 
 
 def _optimized(program: _Program, index: int, grad=None, label: str = "") -> Optimized:
-    node = _new(Optimized)
-    node._data, node._grad, node._prim, node._args = program.results[index], grad, _program, tuple(program.leaves)
+    node, data = _new(Optimized), program.results[index]
+    # In a graph, an empty array beside leaves that are numbers: so its result is taken as it is, and not for a number.
+    strong = () if type(data) is float or type(data) is bool else (np.empty(0, np.float32),)
+    node._data, node._grad, node._prim, node._args = data, grad, _program, (*program.leaves[index], *strong)
     node._params = {"program": program, "index": index}
     node._needs, node._number, node.label = program.traced[index]._needs, _next_number(), label
     program.nodes.append(weakref.ref(node))
