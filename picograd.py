@@ -3575,7 +3575,6 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
                 raise ValueError(f"set_distributed_config: {name} must be at least 1, got {value}")
             changes[name] = int(value)
     _config = replace(_config, **changes)
-    HOOK.limit = _config.min_elements_for_parallel if _config.enabled else math.inf
     if not _config.enabled:
         _memory.bound = 0
         _memory.clear()
@@ -3723,7 +3722,7 @@ class _Lease:
         }
 
     def __del__(self):
-        if _memory is not None:  # as it is when Python ends
+        if _memory is not None and hasattr(self, "segment"):  # else Python ends, or this was interrupted
             _memory.take_back(self.segment)
 
 
@@ -3736,8 +3735,8 @@ class _Memory:
         self.bound = 0  # bytes of freed segments that are kept for the next results: none when nothing is distributed
         self.lock = threading.RLock()  # reentrant: an array may die, and come here, at any allocation
 
-    def empty(self, shape: tuple, dtype, shared: bool) -> np.ndarray:
-        """A new array, where worker processes find it if they are to share it and it can be had."""
+    def empty(self, shape: tuple, dtype, shared: bool, brief: bool = False) -> np.ndarray:
+        """A new array, where worker processes find it if they are to share it and it can be had; brief: for a job."""
         dtype = np.dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < _SMALL_BYTES and not shared:
@@ -3745,7 +3744,8 @@ class _Memory:
         size = -(-max(nbytes, 1) >> 20) << 20
         self.bound = self.bound or _physical_bytes() // 16
         segment = self.take(size, shared)
-        if segment is None and shared and len(self.shared) >= _MAX_SEGMENTS and not self.clear(shared=True):
+        most = 2 * _MAX_SEGMENTS if brief else _MAX_SEGMENTS
+        if segment is None and shared and len(self.shared) >= most and not self.clear(shared=True):
             segment = self.take(size, False)
             shared = False
         if segment is None and shared:
@@ -3830,7 +3830,7 @@ def _describe(x: np.ndarray):
 # --- block programs ---
 
 _BLOCK_BYTES = 1 << 21  # of an array in a block: 512k float32. Smaller ones pass the interpreter's lock on too often
-_WHOLE_BLOCKS = 8  # as many of one operation NumPy does as fast in one go
+_FEW_BLOCKS = 8  # of one operation: NumPy does them as fast in one go. Four times as many are worth other processes
 _REDUCERS = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum, "any": np.logical_or}
 _REDUCERS |= {"all": np.logical_and}
 _BUILTIN = dict(PRIMITIVES)  # what is cut into blocks, and worker processes know: a primitive of a user runs whole
@@ -4151,7 +4151,7 @@ def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
             except RuntimeError as error:
                 if "shutdown" not in str(error):
                     raise  # else Python ends, and there are no more threads: this one does it
-            return [work(), *[future.result() for future in futures]]
+            return [work(), *[future.result() for future in futures if not future.cancel()]]
         finally:
             queue.clear()  # after an error or an interrupt, the others stop at the next block
 
@@ -4183,27 +4183,24 @@ def run_blocks(
     Returns the arrays, and the reduction's result with its axes kept as length 1. Floating-point faults are warned of
     as the caller's `np.errstate` says, once for each primitive.
     """
-    state = np.geterr()
+    state, first = np.geterr(), len(inputs)
+    itemsizes = [dtype.itemsize for *_, dtype in steps] + [x.dtype.itemsize for x in inputs if np.ndim(x)]
     inputs = [_without_repeats(x) if isinstance(x, np.ndarray) else x for x in inputs]
-    first = len(inputs)
     dtypes = {i: steps[i - first][2] for i in outputs}
     name, axes, dtype = reduction or (None, (), None)
-    itemsizes = [dtype.itemsize for *_, dtype in steps] + [x.dtype.itemsize for x in inputs if np.ndim(x)]
     extents = _block_shape(shape, max(itemsizes), axes)
-    count = math.prod(-(-n // extent) for n, extent in zip(shape, extents))
-    if not all(prim.builtin for prim, *_ in steps):
+    count = math.prod([-(-n // extent) for n, extent in zip(shape, extents)])
+    if not all([prim.builtin for prim, *_ in steps]):
         extents, count = [max(1, n) for n in shape], 1
     n = 1 if _in_worker() else min(_num_workers(), count)
-    processes = _config.use_processes and n > 1
-    if into is None and len(steps) + bool(reduction) == 1 and count <= _WHOLE_BLOCKS:
-        return _at_once(steps, inputs, shape, reduction, processes)
+    processes = _shares() and n > 1 and count * (len(steps) + bool(reduction)) > 4 * _FEW_BLOCKS
     if into is None:
-        into = [_memory.empty(shape, dtype, processes) for dtype in dtypes.values()]
+        into = [_memory.empty(shape, dtype, _shares()) for dtype in dtypes.values()]
     parts = None
     if reduction:
         wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
         kept = [-(-n // extents[i]) if i in axes else n for i, n in enumerate(shape)]
-        parts = _memory.empty(tuple(kept), wide, processes)
+        parts = _memory.empty(tuple(kept), wide, processes, brief=True)
     job = _Job(steps, inputs, shape, dict(zip(dtypes, into)), (name, axes) if reduction else None, parts, extents)
     faults = None
     _local.depth += 1  # from here on a signal's handler finds a job under way
@@ -4222,23 +4219,21 @@ def run_blocks(
     return list(into), parts if parts is None else parts.astype(dtype, copy=False)
 
 
-def _at_once(steps: tuple, inputs: list, shape: tuple, reduction: tuple | None, shared: bool) -> tuple:
-    """What `run_blocks` returns for one operation, done by NumPy in one go."""
-    if reduction:
-        name, axes, dtype = reduction
-        wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
-        x = inputs[0] if inputs[0].shape == shape else np.broadcast_to(inputs[0], shape)
-        return [], _REDUCERS[name].reduce(x, axes, wide, None, True).astype(dtype, copy=False)
-    ((prim, operands, dtype),) = steps
-    args = [inputs[i] for i in operands]
-    if not isinstance(prim.forward, np.ufunc) and prim is not _as_dtype:
-        return [prim.forward(*args)], None
-    out = _memory.empty(shape, dtype, shared)
+def _shares() -> bool:
+    """Whether arrays are to be where worker processes find them."""
+    return _config.use_processes and not _in_worker()
+
+
+def _at_once(prim: Primitive, args: Sequence, shape: tuple, dtype: np.dtype) -> np.ndarray:
+    """An element-wise operation, done by NumPy in one go."""
+    if not prim.ufunc and prim is not _as_dtype:
+        return prim.forward(*args)
+    out = _memory.empty(shape, dtype, _shares())
     if prim is _as_dtype:
         np.copyto(out, args[0], "unsafe")
     else:
         prim.forward(*args, out=out)
-    return [out], None
+    return out
 
 
 def _without_repeats(x: np.ndarray) -> np.ndarray:
@@ -4286,7 +4281,17 @@ class _Buffer:
 
     def compute(self, reduction: tuple | None = None):
         """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
-        kept is kept now: nothing is computed a third time."""
+        kept is kept now: nothing is computed a third time. A single operation that is small NumPy does."""
+        few = math.prod(self.shape) * self.dtype.itemsize <= _FEW_BLOCKS * _BLOCK_BYTES
+        if few and reduction and self.array is not None:
+            name, axes, dtype = reduction
+            wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
+            return _REDUCERS[name].reduce(self.array, axes, wide, None, True).astype(dtype, copy=False)
+        if few and not reduction and not any([type(x) is _Buffer and x.array is None for x in self.args]):
+            with np.errstate(**self.state):
+                args = [x.array if type(x) is _Buffer else x for x in self.args]
+                self.settle(_memory.spend(_at_once, self.prim, args, self.shape, self.dtype))
+            return None
         nodes = self.pending()
         inputs: list = []
         places: dict[int, int] = {}
@@ -4318,7 +4323,7 @@ class _Buffer:
 
     def where_workers_are(self) -> np.ndarray:
         """The data, in process mode in shared memory if nobody knows where they are."""
-        if _config.use_processes and not self.given and _describe(self.array) is None and not _in_worker():
+        if not self.given and _shares() and len(_memory.shared) < _MAX_SEGMENTS and _describe(self.array) is None:
             shared = _memory.empty(self.shape, self.dtype, True)
             np.copyto(shared, self.array)
             self.array = shared
@@ -4401,7 +4406,7 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
             if not kwargs:
                 return _evaluate(prim, inputs, _NO_PARAMS)
             out = kwargs["out"][0] if kwargs.keys() == {"out"} else None
-            if type(out) is Chunked and _waits(prim):
+            if type(out) is Chunked and _waits(prim, np.geterr()):
                 new = _evaluate(prim, inputs, _NO_PARAMS)
                 if new.shape == out.shape and np.can_cast(new.dtype, out.dtype, "same_kind"):
                     out.assign(new)
@@ -4462,14 +4467,15 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
         return np.array, (self.force(),)
 
 
-def _waits(prim: Primitive) -> bool:
+def _waits(prim: Primitive, state: dict) -> bool:
     """Whether an operation may wait, or be cut into blocks: one of the catalogue, whose faults nobody has to see at
     once; as NumPy does them, they may be an error, or a call, on the line that they come from."""
-    return (
-        prim.builtin
-        and set(np.geterr().values()) <= {"ignore", "warn"}
-        and not any(how == "error" and issubclass(RuntimeWarning, kind) for how, _, kind, *_ in warnings.filters)
-    )
+    if not prim.builtin or not _QUIET.issuperset(state.values()):
+        return False
+    return not any([how == "error" and issubclass(RuntimeWarning, kind) for how, _, kind, *_ in warnings.filters])
+
+
+_QUIET = frozenset(("ignore", "warn"))
 
 
 class _InBlocks(Kind):
@@ -4488,14 +4494,14 @@ class _InBlocks(Kind):
         forced = any([x.forced for x in ours])
         if prim is _detach:
             return raw[0]
-        if (_config.enabled or forced) and not _mode.tracing and _waits(prim):
-            if prim.elementwise and (not params or prim is _as_dtype) and all(map(_in_c_order, raw)):
+        state = np.geterr()
+        if (_config.enabled or forced) and not _mode.tracing and _waits(prim, state):
+            if prim.elementwise and (not params or prim is _as_dtype) and all([_in_c_order(x) for x in raw]):
                 raw = raw if prim.ufunc else _strengthened(prim, raw)
                 with contextlib.suppress(ValueError):  # shapes that do not fit: NumPy says so
-                    np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])
                     dtype = np.dtype(params["dtype"]) if params else _result_dtype(prim, raw)
                     if prim.forward is not np.power or dtype.kind == "f":  # which fails on some integers
-                        return Chunked(_step(prim, raw, dtype, np.geterr()), forced=forced)
+                        return Chunked(_step(prim, raw, dtype, state), forced=forced)
             if prim.name in _REDUCTIONS and type(raw[0]) is Chunked:
                 return _reduced(prim.name, raw[0].buffer, **params)
         if not prim.builtin:  # code that is not ours may keep what it gets, and what it returns
@@ -4523,18 +4529,23 @@ class _InBlocks(Kind):
 
 
 class _BlocksHook(_Hook):
-    """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed."""
+    """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed, if it
+    has more than two blocks."""
+
+    @property
+    def limit(self):
+        return max(_config.min_elements_for_parallel, _BLOCK_BYTES // 4) if _config.enabled else math.inf
 
     def adopt(self, raw, choice, dtype=None, new=False):
         takes = self.takes(raw, choice)
         if type(raw) is Chunked:
             return raw if takes else raw.expose()
         if dtype is not None:
-            large = takes and raw.nbytes > _BLOCK_BYTES and raw.flags.c_contiguous
+            large = takes and raw.size * dtype.itemsize > 2 * _BLOCK_BYTES and raw.flags.c_contiguous
             steps = ((_as_dtype, (0,), dtype),)
             raw = run_blocks(steps, [raw], raw.shape, [1])[0][0] if large else raw.astype(dtype)
             new = True
-        fits = takes and type(raw) is np.ndarray and raw.nbytes > _BLOCK_BYTES and raw.flags.carray
+        fits = takes and type(raw) is np.ndarray and raw.nbytes > 2 * _BLOCK_BYTES and raw.flags.carray
         return Chunked(raw, not new, choice is True) if fits else raw
 
     def takes(self, raw, choice):
@@ -4592,7 +4603,8 @@ _dtypes: dict[tuple, np.dtype] = {}
 
 def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buffer:
     """An element-wise operation, which waits if nobody else may write to what it reads."""
-    shape = np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])
+    shapes = {x.shape for x in raw if getattr(x, "shape", ())}
+    shape = shapes.pop() if len(shapes) == 1 else np.broadcast_shapes(*shapes)
     with _chunk_lock:
         args, wait = [], True
         for x in raw:
@@ -4608,7 +4620,7 @@ def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buff
             args.append(x)
         new = _Buffer(None, False, shape, np.dtype(dtype), prim, tuple(args), state)
         if not wait or len(new.pending()) >= _MAX_PENDING:
-            new.force()
+            new.compute()
         for x in new.args:
             if type(x) is _Buffer:
                 if x.readers is None:

@@ -596,7 +596,10 @@ class TestWorkers(Strict):
         """A script of its own, without an `if __name__ == "__main__"`, as a newcomer writes them."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "script.py"
-            path.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{textwrap.dedent(code)}", encoding="utf-8")
+            small = "import picograd; picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = 1 << 16, 0"
+            path.write_text(
+                f"import sys; sys.path.insert(0, {str(HERE)!r}); {small}\n{textwrap.dedent(code)}", encoding="utf-8"
+            )
             command = [sys.executable, *args, str(path)]
             return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
 
@@ -708,7 +711,7 @@ class TestWorkers(Strict):
             )
 
     def test_chains_fuse(self):
-        with distributed_config(enabled=True):
+        with distributed_config(enabled=True), mock.patch.object(picograd, "_FEW_BLOCKS", 0):
             x = Tensor(np.ones((4000, 1000)))
             x * 1
             with mock.patch.object(picograd, "run_blocks", wraps=picograd.run_blocks) as runs:
@@ -742,7 +745,7 @@ class TestWorkers(Strict):
         """Random programs of operations, views, in-place forms and writes from outside, against eager NumPy."""
         for processes, count in ((False, 300), (True, 60)):
             config = {"enabled": True, "min_elements_for_parallel": 1, "num_workers": 2, "use_processes": processes}
-            with distributed_config(**config), mock.patch.object(picograd, "_BLOCK_BYTES", 512):
+            with distributed_config(**config), mock.patch.multiple(picograd, _BLOCK_BYTES=512, _FEW_BLOCKS=0):
                 for seed in range(SEED % 2**20, SEED % 2**20 + count):
                     with self.subTest(seed=seed, processes=processes):
                         self.random_program(np.random.default_rng(seed))
@@ -1058,11 +1061,254 @@ class TestWorkers(Strict):
         )
         self.assertEqual(out.strip(), "[600000.0, 800000.0]")
 
+    def test_what_is_handed_out_is_written_to(self):
+        """Whoever looks, and by whatever means, has the array itself: of what waits for it, nothing is lost."""
+        with (
+            distributed_config(enabled=True, min_elements_for_parallel=1),
+            mock.patch.object(picograd, "_BLOCK_BYTES", 64),
+        ):
+            for look in (
+                lambda t: t.data,
+                np.asarray,
+                lambda t: np.asarray(memoryview(t.data)),
+                lambda t: t[:].data,
+                lambda t: np.lib.stride_tricks.as_strided(t.data, (100,), (8,)),
+                lambda t: t.data.T[None][0].T,
+                lambda t: weakref.ref(t.data)(),
+            ):
+                for t in (Tensor(np.arange(100.0), float), Tensor(np.arange(100.0), float) + 0):
+                    before, sums = t * 2, [(t + i).sum() for i in range(3)]
+                    array = look(t)
+                    after = t * 3
+                    array[:] = 7
+                    self.assertEqual((before.sum().item(), after.sum().item()), (9900, 14850))
+                    self.assertEqual((t.sum().item(), [s.item() for s in sums]), (700, [4950, 5050, 5150]))
+                    t *= 2
+                    self.assertEqual((array[0], t.max().item()), (14, 14))
+                    t.data = np.zeros(100)
+                    t += 1
+                    self.assertEqual((array[0], t.sum().item()), (14, 100))
+            v = Value(np.ones(100), float)
+            view, double = v.data[10:], v * 2
+            v.data *= 3
+            v.data.data -= 1
+            self.assertEqual((view.sum().item(), double.sum().item(), v.sum().item()), (180, 200, 200))
+
+    def test_readers_are_lost_to_nothing(self):
+        with (
+            distributed_config(enabled=True, min_elements_for_parallel=1),
+            mock.patch.multiple(picograd, _BLOCK_BYTES=64, _FEW_BLOCKS=0),
+        ):
+            x = Tensor(np.zeros(100)) * 1
+            waiting, inverse = [x + i for i in range(5)], 1 / x
+            for error in (MemoryError, KeyboardInterrupt):
+                with mock.patch.object(picograd, "run_blocks", side_effect=error):
+                    self.assertRaises(error, lambda: x.data)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                self.assertRaises(RuntimeWarning, lambda: x.data)
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                x.data[:] = 9
+            self.assertEqual([w.sum().item() for w in waiting], [0, 100, 200, 300, 400])
+            self.assertEqual(inverse.min().item(), np.inf)
+            y = Tensor(np.ones(100))
+            double = y * 2
+            np.add.at(y, [0, 0], 5)
+            self.assertEqual((y.sum().item(), double.sum().item()), (110, 200))
+            start = time.perf_counter()
+            y = Tensor(np.ones(100))
+            waiting = [y * i for i in range(4000)]
+            self.assertEqual((y.data[0], waiting[7].data[0]), (1, 7))
+            self.assertLess(time.perf_counter() - start, 20)
+
+    def test_scratch_memory_never_leaves_a_job(self):
+        with (
+            distributed_config(enabled=True, min_elements_for_parallel=1),
+            mock.patch.object(picograd, "_BLOCK_BYTES", 64),
+        ):
+            x = Tensor(np.arange(100.0), float)
+            y = (x * 2).detach()
+            z = np.tanh(y * 0.01) + np.round(y) - np.clip(y, 0, None)
+            np.testing.assert_allclose(z.data, np.tanh(np.arange(100) * 0.02))
+            np.testing.assert_array_equal(y.data, np.arange(100) * 2)
+            row, column = Tensor(np.arange(20.0), float) * 2, Tensor(np.ones((30, 1)), float) * 3
+            for _ in range(3):
+                self.assertEqual((row + column).sum().item(), 30 * 380 + 20 * 90)
+            self.assertEqual((row.data.shape, column.data.shape), ((20,), (30, 1)))
+
+    def test_primitives_of_users_run_whole_in_the_callers_thread(self):
+        seen = []
+
+        def function(x):
+            seen.append((threading.get_ident(), type(x), x.size))
+            with ThreadPoolExecutor(2) as pool:
+                return x + sum(pool.map(lambda i: (other * i).max().item(), range(3)))
+
+        mine = primitive(function, lambda g, out, x: g, name="mine", elementwise=True)
+        tanh = PRIMITIVES["tanh"]
+        mirrored = primitive(np.sinh, lambda g, out, x: g, name="tanh", elementwise=True)
+        try:
+            for processes in (False, True):
+                with (
+                    distributed_config(enabled=True, min_elements_for_parallel=1, use_processes=processes),
+                    mock.patch.object(picograd, "_BLOCK_BYTES", 512),
+                ):
+                    other, x = Tensor(np.arange(1000.0)) * 2, Tensor(np.ones(1000))
+                    self.assertEqual((mine(x * 2) + 1).sum().item(), 1000 * (2 + 3 * 1998 + 1))
+                    self.assertAlmostEqual((mirrored(x) * 1).mean().item(), np.sinh(1), 5)
+                    self.assertAlmostEqual((tanh(x) * 1).mean().item(), np.tanh(1), 5)
+            self.assertEqual(set(seen), {(threading.get_ident(), np.ndarray, 1000)})
+        finally:
+            PRIMITIVES["tanh"], TABLE[np.sinh] = tanh, PRIMITIVES["sinh"]
+            del PRIMITIVES["mine"], TABLE[function]
+
+    @unittest.skipUnless(hasattr(signal, "setitimer"), "sends signals")
+    def test_at_exit_and_in_handlers_of_signals(self):
+        out = self.script(
+            """
+            import atexit, signal
+            import numpy as np, picograd
+            from picograd import Tensor, set_distributed_config
+            def compute():
+                for processes in (True, False):
+                    set_distributed_config(enabled=True, use_processes=processes, num_workers=2)
+                    y = Tensor(np.ones(3_000_000))
+                    assert (y * 2 + 1).sum().item() == 9_000_000
+            atexit.register(lambda: (compute(), print("at exit")))
+            handled = []
+            def handle(number, frame):
+                handled.append((x * 2 + 1).sum().item())
+                z = Tensor(np.ones(3_000_000))
+                z += x
+                handled.append(z.sum().item() / 2 * 3)
+                signal.setitimer(signal.ITIMER_REAL, 0.02)
+            signal.signal(signal.SIGALRM, handle)
+            for processes in (True, False):
+                set_distributed_config(enabled=True, use_processes=processes, num_workers=2)
+                x = Tensor(np.ones(3_000_000))
+                signal.setitimer(signal.ITIMER_REAL, 0.01)
+                for _ in range(40):
+                    assert (x * 3 - 1).sum().item() == 6_000_000
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            compute()
+            assert len(handled) > 2 and set(handled) == {9_000_000}, handled
+            """
+        )
+        self.assertEqual(out, "at exit\n")
+
+    @unittest.skipUnless(sys.platform == "linux", "looks at /proc")
+    def test_workers_end_with_their_parent(self):
+        script = """
+            import multiprocessing, os, sys, time
+            multiprocessing.set_start_method({method!r})
+            import numpy as np, picograd
+            from picograd import Tensor, set_distributed_config
+            set_distributed_config(enabled=True, use_processes=True, num_workers=40)
+            picograd._FEW_BLOCKS = 0
+            (Tensor(np.ones(2_000_000)) * 2 + 1).sum()
+            workers = list(picograd._workers.pools[True][1]._processes)
+            assert len(workers) <= 4, len(workers)
+            print(*workers, flush=True)
+            time.sleep(60)
+        """
+        for method in multiprocessing.get_all_start_methods():
+            with self.subTest(method), tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "script.py"
+                code = f"import sys; sys.path.insert(0, {str(HERE)!r})\n{textwrap.dedent(script.format(method=method))}"
+                path.write_text(code, encoding="utf-8")
+                command, pipe = [sys.executable, str(path)], subprocess.PIPE
+                with subprocess.Popen(command, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as parent:
+                    workers = [int(pid) for pid in parent.stdout.readline().split()]
+                    self.assertTrue(workers)
+                    parent.kill()  # and nobody waits for it: from now on it is a zombie
+                    for _ in range(100):
+                        left = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+                        states = [Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in left]
+                        if set(states) <= {"Z"}:
+                            break
+                        time.sleep(0.05)
+                    self.assertLessEqual(set(states), {"Z"})
+
+    @unittest.skipUnless(sys.platform == "linux", "looks at /proc and /dev/shm")
+    def test_named_memory_and_few_descriptors(self):
+        for kind in ("_Memfd", "_Named"):
+            with self.subTest(kind):
+                out = self.script(
+                    f"""
+                    import os, signal
+                    import numpy as np, picograd
+                    from picograd import Tensor, set_distributed_config
+                    picograd._Shared = picograd.{kind}
+                    picograd._BLOCK_BYTES = 1 << 16
+                    before = len(os.listdir("/proc/self/fd"))
+                    set_distributed_config(
+                        enabled=True, use_processes=True, num_workers=2, min_elements_for_parallel=1
+                    )
+                    xs = [Tensor(np.full(100_000, i)) for i in range(300)]
+                    for _ in range(2):
+                        for i, x in enumerate(xs):
+                            assert (x * 2 + 1).sum().item() == 100_000 * (2 * i + 1)
+                    assert picograd._workers.pools[True][1]._processes
+                    assert len(os.listdir("/proc/self/fd")) < before + 160
+                    pid = os.fork()
+                    for x in xs:
+                        x.data[:] = 5 if pid else 7
+                    if not pid:
+                        ok = all(x.sum().item() == 700_000 for x in xs)
+                        ok = ok and (xs[0] * 2).data[5] == 14
+                        picograd._at_exit()
+                        os._exit(0 if ok else 1)
+                    assert os.waitpid(pid, 0)[1] == 0
+                    assert all(x.sum().item() == 500_000 for x in xs)
+                    del x, xs
+                    (Tensor(np.ones(100_000)) * 2 + 1).sum()
+                    set_distributed_config(enabled=False)
+                    assert not picograd._memory.free and not picograd._memory.shared
+                    print(os.getpid())
+                    """,
+                    *("-W", "ignore::DeprecationWarning"),
+                )
+                self.assertTrue(out.strip())
+                self.assertFalse([name for name in os.listdir("/dev/shm") if name.startswith("psm_")])
+
+    @unittest.skipUnless(sys.platform == "linux", "limits memory")
+    def test_kept_memory_is_given_back(self):
+        out = self.script(
+            """
+            import resource, numpy as np, picograd
+            from picograd import Tensor, set_distributed_config
+            def size():
+                return int(open("/proc/self/statm").read().split()[0]) * 4096
+            set_distributed_config(enabled=True, num_workers=2)
+            x = Tensor(np.ones(10_000_000))
+            start = size()
+            (x * 2 + 1).data
+            assert picograd._memory.free and size() > start + 20e6
+            set_distributed_config(enabled=False)
+            assert not picograd._memory.free and size() < start + 20e6
+            set_distributed_config(enabled=True)
+            kept = [(x * i + 1).data for i in range(5)]
+            del kept
+            assert len(picograd._memory.free) == 5
+            resource.setrlimit(resource.RLIMIT_AS, (size() + 60_000_000,) * 2)
+            z = x[:5_000_000] + np.ones((4, 1), np.float32)  # NumPy's, 80 MB: what is kept makes room
+            assert z.shape == (4, 5_000_000) and len(picograd._memory.free) == 0
+            try:
+                x + np.ones((30, 1), np.float32)
+            except MemoryError:
+                print("ended")
+            assert (x * 2 + 1).sum().item() == 30_000_000
+            """
+        )
+        self.assertEqual(out, "ended\n")
+
     def test_without_shared_memory(self):
         config = {"enabled": True, "use_processes": True, "num_workers": 2, "min_elements_for_parallel": 1}
         with (
             mock.patch.object(picograd, "_Shared", side_effect=OSError("no memory")),
             mock.patch.object(picograd, "_memory", picograd._Memory()),  # nor any that is kept
+            mock.patch.object(picograd, "_BLOCK_BYTES", 1 << 16),
             distributed_config(**config),
         ):
             picograd._workers.warned.clear()
