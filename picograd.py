@@ -2616,6 +2616,8 @@ def slogdet(a):
 @composed(np.linalg.norm)
 def norm(x, ord=None, axis=None, keepdims=False):
     """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices; its gradient at 0 is 0."""
+    if x.dtype.kind != "f":
+        x = x.astype(np.float64)  # as NumPy does, before integers overflow
     vector = np.ndim(x) == 1 if axis is None else not isinstance(axis, Iterable)
     if ord is None or (vector and ord == 2) or (ord == "fro" and not vector):
         return _norm(x, axis=axis if not isinstance(axis, list) else tuple(axis), keepdims=keepdims)
