@@ -1498,7 +1498,21 @@ def check_gradients(
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Catalogue
 #
-# Every operation with its rule; then the operators and methods of Value and Tensor, all from the table.
+# Every operation with its rule; then the operators and methods of Value and Tensor, all from the table. In: raw values,
+# Tensors and Values. Out: what NumPy gives for the same arrays. Invariant: a rule has an answer wherever the operation
+# has one, and costs no more than the operation does. Where there is no derivative, or more than one, it is:
+#
+#     abs, relu, norm, std, hypot, arctan2     0 at 0; std also where numbers are equal, but their mean is rounded
+#     max, min, maximum, fmax and their kin    shared equally by ties, 0.0 and -0.0 too; to nan where that is taken
+#     clip                                     passes at the bounds; where they are in the wrong order, to the upper one
+#     power                                    0 for x**0 by x, and for 0**y by y where y is not negative
+#     logaddexp, logsumexp                     weights that sum to 1: infinity takes all, equal infinities share
+#     prod, cumprod, det                       exact, also with zeros and for singular matrices
+#
+#     >>> x = Value([3.0, 1.0, 3.0])
+#     >>> np.max(x).backward()
+#     >>> print(x.grad.tolist())
+#     [0.5, 0.0, 0.5]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1511,7 +1525,7 @@ _FLOAT = np.dtype(np.float64)
 
 
 def _power_x(g, out, x, y):
-    if type(y) is float:  # the usual x**2: no masks needed
+    if isinstance(y, (int, float)):  # the usual x**2: no masks needed
         return g * (y * x ** (y - 1.0)) if y else g * 0.0
     return g * np.where(y == 0, 0.0, y * x ** np.where(y == 0, 1.0, y - 1.0))
 
@@ -2475,6 +2489,8 @@ def tensordot(a, b, axes=2):
 
 @composed(np.kron)
 def kron(a, b):
+    if not (np.ndim(a) and np.ndim(b)):
+        return np.multiply(a, b)
     ndim = max(np.ndim(a), np.ndim(b))
     s, t = ((1,) * (ndim - np.ndim(x)) + np.shape(x) for x in (a, b))
     product = _reshape(a, tuple(n for i in s for n in (i, 1))) * _reshape(b, tuple(n for j in t for n in (1, j)))
