@@ -1498,7 +1498,21 @@ def check_gradients(
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Catalogue
 #
-# Every operation with its rule; then the operators and methods of Value and Tensor, all from the table.
+# Every operation with its rule; then the operators and methods of Value and Tensor, all from the table. In: raw values,
+# Tensors and Values. Out: what NumPy gives for the same arrays. Invariant: a rule has an answer wherever the operation
+# has one, and costs no more than the operation does. Where there is no derivative, or more than one, it is:
+#
+#     abs, relu, norm, std, hypot, arctan2     0 at 0; std also where numbers are equal, but their mean is rounded
+#     max, min, maximum, fmax and their kin    shared equally by ties, 0.0 and -0.0 too; to nan where that is taken
+#     clip                                     passes at the bounds; where they are in the wrong order, to the upper one
+#     power                                    0 for x**0 by x, and for 0**y by y where y is not negative
+#     logaddexp, logsumexp                     weights that sum to 1: infinity takes all, equal infinities share
+#     prod, cumprod, det                       exact, also with zeros and for singular matrices
+#
+#     >>> x = Value([3.0, 1.0, 3.0])
+#     >>> np.max(x).backward()
+#     >>> print(x.grad.tolist())
+#     [0.5, 0.0, 0.5]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1511,7 +1525,7 @@ _FLOAT = np.dtype(np.float64)
 
 
 def _power_x(g, out, x, y):
-    if type(y) is float:  # the usual x**2: no masks needed
+    if isinstance(y, (int, float)):  # the usual x**2: no masks needed
         return g * (y * x ** (y - 1.0)) if y else g * 0.0
     return g * np.where(y == 0, 0.0, y * x ** np.where(y == 0, 1.0, y - 1.0))
 
@@ -1613,14 +1627,18 @@ primitive(
 # --- selection; ties share the gradient equally ---
 
 
-def _contest(ufunc, beats, skips_nan):
+def _contest(ufunc, beats, loses, skips_nan):
     """Enters maximum or one of its kin: of two operands, the one that `beats` the other gets the gradient, ties share
     it. Of nan and a number, that gets it which NumPy takes; of two nans the first."""
 
     def rule(g, mine, other, first):
-        taken, rest = (other, mine) if skips_nan else (mine, other)  # mine is the result if `taken` is nan
-        nan = np.isnan(taken) if first else np.isnan(taken) & ~np.isnan(rest)
-        return np.where(mine == other, 0.5 * g, np.where(beats(mine, other) | nan, g, 0.0))
+        if isinstance(other, (int, float)) and other == other:  # the usual np.maximum(x, 0): only mine may be nan
+            wins = beats(mine, other) if skips_nan else ~loses(mine, other)
+        else:
+            taken, rest = (other, mine) if skips_nan else (mine, other)  # mine is the result if `taken` is nan
+            nan = np.isnan(taken) if first else np.isnan(taken) & ~np.isnan(rest)
+            wins = beats(mine, other) | nan
+        return np.where(mine == other, 0.5 * g, np.where(wins, g, 0.0))
 
     primitive(
         ufunc,
@@ -1630,10 +1648,10 @@ def _contest(ufunc, beats, skips_nan):
     )
 
 
-_contest(np.maximum, np.greater, False)
-_contest(np.minimum, np.less, False)
-_contest(np.fmax, np.greater, True)
-_contest(np.fmin, np.less, True)
+_contest(np.maximum, np.greater, np.less_equal, False)
+_contest(np.minimum, np.less, np.greater_equal, False)
+_contest(np.fmax, np.greater, np.less_equal, True)
+_contest(np.fmin, np.less, np.greater_equal, True)
 primitive(
     np.where,
     None,
@@ -1642,11 +1660,20 @@ primitive(
     elementwise=True,
     samples=[((np.array([True, False, True]), (3,), (2, 3)), {}), ((np.array([[True], [False]]), (), (3,)), {})],
 )
+
+
+def _clip_a(g, out, a, lo, hi):
+    taken = (a < lo) | (a > hi)
+    if not all([isinstance(x, (int, float)) and x == x for x in (lo, hi)]):  # as bounds usually are
+        taken = taken | (np.isnan(lo) | np.isnan(hi))
+    return np.where(taken, 0.0, g)
+
+
 _clip = primitive(
     np.clip,
-    lambda g, out, a, lo, hi: np.where(((a >= lo) & (a <= hi)) | np.isnan(a), g, 0.0),
-    lambda g, out, a, lo, hi: np.where(((a < lo) & (lo <= hi)) | (np.isnan(lo) & ~np.isnan(a)), g, 0.0),
-    lambda g, out, a, lo, hi: np.where((np.maximum(a, lo) > hi) | (np.isnan(hi) & ~np.isnan(a + lo)), g, 0.0),
+    _clip_a,
+    lambda g, out, a, lo, hi: np.where(((a < lo) & (lo <= hi)) | (np.isnan(lo) & ~np.isnan(hi)), g, 0.0),
+    lambda g, out, a, lo, hi: np.where((np.maximum(a, lo) > hi) | np.isnan(hi), g, 0.0),
     elementwise=True,
     samples=(_REAL, (-1.1, -0.9), (0.9, 1.1)),
 )
@@ -1764,23 +1791,29 @@ def _prod_a(g, out, a, axis=None, keepdims=False):
     return _unreduce(g, a, axis, keepdims) * others
 
 
-def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
-    centred = a - np.mean(a, axis=axis, keepdims=True)
-    return _unreduce(g, a, axis, keepdims) * centred * (2.0 * _share(a, axis, ddof))
+def _var_a(g, out, a, axis=None, ddof=0, keepdims=False, mean=None):
+    mean = np.mean(a, axis=axis, keepdims=True) if mean is None else mean
+    return _unreduce(g, a, axis, keepdims) * (a - mean) * (2.0 * _share(a, axis, ddof))
 
 
 def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
-    if math.prod(np.shape(a)):  # of equal numbers it is 0, though their mean may be rounded, and this is not
-        low, high = (f(a, axis=axis, keepdims=keepdims) for f in (np.min, np.max))
+    # Of equal numbers it is 0, though their mean may be rounded, and then this is not. An array is looked at first:
+    # it rarely has a deviation so small that rounding explains it.
+    g, out = (_unreduce(x, a, axis, keepdims) for x in (g, out))
+    mean, shape = np.mean(a, axis=axis, keepdims=True), np.shape(a)
+    noise = math.prod(shape) * np.finfo(a.dtype).eps if type(a) is np.ndarray else math.inf
+    if math.prod(shape) and not (noise < 1.0 and np.all(out > noise * np.abs(mean))):
+        low, high = (f(a, axis=axis, keepdims=True) for f in (np.min, np.max))
         out = np.where(low == high, 0.0, out)
-    return _var_a(_over(0.5 * g, out), out, a, axis, ddof, keepdims)
+    return _var_a(_over(0.5 * g, out), out, a, axis, ddof, True, mean)
 
 
 def _extremum_a(g, out, a, axis=None, keepdims=False):
-    g = _unreduce(g, a, axis, keepdims)
     hit = (a == _unreduce(out, a, axis, keepdims)) | np.isnan(a)  # with a nan, only nans are hits
-    count = np.sum(np.where(hit, np.ones_like(g), 0.0), axis=axis, keepdims=True)
-    return np.where(hit, g / count, 0.0)
+    share = _unreduce(g, a, axis, keepdims) / np.sum(hit, axis=axis, keepdims=True)
+    if isinstance(g, (np.ndarray, np.generic)):
+        share = share.astype(g.dtype, copy=False)  # to NumPy, the count is wide
+    return np.where(hit, share, 0.0)
 
 
 def _flip_cumsum(g, axis):
@@ -1819,15 +1852,14 @@ def _logsumexp(a, axis=None, keepdims=False):
     return out if keepdims else np.squeeze(out, axis=axis)
 
 
-def _logsumexp_weights(a, axis=None):
-    """exp(a - logsumexp(a)): softmax, but where the largest are infinite, these share 1 equally."""
-    peak = np.max(a, axis=axis, keepdims=True)
+def _logsumexp_weights(a, out, axis=None):
+    """softmax(a), given logsumexp(a); but where the largest are infinite, these share 1 equally."""
     with np.errstate(invalid="ignore"):
-        e = np.exp(a - peak)
-    infinite = np.isinf(peak)
+        e = np.exp(a - out)
+    infinite = np.isinf(out)
     if type(infinite) is not np.ndarray or infinite.any():  # a foreign array is not asked, which would compute it
-        e = np.where((a == peak) & infinite, np.ones_like(e), e)
-    return e / np.sum(e, axis=axis, keepdims=True)
+        e = np.where((a == out) & infinite, np.ones_like(e), e)
+    return e / np.sum(e, axis=axis, keepdims=True)  # 1 in all, though `out` may be rounded
 
 
 def _softmax(a, axis=-1):
@@ -1868,10 +1900,18 @@ TABLE[np.amax] = primitive(np.max, _extremum_a, samples=_axes())
 TABLE[np.amin] = primitive(np.min, _extremum_a, samples=_axes())
 primitive(np.cumsum, _cumsum_a, samples=_SCANS)
 primitive(np.cumprod, _cumprod_a, samples=_SCANS)
-_weights_of = primitive(_logsumexp_weights, _softmax_a, name="weights of logsumexp", samples=_AXIS)
+_weights_of = primitive(
+    _logsumexp_weights,
+    lambda g, out, a, total, axis=None: _softmax_a(g, out, a, axis),
+    None,  # it is a function of a alone
+    name="weights of logsumexp",
+    samples=[(((2, 3), (2, 1)), {"axis": -1})],
+)
 logsumexp = primitive(
     _logsumexp,
-    lambda g, out, a, axis=None, keepdims=False: _unreduce(g, a, axis, keepdims) * _weights_of(a, axis=axis),
+    lambda g, out, a, axis=None, keepdims=False: (
+        _unreduce(g, a, axis, keepdims) * _weights_of(a, _unreduce(out, a, axis, keepdims), axis=axis)
+    ),
     name="logsumexp",
     samples=_axes(),
 )
@@ -2038,7 +2078,7 @@ _stack = primitive(
 
 
 def _together(arrays) -> list:
-    """What is to meet, with weak numbers in the dtype that they take there: reshaped to arrays, they would be strong."""
+    """What is to meet, with weak numbers in the dtype that they take: reshaped to arrays, they would be strong."""
     held = [x.dtype for x in arrays if isinstance(x, Array) and type(x._data) not in _WEAK_TYPES]
     held = [dtype for dtype in held if dtype.kind == "f"] or [
         x.dtype for x in map(_raw, arrays) if hasattr(x, "dtype") and not isinstance(x, _NUMBERS)
@@ -2463,7 +2503,8 @@ def tensordot(a, b, axes=2):
 
 @composed(np.kron)
 def kron(a, b):
-    a, b = _together((a, b))
+    if not (np.ndim(a) and np.ndim(b)):
+        return np.multiply(a, b)
     ndim = max(np.ndim(a), np.ndim(b))
     s, t = ((1,) * (ndim - np.ndim(x)) + np.shape(x) for x in (a, b))
     product = _reshape(a, tuple(n for i in s for n in (i, 1))) * _reshape(b, tuple(n for j in t for n in (1, j)))
@@ -2587,8 +2628,8 @@ def _decomposed(a):
 def _cofactors(a):
     with contextlib.suppress(np.linalg.LinAlgError), np.errstate(all="ignore"):
         inverse = np.linalg.inv(a)
-        condition = np.linalg.norm(a, axis=(-2, -1)) * np.linalg.norm(inverse, axis=(-2, -1))
-        if not np.any(condition > np.finfo(inverse.dtype).eps ** -0.5):
+        squares = (np.einsum("...ij,...ij->...", x, x) for x in (a, inverse))  # of Frobenius' norms
+        if not np.any(math.prod(squares) > 1 / np.finfo(inverse.dtype).eps):
             return np.linalg.det(a)[..., None, None] * _t(inverse)
     u, s, v, sign = _decomposed(a)
     return sign * ((u * _others(s)[..., None, :]) @ v)
@@ -2654,6 +2695,8 @@ def slogdet(a):
 @composed(np.linalg.norm)
 def norm(x, ord=None, axis=None, keepdims=False):
     """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices; its gradient at 0 is 0."""
+    if x.dtype.kind != "f":
+        x = x.astype(np.float64)  # as NumPy does, before integers overflow
     vector = np.ndim(x) == 1 if axis is None else not isinstance(axis, Iterable)
     if ord is None or (vector and ord == 2) or (ord == "fro" and not vector):
         return _norm(x, axis=axis if not isinstance(axis, list) else tuple(axis), keepdims=keepdims)
@@ -4907,9 +4950,7 @@ _SIMPLER: dict[Primitive, Callable] = {
     TABLE[np.copy]: lambda node, a: a,
     _BROADCAST: lambda node, array, shape: array,
     _as_dtype: lambda node, a, dtype: a,
-    PRIMITIVES["dense layer"]: lambda node, x, w, b, activation=None: (
-        activation(x @ w + b) if activation else x @ w + b
-    ),
+    _dense: lambda node, x, w, b, activation=None: activation(x @ w + b) if activation else x @ w + b,
 }
 
 

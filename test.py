@@ -2748,6 +2748,8 @@ class TestNN(Strict):
         self.assertEqual((Neuron(3).w.shape, Neuron(3).b.shape), ((3,), ()))
         self.assertEqual(sum(p.size for p in MLP(2, [8, 8, 1]).parameters()), 105)
         self.assertEqual(MLP(2, [3, 1], dtype=float)(np.ones(2)).dtype, np.float64)
+        for batch in (np.ones((4, 3), int), Tensor(np.ones((4, 3)), int), Tensor(np.ones((4, 3)), bool)):
+            self.assertEqual(model(batch).dtype, np.float32, "counts do not widen a network")
         for wrong in ([1.0, 2.0], np.ones((5, 4)), np.ones((1, 1, 3)), Value(1.0)):
             with self.assertRaisesRegex(ValueError, "expected width 3"):
                 model(wrong)
