@@ -33,6 +33,7 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import errno
 import functools
 import io
 import itertools
@@ -309,6 +310,10 @@ class Kind:
     def shared(self, raw) -> bool:
         """Whether the memory of a raw value may be another's, too."""
         return type(raw) is np.ndarray and raw.base is not None
+
+    def same(self, raw, x) -> bool:
+        """Whether x is the raw value, or what `hand_out` gives for it."""
+        return x is raw
 
     def write(self, raw, new):
         """In place: gives raw the data of `new`, of its shape; what holds it from now on."""
@@ -599,7 +604,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         raw.append(x)
     if result is None:
         kinds = [KINDS[type(x)] for x in operands]
-        if None not in kinds and (NUMPY not in kinds or max(kinds, key=_get_rank) is not NUMPY):
+        if None not in kinds:
             return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
     if plain and not constants and dtype is not None and dtype.kind == "f":
@@ -729,7 +734,7 @@ class Tensor(Array):
 
     @data.setter
     def data(self, new):
-        if _raw(new) is not self._data:
+        if not KINDS[type(self._data)].same(self._data, _raw(new)):
             self._become(_conform(new, self._data, "Tensor.data", self._choice))
 
     def _become(self, raw) -> None:
@@ -900,7 +905,7 @@ class Value(Array):
 
     @data.setter
     def data(self, new):
-        if _raw(new) is not self._data:
+        if not KINDS[type(self._data)].same(self._data, _raw(new)):
             new = _conform(new, self._data, "Value.data")
             if np.shape(new) != self.shape:
                 self._grad = None  # it was that of other data
@@ -917,7 +922,8 @@ class Value(Array):
 
     @grad.setter
     def grad(self, new):
-        if new is not None and (new := _raw(new)) is not self._grad:
+        new, had = _raw(new), self._grad
+        if new is not None and (had is None or not KINDS[type(had)].same(had, new)):
             new = _conform(new, _filled_like(self._data, 0), "Value.grad")
             if np.shape(new) != self.shape:
                 raise ValueError(f"Value.grad: expected shape {self.shape}, got {np.shape(new)}")
@@ -1157,6 +1163,8 @@ def _rebuild(cls, first, listed, prim, args, params, needs, data, grad, label) -
 
 def _newest_first(root: Value, stop=frozenset(), everything=False) -> list[Value]:
     """The nodes that root depends on, newest first: those that a gradient flows to, or everything."""
+    if not isinstance(root, Value):
+        raise TypeError(_two_copies(type(root)))
     seen, nodes = {root}, [root]
     for node in nodes:  # the list grows as it is walked
         if stop and node in stop:
@@ -2075,9 +2083,25 @@ _stack = primitive(
 )
 
 
+def _together(arrays) -> list:
+    """What is to be joined, with weak numbers in the dtype of what they meet: an array made of one would be strong."""
+    held = [x.dtype for x in arrays if isinstance(x, Array) and type(x._data) not in _WEAK_TYPES]
+    held = [dtype for dtype in held if dtype.kind == "f"] or [
+        x.dtype for x in map(_raw, arrays) if hasattr(x, "dtype") and not isinstance(x, _NUMBERS)
+    ]
+    if not held:
+        return list(arrays)
+    return [
+        _as_dtype(x, np.result_type(*held, _raw(x))) if type(_raw(x)) in _WEAK_TYPES or isinstance(x, _NUMBERS) else x
+        for x in arrays
+    ]
+
+
 @composed(np.concatenate)
 def concatenate(arrays, axis=0):
-    return _concatenate(*map(ravel, arrays), axis=0) if axis is None else _concatenate(*arrays, axis=axis)
+    if axis is None:
+        return _concatenate(*map(ravel, _together(arrays)), axis=0)
+    return _concatenate(*arrays, axis=axis)
 
 
 @composed(np.stack)
@@ -2087,23 +2111,48 @@ def stack(arrays, axis=0):
 
 @composed(np.vstack)
 def vstack(tup):
-    return _concatenate(*map(atleast_2d, tup), axis=0)
+    return _concatenate(*map(atleast_2d, _together(tup)), axis=0)
 
 
 @composed(np.hstack)
 def hstack(tup):
-    arrays = [atleast_1d(a) for a in tup]
+    arrays = [atleast_1d(a) for a in _together(tup)]
     return _concatenate(*arrays, axis=min(1, np.ndim(arrays[0]) - 1))
 
 
 @composed(np.dstack)
 def dstack(tup):
-    return _concatenate(*map(atleast_3d, tup), axis=2)
+    return _concatenate(*map(atleast_3d, _together(tup)), axis=2)
 
 
 @composed(np.column_stack)
 def column_stack(tup):
-    return _concatenate(*(a if np.ndim(a) > 1 else _reshape(a, (-1, 1)) for a in tup), axis=1)
+    return _concatenate(*(a if np.ndim(a) > 1 else _reshape(a, (-1, 1)) for a in _together(tup)), axis=1)
+
+
+@composed(np.block)
+def block(arrays):
+    """`np.block`: a matrix of numbers and arrays from nested lists."""
+
+    def leaves(x):
+        return [leaf for part in x for leaf in leaves(part)] if isinstance(x, list) else [x]
+
+    def depth(x):
+        return 1 + depth(x[0]) if isinstance(x, list) else 0
+
+    def shaped(x):
+        return [shaped(part) for part in x] if isinstance(x, list) else np.empty(np.shape(x), bool)
+
+    def joined(x, axis):
+        if isinstance(x, list):
+            return _concatenate(*[joined(part, axis + 1) for part in x], axis=axis)
+        part = next(parts)
+        return _reshape(part, (1,) * (ndim - np.ndim(part)) + np.shape(part))
+
+    np.block(shaped(arrays))  # NumPy's own checks and errors
+    parts = iter(_together(leaves(arrays)))
+    ndim = max([depth(arrays), *map(np.ndim, leaves(arrays))])
+    return joined(arrays, -depth(arrays))
 
 
 @composed(np.append)
@@ -2683,11 +2732,11 @@ for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
 
 
 def _value_operator(prim: Primitive, swapped=False):
-    scalar, differentiable = prim.scalar, prim.vjps[0] is not None
+    scalar, differentiable, cls = prim.scalar, prim.vjps[0] is not None, Value  # this copy's, also after a reload
 
     def method(self, other):
         kind = type(other)
-        if kind is Value:
+        if kind is cls:
             y = other._data
         elif kind is float:
             y = other
@@ -2705,13 +2754,13 @@ def _value_operator(prim: Primitive, swapped=False):
                 out = scalar(y, x) if swapped else scalar(x, y)
             except (ArithmeticError, ValueError):
                 return _apply(prim, args, _NO_PARAMS)
-            node = _new(Value)
+            node = _new(cls)
             node._data = out
             node._grad = None
             node._prim = prim
             node._args = args
             node._params = _NO_PARAMS
-            node._needs = differentiable and (self._needs or (kind is Value and other._needs))
+            node._needs = differentiable and (self._needs or (kind is cls and other._needs))
             node._number = _next_number()
             node.label = ""
             return node
@@ -3496,6 +3545,9 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
             changes[name] = int(value)
     _config = replace(_config, **changes)
     HOOK.limit = _config.min_elements_for_parallel if _config.enabled else math.inf
+    if not _config.enabled:
+        _memory.bound = 0
+        _memory.clear()
     return _config
 
 
@@ -3535,93 +3587,200 @@ _cores: int | None = None
 
 # --- memory: buffers that are used again, since fresh pages cost as much as the arithmetic on them ---
 
-_KEPT_BYTES = 1 << 30  # of freed buffers that are kept for the next results
 _SMALL_BYTES = 1 << 22  # below, malloc does as well
+_MAX_SEGMENTS = 64  # that are shared at a time: each takes two descriptors
+
+
+def _physical_bytes() -> int:
+    """The memory that this process may use: of the machine, or of its control group."""
+    sizes = [1 << 32]
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes":
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(Path(path).read_text()))
+    return min(sizes)
+
+
+class _Private:
+    """Memory of this process alone. Every segment has a size, an address, and a name by which workers find it."""
+
+    name: tuple | None = None
+
+    def __init__(self, size: int):
+        self.size, self.memory = size, np.empty(size, np.uint8)
+        self.address = self.memory.ctypes.data
+
+
+class _Memfd:
+    """Anonymous shared memory of Linux, which ends with the last process that has it, also after a crash."""
+
+    def __init__(self, size: int):
+        import mmap
+
+        self.size, self.fd = size, os.memfd_create("picograd")
+        try:
+            os.ftruncate(self.fd, size)
+            self.memory = mmap.mmap(self.fd, size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.address = np.frombuffer(self.memory, np.uint8).ctypes.data
+        self.name = next(_serial), "_Memfd", (os.getpid(), self.fd)
+
+    @staticmethod
+    def attach(pid: int, fd: int) -> tuple:
+        import mmap
+
+        with open(f"/proc/{pid}/fd/{fd}", "r+b") as file:
+            memory = mmap.mmap(file.fileno(), 0)
+        return memory, memory
+
+    def close(self) -> None:
+        """Gives the memory back to the system, though workers may still have it mapped."""
+        os.ftruncate(self.fd, 0)
+        self.leave()
+
+    def leave(self) -> None:
+        """From now on it is as private: no worker finds it."""
+        os.close(self.fd)
+        self.name = None
+
+
+class _Named:
+    """Shared memory with a name in the system, `multiprocessing.shared_memory`."""
+
+    def __init__(self, size: int):
+        from multiprocessing import shared_memory
+
+        self.size, self.memory = size, shared_memory.SharedMemory(create=True, size=size)
+        self.address = np.frombuffer(self.memory.buf, np.uint8).ctypes.data
+        self.fd = getattr(self.memory, "_fd", -1)
+        self.name = next(_serial), "_Named", (self.memory.name,)
+
+    @staticmethod
+    def attach(name: str) -> tuple:
+        from multiprocessing import shared_memory
+
+        memory = shared_memory.SharedMemory(name)
+        return memory, memory.buf
+
+    def leave(self) -> None:
+        self.memory.unlink()
+        self.name = None
+
+    close = leave
+
+
+_serial = itertools.count()
+_Shared = _Memfd if hasattr(os, "memfd_create") else _Named
+
+
+class _Lease:
+    """What an array on a segment has as its base: while that array, a view of it or a window on it is there, so is
+    this; then the segment is free again."""
+
+    __slots__ = ("segment", "__array_interface__")
+
+    def __init__(self, segment, shape: tuple, dtype: np.dtype):
+        self.segment = segment
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": shape,
+            "typestr": dtype.str,
+            "data": (segment.address, False),
+        }
+
+    def __del__(self):
+        if _memory is not None:  # as it is when Python ends
+            _memory.take_back(self.segment)
 
 
 class _Memory:
-    """Buffers for large arrays: private memory for threads; for processes shared memory, with a file to map it by."""
+    """The segments: `free` ones, the last freed at the end, and those that are `shared`, free or not."""
 
     def __init__(self):
-        self.free: list[tuple[int, bool, Any]] = []  # (size, shared?, buffer), the last freed at the end
+        self.free: list[Any] = []
+        self.shared: dict[tuple, Any] = {}  # by name
+        self.bound = 0  # bytes of freed segments that are kept for the next results: none when nothing is distributed
         self.lock = threading.RLock()  # reentrant: an array may die, and come here, at any allocation
 
-    def empty(self, shape, dtype, shared: bool) -> np.ndarray:
+    def empty(self, shape: tuple, dtype, shared: bool) -> np.ndarray:
+        """A new array, where worker processes find it if they are to share it and it can be had."""
         dtype = np.dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < _SMALL_BYTES and not shared:
             return np.empty(shape, dtype)
         size = -(-max(nbytes, 1) >> 20) << 20
-        with self.lock:
-            fitting = [i for i, entry in enumerate(self.free) if entry[:2] == (size, shared)]
+        self.bound = self.bound or _physical_bytes() // 16
+        segment = self.take(size, shared)
+        if segment is None and shared and len(self.shared) >= _MAX_SEGMENTS and not self.clear(shared=True):
+            segment = self.take(size, False)
+            shared = False
+        if segment is None and shared:
             try:
-                if fitting:
-                    buffer = self.free.pop(fitting[-1])[2]
-                else:
-                    buffer = _Segment(size) if shared else _private_buffer(size)
-            except OSError as error:
-                if not shared:
-                    raise
+                segment = self.spend(_Shared, size)
+                self.shared[segment.name] = segment
+            except (OSError, ImportError) as error:
+                if getattr(error, "errno", None) == errno.ENOMEM:
+                    raise MemoryError(f"no {size} bytes of shared memory can be had") from error
                 _workers.warn(f"shared memory cannot be had here ({error}); computing in threads")
-                return np.empty(shape, dtype)
-        array = np.ndarray(shape, dtype, buffer.map if shared else buffer)
-        weakref.finalize(array, self.take_back, buffer, size, shared).atexit = False
-        return array
+        return np.asarray(_Lease(segment or self.spend(_Private, size), shape, dtype))
 
-    def take_back(self, buffer, size, shared):
-        """The array in a buffer, and all views of it, are gone."""
-        if shared and buffer.name[0] != os.getpid() and buffer.memory is None:
-            return  # of a process that forked into this one: its arrays may still be there
+    def take(self, size: int, shared: bool):
+        """The segment of that size that was freed last, if there is one."""
         with self.lock:
-            self.free.append((size, shared, buffer))
-            while sum(size for size, *_ in self.free) > _KEPT_BYTES:
-                _, shared, buffer = self.free.pop(0)
-                if shared:
-                    buffer.close()
+            for segment in reversed(self.free):
+                if segment.size == size and (segment.name is not None) == shared:
+                    self.free.remove(segment)
+                    return segment
+        return None
 
+    def spend(self, function: Callable, *args, **kwargs):
+        """Calls a function that takes memory; if there is none left, again without what is kept."""
+        try:
+            return function(*args, **kwargs)
+        except (MemoryError, OSError):
+            if not self.clear():
+                raise
+        return function(*args, **kwargs)
 
-def _private_buffer(size):
-    import mmap
+    def take_back(self, segment) -> None:
+        """The array on a segment, and all views of it, are gone."""
+        with self.lock:
+            self.free.append(segment)
+            while sum([segment.size for segment in self.free]) > self.bound:
+                self.close(self.free[0])
 
-    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-        return bytearray(size)
-    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)  # a fault for 2 MB instead of 4 kB
-    return buffer
+    def close(self, segment) -> None:
+        self.free.remove(segment)
+        if self.shared.pop(segment.name, None):
+            segment.close()
 
+    def clear(self, shared: bool = False) -> int:
+        """Gives freed segments back to the system, or the shared ones only; how many they were."""
+        with self.lock:
+            segments = [segment for segment in self.free if segment.name or not shared]
+            for segment in segments:
+                self.close(segment)
+        return len(segments)
 
-class _Segment:
-    """Anonymous shared memory, which ends with the last process that has it, also after a crash; /dev/shm is not used.
-    Where the system has none, `multiprocessing.shared_memory`."""
-
-    serial = itertools.count()
-    known: dict[int, _Segment] = {}  # by the id of the mapping that its arrays are made on
-
-    def __init__(self, size: int):
+    def part(self) -> None:
+        """Before a fork: what is shared becomes private, at the same addresses, so that neither process sees what the
+        other writes. The file stays as it is from now on, so that a private mapping of it is a copy on write."""
+        import ctypes
         import mmap
 
-        self.memory = None
-        if hasattr(os, "memfd_create"):
-            fd = os.memfd_create("picograd")
-            os.ftruncate(fd, size)
-            self.map = mmap.mmap(fd, size)
-            self.name: tuple = (os.getpid(), fd, next(self.serial), size)
-        else:
-            from multiprocessing import shared_memory
-
-            self.memory = shared_memory.SharedMemory(create=True, size=size)
-            self.map, self.name = self.memory.buf, (self.memory.name, None, next(self.serial), size)
-        self.known[id(self.map)] = self
-
-    def close(self) -> None:
-        """Gives the memory back to the system, though workers may still have it mapped."""
-        del self.known[id(self.map)]
-        if self.memory is not None:
-            self.memory.unlink()
-        elif self.name[0] == os.getpid():
-            os.ftruncate(self.name[1], 0)
-            os.close(self.name[1])
+        self.clear(shared=True)
+        system = ctypes.CDLL(None, use_errno=True).mmap
+        system.restype = ctypes.c_void_p
+        system.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        for name, segment in list(self.shared.items()):
+            flags = mmap.MAP_PRIVATE | 0x10  # MAP_FIXED
+            found = system(segment.address, segment.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, segment.fd, 0)
+            if found != segment.address:
+                raise OSError(ctypes.get_errno(), "picograd: shared memory cannot be parted before a fork")
+            self.shared.pop(name).leave()
 
 
 _memory = _Memory()
@@ -3632,42 +3791,36 @@ def _describe(x: np.ndarray):
     base = x
     while isinstance(base, np.ndarray):
         base = base.base
-    base = base.obj if isinstance(base, memoryview) else base
-    segment = _Segment.known.get(id(base))
-    if segment is None:
+    if type(base) is not _Lease or base.segment.name is None:
         return None
-    whole = np.frombuffer(segment.map, np.uint8)
-    offset = x.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
-    return segment.name, offset, x.shape, x.strides, x.dtype
-
-
-_mapped: dict[tuple, Any] = {}  # in a worker: the segments that it has mapped
-
-
-def _find(name, offset, shape, strides, dtype) -> np.ndarray:
-    """In a worker: the array that `_describe` described."""
-    if name not in _mapped:
-        import mmap
-
-        place, fd, _, size = name
-        for old in [old for old in _mapped if old[:2] == name[:2]]:
-            del _mapped[old]  # the descriptor was closed, and is another segment's now
-        if fd is None:
-            from multiprocessing import shared_memory
-
-            _mapped[name] = shared_memory.SharedMemory(place)
-        else:
-            with open(f"/proc/{place}/fd/{fd}", "r+b") as file:
-                _mapped[name] = mmap.mmap(file.fileno(), size)
-    found = _mapped[name]
-    return np.ndarray(shape, dtype, getattr(found, "buf", found), offset, strides)
+    return base.segment.name, x.__array_interface__["data"][0] - base.segment.address, x.shape, x.strides, x.dtype
 
 
 # --- block programs ---
 
 _BLOCK_BYTES = 1 << 21  # of an array in a block: 512k float32. Smaller ones pass the interpreter's lock on too often
+_WHOLE_BLOCKS = 8  # as many of one operation NumPy does as fast in one go
 _REDUCERS = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum, "any": np.logical_or}
 _REDUCERS |= {"all": np.logical_and}
+_BUILTIN = dict(PRIMITIVES)  # what is cut into blocks, and worker processes know: a primitive of a user runs whole
+
+
+def _block_shape(shape: tuple, itemsize: int, reduced: tuple = ()) -> list[int]:
+    """The shape of a block: the first axes are cut first, so that its memory is in one piece. That would leave many
+    partial results of a reduction over few rows: then the axes that stay are cut."""
+
+    def cut(order):
+        block = list(shape)
+        for axis in order:
+            block[axis] = max(1, min(shape[axis], limit * block[axis] // max(1, math.prod(block))))
+        return block
+
+    limit = max(1, _BLOCK_BYTES // itemsize)
+    block = cut(range(len(shape)))
+    parts = math.prod(-(-shape[i] // block[i]) for i in reduced)
+    if parts * 16 > math.prod(shape[i] for i in reduced):
+        block = cut(sorted(range(len(shape)), key=lambda axis: axis in reduced))
+    return block
 
 
 @dataclass
@@ -3675,150 +3828,110 @@ class _Job:
     """A block program on its arrays.
 
     steps: (primitive, places of the operands, dtype of the result), ...; places count the inputs first, then the steps.
-    inputs: arrays, and numbers, that broadcast to `shape`.
+    inputs: arrays, and numbers, that broadcast to `shape`, which is the shape of every step.
     outputs: {place: array of that shape to write to}.
-    reduction: (name in _REDUCERS, axes) for the last place, or None. Its partial results go to `parts`, of the shape of
-        the result with an axis more in front, for the number of the cut if that axis is reduced.
+    reduction: (name in _REDUCERS, axes) for the last place, or None. A block's part of it is written to `parts`.
     """
 
     steps: tuple
     inputs: list
     shape: tuple[int, ...]
     outputs: dict
-    reduction: tuple | None = None
-    parts: np.ndarray | None = None
-    cut: tuple[int, int] = (0, 0)
-
-    def __post_init__(self):
-        self.cut = self.cut if any(self.cut) else self.plan()
-
-    def plan(self) -> tuple[int, int]:
-        """(axis, rows): a block is `rows` along that axis, one index of each axis before and all of those after."""
-        itemsize = max(
-            [dtype.itemsize for *_, dtype in self.steps] + [x.dtype.itemsize for x in self.inputs if np.ndim(x)]
-        )
-        limit, axis = max(1, _BLOCK_BYTES // itemsize), 0
-        while axis < len(self.shape) - 1 and math.prod(self.shape[axis + 1 :]) > limit:
-            axis += 1
-        return axis, max(1, limit // max(1, math.prod(self.shape[axis + 1 :])))
+    reduction: tuple | None
+    parts: np.ndarray | None
+    extents: list
 
     def tasks(self) -> list[tuple]:
-        """What can run at once: an index of each axis that is neither cut nor reduced, and the number of the cut."""
-        axis, rows = self.cut
-        reduced = self.reduction[1] if self.reduction else ()
-        free = [range(1) if i in reduced else range(n) for i, n in enumerate(self.shape[:axis])]
-        return [(*outer, k) for outer in itertools.product(*free) for k in range(-(-self.shape[axis] // rows))]
+        """The blocks, each with the place of its part; what can be done at once, in any order."""
+        cuts = [
+            [slice(i, min(i + extent, n)) for i in range(0, n, extent)] for n, extent in zip(self.shape, self.extents)
+        ]
+        blocks = list(itertools.product(*cuts))
+        if not self.reduction:
+            return [(block, None) for block in blocks]
+        for axis in self.reduction[1]:
+            cuts[axis] = [slice(i, i + 1) for i in range(len(cuts[axis]))]
+        return list(zip(blocks, itertools.product(*cuts)))
 
-    def buffers(self) -> list[tuple]:
-        """For each step the scratch buffer of its result, by number and dtype: one that no later step reads, if there
-        is one, so that few are in the cache."""
+    def buffers(self) -> list[int]:
+        """For each step the number of the scratch buffer for its result: one that no later step reads, if there is
+        one, so that few are in the cache."""
         n = len(self.inputs)
         last = {i: step for step, (_, operands, _) in enumerate(self.steps) for i in operands}
-        taken, free, keys = {}, [], []
+        taken, free, numbers = {}, [], []
         for step, (_, operands, dtype) in enumerate(self.steps):
-            dead = [taken.pop(i) for i in set(operands) if last[i] == step and i in taken]
-            free += dead
-            key = next((key for key in free if key[1] == dtype), (step, dtype))
-            if key in free:
-                free.remove(key)
-            taken[n + step] = key
-            keys.append(key)
-        return keys
+            free += [taken.pop(i) for i in set(operands) if last[i] == step and i in taken]
+            found = next((i for i in free if self.steps[i][2] == dtype), step)
+            if found != step:
+                free.remove(found)
+            taken[n + step] = found
+            numbers.append(found)
+        return numbers
 
     def run(self, tasks: Iterable[tuple]) -> None:
-        axis, rows = self.cut
-        shapes = [np.shape(x) for x in self.inputs]
-        for _, operands, _ in self.steps:
-            shapes.append(np.broadcast_shapes(*[shapes[i] for i in operands]))
-        whole = [shape == self.shape for shape in shapes]
-        keys = self.buffers()
-        reduced = self.reduction[1] if self.reduction else ()
-        scratch: dict = {}
-        for *outer, k in tasks:
-            inner = [range(n) if i in reduced else (j,) for i, (j, n) in enumerate(zip(outer, self.shape))]
-            total, cut = None, slice(k * rows, min((k + 1) * rows, self.shape[axis]))
-            for index in itertools.product(*inner):
-                block = (*(slice(i, i + 1) for i in index), cut)
-                result = self.block(block, whole, keys, scratch)
-                if self.reduction:
-                    name, axes = self.reduction
-                    part = _REDUCERS[name].reduce(result, axes, self.parts.dtype, None, True)
-                    total = part if total is None else _REDUCERS[name](total, part, out=total)
+        numbers, scratch, ndim = self.buffers(), {}, len(self.shape)
+        for block, place in tasks:
+            shape = tuple([s.stop - s.start for s in block])
+            values: list = []
+            for x in self.inputs:
+                if np.ndim(x):
+                    x = x[tuple([slice(None) if n == 1 else s for n, s in zip(x.shape, block[ndim - x.ndim :])])]
+                values.append(x)
+            for step, (prim, operands, dtype) in enumerate(self.steps):
+                args, target, number = [values[i] for i in operands], self.outputs.get(len(values)), numbers[step]
+                if target is not None:
+                    target = target[block]
+                else:
+                    if number not in scratch:
+                        scratch[number] = np.empty(math.prod(self.extents), dtype)
+                    target = scratch[number][: math.prod(shape)].reshape(shape)
+                _local.step = "cast" if prim is _as_dtype else prim.name
+                if prim is _as_dtype:
+                    np.copyto(target, args[0], "unsafe")
+                elif isinstance(prim.forward, np.ufunc):
+                    prim.forward(*args, out=target)
+                else:
+                    np.copyto(target, prim.forward(*args))
+                values.append(target)
             if self.reduction:
-                place = tuple(slice(None) if i in reduced else s for i, s in enumerate(block))
-                self.parts[(k if axis in reduced else 0, *place)] = total
-
-    def block(self, block: tuple[slice, ...], whole: list[bool], keys: list[tuple], scratch: dict):
-        """All steps on one block; the last result.
-
-        whole: for each place whether it has the shape of the job; keys: the steps' scratch buffers, kept in `scratch`.
-        """
-        ndim, values = len(self.shape), []
-        for x, all_of_it in zip(self.inputs, whole):
-            if all_of_it:
-                x = x[block]
-            elif np.ndim(x):
-                x = x[tuple([slice(None) if n == 1 else s for n, s in zip(x.shape, block[ndim - x.ndim :])])]
-            values.append(x)
-        shape = tuple([s.stop - s.start for s in block]) + self.shape[len(block) :]
-        first = len(self.inputs)
-        for place, (prim, operands, dtype) in enumerate(self.steps, first):
-            args, target = [values[i] for i in operands], self.outputs.get(place)
-            if target is not None:
-                target = target[block]
-            elif whole[place]:
-                key = keys[place - first], shape
-                if key not in scratch:
-                    scratch[key] = np.empty(shape, dtype)
-                target = scratch[key]
-            _fault.step = prim.name
-            if target is None:
-                out = args[0].astype(dtype) if prim is _as_dtype else prim.forward(*args)
-            elif prim is _as_dtype:
-                out = target
-                np.copyto(out, args[0], "unsafe")
-            elif isinstance(prim.forward, np.ufunc):
-                out = prim.forward(*args, out=target)
-            else:
-                out = prim.forward(*args)
-                if place in self.outputs:
-                    np.copyto(target, out)
-            values.append(out)
-        return values[-1] if whole[-1] else np.broadcast_to(values[-1], shape)
+                _local.step, (name, axes) = "reduce", self.reduction
+                result = values[-1] if np.shape(values[-1]) == shape else np.broadcast_to(values[-1], shape)
+                _REDUCERS[name].reduce(result, axes, self.parts.dtype, self.parts[place], True)
 
 
-class _Fault(threading.local):
-    """What went wrong in this thread's blocks: floating-point faults, by kind and primitive, to be warned of once."""
+class _Local(threading.local):
+    """What this thread is at: in how many jobs, at which operation, and the floating-point faults met, by kind and
+    operation, to be warned of once."""
 
+    depth = 0
     step = ""
-    depth = 0  # jobs that this thread is in: a primitive of a user may compute in blocks itself
-
-    def __init__(self):
-        self.found: dict[tuple[str, str], None] = {}
+    found: dict[tuple[str, str], None] = {}
 
     def __call__(self, kind, flag):
         self.found[kind, self.step] = None
 
 
-_fault = _Fault()
+_local = _Local()
 
 
 def _run_tasks(job: _Job, tasks: Iterable[tuple], state: dict) -> list:
     """Runs tasks in this thread; the floating-point faults that were met."""
-    before, _fault.found, _fault.depth = _fault.found, {}, _fault.depth + 1
+    before, _local.found = _local.found, {}
+    _local.depth += 1
     try:
-        with np.errstate(**{kind: "call" if how == "warn" else how for kind, how in state.items()}, call=_fault):
+        with np.errstate(**{kind: "call" if how == "warn" else how for kind, how in state.items()}, call=_local):
             job.run(tasks)
-        return list(_fault.found)
+        return list(_local.found)
     finally:
-        _fault.found, _fault.depth = before, _fault.depth - 1
+        _local.found = before
+        _local.depth -= 1
 
 
 # --- the executor ---
 
 
 class _Workers:
-    """The `concurrent.futures` pools, of threads and of processes, made at first use, of the size that is asked for."""
+    """The `concurrent.futures` pools, of threads and of processes, made at first use, as large as was asked for yet."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -3827,11 +3940,11 @@ class _Workers:
 
     @contextlib.contextmanager
     def use(self, processes: bool, n: int) -> Iterator[Any]:
-        """The pool of a kind and size, for one job at a time. If that fails or is interrupted, even while it is handed
+        """A pool of a kind for n tasks, for one job at a time. If that fails or is interrupted, even while it is handed
         over, waits until nobody works on it any more, and forgets the pool: the next job gets a fresh one."""
         with self.lock:
             size, pool = self.pools.get(processes, (0, None))
-            if size != n:
+            if size < n:
                 if pool is not None:
                     pool.shutdown(wait=False)
                 pool = self.make(processes, n)
@@ -3852,11 +3965,13 @@ class _Workers:
         import concurrent.futures
         import multiprocessing
 
-        if processes:
-            return concurrent.futures.ProcessPoolExecutor(
-                n, multiprocessing.get_context(), _start_worker, (os.getpid(),)
-            )
-        return concurrent.futures.ThreadPoolExecutor(n, "picograd")
+        if not processes:
+            return concurrent.futures.ThreadPoolExecutor(n, "picograd")
+        if _Shared is _Named and os.name == "posix":
+            from multiprocessing import resource_tracker
+
+            resource_tracker.ensure_running()  # one for all: a worker's own would remove the memory when that ends
+        return concurrent.futures.ProcessPoolExecutor(n, multiprocessing.get_context(), _start_worker)
 
     def warn(self, text: str) -> None:
         if text not in self.warned:
@@ -3864,35 +3979,47 @@ class _Workers:
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-def _start_worker(parent: int) -> None:
+def _start_worker() -> None:
     """In a new worker process: an interrupt is for the parent, which waits for the blocks that are under way; and
-    when the parent is gone, even by kill -9, so is the worker."""
+    when the parent is gone, also by kill -9, so is the worker."""
+    import multiprocessing.connection
     import signal
-    import time
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ends, started_by = [multiprocessing.parent_process().sentinel], os.getppid()
 
-    def watch():
-        with contextlib.suppress(ProcessLookupError):
-            while True:
-                os.kill(parent, 0)  # sends nothing, and fails when there is no such process
-                time.sleep(0.5)
+    def watch():  # the sentinel may be held open by the parent's other children
+        while not multiprocessing.connection.wait(ends, 0.5) and os.getppid() == started_by:
+            pass
         os._exit(1)
 
-    if os.name == "posix":
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 _workers = _Workers()
-atexit.register(lambda: _workers.pools.clear())  # while what their ends need is still there
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Forgets the pools, while what their ends need is still there; and shared memory with a name loses it."""
+    _workers.pools.clear()
+    for name in list(_memory.shared):
+        _memory.shared.pop(name).leave()
+
+
+def _before_fork() -> None:
+    _chunk_lock.acquire()  # no job is under way in another thread
+    if not _local.depth:  # else it is a worker that starts
+        _memory.part()
+
+
+def _in_child() -> None:
+    """Neither pools nor segments are the child's to use, and a lock may be held by a thread that the child has not."""
+    globals().update(_workers=_Workers(), _memory=_Memory(), _chunk_lock=threading.RLock())
+
+
 if hasattr(os, "register_at_fork"):
-    # Neither its pools nor its freed shared buffers are the child's to use, and a lock may be held by a thread that the
-    # child has not.
-    os.register_at_fork(
-        after_in_child=lambda: globals().update(
-            _workers=_Workers(), _memory=_Memory(), _chunk_lock=threading.RLock(), _fault=_Fault()
-        )
-    )
+    os.register_at_fork(before=_before_fork, after_in_parent=lambda: _chunk_lock.release(), after_in_child=_in_child)
 
 
 @contextlib.contextmanager
@@ -3911,51 +4038,69 @@ def _without_main() -> Iterator[None]:
                 setattr(main, name, value)
 
 
-def _in_worker() -> bool:
-    """Whether this is a worker process of some pool, or in the middle of a job: then it must not start workers."""
-    module = sys.modules.get("multiprocessing.process")
-    return _fault.depth > 0 or (module is not None and module.parent_process() is not None)
+_attached: dict[tuple, tuple] = {}  # in a worker: the segments that it has mapped
 
 
-def _remote(job: _Job, arrays: list, tasks: list, state: dict):
-    """In a worker process: finds the arrays, and runs the tasks."""
-    *found, job.parts = [_find(*x) if isinstance(x, tuple) else x for x in arrays]
-    n = len(job.inputs)
-    return _run_tasks(replace(job, inputs=found[:n], outputs=dict(zip(job.outputs, found[n:]))), tasks, state)
+def _find(x):
+    """In a worker: the array that `_describe` described; anything else as it is."""
+    if type(x) is not tuple:
+        return x
+    name, offset, shape, strides, dtype = x
+    if name not in _attached:
+        _attached[name] = globals()[name[1]].attach(*name[2])
+    return np.ndarray(shape, dtype, _attached[name][1], offset, strides)
 
 
-def _in_processes(job: _Job, tasks: list, n: int, state: dict) -> list | None:
-    """Has worker processes do a job's tasks; the faults that were met, or None if they could not do it."""
-    from concurrent.futures.process import BrokenProcessPool
-
-    arrays = [*job.inputs, *job.outputs.values(), job.parts]
-    places = [(_describe(x) or x) if isinstance(x, np.ndarray) else x for x in arrays]
-    n_inputs = len(job.inputs)
-    if any(isinstance(x, np.ndarray) and (i >= n_inputs or x.nbytes > _TRAVELS_BYTES) for i, x in enumerate(places)):
-        return None  # an array is where workers do not see it; to copy it there would cost more than to compute
-    travelling = replace(job, inputs=[None] * n_inputs, outputs=dict.fromkeys(job.outputs), parts=None)
-    cuts = [len(tasks) * i // n for i in range(n + 1)]
-    shares = [tasks[a:b] for a, b in zip(cuts, cuts[1:]) if a < b]
-    try:
-        with _workers.use(True, n) as pool:
-            with _without_main():
-                futures = [pool.submit(_remote, travelling, places, share, state) for share in shares]
-            return [future.result() for future in futures]
-    except BrokenProcessPool:
-        warnings.warn("a worker process died; its work is done again, in threads", RuntimeWarning, stacklevel=2)
-    except OSError as error:
-        _workers.warn(f"worker processes cannot be had here ({error}); computing in threads")
-    return None
+def _remote(job: _Job, live: set, start: int, stop: int, state: dict) -> list:
+    """In a worker process: finds the arrays, and runs the tasks from start to stop."""
+    for name in _attached.keys() - live:
+        del _attached[name]
+    job.steps = tuple([(_BUILTIN[name], operands, dtype) for name, operands, dtype in job.steps])
+    job.inputs, job.parts = [_find(x) for x in job.inputs], _find(job.parts)
+    job.outputs = {place: _find(x) for place, x in job.outputs.items()}
+    return _run_tasks(job, job.tasks()[start:stop], state)
 
 
 _TRAVELS_BYTES = 1 << 16  # arrays below travel with the instructions
 
 
+def _in_processes(job: _Job, count: int, n: int, state: dict) -> list | None:
+    """Has n worker processes do a job of so many tasks; the faults that were met, or None if they could not do it."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    def place(x, travels=True):
+        return (_describe(x) or (x if travels and x.nbytes <= _TRAVELS_BYTES else None)) if np.ndim(x) else x
+
+    travelling = replace(
+        job,
+        steps=tuple([(prim.name, operands, dtype) for prim, operands, dtype in job.steps]),
+        inputs=[place(x) for x in job.inputs],
+        outputs={i: place(x, False) for i, x in job.outputs.items()},
+        parts=None if job.parts is None else place(job.parts, False),
+    )
+    there = [*travelling.inputs, *travelling.outputs.values(), travelling.parts if job.reduction else 0]
+    if any(x is None for x in there):
+        return None  # an array is where workers do not see it; to copy it there would cost more than to compute
+    cuts = [count * i // n for i in range(n + 1)]
+    try:
+        with _workers.use(True, n) as pool:
+            with _without_main():
+                live = set(_memory.shared)
+                futures = [pool.submit(_remote, travelling, live, a, b, state) for a, b in zip(cuts, cuts[1:])]
+            return [future.result() for future in futures]
+    except BrokenProcessPool:
+        warnings.warn("a worker process died; its work is done again, in threads", RuntimeWarning, stacklevel=2)
+    except OSError as error:
+        _workers.warn(f"worker processes cannot be had here ({error}); computing in threads")
+    except RuntimeError as error:
+        if "shutdown" not in str(error):  # as when Python ends
+            raise
+    return None
+
+
 def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
     """Does a job's tasks in n threads, of which this is one, each taking the next; the faults that were met."""
-    if n == 1 or len(tasks) == 1:
-        return [_run_tasks(job, tasks, state)]
-    queue = collections.deque(tasks)
+    queue, futures = collections.deque(tasks), []
 
     def work():
         def taken():
@@ -3965,12 +4110,26 @@ def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
 
         return _run_tasks(job, taken(), state)
 
+    if n == 1:
+        return [work()]
     with _workers.use(False, n - 1) as pool:
         try:
-            futures = [pool.submit(work) for _ in range(min(n, len(tasks)) - 1)]
-            return [work(), *(future.result() for future in futures)]
+            try:
+                for _ in range(n - 1):
+                    futures.append(pool.submit(work))
+            except RuntimeError as error:
+                if "shutdown" not in str(error):
+                    raise  # else Python ends, and there are no more threads: this one does it
+            return [work(), *[future.result() for future in futures]]
         finally:
             queue.clear()  # after an error or an interrupt, the others stop at the next block
+
+
+def _in_worker() -> bool:
+    """Whether this is a worker process of some pool, or in the middle of a job, as in the handler of a signal: then it
+    must not start workers, nor wait for those at work."""
+    module = sys.modules.get("multiprocessing.process")
+    return _local.depth > 0 or (module is not None and module.parent_process() is not None)
 
 
 def run_blocks(
@@ -3983,8 +4142,8 @@ def run_blocks(
 ) -> tuple[list[np.ndarray], Any]:
     """Runs a block program on all cores.
 
-    steps: (primitive, places of its operands, dtype of its result) of element-wise primitives. Places count the inputs
-        first, then the steps.
+    steps: (primitive, places of its operands, dtype of its result) of element-wise primitives, whose results have this
+        shape. Places count the inputs first, then the steps.
     inputs: arrays, and numbers, that broadcast to shape.
     outputs: the places whose results are wanted as whole arrays.
     reduction: (name in _REDUCERS, axes as non-negative numbers, dtype) of the last result.
@@ -3993,57 +4152,174 @@ def run_blocks(
     Returns the arrays, and the reduction's result with its axes kept as length 1. Floating-point faults are warned of
     as the caller's `np.errstate` says, once for each primitive.
     """
-    state, n = np.geterr(), _num_workers()
-    processes = _config.use_processes and not _in_worker() and all(prim.name in _BUILTIN for prim, *_ in steps)
-    inputs = [  # what a view repeats is there once
-        x[tuple([slice(0, 1) if step == 0 else slice(None) for step in x.strides])] if isinstance(x, np.ndarray) else x
-        for x in inputs
-    ]
+    state = np.geterr()
+    inputs = [_without_repeats(x) if isinstance(x, np.ndarray) else x for x in inputs]
     first = len(inputs)
     dtypes = {i: steps[i - first][2] for i in outputs}
+    name, axes, dtype = reduction or (None, (), None)
+    itemsizes = [dtype.itemsize for *_, dtype in steps] + [x.dtype.itemsize for x in inputs if np.ndim(x)]
+    extents = _block_shape(shape, max(itemsizes), axes)
+    count = math.prod(-(-n // extent) for n, extent in zip(shape, extents))
+    if not all(prim.builtin for prim, *_ in steps):
+        extents, count = [max(1, n) for n in shape], 1
+    n = 1 if _in_worker() else min(_num_workers(), count)
+    processes = _config.use_processes and n > 1
+    if into is None and len(steps) + bool(reduction) == 1 and count <= _WHOLE_BLOCKS:
+        return _at_once(steps, inputs, shape, reduction, processes)
     if into is None:
         into = [_memory.empty(shape, dtype, processes) for dtype in dtypes.values()]
-    arrays = dict(zip(dtypes, into))
-    job = _Job(steps, inputs, shape, arrays, reduction[:2] if reduction else None)
-    tasks = job.tasks()
+    parts = None
+    if reduction:
+        wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
+        kept = [-(-n // extents[i]) if i in axes else n for i, n in enumerate(shape)]
+        parts = _memory.empty(tuple(kept), wide, processes)
+    job = _Job(steps, inputs, shape, dict(zip(dtypes, into)), (name, axes) if reduction else None, parts, extents)
+    faults = None
+    _local.depth += 1  # from here on a signal's handler finds a job under way
+    try:
+        if processes:
+            faults = _in_processes(job, count, n, state)
+        if faults is None:
+            faults = _in_threads(job, job.tasks(), n, state)
+    finally:
+        _local.depth -= 1
+    for kind, where in dict.fromkeys(fault for found in faults for fault in found):
+        warnings.warn(f"{kind} encountered in {where}", RuntimeWarning, stacklevel=2)
+    if reduction and any(parts.shape[i] > 1 for i in axes):
+        wide = np.promote_types(dtype, np.float64) if name == "sum" and dtype.kind == "f" else dtype
+        parts = _REDUCERS[name].reduce(parts, axes, wide, None, True)  # no error is added to that within the blocks
+    return list(into), parts if parts is None else parts.astype(dtype, copy=False)
+
+
+def _at_once(steps: tuple, inputs: list, shape: tuple, reduction: tuple | None, shared: bool) -> tuple:
+    """What `run_blocks` returns for one operation, done by NumPy in one go."""
     if reduction:
         name, axes, dtype = reduction
-        axis, rows = job.cut
-        cuts = -(-shape[axis] // rows) if axis in axes else 1
-        kept = [1 if i in axes else n for i, n in enumerate(shape)]
-        job.parts = _memory.empty((cuts, *kept), dtype, processes)
-    faults = None
-    if processes and n > 1 and len(tasks) > 1:
-        faults = _in_processes(job, tasks, n, state)
-    if faults is None:
-        faults = _in_threads(job, tasks, 1 if _in_worker() else n, state)
-    for kind, name in dict.fromkeys(fault for found in faults for fault in found):
-        warnings.warn(f"{kind} encountered in {name}", RuntimeWarning, stacklevel=2)
-    total = job.parts
-    if reduction:
-        if cuts > 1 and reduction[0] == "sum" and dtype.kind == "f":  # no error is added to that within the blocks
-            total = np.add.reduce(total, 0, np.result_type(dtype, np.float64)).astype(dtype)
-        else:
-            total = np.array(total[0]) if cuts == 1 else _REDUCERS[reduction[0]].reduce(total, 0)
-    return list(arrays.values()), total
+        wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
+        x = inputs[0] if inputs[0].shape == shape else np.broadcast_to(inputs[0], shape)
+        return [], _REDUCERS[name].reduce(x, axes, wide, None, True).astype(dtype, copy=False)
+    ((prim, operands, dtype),) = steps
+    args = [inputs[i] for i in operands]
+    if not isinstance(prim.forward, np.ufunc) and prim is not _as_dtype:
+        return [prim.forward(*args)], None
+    out = _memory.empty(shape, dtype, shared)
+    if prim is _as_dtype:
+        np.copyto(out, args[0], "unsafe")
+    else:
+        prim.forward(*args, out=out)
+    return [out], None
 
 
-# --- arrays that defer ---
+def _without_repeats(x: np.ndarray) -> np.ndarray:
+    """What a view repeats is there once."""
+    if 0 not in x.strides:
+        return x
+    return x[tuple([slice(0, 1) if step == 0 else slice(None) for step in x.strides])]
+
+
+# --- arrays that wait ---
 
 _MAX_PENDING = 32  # steps that wait for each other; then they are computed
-_chunk_lock = threading.RLock()
-_BUILTIN = frozenset(PRIMITIVES)  # what worker processes know, too
+_chunk_lock = threading.RLock()  # held while anything is computed, or changes from waiting to done
+
+
+class _Buffer:
+    """What an array holds: its data, or the step (prim, args, state of np.errstate) that computes them when somebody
+    needs them, and which waits. Data change only once they were handed out, and then nothing waits to read them.
+
+    given: whether it was handed out; runs: how often it was computed without being kept; readers: what waits for it.
+    """
+
+    __slots__ = ("shape", "dtype", "array", "given", "prim", "args", "state", "runs", "readers", "__weakref__")
+
+    def __init__(self, array=None, given=False, shape=None, dtype=None, prim=None, args=(), state=None):
+        self.array, self.given, self.prim, self.args, self.state, self.runs = array, given, prim, args, state, 0
+        self.shape, self.dtype = (shape, dtype) if array is None else (array.shape, array.dtype)
+        self.readers: weakref.WeakSet | None = None
+
+    def pending(self) -> list[_Buffer]:
+        """All that has to be computed for this, operands first."""
+        found: dict[_Buffer, None] = {}
+        stack = [self]
+        while stack:
+            node = stack[-1]
+            if node.array is not None or node in found:
+                stack.pop()
+                continue
+            rest = [x for x in node.args if type(x) is _Buffer and x.array is None and x not in found]
+            if rest:
+                stack += rest
+            else:
+                found[stack.pop()] = None
+        return list(found)
+
+    def compute(self, reduction: tuple | None = None):
+        """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
+        kept is kept now: nothing is computed a third time."""
+        nodes = self.pending()
+        inputs: list = []
+        places: dict[int, int] = {}
+        for x in [x for node in nodes for x in node.args] or [self]:
+            if not (type(x) is _Buffer and x.array is None) and id(x) not in places:
+                places[id(x)] = len(inputs)
+                inputs.append(x)
+        places.update((id(node), len(inputs) + i) for i, node in enumerate(nodes))
+        steps = tuple([(node.prim, tuple([places[id(x)] for x in node.args]), node.dtype) for node in nodes])
+        kept = [node for node in nodes if node.runs or (node is self and reduction is None)]
+        raw = [x.where_workers_are() if type(x) is _Buffer else x for x in inputs]
+        with np.errstate(**(self.state or np.geterr())):
+            arrays, total = run_blocks(steps, raw, self.shape, [places[id(node)] for node in kept], reduction)
+        for node in nodes:
+            node.runs += 1
+        for node, array in zip(kept, arrays):
+            node.settle(array)
+        return total
+
+    def settle(self, array: np.ndarray) -> None:
+        """Waits no longer; only now is this struck off where it was to read."""
+        if self.array is not None:
+            return  # the handler of a signal was first
+        self.array = array
+        for x in self.args:
+            if type(x) is _Buffer and x.readers:
+                x.readers.discard(self)
+        self.prim, self.args, self.state = None, (), None
+
+    def where_workers_are(self) -> np.ndarray:
+        """The data, in process mode in shared memory if nobody knows where they are."""
+        if _config.use_processes and not self.given and _describe(self.array) is None and not _in_worker():
+            shared = _memory.empty(self.shape, self.dtype, True)
+            np.copyto(shared, self.array)
+            self.array = shared
+        return self.array
+
+    def force(self) -> np.ndarray:
+        """The data, for reading at once."""
+        with _chunk_lock:
+            if self.array is None:
+                self.compute()
+            return self.array
+
+    def hand_out(self) -> np.ndarray:
+        """The data, for somebody who may keep them and write to them."""
+        with _chunk_lock:
+            array, self.given = self.force(), True  # from now on it stays where it is
+            for reader in list(self.readers or ()):
+                reader.force()
+            return array
 
 
 class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
     """A large array that computes in blocks; element-wise operations on it wait until somebody needs the result.
 
-    Either `array` has the data, or `prim` and `args` say how to compute it. Raw values of distributed Tensors and
-    Values are of this kind. That something waits is never seen: `array` is handed out by `expose` alone, which first
-    computes all that reads it; and as long as somebody outside holds it, and might write to it, nothing waits.
+    Raw values of distributed Tensors and Values are of this kind. It is what is written to, in place: it holds a
+    buffer, and in place another one, unless the one it has was handed out.
+
+    data: an array in C order, or a buffer. given: whether others may have the array, too. forced: whether it is
+        distributed whatever the configuration.
     """
 
-    __slots__ = ("shape", "dtype", "array", "prim", "args", "state", "runs", "readers", "forced", "__weakref__")
+    __slots__ = ("shape", "dtype", "buffer", "forced", "__weakref__")
     __hash__ = object.__hash__
 
     ndim = property(lambda self: len(self.shape))
@@ -4051,119 +4327,72 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
     nbytes = property(lambda self: self.size * self.dtype.itemsize)
     T = property(lambda self: self.expose().T)
 
-    def __init__(self, array=None, shape=None, dtype=None, prim=None, args=(), state=None):
-        self.array, self.prim, self.args, self.state, self.runs = array, prim, args, state, 0
-        self.shape, self.dtype = (shape, dtype) if array is None else (array.shape, array.dtype)
-        self.readers: list[weakref.ref] = []
-        self.forced = any([x.forced for x in args if type(x) is Chunked])  # distributed whatever the configuration
-
-    # --- what waits ---
-
-    def pending(self) -> list[Chunked]:
-        """All that has to be computed for this, operands first."""
-        found: dict[Chunked, None] = {}
-        stack = [self]
-        while stack:
-            node = stack[-1]
-            if node.array is not None or node in found:
-                stack.pop()
-                continue
-            rest = [x for x in node.args if type(x) is Chunked and x.array is None and x not in found]
-            if rest:
-                stack += rest
-            else:
-                found[stack.pop()] = None
-        return list(found)
-
-    def run(self, reduction: tuple | None = None):
-        """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
-        kept is kept now: nothing is computed a third time."""
-        nodes = self.pending()
-        inputs: list = []
-        places: dict[int, int] = {}
-        for x in [x for node in nodes for x in node.args] or [self]:
-            if not (type(x) is Chunked and x.array is None) and id(x) not in places:
-                places[id(x)] = len(inputs)
-                inputs.append(x)
-        places.update((id(node), len(inputs) + i) for i, node in enumerate(nodes))
-        steps = tuple([(node.prim, tuple([places[id(x)] for x in node.args]), node.dtype) for node in nodes])
-        kept = [node for node in nodes if node.runs or (node is self and reduction is None)]
-        raw = [x.buffer() if type(x) is Chunked else x for x in inputs]
-        with np.errstate(**(self.state or np.geterr())):
-            arrays, total = run_blocks(steps, raw, self.shape, [places[id(node)] for node in kept], reduction)
-        for node in nodes:
-            node.runs += 1
-        for node, array in zip(kept, arrays):
-            node.array, node.prim, node.args = array, None, ()
-        return total
-
-    def buffer(self) -> np.ndarray:
-        """The array, where the workers see it."""
-        array = self.array
-        if _config.use_processes and array.nbytes > _TRAVELS_BYTES and _describe(array) is None and not _in_worker():
-            del array
-            if not self.held_outside() and self.array.base is None:
-                shared = _memory.empty(self.shape, self.dtype, True)
-                np.copyto(shared, self.array)
-                self.array = shared
-        return self.array
+    def __init__(self, data, given: bool = True, forced: bool = False):
+        self.forced = forced
+        self.buffer = data if type(data) is _Buffer else _Buffer(data, given)
+        self.shape, self.dtype = self.buffer.shape, self.buffer.dtype
 
     def force(self) -> np.ndarray:
         """The array, for reading at once."""
-        with _chunk_lock:
-            if self.array is None:
-                self.run()
-            return self.array
+        return self.buffer.force()
 
     def expose(self) -> np.ndarray:
-        """The array, to be handed out: whoever gets it may keep it, and write to it."""
+        """The array, handed out."""
         with _chunk_lock:
-            readers, self.readers = self.readers, []
-            for ref in readers:
-                if (reader := ref()) is not None:
-                    reader.force()
-            return self.force()
-
-    def held_outside(self) -> bool:
-        """Whether somebody else holds the array or a view of it."""
-        if sys.getrefcount(self.array) > _HELD_ONCE:
-            return True
-        base = self.array.base
-        return isinstance(base, np.ndarray) and sys.getrefcount(base) > _BASE_HELD_ONCE
+            return self.buffer.hand_out()
 
     def assign(self, new) -> None:
-        """In place: the data of `new`, of this shape, once it is there as a whole."""
+        """In place: the data of `new`, of this shape. TypeError if its dtype does not cast to this one's kind."""
         with _chunk_lock:
-            array = new.force() if type(new) is Chunked else np.asarray(new)
-            if array.dtype != self.dtype:
-                array = array.astype(self.dtype, casting="same_kind")
-            old = self.expose()
-            owns = not isinstance(old.base, np.ndarray)
-            del old
-            if owns and not self.held_outside():
-                self.array = array
-            else:
-                np.copyto(self.array, array)
+            if not np.can_cast(new.dtype, self.dtype, "same_kind"):
+                raise TypeError(f"in place: cannot cast {new.dtype} to {self.dtype}")
+            if self.buffer.given:
+                np.copyto(self.expose(), new.force() if type(new) is Chunked else new, "same_kind")
+            elif type(new) is not Chunked:
+                self.buffer = _Buffer(np.array(new, self.dtype, order="C"))
+            elif new.buffer is not self.buffer:
+                old, state = new.buffer, np.geterr()
+                if new.dtype != self.dtype or old.given:
+                    self.buffer = _step(_as_dtype, (new,), self.dtype, state)
+                else:  # `new` becomes a copy, which waits: mostly nobody has it any more
+                    self.buffer, new.buffer = old, _step(_as_dtype, (new,), self.dtype, state)
 
     # --- NumPy's protocols: so that the primitives' rules run on it ---
 
     def __array__(self, dtype=None, copy=None):
-        array = self.expose()
-        return np.array(array, dtype) if copy or (dtype is not None and dtype != array.dtype) else array
+        if copy:
+            return np.array(self.force(), dtype)
+        return np.asarray(self.expose(), dtype)
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         prim = TABLE.get(ufunc)
-        if method == "__call__" and not kwargs and isinstance(prim, Primitive):
-            return _evaluate(prim, inputs, _NO_PARAMS)
-        out = kwargs.pop("out", None)
-        if out is not None:
+        if method == "__call__" and isinstance(prim, Primitive):
+            if not kwargs:
+                return _evaluate(prim, inputs, _NO_PARAMS)
+            out = kwargs["out"][0] if kwargs.keys() == {"out"} else None
+            if type(out) is Chunked and _waits(prim):
+                new = _evaluate(prim, inputs, _NO_PARAMS)
+                if new.shape == out.shape and np.can_cast(new.dtype, out.dtype, "same_kind"):
+                    out.assign(new)
+                    return out
+        out = kwargs.pop("out", ())
+        if out:
             kwargs["out"] = tuple([x.expose() if type(x) is Chunked else x for x in out])
-        return getattr(ufunc, method)(*[x.force() if type(x) is Chunked else x for x in inputs], **kwargs)
+        ours = [x for x in inputs if type(x) is Chunked]
+        if method == "at" and type(inputs[0]) is Chunked:
+            inputs[0].expose()
+        result = _whole(getattr(ufunc, method), inputs, ours, False if out else None, **kwargs)
+        if not out:
+            return result
+        return out if len(out) > 1 else out[0]
 
     def __array_function__(self, function, kinds, args, kwargs):
         prim = TABLE.get(function)
         if function in (np.shape, np.ndim, np.size) and len(args) == 1:
             return getattr(self, function.__name__)
+        if function in (np.empty_like, np.zeros_like, np.ones_like, np.full_like):
+            like = np.broadcast_to(np.zeros((), self.dtype), self.shape)
+            return _whole(function, (like, *args[1:]), (), self.forced or None, **kwargs)
         if isinstance(prim, Primitive) and set(kwargs) <= {*prim.params, *(prim.operands or ())}:
             return prim(*args, **kwargs)
 
@@ -4186,6 +4415,9 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
     def astype(self, dtype, copy=True):
         return _evaluate(_as_dtype, (self,), {"dtype": np.dtype(dtype)}) if dtype != self.dtype or copy else self
 
+    def copy(self):
+        return Chunked(_step(_as_dtype, (self,), self.dtype, np.geterr()), forced=self.forced)
+
     def reshape(self, *shape):
         return self.expose().reshape(*shape)
 
@@ -4199,78 +4431,14 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
         return np.array, (self.force(),)
 
 
-def _references():
-    """What `held_outside` counts if nobody does; it differs between versions of Python."""
-    probe = Chunked(np.empty(4)[:2])
-    base = probe.array.base
-    del base
-
-    def counts(self):
-        held = sys.getrefcount(self.array)
-        base = self.array.base
-        return held, sys.getrefcount(base)
-
-    return counts(probe)
-
-
-_HELD_ONCE, _BASE_HELD_ONCE = _references()
-
-
-def _result_dtype(prim: Primitive, args: Sequence, params: dict) -> np.dtype:
-    """The dtype of an element-wise result: what one element gives."""
-    key = prim, tuple([x.dtype if hasattr(x, "dtype") else type(x) for x in args]), params.get("dtype")
-    if key not in _dtypes:
-        with np.errstate(all="ignore"):
-            ones = [np.ones(1, x.dtype) if hasattr(x, "dtype") else x for x in args]
-            _dtypes[key] = np.asarray(prim.forward(*ones, **params)).dtype
-    return _dtypes[key]
-
-
-_dtypes: dict[tuple, np.dtype] = {}
-
-
-def _evaluate_chunked(prim: Primitive, raw: Sequence, params: dict):
-    """The forward of a primitive on raw operands of which some are chunked: deferred, reduced, or done at once."""
-    state = np.geterr()
-    # Not under `raise` or `call`; and the layout of results from arrays that are not in C order is for NumPy to choose.
-    plain = set(state.values()) <= {"ignore", "warn"} and all(map(_in_c_order, raw))
-    forced = any([x.forced for x in raw if type(x) is Chunked])
-    plain &= not _fault.depth and not _mode.tracing and (_config.enabled or forced)
-    if plain and prim.elementwise and (not params or prim is _as_dtype):
-        return _deferred(prim, raw, params, state)
-    if plain and prim.name in _REDUCTIONS and type(raw[0]) is Chunked and raw[0].size:
-        return _reduced(prim.name, raw[0], **params)
-    return _evaluate(prim, [x.expose() if type(x) is Chunked else x for x in raw], params)
-
-
-def _in_c_order(x) -> bool:
-    array = x.array if type(x) is Chunked else x
-    return not isinstance(array, np.ndarray) or array.ndim < 2 or array.flags.c_contiguous
-
-
-def _deferred(prim, raw, params, state) -> Chunked:
-    shape = np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])  # errors are raised here, at the call
-    dtype = _result_dtype(prim, raw, params)
-    with _chunk_lock:
-        args, wait = [], True
-        for x in raw:
-            if type(x) is Chunked:
-                if x.array is None and x.state != state:
-                    x.force()
-                wait &= x.array is None or not x.held_outside()
-            elif isinstance(x, np.ndarray):
-                wait &= x.nbytes <= _TRAVELS_BYTES
-                x = x.copy() if wait else x
-            args.append(x)
-        new = Chunked(None, shape, dtype, prim, tuple(args), state)
-        if not wait or len(new.pending()) >= _MAX_PENDING:
-            new.force()
-        else:
-            for x in args:
-                if type(x) is Chunked:
-                    x.readers = [ref for ref in x.readers if (r := ref()) is not None and r.array is None]
-                    x.readers.append(weakref.ref(new))
-    return new
+def _waits(prim: Primitive) -> bool:
+    """Whether an operation may wait, or be cut into blocks: one of the catalogue, whose faults nobody has to see at
+    once; as NumPy does them, they may be an error, or a call, on the line that they come from."""
+    return (
+        prim.builtin
+        and set(np.geterr().values()) <= {"ignore", "warn"}
+        and not any(how == "error" and issubclass(RuntimeWarning, kind) for how, _, kind, *_ in warnings.filters)
+    )
 
 
 class _InBlocks(Kind):
@@ -4279,10 +4447,29 @@ class _InBlocks(Kind):
     rank = 2
 
     def enter(self, data, dtype, choice, who):
-        return HOOK.adopt(data.force(), choice, dtype or data.dtype)
+        if HOOK.takes(data, choice):
+            return Chunked(_step(_as_dtype, (data,), np.dtype(dtype or data.dtype), np.geterr()), forced=choice is True)
+        return data.force().astype(dtype or data.dtype)
 
     def evaluate(self, prim, raw, params):
-        return _evaluate_chunked(prim, raw, params)
+        """Waits, is reduced, or is done at once."""
+        ours = [x for x in raw if type(x) is Chunked]
+        forced = any([x.forced for x in ours])
+        if prim is _detach:
+            return raw[0]
+        if (_config.enabled or forced) and not _mode.tracing and _waits(prim):
+            if prim.elementwise and (not params or prim is _as_dtype) and all(map(_in_c_order, raw)):
+                raw = raw if prim.ufunc else _strengthened(prim, raw)
+                with contextlib.suppress(ValueError):  # shapes that do not fit: NumPy says so
+                    np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])
+                    dtype = np.dtype(params["dtype"]) if params else _result_dtype(prim, raw)
+                    if prim.forward is not np.power or dtype.kind == "f":  # which fails on some integers
+                        return Chunked(_step(prim, raw, dtype, np.geterr()), forced=forced)
+            if prim.name in _REDUCTIONS and type(raw[0]) is Chunked:
+                return _reduced(prim.name, raw[0].buffer, **params)
+        if not prim.builtin:  # code that is not ours may keep what it gets, and what it returns
+            return NUMPY.evaluate(prim, [x.expose() if type(x) is Chunked else x for x in raw], params)
+        return _whole(NUMPY.evaluate, (prim, raw, params), ours, forced or (None if _config.enabled else False))
 
     def hand_out(self, raw):
         return raw.expose()
@@ -4291,34 +4478,37 @@ class _InBlocks(Kind):
         return [raw.force() for raw in raws]
 
     def own(self, raw):
-        return Chunked(raw.force().copy())
+        return raw.copy()
 
     def shared(self, raw):
-        return True
+        return raw.buffer.given
+
+    def same(self, raw, x):
+        return x is raw or (raw.buffer.given and x is raw.buffer.array)
 
     def write(self, raw, new):
         raw.assign(new)
         return raw
 
 
-KINDS[Chunked] = _InBlocks()
-
-
 class _BlocksHook(_Hook):
     """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed."""
 
-    def adopt(self, raw, choice, dtype=None):
-        if dtype is not None and type(raw) is np.ndarray:
-            if _config.enabled and raw.ndim and choice is not False and raw.size >= self.limit:
-                raw = run_blocks(((_as_dtype, (0,), dtype),), [raw], raw.shape, [1])[0][0]
-            else:
-                raw = raw.astype(dtype)
-        wanted = self.distributed(raw, choice) and not _mode.tracing and not _fault.depth
-        if wanted and type(raw) is np.ndarray:
-            raw = Chunked(raw)
-            raw.forced = choice is True
-            return raw
-        return raw.expose() if type(raw) is Chunked and not wanted else raw
+    def adopt(self, raw, choice, dtype=None, new=False):
+        takes = self.takes(raw, choice)
+        if type(raw) is Chunked:
+            return raw if takes else raw.expose()
+        if dtype is not None:
+            large = takes and raw.nbytes > _BLOCK_BYTES and raw.flags.c_contiguous
+            steps = ((_as_dtype, (0,), dtype),)
+            raw = run_blocks(steps, [raw], raw.shape, [1])[0][0] if large else raw.astype(dtype)
+            new = True
+        fits = takes and type(raw) is np.ndarray and raw.nbytes > _BLOCK_BYTES and raw.flags.carray
+        return Chunked(raw, not new, choice is True) if fits else raw
+
+    def takes(self, raw, choice):
+        """Whether a raw value is to be chunked."""
+        return self.distributed(raw, choice) and not _mode.tracing
 
     def distributed(self, raw, choice):
         if not np.ndim(raw):
@@ -4326,38 +4516,109 @@ class _BlocksHook(_Hook):
         return choice if choice is not None else _config.enabled and raw.size >= _config.min_elements_for_parallel
 
 
+KINDS[Chunked] = _InBlocks()
 HOOK = _BlocksHook()
+
+
+def _whole(function: Callable, args: Sequence, ours: Sequence[Chunked], choice: bool | None = None, **kwargs):
+    """Calls a function of NumPy's on the arrays. If what it returns is a view of one of ours, that is handed out; if it
+    is new, it is a chunked array, where that may pay."""
+
+    def plain(x):
+        if type(x) is Chunked:
+            return x.force()
+        return type(x)(map(plain, x)) if type(x) in (list, tuple) else x
+
+    out = _memory.spend(function, *map(plain, args), **{name: plain(x) for name, x in kwargs.items()})
+    seen = [y for y in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(y, np.ndarray)]
+    views = [x for x in ours if any(np.may_share_memory(x.force(), y) for y in seen)]
+    for x in views:
+        x.expose()
+    return out if views or not seen or not out.flags.owndata else HOOK.adopt(out, choice, new=True)
+
+
+def _in_c_order(x) -> bool:
+    """Whether NumPy would give a result of x in C order, as we do; else its layout is for NumPy to choose."""
+    if not isinstance(x, np.ndarray) or x.flags.c_contiguous:
+        return True
+    steps = [step for step, n in zip(x.strides, x.shape) if n > 1 and step]
+    return all(a > b for a, b in zip(steps, [*steps[1:], 0]))
+
+
+def _result_dtype(prim: Primitive, args: Sequence) -> np.dtype:
+    """The dtype of an element-wise result: what one element gives."""
+    key = prim, *[x.dtype if hasattr(x, "dtype") else x if type(x) is int else type(x) for x in args]
+    if key not in _dtypes:
+        if len(_dtypes) > 1000:
+            _dtypes.clear()
+        with np.errstate(all="ignore"):
+            _dtypes[key] = prim.forward(*[np.ones(1, x.dtype) if hasattr(x, "dtype") else x for x in args]).dtype
+    return _dtypes[key]
+
+
+_dtypes: dict[tuple, np.dtype] = {}
+
+
+def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buffer:
+    """An element-wise operation, which waits if nobody else may write to what it reads."""
+    shape = np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])
+    with _chunk_lock:
+        args, wait = [], True
+        for x in raw:
+            if type(x) is Chunked:
+                x = x.buffer
+                if x.array is None and (x.shape != shape or x.state != state):
+                    x.force()  # all steps of a job have one shape
+                wait = wait and not x.given
+            elif isinstance(x, np.ndarray):
+                x = _without_repeats(x)
+                wait = wait and x.nbytes <= _TRAVELS_BYTES
+                x = x.copy() if wait else x
+            args.append(x)
+        new = _Buffer(None, False, shape, np.dtype(dtype), prim, tuple(args), state)
+        if not wait or len(new.pending()) >= _MAX_PENDING:
+            new.force()
+        for x in new.args:
+            if type(x) is _Buffer:
+                if x.readers is None:
+                    x.readers = weakref.WeakSet()
+                x.readers.add(new)
+    return new
 
 
 _REDUCTIONS = {*_REDUCERS, "mean", "var", "std"}
 
 
-def _reduced(name: str, x: Chunked, axis=None, keepdims=False, ddof=0):
+def _reduced(name: str, x: _Buffer, axis=None, keepdims=False, ddof=0):
     """A reduction in one pass; var and std, which need the mean first, in two."""
-    ndim = x.ndim
+    ndim, state = len(x.shape), np.geterr()
     axes = tuple(range(ndim)) if axis is None else tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     axes = np.lib.array_utils.normalize_axis_tuple(axes, ndim)
     count = math.prod(x.shape[i] for i in axes)
-    if name in ("var", "std"):
-        centred = x - _reduced("mean", x, axes, True)
-        total = np.asarray(_reduced("sum", np.square(centred), axes, True)) / max(count - ddof, 0)
-        total = np.sqrt(total) if name == "std" else total
-        total = total.astype(x.dtype if x.dtype.kind == "f" else np.float64)
-    else:
-        kind = "sum" if name == "mean" else name
-        dtype = _REDUCERS[kind].reduce(np.ones(1, x.dtype)).dtype
-        if name == "mean" and x.dtype.kind != "f":
-            dtype = np.dtype(np.float64)
-        with _chunk_lock:
-            total = x.run((kind, axes, dtype))
-        total = np.true_divide(total, count, dtype=dtype) if name == "mean" else total
-    return (
-        total[()]
-        if not total.ndim
-        else total
-        if keepdims
-        else _settle(total.reshape([n for i, n in enumerate(x.shape) if i not in axes]))
-    )
+    with _chunk_lock:
+        if x.array is None and x.state != state:
+            x.force()
+        if name in ("var", "std"):
+            wide = np.promote_types(x.dtype, np.float32) if x.dtype.kind == "f" else np.dtype(np.float64)
+            steps = [(_as_dtype, ()), (TABLE[np.subtract], (_mean(x, axes, count, wide),)), (TABLE[np.square], ())]
+            squares = x
+            for prim, others in steps[x.dtype == wide :]:
+                squares = _Buffer(None, False, x.shape, wide, prim, (squares, *others), state)
+            total = np.true_divide(squares.compute(("sum", axes, wide)), max(count - ddof, 0))
+            total = np.sqrt(total) if name == "std" else total
+            total = total.astype(x.dtype if x.dtype.kind == "f" else wide, copy=False)
+        elif name == "mean":
+            total = _mean(x, axes, count, x.dtype if x.dtype.kind == "f" else np.dtype(np.float64))
+        else:
+            total = x.compute((name, axes, _REDUCERS[name].reduce(np.ones(1, x.dtype)).dtype))
+    if not keepdims:
+        total = total.reshape([n for i, n in enumerate(x.shape) if i not in axes])
+    return total if total.ndim else total[()]
+
+
+def _mean(x: _Buffer, axes: tuple, count: int, dtype: np.dtype) -> np.ndarray:
+    wide = np.promote_types(dtype, np.float32)
+    return np.true_divide(x.compute(("sum", axes, wide)), count, dtype=wide).astype(dtype, copy=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4373,6 +4634,58 @@ def _reduced(name: str, x: Chunked, axis=None, keepdims=False, ddof=0):
 
 _BATCH_SCALARS, _BATCH_ARRAYS = 16, 4  # smallest groups worth an array operation: below, its overhead costs more
 _BATCH_SIZE = 1 << 16  # elements of an array above which stacking it costs more than calls are saved
+_FLOATS = {np.dtype(np.float32), np.dtype(np.float64)}  # what rewrites are about; other dtypes stay as they are
+_ADD, _SUBTRACT, _MULTIPLY, _WHERE = (TABLE[f] for f in (np.add, np.subtract, np.multiply, np.where))
+_NEGATIVE, _SQUARED, _TRANSPOSE, _BROADCAST = (
+    TABLE[f] for f in (np.negative, np.square, np.transpose, np.broadcast_to)
+)
+_VIEWS = (_reshape, _TRANSPOSE, _BROADCAST, _getitem)
+# Operands that may be masks: where's condition, a mask times a float (micrograd's relu), masks made of masks.
+_MASKS = (
+    {_WHERE: (0,), _MULTIPLY: (0, 1)}
+    | dict.fromkeys(_VIEWS, (0,))
+    | dict.fromkeys((TABLE[f] for f in (np.logical_and, np.logical_or, np.logical_xor, np.logical_not)), (0, 1))
+)
+_MASKS |= dict.fromkeys((TABLE[f] for f in (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.invert)), (0, 1))
+
+
+def _is_mask(x) -> bool:
+    raw = _raw(x)
+    return type(raw) is bool or (hasattr(raw, "dtype") and raw.dtype.kind == "b")
+
+
+def _regular(node: Value) -> bool:
+    """The one guard: whether a rewrite may fire on a node, and whether a plain call of NumPy's computes it.
+
+    A primitive of this file made it; its operands are numbers, or arrays of one floating dtype, which it has, too, none
+    of them empty; masks only where `_MASKS` says so. All else is computed by `_evaluate`, as in eager mode.
+    """
+    prim, dtype = node._prim, None
+    if prim not in _OWN:
+        return prim in _AS_THEY_ARE
+    masks = _MASKS.get(prim, ())
+    for i, x in enumerate(node._args):
+        x = x._data if isinstance(x, Array) else x
+        if i in masks:
+            if _is_mask(x) and np.size(x):
+                continue
+            if prim is _WHERE:
+                return False
+        if type(x) is float:
+            continue
+        if not isinstance(x, (np.ndarray, np.generic)) or not x.size:
+            return False
+        if x.dtype not in _FLOATS or dtype not in (None, x.dtype):
+            return False
+        dtype = x.dtype
+    out = node._data
+    if _is_mask(out):
+        return (prim.vjps[0] is None or prim in _VIEWS) and np.size(out) > 0
+    if type(out) is float:
+        return dtype is None or prim is _as_dtype
+    if not isinstance(out, (np.ndarray, np.generic)) or not out.size or out.dtype not in _FLOATS:
+        return False
+    return dtype is None or dtype == out.dtype or prim is _as_dtype or prim is _pack
 
 
 def _twin(node: Value, prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
@@ -4395,14 +4708,18 @@ def _oldest_first(roots: Sequence) -> list[Value]:
     return nodes
 
 
-def _rewrite(roots: Sequence, rule: Callable) -> list:
-    """Rebuilds a graph from the leaves up: rule(node, its new operands) is the new node, or a constant."""
+def _rewrite(roots: Sequence, rule: Callable, regular: bool = False) -> list:
+    """Rebuilds a graph from the leaves up: rule(node, its new operands) is the new node, or a constant.
+
+    With `regular`, nodes that `_regular` refuses stay as they are.
+    """
     new: dict[Value, Any] = {}
     for node in _oldest_first(roots):
         if node._prim is None:
             new[node] = node
         else:
-            new[node] = rule(node, tuple([new[x] if isinstance(x, Value) else x for x in node._args]))
+            args = tuple([new[x] if isinstance(x, Value) else x for x in node._args])
+            new[node] = rule(node, args) if not regular or _regular(node) else _renewed(node, args)
     return [new[root] if isinstance(root, Value) else root for root in roots]
 
 
@@ -4414,15 +4731,43 @@ def _renewed(node: Value, args: tuple) -> Value:
     return node
 
 
+def _replayed(roots: Sequence) -> list[Value]:
+    """The graph anew, computed from the current data of its leaves and Tensors by the code of eager mode."""
+
+    def rule(node, args):
+        new = _twin(node, node._prim, args, node._params)
+        new._data = _evaluate(node._prim, [_raw(x) for x in args], node._params)
+        return new
+
+    with _recording():
+        return _rewrite(roots, rule)
+
+
+def _reach(roots: Sequence) -> dict[Value, int]:
+    """By node, the roots that send it a gradient, as a bit for each."""
+    reach: dict[Value, int] = collections.defaultdict(int)
+    for i, root in enumerate(roots):
+        if isinstance(root, Value) and root._needs:
+            reach[root] |= 1 << i
+    for node in reversed(_oldest_first(roots)):
+        prim = node._prim
+        if prim is None or node not in reach:
+            continue
+        for i, x in enumerate(node._args):
+            if isinstance(x, Value) and x._needs and prim.vjps[0 if prim.operands is None else i] is not None:
+                reach[x] |= reach[node]
+    return reach
+
+
 def _alike(x, node: Value) -> bool:
     """Whether x can stand for a node: of its shape and dtype, and weak if it is weak."""
     x, y = _raw(x), node._data
     return type(x) is type(y) and (type(x) is float or type(x) is bool or (x.shape, x.dtype) == (y.shape, y.dtype))
 
 
-def _is(x, name: str) -> bool:
-    """Whether x is a node made by the primitive of that name."""
-    return isinstance(x, Value) and x._prim is not None and x._prim.name == name
+def _is(x, prim: Primitive) -> bool:
+    """Whether x is a node made by that primitive, on which a rewrite may fire."""
+    return isinstance(x, Value) and x._prim is prim and _regular(x)
 
 
 # --- the passes ---
@@ -4442,131 +4787,122 @@ def fold_constants(roots: Sequence) -> list:
 
 def _simpler_add(node, x, y):
     for a, b in ((x, y), (y, x)):
-        if type(b) is float and b == 0.0:
-            return a
-        if _is(b, "negative"):
-            return _twin(node, TABLE[np.subtract], (a, b._args[0]))
+        if _is(b, _NEGATIVE):
+            return _twin(node, _SUBTRACT, (a, b._args[0]))
     return None
 
 
 def _simpler_subtract(node, x, y):
-    if type(y) is float and y == 0.0:
-        return x
-    return _twin(node, TABLE[np.add], (x, y._args[0])) if _is(y, "negative") else None
+    return _twin(node, _ADD, (x, y._args[0])) if _is(y, _NEGATIVE) else None
 
 
 def _simpler_multiply(node, x, y):
     for a, b in ((x, y), (y, x)):
         if type(b) is float and b == 1.0:
             return a
-        if type(b) is float and b == -1.0:
-            return _twin(node, TABLE[np.negative], (a,))
-        if _is(a, "negative"):
-            return _twin(node, TABLE[np.negative], (np.multiply(a._args[0], b),))
-        # s * (t * x) with numbers s and t: one product of full size less. Not where it could over- or underflow.
-        if node.ndim and _is(b, "multiply") and not np.ndim(_raw(a)):
-            for s, rest in (b._args, b._args[::-1]):
-                if not np.ndim(_raw(s)) and (isinstance(a, Value) or isinstance(s, Value)):
-                    product = np.multiply(a, s)
-                    return _twin(node, TABLE[np.multiply], (product, rest))
+        if type(b) is float and b == -1.0 and _alike(a, node):
+            return _twin(node, _NEGATIVE, (a,))
+        if _is(a, _NEGATIVE):
+            return _twin(node, _NEGATIVE, (_record(_MULTIPLY, (a._args[0], b)),))
+        # (u * c) * (s * x) -> (u * (c * s)) * x saves one product of full size: exact for constants c and s = 2 or 4,
+        # and safe where their product is at most 1; so the mean of squares goes backward.
+        if node.ndim and not np.ndim(_raw(a)) and _is(a, _MULTIPLY) and _is(b, _MULTIPLY):
+            (u, c), (s, rest) = a._args, b._args
+            if type(c) is type(s) is float and s in (2.0, 4.0) and abs(c * s) <= 1.0:
+                return _twin(node, _MULTIPLY, (_record(_MULTIPLY, (u, c * s)), rest))
         # Where operands broadcast anyway, a broadcast one needs no array of its own.
-        if _is(a, "broadcast_to") and np.shape(_raw(b)) == node.shape and node.ndim:
-            return _twin(node, TABLE[np.multiply], (a._args[0], b) if a is x else (b, a._args[0]))
-    return _twin(node, TABLE[np.square], (x,)) if x is y and node.ndim else None
+        if _is(a, _BROADCAST) and np.shape(_raw(b)) == node.shape and node.ndim:
+            return _twin(node, _MULTIPLY, (a._args[0], b) if a is x else (b, a._args[0]))
+    return _twin(node, _SQUARED, (x,)) if x is y and node.ndim else None
 
 
 def _simpler_divide(node, x, y):
-    if type(y) is not float or math.frexp(y)[0] != 0.5 or not 1e-30 < abs(y) < 1e30:
+    if type(y) is not float or math.frexp(y)[0] not in (0.5, -0.5) or not 1e-4 < abs(y) < 1e4:
         return None  # only by powers of two is the reciprocal exact
-    return _twin(node, TABLE[np.multiply], (x, 1.0 / y))
+    return _twin(node, _MULTIPLY, (x, 1.0 / y))
 
 
 def _simpler_power(node, x, y):
     if type(y) is not float or y not in (1.0, 2.0):
         return None
-    return x if y == 1.0 else _twin(node, TABLE[np.square], (x,))
+    return x if y == 1.0 else _twin(node, _SQUARED, (x,))
 
 
 def _simpler_mean(node, a, **params):
     n = math.prod(np.shape(_raw(a)))
-    if node.dtype.itemsize < 4 or not node.size or not n:
-        return None
-    if n == node.size and _alike(a, node):
+    if n == node.size:
         return a
-    total = np.sum(a, **params)
-    return _twin(node, TABLE[np.multiply], (total, node.size / n)) if _alike(total, node) else None
+    return _twin(node, _MULTIPLY, (_record(PRIMITIVES["sum"], (a,), params), node.size / n))
 
 
 def _simpler_reshape(node, x, shape):
-    inner = x._args[0] if _is(x, "reshape") else x
+    inner = x._args[0] if _is(x, _reshape) else x
     if _alike(inner, node):
         return inner
-    return None if inner is x else _twin(node, node._prim, (inner,), {"shape": node.shape})
+    return None if inner is x else _twin(node, _reshape, (inner,), {"shape": node.shape})
 
 
 def _simpler_transpose(node, x, axes=None):
-    if not _is(x, "transpose"):
+    if not _is(x, _TRANSPOSE):
         return None
     outer, inner = ([*range(node.ndim)][::-1] if a is None else list(a) for a in (axes, x._params.get("axes")))
     return x._args[0] if [inner[i] % node.ndim for i in outer] == list(range(node.ndim)) else None
 
 
-_SIMPLER: dict[str, Callable] = {
-    "add": _simpler_add,
-    "subtract": _simpler_subtract,
-    "multiply": _simpler_multiply,
-    "divide": _simpler_divide,
-    "power": _simpler_power,
-    "mean": _simpler_mean,
-    "sum": lambda node, a, **params: a if math.prod(np.shape(a)) == node.size else None,
-    "reshape": _simpler_reshape,
-    "transpose": _simpler_transpose,
-    "negative": lambda node, x: x._args[0] if _is(x, "negative") else None,
-    "positive": lambda node, x: x,
-    "copy": lambda node, a: a,
-    "broadcast_to": lambda node, array, shape: array,
-    "astype": lambda node, a, dtype: a,
+_SIMPLER: dict[Primitive, Callable] = {
+    _ADD: _simpler_add,
+    _SUBTRACT: _simpler_subtract,
+    _MULTIPLY: _simpler_multiply,
+    TABLE[np.divide]: _simpler_divide,
+    TABLE[np.power]: _simpler_power,
+    PRIMITIVES["mean"]: _simpler_mean,
+    PRIMITIVES["sum"]: lambda node, a, **params: a if math.prod(np.shape(a)) == node.size else None,
+    _reshape: _simpler_reshape,
+    _TRANSPOSE: _simpler_transpose,
+    _NEGATIVE: lambda node, x: x._args[0] if _is(x, _NEGATIVE) else None,
+    TABLE[np.positive]: lambda node, x: x,
+    TABLE[np.copy]: lambda node, a: a,
+    _BROADCAST: lambda node, array, shape: array,
+    _as_dtype: lambda node, a, dtype: a,
 }
 
 
 def simplify(roots: Sequence) -> list:
-    """Algebra that is safe for inf and nan: x + 0 -> x, x**2 -> square(x), a - -b -> a + b, x / 4 -> x * 0.25."""
+    """Algebra that is exact, also for inf, nan and -0.0: x * 1 -> x, x**2 -> square(x), a - -b -> a + b, x / 4 ->
+    x * 0.25."""
 
     def rule(node, args):
-        simpler = _SIMPLER.get(node._prim.name)
+        simpler = _SIMPLER.get(node._prim)
         new = simpler(node, *args, **node._params) if simpler else None
-        if new is None or not _alike(new, node) or not isinstance(new, Value):
-            return _renewed(node, args)
-        return new
+        return new if isinstance(new, Value) and _alike(new, node) else _renewed(node, args)
 
-    return _rewrite(roots, rule)
+    return _rewrite(roots, rule, regular=True)
 
 
 def _key(x):
     """Something hashable that is equal for interchangeable operands and parameters."""
-    if isinstance(x, (Array, np.ndarray)):
-        return id(x)
-    if isinstance(x, float):
+    kind = type(x)
+    if kind is float:
         return (x, math.copysign(1.0, x)) if x == x else "nan"
-    if _is_foreign(x):
-        return id(x)
-    if isinstance(x, (tuple, list)):
-        return tuple([_key(i) for i in x])
-    if isinstance(x, slice):
-        return ("slice", x.start, x.stop, x.step)
-    if isinstance(x, dict):
-        return tuple([(name, _key(x[name])) for name in sorted(x)])
-    return (type(x), x)
+    if kind is int or kind is str:
+        return kind, x
+    if kind is tuple or kind is list:
+        return tuple(map(_key, x))
+    if kind is slice:
+        return "slice", _key(x.start), _key(x.stop), _key(x.step)
+    return id(x)  # arrays and nodes, what there is one of, and what we know nothing about
 
 
 def merge_common(roots: Sequence) -> list:
-    """Makes equal operations on the same operands one node: tanh(x) * tanh(x) -> t * t with one tanh."""
+    """Makes equal operations on the same operands one node: tanh(x) * tanh(x) -> t * t with one tanh. What a user's
+    primitive does is its own affair: it may draw random numbers."""
     known: dict[Any, Value] = {}
 
     def rule(node, args):
-        key = (node._prim, tuple([id(x) if isinstance(x, Value) else _key(x) for x in args]))
-        if node._params:
-            key += (_key(node._params),)
+        prim, params = node._prim, node._params
+        key: Any = (prim, tuple(map(_key, args))) if prim in _OWN else node
+        if params and prim in _OWN:
+            key += tuple([(name, _key(params[name])) for name in sorted(params)])
         found = known.get(key)
         if found is None:
             found = known[key] = _renewed(node, args)
@@ -4575,11 +4911,14 @@ def merge_common(roots: Sequence) -> list:
     return _rewrite(roots, rule)
 
 
+def _sum_of_products(*terms, products):
+    pairs = map(operator.mul, terms[: 2 * products : 2], terms[1 : 2 * products : 2])
+    return functools.reduce(operator.add, [*pairs, *terms[2 * products :]])
+
+
 # A sum of products of 0-d operands and of what else is added: a1*b1 + a2*b2 + ... + c + d + ...
 _dot = primitive(
-    lambda *terms, products: (
-        sum(map(operator.mul, terms[: 2 * products : 2], terms[1 : 2 * products : 2])) + sum(terms[2 * products :])
-    ),
+    _sum_of_products,
     lambda i, g, out, terms, products: g * terms[i ^ 1] if i < 2 * products else g,
     name="dot",
     variadic=True,
@@ -4592,9 +4931,10 @@ def flatten(roots: Sequence) -> list:
     nodes = _oldest_first(roots)
     uses = collections.Counter([x for node in nodes for x in node._args if isinstance(x, Value)])
     uses.update(root for root in roots if isinstance(root, Value))
-    sums = {node for node in nodes if _is(node, "add")}
+    sums = {node for node in nodes if _is(node, _ADD)}
     # The terms of a sum that only another such sum needs wait here for that.
-    inner = {x for node in sums for x in node._args if x in sums and uses[x] == 1 and _alike(x, node)}
+    used = ((x, node) for node in sums for x in node._args if isinstance(x, Value))
+    inner = {x for x, node in used if x in sums and uses[x] == 1 and _alike(x, node)}
     inner.difference_update(roots)
     waiting: dict[Value, list] = {}
 
@@ -4603,9 +4943,7 @@ def flatten(roots: Sequence) -> list:
             return _renewed(node, args)
         terms: list = []
         for old, x in zip(node._args, args):
-            if type(x) is float and x == 0.0:  # where sum() starts; it changes the sign of a zero at most
-                continue
-            more = waiting.pop(old) if old in inner else [(old, x)]
+            more = waiting.pop(old) if isinstance(old, Value) and old in inner else [(old, x)]
             if len(more) > len(terms):
                 terms, more = more, terms
             terms += more
@@ -4613,19 +4951,21 @@ def flatten(roots: Sequence) -> list:
             waiting[node] = terms
             return node  # a place holder
         if len(terms) < 3:
-            return _renewed(node, args) if len(args) == len(terms) else terms[0][1] if terms else node._data
+            return _renewed(node, args)
         products: list = []
         rest: list = []
+        zero: list = []  # where sum() starts: it makes -0.0 a 0.0, and comes last
         for old, x in terms:
+            factors: tuple = ()
             if not node.ndim and isinstance(old, Value) and uses[old] == 1 and _alike(x, node):
-                if _is(x, "multiply"):
-                    products += x._args
-                    continue
-                if _is(x, "square"):
-                    products += x._args * 2
-                    continue
-            rest.append(x)
-        return _twin(node, _dot, (*products, *rest), {"products": len(products) // 2})
+                factors = x._args if _is(x, _MULTIPLY) else x._args * 2 if _is(x, _SQUARED) else ()
+            if type(x) is float and x == 0.0:
+                zero = [x] if math.copysign(1.0, x) > 0 else zero
+            elif factors and not any(map(_is_mask, factors)):
+                products += factors
+            else:
+                rest.append(x)
+        return _twin(node, _dot, (*products, *rest, *zero), {"products": len(products) // 2})
 
     return _rewrite(roots, rule)
 
@@ -4638,6 +4978,11 @@ _pack = primitive(
     variadic=True,
     samples=[(((), (), ()), {"shape": (3,), "dtype": np.float64})],
 )
+
+
+def _starts_at_zero(node: Value) -> bool:
+    """Whether 0.0 is the last of the terms of a sum of products."""
+    return type(node._args[-1]) is float and node._args[-1] == 0.0
 
 
 class _Batch:
@@ -4661,7 +5006,10 @@ class _Batch:
             else:
                 stack, place = self.places[x]
                 part = stack[tuple(map(int, np.unravel_index(place, self.layouts[id(stack)])))]
-                self.new[x] = _as_dtype(part, float) if type(x._data) is float else part
+                weak = type(x._data) is float or type(x._data) is bool
+                self.new[x] = _as_dtype(part, float) if weak else part
+                if type(x._data) is bool:
+                    self.new[x] = np.not_equal(self.new[x], 0.0)
         return self.new[x]
 
     def rank(self, xs: Sequence) -> tuple:
@@ -4679,7 +5027,7 @@ class _Batch:
         """The operands as one array (*layout, *their shape), or one that broadcasts to it. It is a stack that exists, a
         part or a transpose of one where that will do, and a copy only where not."""
         shape = np.shape(_raw(xs[0]))
-        keys = [id(x) if isinstance(x, (Array, np.ndarray)) else _key(x) for x in xs]
+        keys = list(map(_key, xs))
         if len(layout) == 2 and min(layout) > 1:
             rows, columns = layout
             if all(keys[i * columns : (i + 1) * columns] == keys[:columns] for i in range(1, rows)):
@@ -4691,21 +5039,15 @@ class _Batch:
             return np.array(xs, None if shape else dtype).reshape(whole)
         places = self.places
         if shape:
-            if not all(x in places for x in xs):
+            if not all(isinstance(x, Array) and x in places for x in xs):
                 return np.reshape(_record(_stack, tuple(map(self.single, xs)), {"axis": 0}), whole)
         else:  # numbers that are in no stack yet become one, in the order in which they are wanted here
             loose = list(dict.fromkeys([x for x in xs if isinstance(x, Array) and x not in places]))
             if loose:
                 own = layout if len(loose) == len(xs) else (len(loose),)
-                held = {type(x._data) for x in loose}
-                kind = (
-                    np.float64
-                    if held == {float}
-                    else bool
-                    if held == {bool}
-                    else np.result_type(*(_raw(x) for x in loose))
-                )
-                params = {"shape": own, "dtype": np.dtype(kind)}
+                kinds = {float: np.float64, bool: bool}  # what numbers of Python's become
+                dtypes = [kinds.get(type(x._data)) or x._data.dtype for x in loose]
+                params = {"shape": own, "dtype": np.result_type(*dtypes)}
                 self.put(loose, _record(_pack, tuple(map(self.single, loose)), params), own, places)
             constants = list({_key(x): x for x in xs if not isinstance(x, Array)}.values())
             if constants:
@@ -4737,23 +5079,24 @@ class _Batch:
     def operand(self, nodes: list, k: int, layout: tuple[int, ...]):
         """Operand k of all nodes, and whether it is stacked or one that they share."""
         xs = [node._args[k] for node in nodes]
-        if len({id(x) if isinstance(x, (Array, np.ndarray)) else _key(x) for x in xs}) == 1:
+        if len(set(map(_key, xs))) == 1:
             return self.single(xs[0]), False
         return self.gather(xs, layout), True
 
     @staticmethod
     def rows(nodes: list) -> tuple[list, list, list]:
-        """Of sums of products: the left factors, the right ones, and what is added, a row per node."""
-        end = 2 * nodes[0]._params["products"]
+        """Of sums of products: the left factors, the right ones, and what is added but for a 0.0 at the end, a row per
+        node."""
+        end, stop = 2 * nodes[0]._params["products"], -1 if _starts_at_zero(nodes[0]) else None
         return tuple(
-            [node._args[cut] for node in nodes] for cut in (slice(0, end, 2), slice(1, end, 2), slice(end, None))
+            [node._args[cut] for node in nodes] for cut in (slice(0, end, 2), slice(1, end, 2), slice(end, stop))
         )
 
     @staticmethod
     def distinct(rows: list) -> tuple[list, list[int]]:
         """The different rows, in order of appearance, and which of them each row is."""
         numbers: dict = {}
-        keys = [tuple([id(x) if isinstance(x, Array) else _key(x) for x in row]) for row in rows]
+        keys = [_key(row) for row in rows]
         of_row = [numbers.setdefault(key, len(numbers)) for key in keys]
         return list({i: row for i, row in reversed([*zip(of_row, rows)])}.values())[::-1], of_row
 
@@ -4778,14 +5121,14 @@ class _Batch:
                     whole = self.layouts[id(found[0][0])]
                     layout = whole if math.prod(whole) == len(nodes) else layout
                     break
-        strong = [x.dtype for x in map(_raw, node._args) if type(x) not in _WEAK_TYPES]
+        strong = [x.dtype for x in map(_raw, node._args) if getattr(x, "dtype", None) in _FLOATS]
         operands, any_stacked = [], False
         for k, x in enumerate(map(_raw, node._args)):
             y, stacked = self.operand(nodes, k, layout)
             if stacked and np.ndim(x) < node.ndim:
                 y = np.reshape(y, np.shape(y)[: len(layout)] + (1,) * (node.ndim - np.ndim(x)) + np.shape(x))
             if stacked and strong and type(x) is float:  # a number that was weak takes the dtype of those it meets
-                y = y.astype(np.result_type(*strong))
+                y = y.astype(strong[0])
             any_stacked |= stacked
             operands.append(y)
         if not any_stacked:
@@ -4805,7 +5148,7 @@ class _Batch:
             stack = self.gather([x for row in rows for x in row], layout, dtype)
             return np.broadcast_to(stack, (*layout, *node.shape))
 
-        out = None
+        out, zero = None, _starts_at_zero(node)
         left, right, rest = self.rows(nodes)
         if len(nodes) == 1:  # the order of its terms is free: that of the stacks which they are in spares a gather
             left, right = (
@@ -4819,15 +5162,17 @@ class _Batch:
             if len(lefts) * len(rights) == len(nodes) == len(set(zip(i, j))):
                 order = sorted(range(len(nodes)), key=lambda n: (j[n], i[n]))
                 nodes, layout = [nodes[n] for n in order], (len(rights), len(lefts))
-                out = np.matmul(block(rights), np.swapaxes(block(lefts), 0, 1))
+                out, zero = np.matmul(block(rights), np.swapaxes(block(lefts), 0, 1)), False  # BLAS starts at 0.0
             else:
                 out = np.sum(block(left) * block(right), axis=1)
         if len(rest[0]) > 2:
             total = np.reshape(np.sum(block(rest), axis=1), (*layout, *node.shape))
             out = total if out is None else out + total
         else:
-            for k in range(2 * products, len(node._args)):
-                out = out + self.operand(nodes, k, layout)[0]
+            for k in range(2 * products, 2 * products + len(rest[0])):
+                term = self.operand(nodes, k, layout)[0]
+                out = term if out is None else out + term
+        out = out + 0.0 if zero else out
         if out.dtype != dtype:
             out = out.astype(dtype)
         self.put(nodes, out, layout, self.places)
@@ -4836,7 +5181,7 @@ class _Batch:
     def arrays(self, nodes: list) -> bool:
         """Other operations on arrays, by their entry in _BATCHED: on stacks, with an axis more at the front."""
         operands, stacked = zip(*(self.operand(nodes, k, (len(nodes),)) for k in range(len(nodes[0]._args))))
-        out = _BATCHED[nodes[0]._prim.name](nodes[0], len(nodes), operands, stacked) if any(stacked) else None
+        out = _BATCHED[nodes[0]._prim](nodes[0], len(nodes), operands, stacked) if any(stacked) else None
         if out is None:
             return False
         self.put(nodes, out, (len(nodes),), self.places)
@@ -4866,25 +5211,25 @@ def _batched_axis(node, n, operands, stacked):
     ndim, params = np.ndim(_raw(node._args[0])), dict(node._params)
     axis = params.get("axis", -1 if "softmax" in node._prim.name else None)
     axes = range(ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    shifted = tuple(i % ndim + 1 for i in axes)
-    params["axis"] = shifted[0] if isinstance(axis, int) else shifted
+    shifted = tuple(int(i) % ndim + 1 for i in axes)
+    params["axis"] = shifted[0] if len(shifted) == 1 else shifted
     return _record(node._prim, operands, params)
 
 
 def _batched_getitem(node, n, operands, stacked):
     index = node._params["index"]
-    if len(operands) > 1 or sum(isinstance(i, np.ndarray) for i in index) > 1:
+    if len(operands) > 1 or any(isinstance(i, np.ndarray) for i in index):
         return None
     return _getitem(operands[0], index=(slice(None), *index))
 
 
-_BATCHED: dict[str, Callable] = {
-    **dict.fromkeys(("sum", "prod", "max", "min", "var", "std", "norm", "logsumexp"), _batched_axis),
-    **dict.fromkeys(("mean", "softmax", "log_softmax"), _batched_axis),
-    "matmul": _batched_matmul,
-    "getitem": _batched_getitem,
-    "reshape": lambda node, n, operands, stacked: np.reshape(operands[0], (n, *node.shape)),
-    "transpose": lambda node, n, operands, stacked: np.transpose(
+_BATCHED: dict[Primitive, Callable] = {
+    **{PRIMITIVES[name]: _batched_axis for name in ("sum", "mean", "prod", "max", "min", "var", "std", "norm")},
+    **dict.fromkeys((logsumexp, softmax, log_softmax), _batched_axis),
+    TABLE[np.matmul]: _batched_matmul,
+    _getitem: _batched_getitem,
+    _reshape: lambda node, n, operands, stacked: np.reshape(operands[0], (n, *node.shape)),
+    _TRANSPOSE: lambda node, n, operands, stacked: np.transpose(
         operands[0], (0, *(i % node.ndim + 1 for i in node._params.get("axes") or range(node.ndim)[::-1]))
     ),
 }
@@ -4893,8 +5238,10 @@ _BATCHED: dict[str, Callable] = {
 def batch(roots: Sequence) -> list:
     """Groups equal operations of equal depth into one on stacked operands (Neubig et al. 2017, "On-the-fly Operation
     Batching in Dynamic Computation Graphs"): tanh(a), tanh(b), ... -> tanh([a, b, ...]). A group of dot products of
-    some rows with all of some others becomes a matrix product."""
-    state, depth = _Batch(), {}
+    some rows with all of some others becomes a matrix product.
+
+    Only what sends its gradients to the same roots goes together: where one has none, 0 * inf would make it nan."""
+    state, depth, reach = _Batch(), {}, _reach(roots)
     levels: dict[int, dict] = collections.defaultdict(lambda: collections.defaultdict(list))
 
     def kind(x):
@@ -4908,14 +5255,22 @@ def batch(roots: Sequence) -> list:
             continue
         depth[node] = 1 + max((depth[x] for x in node._args if isinstance(x, Value)), default=0)
         key: Any = node  # on its own
-        if prim is _dot:
-            key = (prim, node._params["products"], len(node._args), kind(node))
-        elif node.size <= _BATCH_SIZE and not any(x is float for x in node._params.values()):
-            if (prim.elementwise and prim.operands) or prim.name in _BATCHED:
+        if prim is _dot and _regular(node):
+            key = (prim, node._params["products"], len(node._args), kind(node), _starts_at_zero(node), reach[node])
+        elif node.size <= _BATCH_SIZE and _regular(node):
+            arrays = prim in _BATCHED and all([isinstance(_raw(x), np.ndarray) for x in node._args])
+            if arrays or (prim.elementwise and prim.operands and not node._params):
                 shared = [
                     id(x) for x in node._args if isinstance(x, Array) and x.ndim > 1 and not getattr(x, "_prim", None)
                 ]
-                key = (prim, _key(node._params), kind(node), *map(kind, node._args), *shared)
+                key = (
+                    prim,
+                    _key(tuple(node._params.items())),
+                    kind(node),
+                    *map(kind, node._args),
+                    *shared,
+                    reach[node],
+                )
         levels[depth[node]][key].append(node)
     groups = [nodes for level in levels.values() for nodes in level.values() if len(nodes) > 1]
     for nodes in sorted(groups, key=len, reverse=True):
@@ -4926,8 +5281,9 @@ def batch(roots: Sequence) -> list:
             node, done = nodes[0], False
             if key is not node:
                 if node._prim is _dot:
-                    if len(nodes) * len(node._args) >= 4 * _BATCH_SCALARS and all(
-                        np.shape(_raw(x)) == node.shape for x in node._args
+                    terms = node._args[:-1] if _starts_at_zero(node) else node._args
+                    if len(nodes) * len(terms) >= 4 * _BATCH_SCALARS and all(
+                        np.shape(_raw(x)) == node.shape for n in nodes for x in n._args[: len(terms)]
                     ):
                         done = state.sums(nodes)
                 elif len(nodes) >= (_BATCH_ARRAYS if any(np.ndim(_raw(x)) for x in node._args) else _BATCH_SCALARS):
@@ -4965,6 +5321,8 @@ def _chain_i(i, g, out, operands, chain):
 
 _fused = primitive(_run_chain, _chain_i, name="fused", variadic=True)
 _MAX_CHAIN = 32
+_AS_THEY_ARE = {_detach, _fused}  # what is right on any operands
+_OWN = frozenset(PRIMITIVES.values()) - _AS_THEY_ARE  # what the passes know
 
 
 def fuse(roots: Sequence) -> list:
@@ -4975,13 +5333,13 @@ def fuse(roots: Sequence) -> list:
     uses.update(root for root in roots if isinstance(root, Value))
 
     def fits(x, node):
-        part = x._prim is not None and (x._prim.elementwise or x._prim.name == "matmul")
+        part = x._prim is not None and (x._prim.elementwise or x._prim is TABLE[np.matmul]) and _regular(x)
         return part and uses[x] == 1 and isinstance(x._data, np.ndarray) and x.shape == node.shape
 
     inner = {
         x
         for node in nodes
-        if node._prim and node._prim.elementwise
+        if node._prim and node._prim.elementwise and _regular(node)
         for x in node._args
         if isinstance(x, Value) and fits(x, node)
     }
@@ -5047,14 +5405,65 @@ def reduce_products(roots: Sequence) -> list:
 
     def rule(node, args):
         x = args[0]
-        if _is(node, "sum") and node.ndim == 0 and isinstance(x, Value) and isinstance(x._data, np.ndarray):
-            pair = x._args * 2 if _is(x, "square") else x._args if _is(x, "multiply") else ()
+        if _is(node, PRIMITIVES["sum"]) and node.ndim == 0 and isinstance(x, Value) and x.ndim:
+            pair = x._args * 2 if _is(x, _SQUARED) else x._args if _is(x, _MULTIPLY) else ()
             if pair and all(np.shape(_raw(y)) == x.shape and np.result_type(_raw(y)) == x.dtype for y in pair):
                 flat = [y if np.ndim(_raw(y)) == 1 else _record(_reshape, (y,), {"shape": (x.size,)}) for y in pair]
                 flat[1] = flat[0] if pair[0] is pair[1] else flat[1]
-                if _alike(product := np.matmul(*flat), node):
+                if _alike(product := _record(TABLE[np.matmul], tuple(flat)), node):
                     return product
         return _renewed(node, args)
+
+    return _rewrite(roots, rule, regular=True)
+
+
+def _run_rule(g, out, *operands, prim, i, params):
+    """The gradient of operand i of a user's primitive, by the sweep of eager mode: its rule may do what it likes."""
+    x = _leaf(operands[i])
+    with _recording():
+        node = _node(out, prim, (*operands[:i], x, *operands[i + 1 :]), params)
+    return _backpropagate(node, g).get(x)
+
+
+def _rule_or_zeros(g, out, *operands, prim, i, params):
+    h = _run_rule(g, out, *operands, prim=prim, i=i, params=params)
+    return _filled_like(operands[i], 0) if h is None else h
+
+
+def _unregistered(name: str, forward: Callable, vjps: tuple, like: Primitive) -> Primitive:
+    """A primitive that is in no table."""
+    new = Primitive()
+    for slot in Primitive.__slots__:
+        setattr(new, slot, getattr(like, slot))
+    new.name, new.forward, new.vjps = name, forward, vjps
+    return new
+
+
+_rule = _unregistered("rule", _rule_or_zeros, (None,), like=_dot)  # its parameters: primitive, place and parameters
+
+
+def seal(roots: Sequence) -> list:
+    """Makes the rules of users' primitives nodes, when a sweep comes by: what they do is not traced, but done anew."""
+    sealed: dict[Primitive, Primitive] = {}
+
+    def rule_of(prim, i):
+        def rule(g, out, *operands, **params):
+            params = {"prim": prim, "i": i, "params": params}
+            h = _run_rule(*map(_raw, (g, out, *operands)), **params)
+            return None if h is None else _node(h, _rule, (g, out, *operands), params)
+
+        return rule
+
+    def rule(node, args):
+        prim = node._prim
+        if prim in _OWN or prim in _AS_THEY_ARE or not any(prim.vjps):
+            return _renewed(node, args)
+        if prim not in sealed:
+            rules = tuple([f and rule_of(prim, i) for i, f in enumerate(prim.vjps)])
+            if prim.operands is None:
+                rules = (lambda i, g, out, operands, **params: rule_of(prim, i)(g, out, *operands, **params),)
+            sealed[prim] = _unregistered(prim.name, prim.forward, rules, prim)
+        return _twin(node, sealed[prim], args, node._params)
 
     return _rewrite(roots, rule)
 
@@ -5068,13 +5477,13 @@ class _Lowering:
     """
 
     def __init__(self, roots: Sequence[Value], seed: Value, gradients: Sequence[Value]):
-        self.space: dict[str, Any] = {"np": np, "math": math, "_evaluate": _evaluate}
+        self.space: dict[str, Any] = {"np": np, "math": math, "_evaluate": _evaluate, "_as_before": _as_before}
         self.names: dict[Any, str] = {}  # of nodes, Tensors, and, by id, of other objects
         self.fixed: dict[str, np.ndarray] = {}  # by name: what is the same array in every run
         self.buffers: dict[Value, np.ndarray] = {}  # a node's own buffer, until its last use
         self.spare: dict[tuple, list[np.ndarray]] = collections.defaultdict(list)
         self.inputs: dict[str, Array] = {}
-        self.outputs: dict[str, np.ndarray] = {}
+        self.outputs: set[str] = set()  # arrays that leaves get as their gradients
         self.section, self.lines = 0, ([], [])
         self.sections = {"seed": 1}  # of a local: 0 if made by forward, 1 by backward
         self.saved: dict[str, None] = {}  # locals of forward that backward needs, in order
@@ -5107,6 +5516,8 @@ class _Lowering:
         for node in reversed(nodes):
             if node._prim is _fused and not self.blocked(node):
                 last[node._params["chain"][-1]] = last[node]
+            if node._prim is not None and node._prim not in _OWN and node._prim not in _AS_THEY_ARE:
+                last.update((x, math.inf) for x in node._args if isinstance(x, Value))  # users may hold on to them
             if type(node._data) is np.ndarray and not self.fills(node):
                 for x in node._args:
                     if isinstance(x, Value):
@@ -5164,8 +5575,8 @@ class _Lowering:
         """The buffer for a node's result: that of an operand whose last use this is, a spare or a new one."""
         shape, dtype = node.shape, node.dtype
         if node in self.handed_out:
-            name = self.names[node] = f"out{len(self.outputs)}"
-            self.outputs[name], self.sections[name] = np.empty(shape, dtype), 1
+            name = self.output(node)
+            self.line(f"{name} = np.empty({shape}, np.{dtype.name})")
             return name
         for x in reuse:
             if isinstance(x, Value) and x in self.buffers and self.last[x] == self.place:
@@ -5176,6 +5587,20 @@ class _Lowering:
         buffer = spare.pop() if spare else np.empty(node.size, dtype)
         self.names[node], self.buffers[node] = self.bind("b", buffer.reshape(shape)), buffer
         return self.names[node]
+
+    def output(self, node: Value) -> str:
+        """The name of an array that is new in every run."""
+        name = self.names[node] = f"out{len(self.outputs)}"
+        self.outputs.add(name)
+        self.sections[name] = 1
+        return name
+
+    def write(self, node: Value, call: str, keyword: str = "", reuse: Sequence = ()) -> None:
+        """A call, its last bracket open, into the node's buffer; what a leaf gets as its gradient is made anew."""
+        if node in self.handed_out:
+            self.line(f"{self.output(node)} = {call})")
+        else:
+            self.line(f"{call}, {keyword}{self.target(node, reuse)})")
 
     # --- lines ---
 
@@ -5207,91 +5632,107 @@ class _Lowering:
         last = len(outside) + len(chain) - 1
         self.line(f"_blocks({self.bind('c', steps)}, [{names}], {node.shape}, [{last}], None, [{self.target(node)}])")
 
+    def emitter(self, node: Value) -> Callable | None:
+        """How an array comes about by calls of NumPy's: a method of this class, or None for `_evaluate`."""
+        prim, a = node._prim, _raw(node._args[0])
+        if type(node._data) is not np.ndarray or not _regular(node):
+            return None
+        if prim in _VIEWS and (type(a) is not np.ndarray or (prim is _getitem and len(node._args) > 1)):
+            return None
+        found = self.EMITTERS.get(prim)
+        plain = prim.elementwise and not node._params and (isinstance(prim.forward, np.ufunc) or prim.reads == "out")
+        return found or (_Lowering.plain if plain else None)
+
     def fills(self, node: Value) -> bool:
         """Whether an array is written to a buffer of its own; what other primitives return may be a view."""
         prim = node._prim
-        if prim is None or type(node._data) is not np.ndarray:
+        if prim is None or self.emitter(node) is None or prim is _detach:
             return False
-        if prim.name in self.EMITTERS and PRIMITIVES[prim.name] is prim:
-            if prim is _fused:
-                return self.blocked(node)
-            return self.takes(node) if prim.name == "getitem" else prim.name not in self.VIEWS
-        return prim.elementwise and not node._params and (isinstance(prim.forward, np.ufunc) or prim.reads == "out")
-
-    VIEWS = ("reshape", "transpose", "broadcast_to", "getitem", "detach")
+        if prim is _fused:
+            return self.blocked(node)
+        return prim not in _VIEWS or (prim is _getitem and self.takes(node) is not None)
 
     @staticmethod
-    def takes(node: Value) -> bool:
-        """Whether an index is an array of places along the first axis."""
-        index = node._params["index"]
-        plain = len(index) == 1 and len(node._args) == 1 and isinstance(index[0], np.ndarray)
-        return plain and index[0].dtype.kind == "i" and bool((index[0] >= 0).all())
+    def takes(node: Value) -> np.ndarray | None:
+        """The places along the first axis that an index names, if it does nothing else; none of them negative."""
+        index, shape = node._params["index"], node._params.get("shape") or np.shape(_raw(node._args[0]))
+        if len(index) != 1 or not isinstance(index[0], np.ndarray) or index[0].dtype.kind != "i":
+            return None
+        return np.where(index[0] < 0, index[0] + shape[0], index[0])
 
     def emit(self, node: Value) -> None:
-        prim, args = node._prim, node._args
-        emitter = self.EMITTERS.get(prim.name) if PRIMITIVES.get(prim.name) is prim else None
+        emitter = self.emitter(node)
         if type(node._data) is not np.ndarray:
             self.local(node, self.number_of(node))
-        elif emitter is None and self.fills(node):
-            names = [self.name(x) for x in args]
-            self.line(f"{self.function(prim.forward)}({', '.join(names)}, out={self.target(node, args)})")
-        elif emitter is None or emitter(self, node, *args, **node._params) is False:
+        elif emitter is None or emitter(self, node, *node._args, **node._params) is False:
             self.local(node, self.call(node))
+
+    def plain(self, node, *args):
+        names = [self.name(x) for x in args]
+        self.write(node, f"{self.function(node._prim.forward)}({', '.join(names)}", "out=", args)
 
     def call(self, node: Value) -> str:
         """The forward of a primitive on whatever operands and parameters it has."""
-        names = "".join([f"{self.name(x)}, " for x in node._args])
-        return f"_evaluate({self.bind('f', node._prim)}, ({names}), {self.bind('c', node._params)})"
+        prim, names = node._prim, "".join([f"{self.name(x)}, " for x in node._args])
+        if prim is _rule:
+            return f"{self.bind('f', functools.partial(_rule.forward, **node._params))}({names})"
+        call = f"_evaluate({self.bind('f', prim)}, ({names}), {self.bind('c', node._params)})"
+        if type(node._data) is np.ndarray and (prim is _getitem or prim not in _OWN):  # its shape may be another
+            return f"_as_before({call}, {node.shape}, {self.bind('c', node.dtype)})"
+        return call
 
     def number_of(self, node: Value) -> str:
         """An expression for a 0-d result: plain arithmetic where Python's is that of the engine."""
         prim, args, params = node._prim, node._args, node._params
-        kinds = {type(_raw(x)) for x in args}
-        weak = kinds <= {float, bool} and float in kinds and type(node._data) in (float, bool)
-        if prim is _dot and kinds <= {float} and len(args) < 100:
-            names, end = [self.name(x) for x in args], 2 * params["products"]
-            return " + ".join([*map("{} * {}".format, names[:end:2], names[1:end:2]), *names[end:]])
-        if not params and weak and prim.forward in _INFIX:
-            return _INFIX[prim.forward].format(*map(self.name, args))
-        if not params and kinds <= {float} and prim.scalar:
-            return f"{self.function(prim.scalar)}({', '.join(map(self.name, args))})"
-        if not params and prim.forward in _INFIX and all(np.ndim(_raw(x)) == 0 for x in args) and bool not in kinds:
-            return _INFIX[prim.forward].format(*map(self.name, args))
-        a = args[0] if args else None
-        if PRIMITIVES.get(prim.name) is not prim or np.ndarray not in kinds and prim is not _as_dtype:
+        if not _regular(node):
             return self.call(node)
+        kinds, names = {type(_raw(x)) for x in args}, list(map(self.name, args))
+        if prim is _dot and len(args) < 100:
+            end = 2 * params["products"]
+            return " + ".join([*map("{} * {}".format, names[:end:2], names[1:end:2]), *names[end:]])
+        if not params and np.ndarray not in kinds:
+            if prim.forward in _INFIX:
+                return _INFIX[prim.forward].format(*names)
+            if kinds == {float} and prim.scalar:
+                return f"{self.function(prim.scalar)}({', '.join(names)})"
+            if isinstance(node._data, np.generic) and isinstance(prim.forward, np.ufunc):
+                return f"{self.function(prim.forward)}({', '.join(names)})"
         if prim is _as_dtype and params["dtype"] is float:
-            return f"float({self.name(a)})"
-        if prim.name == "sum" and len(kinds) == 1:
-            return f"np.add.reduce({self.name(a)}, None)"
-        if prim.name == "matmul":
-            return f"{self.name(a)}.dot({self.name(args[1])})"
-        if prim.name == "reshape":
-            return f"{self.name(a)}.reshape(())[()]"
-        if prim.name == "getitem" and all(type(i) is int for i in params["index"]):
-            return f"{self.name(a)}[{', '.join(map(str, params['index']))}]"
+            return f"float({names[0]})"
+        if prim is _detach:
+            return names[0]
+        if kinds == {np.ndarray}:
+            if prim is PRIMITIVES["sum"]:
+                return f"np.add.reduce({names[0]}, None)"
+            if prim is TABLE[np.matmul]:
+                return f"{names[0]}.dot({names[1]})"
+            if prim is _reshape:
+                return f"{names[0]}.reshape(())[()]"
+            if prim is _getitem and all(type(i) is int for i in params["index"]):
+                return f"{names[0]}[{', '.join(map(str, params['index']))}]"
         return self.call(node)
 
-    def view(self, node, a, *_, **params):
+    def view(self, node, a, **params):
         """A view of what is always the same array is made now, and costs nothing in a run."""
-        base = self.fixed.get(self.name(a))
+        prim, name = node._prim, self.name(a)
+        base = self.fixed.get(name)
         if base is not None:
-            view = node._prim.forward(base, **params)
+            view = prim.forward(base, **params)
             if np.may_share_memory(view, base):
                 self.names[node] = self.bind("b", view)
                 return None
-        if node._prim.name == "reshape":
-            return self.local(node, f"{self.name(a)}.reshape({node.shape})")
-        if node._prim.name == "transpose":
-            return self.local(node, f"{self.name(a)}.transpose({params.get('axes') or ''})")
-        if node._prim.name == "broadcast_to" and type(_raw(a)) is not float:
-            return self.local(node, f"np.broadcast_to({self.name(a)}, {node.shape})")
-        return False
+        if prim is _reshape:
+            return self.local(node, f"{name}.reshape({node.shape})")
+        if prim is _TRANSPOSE:
+            axes = params.get("axes")
+            axes = range(node.ndim)[::-1] if axes is None else [int(i) % node.ndim for i in axes]
+            return self.local(node, f"{name}.transpose({', '.join(map(str, axes))})")
+        return False if prim is _getitem else self.local(node, f"np.broadcast_to({name}, {node.shape})")
 
-    def getitem(self, node, a, *parts, index):
-        if parts or not self.takes(node):
-            return False if parts else self.view(node, a, index=index)
-        a, c = self.name(a), self.name(index[0])
+    def getitem(self, node, a, index):
+        if (places := self.takes(node)) is None:
+            return self.view(node, a, index=index)
+        a, c = self.name(a), self.bind("c", places)
         self.line(f"np.take({a}, {c}, 0, {self.target(node)}, 'clip')")  # with 'raise', take would make a copy
 
     def detach(self, node, a):
@@ -5300,13 +5741,13 @@ class _Lowering:
     def matmul(self, node, x, y):
         matrices = np.ndim(_raw(x)) <= 2 >= np.ndim(_raw(y))
         x, y = self.name(x), self.name(y)
-        self.line(f"{x}.dot({y}, {self.target(node)})" if matrices else f"np.matmul({x}, {y}, out={self.target(node)})")
+        self.write(node, f"{x}.dot({y}" if matrices else f"np.matmul({x}, {y}")
 
     def sum(self, node, a, axis=None, keepdims=False):
         name = self.name(a)
-        if np.ndim(_raw(a)) == 2 and axis in (0, (0,)) and not keepdims and node.dtype.kind == "f":
-            ones = self.bind("c", _ones(np.shape(_raw(a))[0], node.dtype))
-            self.line(f"{ones}.dot({name}, {self.target(node)})")  # BLAS sums rows faster than NumPy's reduce
+        if np.ndim(_raw(a)) == 2 and axis in (0, (0,)) and not keepdims:
+            ones = self.name(_ones(np.shape(_raw(a))[0], node.dtype))
+            self.write(node, f"{ones}.dot({name}")  # BLAS sums rows faster than NumPy's reduce
         else:
             axis = tuple(map(int, axis)) if isinstance(axis, tuple) else axis if axis is None else int(axis)
             self.line(f"np.add.reduce({name}, {axis}, None, {self.target(node)}, {bool(keepdims)})")
@@ -5325,7 +5766,7 @@ class _Lowering:
         self.line(f"np.{node._prim.name}(({names}), {int(axis)}, {self.target(node)})")
 
     def pack(self, node, *numbers, shape, dtype):
-        if all(x._prim is None if isinstance(x, Value) else isinstance(x, Tensor) for x in numbers):
+        if all(_is_input(x) and type(x._data) is float for x in numbers):
             values = f"[x._data for x in {self.bind('c', numbers)}]"  # their data is read here, not as inputs
         else:
             values = ", ".join([self.name(x) for x in numbers])
@@ -5334,10 +5775,9 @@ class _Lowering:
         self.line(f"{flat}[:] = {values}")
 
     def scatter(self, node, a, *parts, shape, index):
-        unique = all(type(i) is int or isinstance(i, slice) for i in index)
-        if not unique and not parts and len(index) == 1 and isinstance(index[0], np.ndarray):
-            unique = index[0].dtype.kind == "b" or len(np.unique(index[0])) == index[0].size
-        if parts or not unique:
+        places = self.takes(node)
+        unique = all(i is None or i is Ellipsis or type(i) is int or isinstance(i, slice) for i in index)
+        if not unique and (parts or places is None or len(np.unique(places)) < places.size):
             return False
         a, out = self.name(a), self.target(node)
         self.line(f"{out}.fill(0)")
@@ -5353,20 +5793,21 @@ class _Lowering:
             self.line(f"np.add({out}, {name}, out={out})")
 
     EMITTERS = {
-        **dict.fromkeys(("reshape", "transpose", "broadcast_to"), view),
-        **dict.fromkeys(("concatenate", "stack"), joined),
-        **{f.__name__: f for f in (getitem, detach, matmul, sum, where, astype, pack, scatter, dot, fused)},
-        "copy": lambda self, node, a: self.astype(node, a, None),
+        **dict.fromkeys((_reshape, _TRANSPOSE, _BROADCAST), view),
+        **dict.fromkeys((_concatenate, _stack), joined),
+        **{_getitem: getitem, _detach: detach, _scatter: scatter, _pack: pack, _dot: dot, _fused: fused},
+        **{TABLE[np.matmul]: matmul, PRIMITIVES["sum"]: sum, _WHERE: where, _as_dtype: astype},
+        TABLE[np.copy]: lambda self, node, a: self.astype(node, a, None),
     }
 
     def finish(self, roots, gradients):
-        """Heads and tails of the two functions, and their source."""
+        """Heads and tails of the two functions, their source, and the functions."""
         self.section = 1
         handed = []
         for g in gradients:
             name = self.name(g)
-            if type(g._data) is np.ndarray and name not in self.outputs:
-                name = f"np.array({name})"
+            if type(g._data) is np.ndarray and (name not in self.outputs or name in handed):
+                name = f"np.array({name})"  # a leaf owns its gradient
             handed.append(name)
         self.section = 0
         results = [f"np.array({self.name(r)})" if type(r._data) is np.ndarray else self.name(r) for r in roots]
@@ -5377,13 +5818,10 @@ class _Lowering:
             if type(x._data) is np.ndarray:
                 wrong = f"type({name}) is not _array or {name}.shape != {x.shape}"
                 head.append(f"if {wrong}: {name} = _checked({source}, {x.shape})")
-            elif type(x._data) is not float:
+            elif isinstance(x._data, np.generic):
                 head.append(f"if {name}.shape != (): _checked({source}, ())")
         self.space |= {"_array": np.ndarray, "_checked": _checked, "_blocks": run_blocks}
         saved = "".join(f"{name}, " for name in self.saved)
-        outs = [f"{name} = _fresh({i})" for i, name in enumerate(self.outputs)]
-        arrays = list(self.outputs.values())
-        self.space["_fresh"] = functools.partial(_fresh, arrays)
 
         def body(lines):
             return "".join(f"    {line}\n" for line in lines)
@@ -5391,22 +5829,23 @@ class _Lowering:
         self.source = (
             f"def forward():\n{body(head)}{body(self.lines[0])}"
             f"    return ({''.join(f'{r}, ' for r in results)}), ({saved})\n\n\n"
-            f"def backward(seed, saved):\n{body([f'{saved[:-1]} = saved'] if saved else [])}{body(outs)}"
+            f"def backward(seed, saved):\n{body([f'{saved[:-1]} = saved'] if saved else [])}"
             f"{body(self.lines[1])}    return [{', '.join(handed)}]\n"
         )
         exec(compile(self.source, "<optimized>", "exec"), self.space)
+        # Out of the namespace, which they hold: nothing is in a cycle, and a program that is dropped is gone.
+        self.functions = self.space.pop("forward"), self.space.pop("backward")
 
 
-def _fresh(arrays: list, i: int) -> np.ndarray:
-    """Array i to write a gradient to: the one of the last run, unless somebody holds it still."""
-    if sys.getrefcount(arrays[i]) > _UNSHARED:
-        arrays[i] = np.empty_like(arrays[i])
-    return arrays[i]
+class _Resized(Exception):
+    """What a program was made for has another shape or type now; the graph that was traced has none to be wrong."""
 
 
-_UNSHARED = 1 << 30
-_probe = [np.empty(0)]
-_UNSHARED = next(n for n in range(1, 9) if sys.getrefcount(_probe[0]) <= n)
+def _as_before(x, shape: tuple, dtype: np.dtype) -> np.ndarray:
+    """A result whose shape may depend on data, if it has the one that it had."""
+    if type(x) is not np.ndarray or x.shape != shape or x.dtype != dtype:
+        raise _Resized
+    return x
 
 
 class _ShapeChanged(ValueError):
@@ -5415,13 +5854,16 @@ class _ShapeChanged(ValueError):
 
 def _checked(x: Array, shape: tuple) -> np.ndarray:
     """The array of an input, which must have the shape that it had."""
-    if x.shape == shape:
-        return _public(x._data)
-    label = f" {x.label!r}" if getattr(x, "label", "") else ""
-    raise _ShapeChanged(
-        f"optimize: {type(x).__name__}{label} had shape {shape} when the graph was optimized, and now has {x.shape}; "
-        "build and optimize the graph anew for another shape"
-    )
+    if x.shape != shape:
+        label = f" {x.label!r}" if getattr(x, "label", "") else ""
+        raise _ShapeChanged(
+            f"optimize: {type(x).__name__}{label} had shape {shape} when the graph was optimized, and now has "
+            f"{x.shape}; build and optimize the graph anew for another shape"
+        )
+    raw = _public(x._data)
+    if type(raw) is not np.ndarray:
+        raise _Resized
+    return raw
 
 
 # --- programs ---
@@ -5432,144 +5874,168 @@ JOINT_PASSES = (fold_constants, simplify, simplify, merge_common, reduce_product
 
 
 @contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """The opposite of `no_grad`: a program is made, and goes on, as otherwise."""
+    before, _mode.recording = _mode.recording, True
+    try:
+        yield
+    finally:
+        _mode.recording = before
+
+
+@contextlib.contextmanager
 def _tracing() -> Iterator[None]:
     """While a graph is rewritten: arrays are plain in this thread, and arithmetic on examples warns of nothing."""
-    _mode.tracing = True
+    before, _mode.tracing = _mode.tracing, True
     try:
-        with np.errstate(all="ignore"):
+        with _recording(), np.errstate(all="ignore"):
             yield
     finally:
-        _mode.tracing = False
+        _mode.tracing = before
+
+
+def _traced(roots: Sequence[Value]) -> list[Value]:
+    """A copy of the graph, with the programs in it written out as the graphs that they were made of."""
+    programs: dict[_Program, list[Value]] = {}
+
+    def rule(node, args):
+        if node._prim is not _program:
+            return _twin(node, node._prim, args, node._params)
+        program, index = node._params.values()
+        if program not in programs:
+            programs[program] = _replayed(program.traced)
+        return programs[program][index]
+
+    return _rewrite(roots, rule)
 
 
 class _Program:
     """A graph made to run again and again: its values by `forward`, then the gradients of one root by `backward`.
 
-    `graph` are the roots that the passes made. Where arithmetic on Python floats raises though IEEE arithmetic has an
-    answer, and where the graph is too large to be compiled, that graph is replayed.
+    `traced` is a copy of the graph it was made of, and `graph` what the passes made of that; both without data. `graph`
+    is replayed where arithmetic on Python floats raises though IEEE arithmetic has an answer, and where there is too
+    much of it to be compiled; `traced`, once sizes turn out to depend on data.
     """
 
     def __init__(self, roots: Sequence[Value]):
         self.lock = threading.RLock()
-        self.traced = _rewrite(roots, lambda node, args: _twin(node, node._prim, args, node._params))
-        for node in _oldest_first(self.traced):
-            for x in (node, *node._args):
-                if isinstance(x, Array) and type(x._data) is Chunked:
-                    x._data = x._data.expose()  # the passes look at arrays
         with _tracing():
-            graph = list(self.traced)
-            self.foreign = any(_is_foreign(node._data) for node in _oldest_first(graph))
+            graph = self.traced = _traced(roots)
+            nodes = _oldest_first(self.traced)
+            for node in nodes:
+                for x in (node, *node._args):
+                    if isinstance(x, Array) and type(x._data) is Chunked:
+                        x._data = x._data.expose()  # the passes look at arrays
+            self.foreign = any(_is_foreign(node._data) for node in nodes)
             for apply in FOREIGN_PASSES if self.foreign else PASSES:
                 graph = apply(graph)
-        self.graph = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
-        nodes = _oldest_first(self.traced)
-        self.leaves = [node for node in nodes if node._prim is None]
-        self.compiled: dict[int, tuple] = {}  # by root: its lowering, and what its gradients belong to
-        self.results = [root._data for root in roots]
-        self.state: tuple | None = None  # (compiled for root, locals that backward needs) of the last forward
-        self.swept: tuple | None = None  # (seed, gradients) of the last backward of a larger graph
+            self.graph = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
+        reach, leaves = _reach(self.traced), [node for node in nodes if node._prim is None]
+        # By root: the leaves that get a gradient from it, and all leaves, those first.
+        self.reached = [{x for x in leaves if reach[x] >> i & 1} for i in range(len(roots))]
+        self.leaves = [sorted(leaves, key=lambda x, reached=reached: x not in reached) for reached in self.reached]
+        self.results = [_settle(np.array(x)) if isinstance(x, np.ndarray) else x for x in (r._data for r in roots)]
+        self.compiled: dict[int, _Compiled | None] = {}  # by root
+        self.state: tuple | None = None  # (root, what its backward needs) of the last forward
+        self.swept: dict[tuple, dict] = {}  # gradients that an eager sweep is about to fetch, by root and thread
         self.nodes: list[weakref.ref] = []  # the Values that show the results
         self.current = next((i for i, root in enumerate(self.graph) if root._needs), 0)
-        self.compile(self.current)
-        for node in {*nodes, *_oldest_first(self.graph)}.difference(self.leaves):
-            node._data = _hollow(node._data)
-        self.results = [_settle(np.array(x)) if isinstance(x, np.ndarray) else x for x in self.results]
+        self.compile(self.current, self.graph)
+        for node in {*nodes, *_oldest_first(self.graph)}.difference(leaves):
+            node._data = None
 
-    def compile(self, index: int):
-        """The lowering for the gradients of one root."""
-        if index in self.compiled:
-            return self.compiled[index]
-        root = self.graph[index]
-        nodes = _oldest_first(self.graph)
-        if self.compiled:
-            self.refresh()  # so that the rules run on real data: an inverse of zeros would fail
+    def compile(self, index: int, graph: Sequence | None = None) -> _Compiled | None:
+        """The code for the gradients of one root; None if it is to be replayed."""
+        if index not in self.compiled:
+            graph = graph or _replayed(self.graph)  # the rules run on real data: an inverse of zeros would fail
+            self.compiled[index] = self.lowered(graph, index)
+        return self.compiled[index]
+
+    def lowered(self, graph: Sequence, index: int) -> _Compiled | None:
+        nodes, reached = _oldest_first(graph), self.reached[index]
         if self.foreign or len(nodes) > _MAX_LINES:
-            self.compiled[index] = None, []
-            return self.compiled[index]
+            return None
         with _tracing():
+            graph = seal(graph)
+            root, nodes = graph[index], _oldest_first(graph)
             seed = _leaf(_filled_like(root._data, 1))
             packs = {node for node in nodes if node._prim is _pack and all(_is_input(x) for x in node._args)}
-            gradients = _backpropagate(root, seed, packs, False, True) if root._needs else {}
-            targets = [x for x in gradients if x is not seed and (x._prim is None or x in packs)]
-            joint = [*self.graph, *(gradients[x] for x in targets)]
+            try:
+                gradients = _backpropagate(root, seed, packs, False, True) if root._needs else {}
+            except Exception:  # a rule fails on these data, as it would in eager mode: in `backward`, if that is called
+                return None
+            targets = [x for x in gradients if x is not seed and (x in reached or x in packs)]
+            joint = [*graph, *(gradients[x] for x in targets)]
             for apply in JOINT_PASSES:
                 joint = apply(joint)
             if _config.enabled:
                 joint = fuse(joint)
-            joint = [x if isinstance(x, Value) else _record(_detach, (x,)) for x in joint]
-        n = len(self.graph)
-        self.compiled[index] = _Lowering(joint[:n], seed, joint[n:]), targets
-        return self.compiled[index]
+            joint = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in joint]
+            lowering = _Lowering(joint[: len(graph)], seed, joint[len(graph) :])
+        targets = [x if x in reached else [y if y in reached else None for y in x._args] for x in targets]
+        return _Compiled(*lowering.functions, lowering.source, targets)
+
+    def run(self, index: int) -> tuple:
+        """The results from the current data of leaves and Tensors, and what the gradients of one root need: locals of
+        the code, or the graph with its data."""
+        code = self.compiled.get(index) or self.compile(index)
+        if code is not None:
+            try:
+                return code.forward()
+            except _Resized:
+                self.graph = self.traced
+                self.compiled = dict.fromkeys(range(len(self.graph)))
+            except _ShapeChanged:
+                raise
+            except (ArithmeticError, ValueError):
+                pass
+        graph = _replayed(self.graph)
+        return [root._data for root in graph], graph
 
     def forward(self) -> None:
         """Computes the roots from the current data of leaves and Tensors."""
         with self.lock:
-            lowering, _ = self.compile(self.current)
-            self.state = self.swept = None
-            try:
-                if lowering is None:
-                    raise ArithmeticError
-                results, saved = lowering.space["forward"]()
-                self.state = self.current, saved
-            except _ShapeChanged:
-                raise
-            except (ArithmeticError, ValueError):
-                self.refresh()
-                results = [root._data for root in self.graph]
+            self.state = None
+            results, saved = self.run(self.current)
+            self.state = self.current, saved
             self.show(results)
 
-    def show(self, results: list) -> None:
+    def show(self, results: Sequence) -> None:
         self.results = results
         for ref in self.nodes:
             if (node := ref()) is not None:
                 node._data = results[node._params["index"]]
 
-    def refresh(self) -> None:
-        """Replays the rewritten graph, node by node."""
-        for node in _oldest_first(self.graph):
-            if node._prim is not None:
-                node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
-
-    def backward(self, index: int, seed) -> list[tuple[Value, Any]]:
-        """(leaf, gradient) pairs, to be added up; numbers that were packed come as (pack, array)."""
+    def backward(self, index: int, seed) -> Iterable[tuple[Value, Any]]:
+        """(leaf, gradient) pairs, to be added up. Does not change what the results are."""
         with self.lock:
-            if index != self.current or self.state is None:
-                self.current = index
-                self.forward()
-            lowering, targets = self.compile(index)
-            if self.state is not None:
-                state, self.state = self.state, None  # its buffers are used up
+            state, self.state, self.current = self.state, None, index  # buffers are used up
+            saved = state[1] if state is not None and state[0] == index else self.run(index)[1]
+            if type(saved) is tuple:
+                code = self.compiled[index]
                 try:
-                    return list(zip(targets, lowering.space["backward"](seed, state[1])))
-                except (ArithmeticError, ValueError):
-                    self.refresh()
-            root = self.graph[index]
+                    return _unpacked(code.targets, code.backward(seed, saved))
+                except (ArithmeticError, ValueError, _Resized):
+                    saved = _replayed(self.graph)
+            root = saved[index]
             found = _at_home(_backpropagate(root, seed, retain=False), root)
             if self.foreign:  # the root may be computed by now
-                self.show([root._data for root in self.graph])
-            return [(node, g) for node, g in found.items() if node._prim is None]
+                self.show([root._data for root in saved])
+            return [(node, g) for node, g in found.items() if node in self.reached[index]]
 
     def gradients(self, index: int, g) -> dict[Value, Any]:
-        """The gradients of the leaves, as numbers and arrays, or as Values by the graph that was traced."""
-        if self.swept is not None and self.swept[0] is g:  # one sweep serves all leaves
-            return self.swept[1]
+        """The gradients of a root's leaves, as numbers and arrays, or as Values by the graph that was traced."""
         if isinstance(g, Value):
-            for node in _oldest_first(self.traced):
-                if node._prim is not None:
-                    node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
-            found = _backpropagate(self.traced[index], g, set(self.leaves), False, True)
-        else:
-            found = {}
-            for x, h in _unpacked(self.backward(index, g)):
-                found[x] = found[x] + h if x in found else h
-        self.swept = g, found
+            return _backpropagate(_replayed(self.traced)[index], g, self.reached[index], False, True)
+        found: dict[Value, Any] = {}
+        for x, h in self.backward(index, g):
+            found[x] = found[x] + h if x in found else h
         return found
 
     def picture(self, index: int) -> Value:
         """What the graph of a root became, with its current data, to be drawn."""
-        with self.lock:
-            self.refresh()
-            root = _rewrite(fuse([self.graph[index]]), _pictured)[0]
+        with self.lock, _tracing():
+            root = _rewrite(fuse([_replayed(self.graph)[index]]), _pictured)[0]
             return _twin(root, root._prim, root._args, root._params)
 
     def __reduce__(self):
@@ -5577,38 +6043,51 @@ class _Program:
 
     @property
     def source(self) -> str:
-        lowering, _ = self.compile(self.current)
-        why = "its arrays are computed by another library" if self.foreign else "too large to be compiled"
-        return lowering.source if lowering else f"# {why}: replayed node by node\n"
+        code = self.compile(self.current)
+        why = "its arrays are computed by another library" if self.foreign else "not to be compiled"
+        return code.source if code else f"# {why}: replayed node by node\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """The code of a program, and what its gradients belong to: a leaf, or, of numbers in one array, a list of them."""
+
+    forward: Callable
+    backward: Callable
+    source: str
+    targets: list
 
 
 def _retraced(roots) -> _Program:
     return _Program([root.forward() for root in roots])
 
 
-def _unpacked(pairs: Sequence) -> Iterator[tuple[Value, Any]]:
+def _unpacked(targets: Sequence, gradients: Sequence) -> list[tuple[Value, Any]]:
     """The pairs of leaf and gradient, one for each number of a pack."""
-    for target, g in pairs:
-        if target._prim is None:
-            yield target, g
+    pairs: list = []
+    for target, g in zip(targets, gradients):
+        if isinstance(target, Value):
+            pairs.append((target, g))
         else:
             numbers = g.reshape(-1).tolist() if g.dtype == np.float64 else g.reshape(-1)
-            for pair in zip(target._args, numbers):
-                if isinstance(pair[0], Value):
-                    yield pair
+            for x, h in zip(target, numbers):
+                if x is not None:
+                    pairs.append((x, h if type(x._data) is float else x._data.dtype.type(h)))
+    return pairs
 
 
 def _is_input(x) -> bool:
     return isinstance(x, Tensor) or (isinstance(x, Value) and x._prim is None)
 
 
-def _hollow(raw):
-    """An array of that shape and dtype that takes no memory."""
-    return np.broadcast_to(np.zeros((), raw.dtype), raw.shape) if isinstance(raw, np.ndarray) else raw
-
-
 def _program_i(i, g, out, leaves, program, index):
-    return program.gradients(index, g).get(program.leaves[i])
+    key, n = (index, threading.get_ident()), len(program.reached[index])
+    if i >= n:
+        return None
+    if i == 0:  # one sweep serves all leaves
+        program.swept[key] = program.gradients(index, g)
+    found = program.swept.pop(key) if i == n - 1 else program.swept[key]
+    return found.get(program.leaves[index][i])
 
 
 def _program_forward(*leaves, program, index):
@@ -5652,12 +6131,9 @@ class Optimized(Value):
         """Adds the gradient of this Value to the `.grad` of the leaves; see `Value.backward`."""
         seed = self._seed(gradient)
         program, index = self._params.values()
-        grads: dict[Value, Any] = {}
-        for x, g in _unpacked(program.backward(index, seed)):
-            grads[x] = grads[x] + g if x in grads else g
-        for x, g in _deposited(grads, {self: seed}).items():
+        for x, g in _deposited(program.gradients(index, seed), {self: seed}).items():
             x._grad = g
-        self._grad = seed
+        self._grad = seed if retain_grads else None
 
     def _picture(self) -> Value:
         return self.graph
@@ -5674,8 +6150,10 @@ class Optimized(Value):
 
 
 def _optimized(program: _Program, index: int, grad=None, label: str = "") -> Optimized:
-    node = _new(Optimized)
-    node._data, node._grad, node._prim, node._args = program.results[index], grad, _program, tuple(program.leaves)
+    node, data = _new(Optimized), program.results[index]
+    # In a graph, an empty array beside leaves that are numbers: so its result is taken as it is, and not for a number.
+    strong = () if type(data) is float or type(data) is bool else (np.empty(0, np.float32),)
+    node._data, node._grad, node._prim, node._args = data, grad, _program, (*program.leaves[index], *strong)
     node._params = {"program": program, "index": index}
     node._needs, node._number, node.label = program.traced[index]._needs, _next_number(), label
     program.nodes.append(weakref.ref(node))
