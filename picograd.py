@@ -2472,6 +2472,8 @@ def inner(a, b):
 
 @composed(np.vdot)
 def vdot(a, b):
+    if np.ndim(a) == np.ndim(b) == 0:
+        return a * b
     a, b = _together((a, b))
     return np.matmul(ravel(a), ravel(b))
 
