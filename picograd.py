@@ -5849,14 +5849,14 @@ class _Elsewhere(Kind):
         # NumPy would compute a foreign index into its own array; Dask's Cholesky factor is the upper one.
         if prim.name == "cholesky" or ("index" in params and KINDS[type(raw[0])] is not self):
             raise _not_offered(prim.name, foreign)
-        if prim.name == "matmul" and raw[0].shape[-1:] != raw[1].shape[-2:][:1]:  # Dask repeats one row
-            raise ValueError(f"matmul: shapes {raw[0].shape} and {raw[1].shape} do not match")
+        if prim.name == "matmul" and np.shape(raw[0])[-1:] != np.shape(raw[1])[-2:][:1]:  # Dask repeats a row
+            raise ValueError(f"matmul: shapes {np.shape(raw[0])} and {np.shape(raw[1])} do not match")
         with _lazily(prim.name, foreign):
             out = prim.forward(*(raw if prim.ufunc else _strengthened(prim, raw)), **params)
         if KINDS[type(out)] is not self:
             raise _not_offered(prim.name, foreign)
-        if prim.name in ("matmul", "einsum", "inv") and raw[0].dtype.kind in "fb":  # Dask's sums of masks are integers
-            out = out.astype(np.result_type(*[x.dtype for x in raw]))
+        if prim.name in ("matmul", "einsum", "inv") and foreign.dtype.kind in "fb":  # Dask's sums of masks are integers
+            out = out.astype(np.result_type(*[dtype for _, dtype in _strong(prim, raw)]))
         return _known_shape(out, prim.name)
 
     def fetch(self, raws):

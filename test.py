@@ -3129,7 +3129,7 @@ class TestDask(unittest.TestCase):
             self.assertIsInstance(getattr(got, "data", got) if isinstance(got, Tensor) else got, da.Array)
             self.assertEqual((got.shape, got.dtype), (expected.shape, expected.dtype))
             np.testing.assert_allclose(np.asarray(got), expected, rtol=1e-6)
-        for a, b in ((x[:, :1], x.T), (x[:1, :1], np.ones(6)), (Value(np.ones(())), x)):
+        for a, b in ((x[:, :1], x.T), (x[:1, :1], np.ones(6)), (Value(np.ones(())), x), (Value(2.0), x)):
             with self.assertRaisesRegex(ValueError, "matmul"):
                 Value(a) @ b
         v = Value(x)
