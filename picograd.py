@@ -324,6 +324,10 @@ class Kind:
         """A rule, as it is to be called on operands or gradients of this kind."""
         return rule
 
+    def guard(self, name: str, raw):
+        """A context for a call of NumPy's function of that name on raw values such as this."""
+        return contextlib.nullcontext()
+
     def text(self, raw) -> str:
         """What repr adds to shape and dtype."""
         return ""
@@ -483,7 +487,9 @@ def _conform(x, like, who, choice: bool | None = None):
             raise ValueError(f"{who}: expected a number, got shape {np.shape(x)}")
         return type(like)(_fetched(x))
     if np.ndim(like) and not np.ndim(x):
-        return np.full_like(like, _fetched(x))
+        if not _lazy(x):
+            return np.full_like(like, x)
+        x = np.broadcast_to(x, like.shape)
     return _as_raw(x, like.dtype, who, choice=choice)
 
 
@@ -652,10 +658,20 @@ class Array:
             return raw
         if self.size != 1:
             raise ValueError(f"{type(self).__name__}.item: expected one element, got shape {self.shape}")
-        return _fetched(raw).item()
+        return self._look().item()
 
     def tolist(self) -> Any:
-        return _fetched(self._data).tolist()
+        return self._look().tolist()
+
+    def _look(self):
+        """The numbers as NumPy's, to be read at once. A node that is one lazy number keeps it for the next look."""
+        raw = _fetched(self._data)
+        if _lazy(self._data) and not self.ndim:
+            holder = getattr(self, "_owner", None) or (self, "_data")
+            if getattr(holder[0], "_prim", None) and getattr(*holder) is self._data:
+                setattr(*holder, raw)
+                self._data = raw
+        return raw
 
     def reshape(self, *shape):
         return np.reshape(self, shape[0] if len(shape) == 1 else shape)
@@ -789,7 +805,8 @@ class Tensor(Array):
         if not self.ndim:
             raise TypeError("a 0-d Tensor cannot be indexed; assign to .data")
         index = tuple(map(_public_index, index)) if isinstance(index, tuple) else _public_index(index)
-        _public(self._data)[index] = _fetched(_raw(new))
+        new = _raw(new)
+        _public(self._data)[index] = new if KINDS[type(self._data)].lazy else _fetched(new)
 
     def __reduce__(self):
         return _restored, (self._data, self._choice)
@@ -807,12 +824,12 @@ class Tensor(Array):
         return f"Tensor(shape={self.shape}, dtype={self.dtype}, distributed={self.distributed}{values})"
 
     def __str__(self):
-        return repr(self) if self.ndim else str(_fetched(self._data))
+        return repr(self) if self.ndim else str(self._look())
 
     def __format__(self, spec):
         if spec and self.ndim:
             raise TypeError(f"Tensor: format {spec!r} needs one number, got shape {self.shape}")
-        return format(_fetched(self._data), spec) if spec else str(self)
+        return format(self._look(), spec) if spec else str(self)
 
 
 def _public_index(i):
@@ -835,13 +852,24 @@ def _restored(raw, choice) -> Tensor:
 def _on_arrays(function, args, kwargs):
     """Calls a function of NumPy on the arrays of Tensors, however nested, and wraps the arrays that come out."""
 
+    guard = contextlib.nullcontext()
+
     def each(f, x):
         if not isinstance(x, (list, tuple)):
             return f(x)
         items = [each(f, i) for i in x]
         return type(x)(items) if type(x) in (list, tuple) else type(x)(*items)
 
-    out = function(*each(_raw, args), **{name: each(_raw, x) for name, x in kwargs.items()})
+    def bare(x):
+        nonlocal guard
+        x = _raw(x)
+        if not isinstance(x, np.ndarray) and _lazy(x):
+            guard = KINDS[type(x)].guard(function.__name__, x)
+        return x
+
+    args, kwargs = each(bare, args), {name: each(bare, x) for name, x in kwargs.items()}
+    with guard:
+        out = function(*args, **kwargs)
     target = kwargs.get("out")
     target = target[0] if isinstance(target, tuple) and len(target) == 1 else target
     if target is not None:
@@ -927,6 +955,8 @@ class Value(Array):
             new = _conform(new, _filled_like(self._data, 0), "Value.grad")
             if np.shape(new) != self.shape:
                 raise ValueError(f"Value.grad: expected shape {self.shape}, got {np.shape(new)}")
+            if _lazy(new) and not _lazy(self._data):
+                new = _fetched(new)
         self._grad = new
 
     @property
@@ -1254,7 +1284,7 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
         if type(out) is not ndarray or type(g) is not ndarray:
             weak = type(out) is float and type(g) is float and not variadic
             if not weak:
-                kind = max(KINDS[type(_raw(g))], KINDS[type(_raw(out))], NUMPY, key=_get_rank)
+                kind = max([KINDS[type(_raw(x))] for x in (g, out, *operands)] + [NUMPY], key=_get_rank)
         for i, x in enumerate(args):
             if not isinstance(x, Value) or not x._needs:
                 continue
@@ -1432,7 +1462,7 @@ def jacobian(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
             shape = np.shape(_raw(out)) + np.shape(_raw(args[i]))
             column = [row[k] for row in rows]
             if shape:
-                stack = np.stack if any(isinstance(g, Value) for g in column) else np.array
+                stack = np.stack if any(isinstance(g, Value) or _lazy(g) for g in column) else np.array
                 column = [np.reshape(stack(column), shape) if column else np.zeros(shape)]
             results.append(_hand_out(column[0], args[i]))
         return results[0] if single else tuple(results)
@@ -2843,6 +2873,8 @@ def _in_place_operator(prim: Primitive):
             return out
         if out.shape != self.shape:
             raise ValueError(f"Tensor: in place, shape {self.shape} cannot take a result of shape {out.shape}")
+        if not np.can_cast(out.dtype, self.dtype, "same_kind"):
+            raise TypeError(f"Tensor: in place, dtype {self.dtype} cannot take a result of dtype {out.dtype}")
         raw = KINDS[type(self._data)].write(self._data, out._data)
         if raw is not self._data:
             self._become(raw)
@@ -6016,7 +6048,7 @@ class _Program:
                 for x in (node, *node._args):
                     if isinstance(x, Array) and type(x._data) is Chunked:
                         x._data = x._data.expose()  # the passes look at arrays
-            self.foreign = any(_is_foreign(node._data) for node in nodes)
+            self.foreign = any(_lazy(node._data) for node in nodes)
             for apply in FOREIGN_PASSES if self.foreign else PASSES:
                 graph = apply(graph)
             self.graph = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
@@ -6299,20 +6331,49 @@ def optimize(*roots: Value) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # 10. Elsewhere
 #
-# Arrays of other libraries that speak NumPy's protocols, such as Dask's: they are kept as they are.
+# Arrays of other libraries that speak NumPy's protocols, such as Dask's, so that graphs go beyond one machine. In: a
+# type that nobody knows, asked of `KINDS.finders`. Out: its kind; nothing is imported. Such an array is a raw value as
+# it is, and primitives and their rules run on it by NumPy's dispatch.
+# Invariant: a pass over Dask's chunks runs only when somebody asks for numbers (`backward` for all gradients that
+# belong to leaves in NumPy, in one; item, printing, bool), and what a library does not offer is a TypeError before.
+#
+#     >>> import dask.array as da
+#     >>> w = Value(np.ones(3))
+#     >>> loss = (da.ones((4, 3), chunks=2) @ w).mean()  # nothing is computed yet
+#     >>> loss.backward()  # one pass, for the gradient and the loss
+#     >>> print(w.grad.data, loss)
+#     [1. 1. 1.] Value(data=3.0, grad=1.0, op='mean')
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _is_foreign(x) -> bool:
-    """Whether x is an array of another library that takes part in NumPy's functions, such as a `dask.array`."""
-    return _lazy(x)
+class _OfThisThread(type):
+    def __subclasscheck__(cls, category):
+        return getattr(_asking, "lazily", False) and issubclass(category, FutureWarning)
 
 
-def _known_shape(x, who):
-    """x, a foreign array, if its shape is known."""
-    if any(n != n for n in x.shape):
-        raise ValueError(f"{who}: unknown shape {x.shape}; call compute_chunk_sizes() on the {_library(x)} first")
-    return x
+class _NotOffered(FutureWarning, metaclass=_OfThisThread):
+    """As the category of a filter: any FutureWarning in a thread that is in `_lazily`, and no other thread's."""
+
+
+_asking = threading.local()
+
+
+@contextlib.contextmanager
+def _lazily(name: str, x) -> Iterator[None]:
+    """Within it, an operation on foreign arrays such as x fails if their library does not offer what it needs.
+
+    Dask warns in that case, then computes the whole array in this process. Filters of warnings are the whole process's,
+    and so may not be put back while other threads do the same: this one stays, and means nothing outside.
+    """
+    if not warnings.filters or warnings.filters[0][2] is not _NotOffered:
+        warnings.simplefilter("error", _NotOffered)
+    before, _asking.lazily = getattr(_asking, "lazily", False), True
+    try:
+        yield
+    except (FutureWarning, NotImplementedError, AttributeError) as error:
+        raise _not_offered(name, x) from error
+    finally:
+        _asking.lazily = before
 
 
 def _library(x) -> str:
@@ -6320,49 +6381,15 @@ def _library(x) -> str:
     return ".".join(type(x).__module__.split(".")[:2])
 
 
-_refusal = threading.RLock()  # as the filters of warnings are the whole process's
+def _not_offered(name: str, x) -> TypeError:
+    return TypeError(f"{name}: {_library(x)} does not offer it, or not in this form; compute the operands first")
 
 
-@contextlib.contextmanager
-def _lazily(prim: Primitive, x) -> Iterator[None]:
-    """Within it, a primitive of foreign arrays such as x fails if their library does not offer what it needs.
-
-    Dask warns in that case, then computes the whole array in this process.
-    """
-    with _refusal, warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        try:
-            yield
-        except (FutureWarning, NotImplementedError, AttributeError) as error:
-            raise _not_offered(prim, x) from error
-
-
-def _not_offered(prim: Primitive, x) -> TypeError:
-    return TypeError(f"{prim.name}: {_library(x)} does not offer it, or not in this form; compute the operands first")
-
-
-def _computed(arrays: Sequence) -> list:
-    """Foreign arrays as NumPy's; those of Dask together, in one pass over its cluster."""
-    lazy = [x for x in arrays if hasattr(x, "__dask_graph__")]
-    done = iter(sys.modules["dask"].compute(*lazy, traverse=False) if lazy else ())
-    return [_settle(np.array(next(done) if hasattr(x, "__dask_graph__") else x)) for x in arrays]
-
-
-def _evaluate_foreign(prim: Primitive, raw: Sequence, params: dict, foreign):
-    """The forward of a primitive if an operand is a foreign array; so is its result, and nothing is computed yet."""
-    if prim.name == "scatter":
-        return _put_foreign(raw[0], params["shape"], _filled(params["index"], raw[1:]))
-    # NumPy would compute a foreign index into its own array; Dask's Cholesky factor is the upper one.
-    if prim.name == "cholesky" or ("index" in params and not _is_foreign(raw[0])):
-        raise _not_offered(prim, foreign)
-    if not prim.elementwise:
-        dtype = np.result_type(*[getattr(x, "dtype", x) for x in raw])
-        raw = [dtype.type(x) if type(x) is float else x for x in raw]
-    with _lazily(prim, foreign):
-        out = prim.forward(*raw, **params)
-    if not _is_foreign(out):
-        raise _not_offered(prim, foreign)
-    return _known_shape(out, prim.name)
+def _known_shape(x, who):
+    """x, a foreign array, if its shape is known."""
+    if any(n != n for n in x.shape):
+        raise ValueError(f"{who}: unknown shape {x.shape}; call compute_chunk_sizes() on the {_library(x)} first")
+    return x
 
 
 def _put_foreign(a, shape, index):
@@ -6376,6 +6403,8 @@ def _put_foreign(a, shape, index):
             raise TypeError(f"getitem: on {_library(a)}, only integers and slices of step 1 have a gradient, got {i!r}")
         start, stop, _ = i.indices(n) if isinstance(i, slice) else (i % n, i % n + 1, 1)
         ends.append((start, max(start, stop)))
+    if not math.prod(a.shape):
+        return np.zeros_like(a, shape=shape)
     block = np.reshape(a, tuple(stop - start for start, stop in ends))
     return np.pad(block, [(start, n - stop) for n, (start, stop) in zip(shape, ends)])
 
@@ -6386,7 +6415,7 @@ class _Elsewhere(Kind):
     rank, lazy = 3, True
 
     def enter(self, data, dtype, choice, who):
-        return _known_shape(data if dtype is None else data.astype(dtype), who)
+        return self.own(_known_shape(data if dtype is None else data.astype(dtype), who))
 
     def constant(self, x, who):
         if x.dtype.kind not in "fiub":
@@ -6395,25 +6424,50 @@ class _Elsewhere(Kind):
 
     def evaluate(self, prim, raw, params):
         foreign = next(x for x in raw if KINDS[type(x)] is self)
-        raw = [x.force() if KINDS[type(x)].rank == 2 else x for x in raw]
-        return _evaluate_foreign(prim, raw, params, foreign)
+        raw = [x if KINDS[type(x)] in (self, WEAK) else _fetched(x) for x in raw]
+        if prim.name == "scatter":
+            return _put_foreign(raw[0], params["shape"], _filled(params["index"], raw[1:]))
+        if prim.name == "copy":
+            return self.own(foreign)
+        # NumPy would compute a foreign index into its own array; Dask's Cholesky factor is the upper one.
+        if prim.name == "cholesky" or ("index" in params and KINDS[type(raw[0])] is not self):
+            raise _not_offered(prim.name, foreign)
+        if prim.name == "matmul" and np.shape(raw[0])[-1:] != np.shape(raw[1])[-2:][:1]:  # Dask repeats a row
+            raise ValueError(f"matmul: shapes {np.shape(raw[0])} and {np.shape(raw[1])} do not match")
+        with _lazily(prim.name, foreign):
+            out = prim.forward(*(raw if prim.ufunc else _strengthened(prim, raw)), **params)
+        if KINDS[type(out)] is not self:
+            raise _not_offered(prim.name, foreign)
+        if prim.name in ("matmul", "einsum", "inv") and foreign.dtype.kind in "fb":  # Dask's sums of masks are integers
+            out = out.astype(np.result_type(*[dtype for _, dtype in _strong(prim, raw)]))
+        return _known_shape(out, prim.name)
 
     def fetch(self, raws):
-        return _computed(raws)
+        lazy = [x for x in raws if hasattr(x, "__dask_graph__")]
+        done = iter(sys.modules["dask"].compute(*lazy, traverse=False) if lazy else ())  # one pass for all
+        return [_settle(np.array(next(done) if hasattr(x, "__dask_graph__") else x)) for x in raws]
 
     def own(self, raw):
-        return raw
+        return raw.copy() if hasattr(raw, "copy") else raw  # Dask's can be assigned to; a copy shares its chunks
+
+    def shared(self, raw):
+        return True
 
     def write(self, raw, new):
-        return new
+        return new.astype(raw.dtype)
+
+    def guard(self, name, raw):
+        return _lazily(name, raw)
 
     def rule(self, prim, rule):
         def checked(*args, **params):
-            foreign = next(x for x in args if KINDS.get(type(x)) is self)
-            with _lazily(prim, foreign):
+            variadic = isinstance(args[0], int)
+            g, *rest = map(_raw, (*args[1:3], *args[3]) if variadic else args)
+            foreign = next(x for x in (g, *rest) if KINDS.get(type(x)) is self)
+            with _lazily(prim.name, foreign):
                 h = rule(*args, **params)
-            if h is not None and foreign is args[isinstance(args[0], int)] and not _lazy(h):
-                raise _not_offered(prim, foreign)
+            if h is not None and foreign is g and not _lazy(h):
+                raise _not_offered(prim.name, foreign)
             return h
 
         return checked
@@ -6430,3 +6484,16 @@ def _foreign_kind(cls: type) -> Kind | None:
 
 ELSEWHERE = _Elsewhere()
 KINDS.finders.append(_foreign_kind)
+
+
+def _in_a_task(self):
+    """What Dask asks of all that becomes part of its own graph, where functions know nothing of gradients."""
+    part = ".data.data" if isinstance(self, Value) else ".data"
+    raise TypeError(
+        f"a {type(self).__name__} does not go into a graph of Dask's, which would lose its gradient: "
+        f"use operators or NumPy's functions (np.maximum, not da.maximum), or take {part} for the numbers"
+    )
+
+
+Array.__dask_tokenize__ = _in_a_task
+Array.__dask_graph__ = lambda self: _in_a_task(self) if _lazy(self) else None  # asked before it would be looked into

@@ -3584,7 +3584,7 @@ class TestDask(unittest.TestCase):
     def test_a_tensor_is_the_dask_array(self):
         doubles = da.from_array(self.x.astype(np.float64), chunks=(20, 3))
         t = Tensor(doubles)
-        self.assertIs(t.data, doubles)
+        self.assertEqual((type(t.data), t.data.name), (da.Array, doubles.name))
         self.assertEqual((t.shape, t.dtype, t.distributed), ((60, 6), np.float64, True))
         self.assertEqual(repr(t), "Tensor(shape=(60, 6), dtype=float64, distributed=True, chunksize=(20, 3))")
         self.assertIn("chunksize=(20, 3)", repr(Value(doubles)))
@@ -3662,6 +3662,167 @@ class TestDask(unittest.TestCase):
                     f()
             self.assertEqual(len(count), 0)
 
+    def test_functions_of_dask_take_no_value_for_a_number(self):
+        x, ones = self.chunked(self.x), np.ones(6, np.float32)
+        row = da.from_array(ones, chunks=3)
+        functions = (
+            lambda w: x.dot(w),
+            lambda w: da.dot(x, w),
+            lambda w: da.tensordot(x, w, axes=((1,), (0,))),
+            lambda w: da.maximum(x, w),
+            lambda w: da.where(x > 0, w, 0),
+            lambda w: da.where(x > w.data.data, x, [w, w]),
+            lambda w: da.map_blocks(np.add, x, w),
+            lambda w: x.map_blocks(lambda block, w: block + w, w=w, dtype=np.float32),
+            lambda w: da.blockwise(np.add, "ij", x, "ij", w, None, dtype=np.float32),
+            lambda w: da.stack([w]),
+            lambda w: da.concatenate([w, w]),
+            lambda w: da.from_array(w),
+            lambda w: da.asarray(w),
+            lambda w: da.full((3,), w),
+            lambda w: da.clip(x, 0, w),
+            lambda w: da.sum(w),
+            lambda w: da.round(x, w),
+            lambda w: x[w],
+            lambda w: x[:, w],
+            lambda w: x.copy().__setitem__(0, w),
+        )
+        with self.passes() as count, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for i, f in enumerate(functions):
+                for w in (Value(2.0), Value(ones), Value(np.float32(2), np.float32), Value(row), Value(row).detach()):
+                    with self.subTest(i, shape=w.shape), self.assertRaises((TypeError, ValueError, IndexError)):
+                        f(w)
+            for f in (dask.compute, dask.delayed, *functions[:5], *functions[6:13]):
+                with self.assertRaisesRegex(TypeError, "Tensor does not go into a graph of Dask's.*take .data for"):
+                    f(Tensor(row))
+            with self.assertRaisesRegex(TypeError, "Value does not go into .*not da.maximum.*take .data.data for"):
+                dask.compute(Value(row))
+            self.assertEqual(len(count), 0)
+            da.maximum(x, Tensor(ones).data).compute(), dask.delayed(np.square)(Value(2.0).item()).compute()
+
+    def test_a_value_owns_its_array(self):
+        x = self.chunked(self.x)
+        for make in (Value, Tensor, lambda x: Tensor(x, dtype=x.dtype)):
+            v, u, w = make(x), make(self.x), make(x)
+            v, u = (v.data, u.data) if isinstance(v, Value) else (v, u)
+            w.data = x
+            with self.passes() as count:
+                v[0] = 1.0
+                v[1] = x[2]
+                v[2:4, 1] = Tensor(x)[0, 0]
+                w.data[0] = 1.0
+                twin = copy.copy(v)
+                twin[5] = 7.0
+                self.assertEqual(len(count), 0)
+            u[0], u[1], u[2:4, 1] = 1.0, self.x[2], self.x[0, 0]
+            np.testing.assert_array_equal(v.numpy(), u.numpy())
+            np.testing.assert_array_equal(x.compute(), self.x)
+        a = Value(x)
+        a.grad = x
+        a.grad[0] = 5.0
+        b = Value(self.x)
+        b.grad = x
+        self.assertIs(type(b.grad.data), np.ndarray)  # of the kind of its leaf
+        np.testing.assert_array_equal(x.compute(), self.x)
+
+    def test_in_place_keeps_dtypes_as_numpy_does(self):
+        t, count = Tensor(self.chunked(self.x)), Tensor(self.chunked(self.labels))
+        with self.passes() as passes:
+            t += Tensor(self.x.astype(np.float64))
+            self.assertEqual((t.dtype, type(t.data)), (np.float32, da.Array))
+            for target in (count, Tensor(self.labels, dtype=np.int64)):
+                with self.assertRaisesRegex(TypeError, "dtype int64 cannot take a result of dtype float"):
+                    target += self.chunked(self.x[:, 0])
+            self.assertEqual(len(passes), 0)
+        np.testing.assert_allclose(t.numpy(), self.x * 2, rtol=1e-6)
+
+    def test_a_number_that_was_looked_at_is_not_computed_again(self):
+        w = Value(np.ones(6))
+        for look in (lambda v: v.item(), lambda v: v.data.item(), lambda v: f"{v.data:.3f}", lambda v: str(v.data)):
+            with self.passes() as count:
+                loss = np.mean((self.chunked(self.x) @ w) ** 2)
+                data = loss.data
+                look(loss), loss.item(), float(loss.data)
+                self.assertEqual(len(count), 1)
+                loss.backward()  # only the gradient: Dask keeps nothing of the pass before
+                self.assertEqual((len(count), type(loss.data.data)), (2, np.float32))
+        old, x = loss.item(), Value(self.chunked(self.x)[0, 0])
+        x.item()
+        self.assertIsInstance(x.data.data, da.Array)  # a leaf stays what it is
+        w.data = np.zeros(6)
+        loss.forward()
+        self.assertEqual((loss.item(), data.item()), (0.0, old))
+
+    def test_a_distributed_tensor_beside_it(self):
+        before = set_distributed_config().min_elements_for_parallel
+        self.addCleanup(set_distributed_config, enabled=False, min_elements_for_parallel=before)
+        for config in ({"enabled": True, "min_elements_for_parallel": 1}, {"enabled": False}):
+            set_distributed_config(**config)
+            t, v = (Tensor(self.x, distributed=True) for _ in range(2))
+            v, x, w = Value(v * 1.0), Value(self.chunked(self.x)), Tensor(np.ones((6, 6)), distributed=True)
+            with self.passes() as count:
+                for out in (
+                    t + x,
+                    x + t * 2,
+                    np.maximum(x, t * 2),
+                    np.where(t > 0, x, t),
+                    np.concatenate([x, t]),
+                    x @ w,
+                ):
+                    self.assertIsInstance(out.data.data, da.Array)
+                y = np.sum(np.where(x > 0, t * 2.0, x) * v + (x @ w) * np.tanh(v))
+                self.assertEqual(len(count), 0)
+                y.backward()
+                self.assertEqual(len(count), 1)
+            a, b = Value(self.x), Value(self.x)
+            np.sum(np.where(a > 0, 2 * self.x, a) * b + (a @ np.ones((6, 6))) * np.tanh(b)).backward()
+            np.testing.assert_allclose(v.grad.numpy(), b.grad.numpy(), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(x.grad.numpy(), a.grad.numpy(), rtol=1e-4, atol=1e-5)
+
+    def test_results_have_the_shapes_and_dtypes_of_numpy(self):
+        mask, x = self.chunked(self.x > 0), self.chunked(self.x)
+        for got, expected in (
+            (Tensor(mask.T) @ mask, (self.x > 0).T @ (self.x > 0)),
+            (np.einsum("ij,ik->jk", Tensor(mask), mask), (self.x > 0).T @ (self.x > 0)),
+            (np.where(Tensor(mask), mask, 2), np.where(self.x > 0, self.x > 0, 2)),
+            (np.clip(Tensor(x), -0.5, 0.5), np.clip(self.x, -0.5, 0.5)),
+            (Tensor(x).flatten(), self.x.flatten()),
+            (jacobian(np.square)(x[0]), 2 * np.diag(self.x[0])),
+        ):
+            self.assertIsInstance(getattr(got, "data", got) if isinstance(got, Tensor) else got, da.Array)
+            self.assertEqual((got.shape, got.dtype), (expected.shape, expected.dtype))
+            np.testing.assert_allclose(np.asarray(got), expected, rtol=1e-6)
+        for a, b in ((x[:, :1], x.T), (x[:1, :1], np.ones(6)), (Value(np.ones(())), x), (Value(2.0), x)):
+            with self.assertRaisesRegex(ValueError, "matmul"):
+                Value(a) @ b
+        v = Value(x)
+        np.sum(v[2:2]).backward()
+        np.testing.assert_array_equal(v.grad.numpy(), 0 * self.x)
+
+    def test_what_is_refused_is_refused_in_every_thread_and_other_warnings_stay(self):
+        x, refused, warned = self.chunked(self.x), [], []
+
+        def refuse():
+            for f in (lambda: np.interp(Tensor(x), [0, 1], [0, 1]), lambda: np.linalg.det(Value(x)[:6])) * 10:
+                with self.assertRaisesRegex(TypeError, "does not offer it"):
+                    f()
+                refused.append(1)
+
+        def warn():
+            for _ in range(200):
+                warnings.warn("of somebody else", FutureWarning, stacklevel=1)
+                warned.append(1)
+
+        with self.passes() as count, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            threads = [threading.Thread(target=f) for f in (refuse, warn, refuse, warn)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.assertEqual((len(refused), len(warned), len(count)), (40, 400, 0))
+
     def test_training_reaches_the_loss_of_training_in_memory(self):
         expected, model = self.train(self.x, self.labels, 20)
         loss, other = self.train(self.chunked(self.x), self.chunked(self.labels), 20)
@@ -3678,6 +3839,11 @@ class TestDask(unittest.TestCase):
         model.layers[1].b.data += 1.0
         x.data = self.chunked(self.x + 0.5)
         with self.passes() as count:
+            (
+                optimize((x @ Value(np.ones(6))).sum()).forward(),
+                optimize((self.chunked(self.x) @ model.layers[0].w).sum()),
+            )
+            self.assertEqual(len(count), 0)
             loss.forward().backward()
             self.assertEqual(len(count), 1)
         got = [p.grad.data for p in model.parameters()]
