@@ -16,6 +16,7 @@ import importlib.util
 import io
 import itertools
 import math
+import os
 import reprlib
 import shutil
 import signal
@@ -425,7 +426,6 @@ def main() -> int:
     parser.add_argument(
         "--dask", action="store_true", help="train on a Dask cluster of two local processes, one step an epoch"
     )
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of columns, on a terminal that has not all letters
     arguments = parser.parse_args()
     for name, least in (("epochs", 1), ("seed", 0)):
         if getattr(arguments, name) < least:
@@ -442,5 +442,29 @@ def main() -> int:
         return 130
 
 
+def guarded() -> int:
+    """main(), for any standard output: one that is closed or full, or that nobody reads, causes no traceback."""
+    if sys.stdout is None:  # closed from the start: nothing is shown
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of columns, on a terminal that has not all letters
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        problem, code = "", 128 + 13  # as of a program that SIGPIPE ended
+    except OSError as error:
+        problem, code = f"demo.py: error: {error.strerror or error}\n", 1
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(problem)
+    os.dup2(
+        os.open(os.devnull, os.O_WRONLY), 1
+    )  # what is still buffered is flushed at the end, and must not fail there
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded())

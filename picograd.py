@@ -305,7 +305,7 @@ class Kind:
 
     def own(self, raw):
         """The same data, held by nobody else."""
-        return raw.copy()
+        return raw.copy("K") if type(raw) is np.ndarray else raw
 
     def shared(self, raw) -> bool:
         """Whether the memory of a raw value may be another's, too."""
@@ -604,7 +604,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         raw.append(x)
     if result is None:
         kinds = [KINDS[type(x)] for x in operands]
-        if None not in kinds:
+        if any([kind is not None and kind.rank > NUMPY.rank for kind in kinds]):
             return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
     if plain and not constants and dtype is not None and dtype.kind == "f":
@@ -1101,47 +1101,6 @@ def _record(prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
     return _node(_evaluate(prim, [_raw(x) for x in args], params), prim, args, params)
 
 
-_OVERWRITE_ELEMENTS = 1 << 14  # below, a buffer of its own costs less than the checks
-
-
-def _write_over(function: Callable, spent: Value, *others: Value):
-    """function(spent, *others), in the buffer of `spent`: a result that the caller made and nobody else holds.
-
-    Halves the memory of x @ w + b and its activation. Walkers of the graph who ask for the data of `spent` all the same
-    have it computed again, from what the leaves are then.
-    """
-    prim, raw = TABLE.get(function, function), spent._data
-    if type(raw) is not np.ndarray or raw.size < _OVERWRITE_ELEMENTS:
-        return prim(spent, *others)
-    if not (
-        "operands" not in getattr(prim, "reads", "operands")
-        and (spent._prim is None or "out" not in spent._prim.reads)
-        and not any(_lazy(x._data) for x in others)
-        and all(np.broadcast_shapes(raw.shape, x.shape) == raw.shape for x in others)
-        and np.result_type(raw, *(x._data for x in others)) == raw.dtype
-    ):
-        return prim(spent, *others)
-    out = prim.forward(raw, *(x._data for x in others), out=raw)
-    spent.__class__ = _Overwritten
-    return _node(out, prim, (spent, *others), _NO_PARAMS)
-
-
-class _Overwritten(Value):
-    """A node that another's data was written over. Computed anew if somebody asks, it is a plain Value again."""
-
-    __slots__ = ()
-
-    @property
-    def _data(self):
-        self._data = _evaluate(self._prim, [_raw(x) for x in self._args], self._params)
-        return self._data
-
-    @_data.setter
-    def _data(self, new):
-        self.__class__ = Value
-        self._data = new
-
-
 class _Listed:
     """In a pickle, behind the list of what a node depends on: the next node makes a list of its own again."""
 
@@ -1289,13 +1248,8 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
             # A Tensor becomes a node: what a rule computes from it is recorded, too, and a replay reads it anew.
             operands = [_record(_detach, (x,)) if isinstance(x, Tensor) else x for x in args]
         else:
-            # Where data was written over, no rule reads it; g has its shape and dtype, which is all that `_fit` needs.
-            out = g if type(node) is _Overwritten else node._data
-            operands = []
-            for x in args:
-                if isinstance(x, (Value, Tensor)):
-                    x = g if type(x) is _Overwritten and "operands" not in prim.reads else x._data
-                operands.append(x)
+            out = node._data
+            operands = [x._data if isinstance(x, (Value, Tensor)) else x for x in args]
         weak, kind = False, NUMPY
         if type(out) is not ndarray or type(g) is not ndarray:
             weak = type(out) is float and type(g) is float and not variadic
@@ -1544,7 +1498,21 @@ def check_gradients(
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Catalogue
 #
-# Every operation with its rule; then the operators and methods of Value and Tensor, all from the table.
+# Every operation with its rule; then the operators and methods of Value and Tensor, all from the table. In: raw values,
+# Tensors and Values. Out: what NumPy gives for the same arrays. Invariant: a rule has an answer wherever the operation
+# has one, and costs no more than the operation does. Where there is no derivative, or more than one, it is:
+#
+#     abs, relu, norm, std, hypot, arctan2     0 at 0; std also where numbers are equal, but their mean is rounded
+#     max, min, maximum, fmax and their kin    shared equally by ties, 0.0 and -0.0 too; to nan where that is taken
+#     clip                                     passes at the bounds; where they are in the wrong order, to the upper one
+#     power                                    0 for x**0 by x, and for 0**y by y where y is not negative
+#     logaddexp, logsumexp                     weights that sum to 1: infinity takes all, equal infinities share
+#     prod, cumprod, det                       exact, also with zeros and for singular matrices
+#
+#     >>> x = Value([3.0, 1.0, 3.0])
+#     >>> np.max(x).backward()
+#     >>> print(x.grad.tolist())
+#     [0.5, 0.0, 0.5]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1557,7 +1525,7 @@ _FLOAT = np.dtype(np.float64)
 
 
 def _power_x(g, out, x, y):
-    if type(y) is float:  # the usual x**2: no masks needed
+    if isinstance(y, (int, float)):  # the usual x**2: no masks needed
         return g * (y * x ** (y - 1.0)) if y else g * 0.0
     return g * np.where(y == 0, 0.0, y * x ** np.where(y == 0, 1.0, y - 1.0))
 
@@ -1659,14 +1627,18 @@ primitive(
 # --- selection; ties share the gradient equally ---
 
 
-def _contest(ufunc, beats, skips_nan):
+def _contest(ufunc, beats, loses, skips_nan):
     """Enters maximum or one of its kin: of two operands, the one that `beats` the other gets the gradient, ties share
     it. Of nan and a number, that gets it which NumPy takes; of two nans the first."""
 
     def rule(g, mine, other, first):
-        taken, rest = (other, mine) if skips_nan else (mine, other)  # mine is the result if `taken` is nan
-        nan = np.isnan(taken) if first else np.isnan(taken) & ~np.isnan(rest)
-        return np.where(mine == other, 0.5 * g, np.where(beats(mine, other) | nan, g, 0.0))
+        if isinstance(other, (int, float)) and other == other:  # the usual np.maximum(x, 0): only mine may be nan
+            wins = beats(mine, other) if skips_nan else ~loses(mine, other)
+        else:
+            taken, rest = (other, mine) if skips_nan else (mine, other)  # mine is the result if `taken` is nan
+            nan = np.isnan(taken) if first else np.isnan(taken) & ~np.isnan(rest)
+            wins = beats(mine, other) | nan
+        return np.where(mine == other, 0.5 * g, np.where(wins, g, 0.0))
 
     primitive(
         ufunc,
@@ -1676,10 +1648,10 @@ def _contest(ufunc, beats, skips_nan):
     )
 
 
-_contest(np.maximum, np.greater, False)
-_contest(np.minimum, np.less, False)
-_contest(np.fmax, np.greater, True)
-_contest(np.fmin, np.less, True)
+_contest(np.maximum, np.greater, np.less_equal, False)
+_contest(np.minimum, np.less, np.greater_equal, False)
+_contest(np.fmax, np.greater, np.less_equal, True)
+_contest(np.fmin, np.less, np.greater_equal, True)
 primitive(
     np.where,
     None,
@@ -1688,11 +1660,20 @@ primitive(
     elementwise=True,
     samples=[((np.array([True, False, True]), (3,), (2, 3)), {}), ((np.array([[True], [False]]), (), (3,)), {})],
 )
+
+
+def _clip_a(g, out, a, lo, hi):
+    taken = (a < lo) | (a > hi)
+    if not all([isinstance(x, (int, float)) and x == x for x in (lo, hi)]):  # as bounds usually are
+        taken = taken | (np.isnan(lo) | np.isnan(hi))
+    return np.where(taken, 0.0, g)
+
+
 _clip = primitive(
     np.clip,
-    lambda g, out, a, lo, hi: np.where(((a >= lo) & (a <= hi)) | np.isnan(a), g, 0.0),
-    lambda g, out, a, lo, hi: np.where(((a < lo) & (lo <= hi)) | (np.isnan(lo) & ~np.isnan(a)), g, 0.0),
-    lambda g, out, a, lo, hi: np.where((np.maximum(a, lo) > hi) | (np.isnan(hi) & ~np.isnan(a + lo)), g, 0.0),
+    _clip_a,
+    lambda g, out, a, lo, hi: np.where(((a < lo) & (lo <= hi)) | (np.isnan(lo) & ~np.isnan(hi)), g, 0.0),
+    lambda g, out, a, lo, hi: np.where((np.maximum(a, lo) > hi) | np.isnan(hi), g, 0.0),
     elementwise=True,
     samples=(_REAL, (-1.1, -0.9), (0.9, 1.1)),
 )
@@ -1810,23 +1791,29 @@ def _prod_a(g, out, a, axis=None, keepdims=False):
     return _unreduce(g, a, axis, keepdims) * others
 
 
-def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
-    centred = a - np.mean(a, axis=axis, keepdims=True)
-    return _unreduce(g, a, axis, keepdims) * centred * (2.0 * _share(a, axis, ddof))
+def _var_a(g, out, a, axis=None, ddof=0, keepdims=False, mean=None):
+    mean = np.mean(a, axis=axis, keepdims=True) if mean is None else mean
+    return _unreduce(g, a, axis, keepdims) * (a - mean) * (2.0 * _share(a, axis, ddof))
 
 
 def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
-    if math.prod(np.shape(a)):  # of equal numbers it is 0, though their mean may be rounded, and this is not
-        low, high = (f(a, axis=axis, keepdims=keepdims) for f in (np.min, np.max))
+    # Of equal numbers it is 0, though their mean may be rounded, and then this is not. An array is looked at first:
+    # it rarely has a deviation so small that rounding explains it.
+    g, out = (_unreduce(x, a, axis, keepdims) for x in (g, out))
+    mean, shape = np.mean(a, axis=axis, keepdims=True), np.shape(a)
+    noise = math.prod(shape) * np.finfo(a.dtype).eps if type(a) is np.ndarray else math.inf
+    if math.prod(shape) and not (noise < 1.0 and np.all(out > noise * np.abs(mean))):
+        low, high = (f(a, axis=axis, keepdims=True) for f in (np.min, np.max))
         out = np.where(low == high, 0.0, out)
-    return _var_a(_over(0.5 * g, out), out, a, axis, ddof, keepdims)
+    return _var_a(_over(0.5 * g, out), out, a, axis, ddof, True, mean)
 
 
 def _extremum_a(g, out, a, axis=None, keepdims=False):
-    g = _unreduce(g, a, axis, keepdims)
     hit = (a == _unreduce(out, a, axis, keepdims)) | np.isnan(a)  # with a nan, only nans are hits
-    count = np.sum(np.where(hit, np.ones_like(g), 0.0), axis=axis, keepdims=True)
-    return np.where(hit, g / count, 0.0)
+    share = _unreduce(g, a, axis, keepdims) / np.sum(hit, axis=axis, keepdims=True)
+    if isinstance(g, (np.ndarray, np.generic)):
+        share = share.astype(g.dtype, copy=False)  # to NumPy, the count is wide
+    return np.where(hit, share, 0.0)
 
 
 def _flip_cumsum(g, axis):
@@ -1865,15 +1852,14 @@ def _logsumexp(a, axis=None, keepdims=False):
     return out if keepdims else np.squeeze(out, axis=axis)
 
 
-def _logsumexp_weights(a, axis=None):
-    """exp(a - logsumexp(a)): softmax, but where the largest are infinite, these share 1 equally."""
-    peak = np.max(a, axis=axis, keepdims=True)
+def _logsumexp_weights(a, out, axis=None):
+    """softmax(a), given logsumexp(a); but where the largest are infinite, these share 1 equally."""
     with np.errstate(invalid="ignore"):
-        e = np.exp(a - peak)
-    infinite = np.isinf(peak)
+        e = np.exp(a - out)
+    infinite = np.isinf(out)
     if type(infinite) is not np.ndarray or infinite.any():  # a foreign array is not asked, which would compute it
-        e = np.where((a == peak) & infinite, np.ones_like(e), e)
-    return e / np.sum(e, axis=axis, keepdims=True)
+        e = np.where((a == out) & infinite, np.ones_like(e), e)
+    return e / np.sum(e, axis=axis, keepdims=True)  # 1 in all, though `out` may be rounded
 
 
 def _softmax(a, axis=-1):
@@ -1914,10 +1900,18 @@ TABLE[np.amax] = primitive(np.max, _extremum_a, samples=_axes())
 TABLE[np.amin] = primitive(np.min, _extremum_a, samples=_axes())
 primitive(np.cumsum, _cumsum_a, samples=_SCANS)
 primitive(np.cumprod, _cumprod_a, samples=_SCANS)
-_weights_of = primitive(_logsumexp_weights, _softmax_a, name="logsumexp_weights", samples=_AXIS)
+_weights_of = primitive(
+    _logsumexp_weights,
+    lambda g, out, a, total, axis=None: _softmax_a(g, out, a, axis),
+    None,  # it is a function of a alone
+    name="weights of logsumexp",
+    samples=[(((2, 3), (2, 1)), {"axis": -1})],
+)
 logsumexp = primitive(
     _logsumexp,
-    lambda g, out, a, axis=None, keepdims=False: _unreduce(g, a, axis, keepdims) * _weights_of(a, axis=axis),
+    lambda g, out, a, axis=None, keepdims=False: (
+        _unreduce(g, a, axis, keepdims) * _weights_of(a, _unreduce(out, a, axis, keepdims), axis=axis)
+    ),
     name="logsumexp",
     samples=_axes(),
 )
@@ -1941,7 +1935,7 @@ def average(a, axis=None, weights=None, *, keepdims=False):
                 f"average: weights have length {np.shape(weights)[0]}, axis {axis} has {np.shape(a)[axis]}"
             )
         weights = np.reshape(weights, [-1 if i == axis % np.ndim(a) else 1 for i in range(np.ndim(a))])
-    weights = np.broadcast_to(weights, np.shape(a))
+    weights = weights * np.ones_like(a)  # summed in the precision of both
     return np.sum(a * weights, axis=axis, keepdims=keepdims) / np.sum(weights, axis=axis, keepdims=keepdims)
 
 
@@ -2084,7 +2078,7 @@ _stack = primitive(
 
 
 def _together(arrays) -> list:
-    """What is to be joined, with weak numbers in the dtype of what they meet: an array made of one would be strong."""
+    """What is to meet, with weak numbers in the dtype that they take: reshaped to arrays, they would be strong."""
     held = [x.dtype for x in arrays if isinstance(x, Array) and type(x._data) not in _WEAK_TYPES]
     held = [dtype for dtype in held if dtype.kind == "f"] or [
         x.dtype for x in map(_raw, arrays) if hasattr(x, "dtype") and not isinstance(x, _NUMBERS)
@@ -2194,7 +2188,7 @@ def _put(a, *parts, shape, index):
 
 
 _getitem = primitive(
-    lambda a, *parts, index: a[_filled(index, parts)],
+    lambda a, *parts, index: (np.float64(a) if type(a) is float else a)[_filled(index, parts)],
     lambda i, g, out, operands, index: (
         None if i else _scatter(g, *operands[1:], shape=np.shape(operands[0]), index=index)
     ),
@@ -2265,14 +2259,25 @@ def repeat(a, repeats, axis=None):
     return take(a, np.repeat(np.arange(n), repeats), axis)
 
 
+def _tile_x(g, out, x, reps):
+    shape = np.shape(x)
+    parts = [n for r, s in zip(reps[len(reps) - len(shape) :], shape) for n in (r, s)]
+    spread = _reshape(g, (*reps[: len(reps) - len(shape)], *parts))
+    return np.sum(spread, axis=(*range(len(reps) - len(shape)), *range(len(reps) - len(shape), spread.ndim, 2)))
+
+
+_tile = primitive(
+    lambda x, reps: np.tile(x, reps),
+    _tile_x,
+    name="tile",
+    samples=[(((2, 3),), {"reps": (2, 2)}), (((3,),), {"reps": (2, 1, 3)}), (((2, 1),), {"reps": (1, 3)})],
+)
+
+
 @composed(np.tile)
 def tile(A, reps):
     reps = tuple(reps) if isinstance(reps, Iterable) else (reps,)
-    shape = (1,) * (len(reps) - np.ndim(A)) + np.shape(A)
-    reps = (1,) * (len(shape) - len(reps)) + reps
-    spread = _reshape(A, tuple(n for s in shape for n in (1, s)))
-    wide = np.broadcast_to(spread, tuple(n for r, s in zip(reps, shape) for n in (r, s)))
-    return _reshape(wide, tuple(r * s for r, s in zip(reps, shape)))
+    return _tile(A, (1,) * (np.ndim(A) - len(reps)) + tuple(map(operator.index, reps)))
 
 
 @composed(np.pad)
@@ -2428,6 +2433,31 @@ TABLE[np.matmul] = primitive(
 )
 
 
+def _dense_forward(x, w, b, activation=None):
+    out = _matmul(x, w)
+    if type(out) is not np.ndarray or np.result_type(out, b) != out.dtype:
+        out = out + b
+        return activation.forward(out) if activation else out
+    out += b
+    return activation.forward(out, out=out) if activation else out
+
+
+def _dense_g(g, out, activation):
+    return activation.vjps[0](g, out, None) if activation else g
+
+
+# activation(x @ w + b) in one buffer where three operations have three, of which no rule reads two: half the memory of
+# a large layer. `activation` is a primitive that reads its result only, or None; `optimize` makes it three again.
+_dense = primitive(
+    _dense_forward,
+    lambda g, out, x, w, b, activation=None: _matmul_x(_dense_g(g, out, activation), out, x, w),
+    lambda g, out, x, w, b, activation=None: _matmul_y(_dense_g(g, out, activation), out, x, w),
+    lambda g, out, x, w, b, activation=None: _dense_g(g, out, activation),
+    name="dense layer",
+    samples=[(((2, 3), (3, 4), (4,)), {"activation": f}) for f in (TABLE[np.tanh], sigmoid, None)],
+)
+
+
 @composed(np.dot)
 def dot(a, b):
     if np.ndim(a) == 0 or np.ndim(b) == 0:
@@ -2442,16 +2472,21 @@ def inner(a, b):
 
 @composed(np.vdot)
 def vdot(a, b):
+    if np.ndim(a) == np.ndim(b) == 0:
+        return a * b
+    a, b = _together((a, b))
     return np.matmul(ravel(a), ravel(b))
 
 
 @composed(np.outer, np.linalg.outer)
 def outer(a, b):
+    a, b = _together((a, b))
     return _reshape(a, (-1, 1)) * _reshape(b, (1, -1))
 
 
 @composed(np.tensordot)
 def tensordot(a, b, axes=2):
+    a, b = _together((a, b))
     if not isinstance(axes, Iterable):
         axes = (range(np.ndim(a) - axes, np.ndim(a)), range(axes))
     left, right = ([_axis(i, x) for i in (s if isinstance(s, Iterable) else (s,))] for x, s in zip((a, b), axes))
@@ -2470,6 +2505,8 @@ def tensordot(a, b, axes=2):
 
 @composed(np.kron)
 def kron(a, b):
+    if not (np.ndim(a) and np.ndim(b)):
+        return np.multiply(a, b)
     ndim = max(np.ndim(a), np.ndim(b))
     s, t = ((1,) * (ndim - np.ndim(x)) + np.shape(x) for x in (a, b))
     product = _reshape(a, tuple(n for i in s for n in (i, 1))) * _reshape(b, tuple(n for j in t for n in (1, j)))
@@ -2593,8 +2630,8 @@ def _decomposed(a):
 def _cofactors(a):
     with contextlib.suppress(np.linalg.LinAlgError), np.errstate(all="ignore"):
         inverse = np.linalg.inv(a)
-        condition = np.linalg.norm(a, axis=(-2, -1)) * np.linalg.norm(inverse, axis=(-2, -1))
-        if not np.any(condition > np.finfo(inverse.dtype).eps ** -0.5):
+        squares = (np.einsum("...ij,...ij->...", x, x) for x in (a, inverse))  # of Frobenius' norms
+        if not np.any(math.prod(squares) > 1 / np.finfo(inverse.dtype).eps):
             return np.linalg.det(a)[..., None, None] * _t(inverse)
     u, s, v, sign = _decomposed(a)
     return sign * ((u * _others(s)[..., None, :]) @ v)
@@ -2623,12 +2660,14 @@ def _traces(a):
     return np.trace(a, 0, -2, -1)
 
 
-_cofactor = primitive(_cofactors, lambda g, out, a: _slope_of_cofactors(g, a), name="cofactors", samples=_SQUARE)
+_cofactor = primitive(
+    _cofactors, lambda g, out, a: _slope_of_cofactors(g, a), name="matrix of cofactors", samples=_SQUARE
+)
 _slope_of_cofactors = primitive(
     _cofactors_slope,
     lambda g, out, h, a: _slope_of_cofactors(g, a),
     _cofactors_slope_a,
-    name="cofactors_slope",
+    name="slope of cofactors",
     samples=[((shape, (shape, "definite")), {}) for shape in ((3, 3), (2, 3, 3))],
 )
 primitive(np.linalg.det, lambda g, out, a: np.expand_dims(g, (-1, -2)) * _cofactor(a), samples=_SQUARE)
@@ -2658,6 +2697,8 @@ def slogdet(a):
 @composed(np.linalg.norm)
 def norm(x, ord=None, axis=None, keepdims=False):
     """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices; its gradient at 0 is 0."""
+    if x.dtype.kind != "f":
+        x = x.astype(np.float64)  # as NumPy does, before integers overflow
     vector = np.ndim(x) == 1 if axis is None else not isinstance(axis, Iterable)
     if ord is None or (vector and ord == 2) or (ord == "fro" and not vector):
         return _norm(x, axis=axis if not isinstance(axis, list) else tuple(axis), keepdims=keepdims)
@@ -2830,7 +2871,11 @@ for _prim in PRIMITIVES.values():
 # Methods: every primitive that takes its operands one by one, and the compositions that ndarray has as methods.
 for _key, _function in list(TABLE.items()):
     _name = getattr(_function, "name", _key.__name__)
-    if _name not in vars(Array) and (hasattr(np.ndarray, _name) or getattr(_function, "operands", None)):
+    if (
+        _name.isidentifier()
+        and _name not in vars(Array)
+        and (hasattr(np.ndarray, _name) or getattr(_function, "operands", None))
+    ):
         setattr(Array, _name, lambda self, *args, _function=_function, **kwargs: _function(self, *args, **kwargs))
 
 
@@ -2976,13 +3021,20 @@ def _write_whole(path: Path, write: Callable) -> None:
         os.replace(new, path)
 
 
-_ACTIVATIONS = {"tanh": np.tanh, "relu": relu, "sigmoid": sigmoid, "gelu": gelu, "softplus": softplus, None: None}
+_ACTIVATIONS = {
+    "tanh": TABLE[np.tanh],
+    "relu": relu,
+    "sigmoid": sigmoid,
+    "gelu": gelu,
+    "softplus": softplus,
+    None: None,
+}
 
 
 def _activation(activation):
-    """The function of an activation's name."""
+    """The function of an activation's name; of one of NumPy's, the primitive."""
     if callable(activation):
-        return activation
+        return TABLE.get(activation, activation) if isinstance(activation, np.ufunc) else activation
     if not isinstance(activation, str | None) or activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be a function or one of {list(_ACTIVATIONS)}, got {activation!r}")
     return _ACTIVATIONS[activation]
@@ -3013,6 +3065,9 @@ def _layer_input(x, w: Value):
     return x
 
 
+_DENSE_ELEMENTS = 1 << 14  # below, memory is no matter, and a picture of each operation says more
+
+
 class Neuron(Module):
     """activation(x @ w + b), with w of shape (nin,) and b of (). In: (nin,) or (n, nin); out: () or (n,)."""
 
@@ -3038,8 +3093,12 @@ class Layer(Module):
         self.activation, self._function = activation, _activation(activation)
 
     def __call__(self, x: Any) -> Value:
-        out = _write_over(np.add, _layer_input(x, self.w) @ self.w, self.b)
-        return _write_over(self._function, out) if self._function else out
+        x, f = _layer_input(x, self.w), self._function
+        if _DENSE_ELEMENTS <= math.prod(x.shape[:-1]) * self.w.shape[1] < HOOK.limit:
+            if f is None or (isinstance(f, Primitive) and f.builtin and f.reads == "out"):
+                return _dense(x, self.w, self.b, activation=f)
+        out = x @ self.w + self.b
+        return f(out) if f else out
 
     def __repr__(self):
         return f"Layer({self.w.shape[0]}, {self.w.shape[1]}, activation={self.activation!r})"
@@ -3367,27 +3426,44 @@ def _parameter(name: str, x: Any) -> str:
     return f"[{', '.join(map(short, x))}]" if name == "index" and isinstance(x, tuple) else f"{name}={short(x)}"
 
 
-def _save_picture(graph: Any, path: Path) -> None:
-    """Renders in memory, then puts the complete file in its place, with the permissions of any new file."""
-    from graphviz import ExecutableNotFound
+_DOT_SECONDS = 60.0  # that Graphviz may take, and a second more for each box
 
-    picture, missing = graph.copy(), None
+
+def _save_picture(graph: Any, path: Path, seconds: float) -> None:
+    """Renders in memory, then puts the complete file in its place."""
+    import subprocess
+
+    picture = graph.copy()
     if path.suffix.lower() == ".png":
         picture.graph_attr["dpi"] = "120"  # text comes out as large as that of the page around it
+    command = ["dot", f"-T{path.suffix[1:].lower()}"]
     try:
-        content = picture.pipe(format=path.suffix[1:].lower())
-    except ExecutableNotFound as error:
-        path, content, missing = path.with_suffix(".gv"), graph.source.encode(), error
-    _write_whole(path, lambda file: file.write(content))
-    if missing:
+        done = subprocess.run(command, input=picture.source.encode(), capture_output=True, timeout=seconds)
+    except (FileNotFoundError, PermissionError) as error:
+        source = _save_source(graph.source.encode(), path)
         raise RuntimeError(
             "draw: Graphviz's program `dot`, which makes the picture, was not found on PATH. To install it:\n"
             "  Debian, Ubuntu   sudo apt install graphviz\n"
             "  macOS            brew install graphviz\n"
             "  Windows          winget install Graphviz.Graphviz, then add its bin folder to PATH\n"
             "  conda            conda install -c conda-forge graphviz\n"
-            f"The picture's source was saved as {path}; `dot` turns that into a picture, too."
-        ) from missing
+            f"The picture's source was saved as {source}; `dot` turns that into a picture, too."
+        ) from error
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"draw: Graphviz's program `dot` did not finish within {seconds:g} s") from None
+    if done.returncode or not done.stdout:
+        said = done.stderr.decode(errors="replace").strip() or "no message"
+        raise RuntimeError(f"draw: Graphviz's program `dot` made no picture (exit code {done.returncode}): {said}")
+    _write_whole(path, lambda file: file.write(done.stdout))
+
+
+def _save_source(content: bytes, path: Path) -> Path:
+    """Writes beside path, ending in .gv, under a name that no other file has."""
+    for i in itertools.count():
+        source = path.with_suffix(f".{i}.gv" if i else ".gv")
+        if not os.path.lexists(source) or (source.is_file() and source.read_bytes() == content):
+            _write_whole(source, lambda file: file.write(content))
+            return source
 
 
 def draw(
@@ -3405,8 +3481,8 @@ def draw(
     max_nodes: the most boxes to draw; above that, ValueError says how many there are.
     rankdir: "LR" (left to right) or "TB" (top to bottom); None takes what keeps a page-wide picture legible.
 
-    ImportError without the package graphviz. RuntimeError if a picture file needs Graphviz's program `dot` and it is
-    not installed: then the picture's source is saved instead, ending in .gv.
+    ImportError without the package graphviz. RuntimeError if a picture file needs Graphviz's program `dot` and this
+    fails, takes minutes, or is not installed: then the picture's source is saved instead, in a new file ending in .gv.
     """
     if not isinstance(root, Value):
         raise TypeError(f"draw: root must be a Value, got {type(root).__name__}")
@@ -3487,7 +3563,7 @@ def draw(
     cells = "".join(cell(kind=kind, **look) for kind, look in _BOXES.items() if kind in kinds)
     graph.attr(label=f'<<table border="0" cellborder="1" cellspacing="4" cellpadding="3"><tr>{cells}</tr></table>>')
     if filename is not None:
-        _save_picture(graph, filename)
+        _save_picture(graph, filename, _DOT_SECONDS + count)
     return graph
 
 
@@ -3544,7 +3620,6 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
                 raise ValueError(f"set_distributed_config: {name} must be at least 1, got {value}")
             changes[name] = int(value)
     _config = replace(_config, **changes)
-    HOOK.limit = _config.min_elements_for_parallel if _config.enabled else math.inf
     if not _config.enabled:
         _memory.bound = 0
         _memory.clear()
@@ -3692,7 +3767,7 @@ class _Lease:
         }
 
     def __del__(self):
-        if _memory is not None:  # as it is when Python ends
+        if _memory is not None and hasattr(self, "segment"):  # else Python ends, or this was interrupted
             _memory.take_back(self.segment)
 
 
@@ -3705,8 +3780,8 @@ class _Memory:
         self.bound = 0  # bytes of freed segments that are kept for the next results: none when nothing is distributed
         self.lock = threading.RLock()  # reentrant: an array may die, and come here, at any allocation
 
-    def empty(self, shape: tuple, dtype, shared: bool) -> np.ndarray:
-        """A new array, where worker processes find it if they are to share it and it can be had."""
+    def empty(self, shape: tuple, dtype, shared: bool, brief: bool = False) -> np.ndarray:
+        """A new array, where worker processes find it if they are to share it and it can be had; brief: for a job."""
         dtype = np.dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < _SMALL_BYTES and not shared:
@@ -3714,7 +3789,8 @@ class _Memory:
         size = -(-max(nbytes, 1) >> 20) << 20
         self.bound = self.bound or _physical_bytes() // 16
         segment = self.take(size, shared)
-        if segment is None and shared and len(self.shared) >= _MAX_SEGMENTS and not self.clear(shared=True):
+        most = 2 * _MAX_SEGMENTS if brief else _MAX_SEGMENTS
+        if segment is None and shared and len(self.shared) >= most and not self.clear(shared=True):
             segment = self.take(size, False)
             shared = False
         if segment is None and shared:
@@ -3799,7 +3875,7 @@ def _describe(x: np.ndarray):
 # --- block programs ---
 
 _BLOCK_BYTES = 1 << 21  # of an array in a block: 512k float32. Smaller ones pass the interpreter's lock on too often
-_WHOLE_BLOCKS = 8  # as many of one operation NumPy does as fast in one go
+_FEW_BLOCKS = 8  # of one operation: NumPy does them as fast in one go. Four times as many are worth other processes
 _REDUCERS = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum, "any": np.logical_or}
 _REDUCERS |= {"all": np.logical_and}
 _BUILTIN = dict(PRIMITIVES)  # what is cut into blocks, and worker processes know: a primitive of a user runs whole
@@ -4120,7 +4196,7 @@ def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
             except RuntimeError as error:
                 if "shutdown" not in str(error):
                     raise  # else Python ends, and there are no more threads: this one does it
-            return [work(), *[future.result() for future in futures]]
+            return [work(), *[future.result() for future in futures if not future.cancel()]]
         finally:
             queue.clear()  # after an error or an interrupt, the others stop at the next block
 
@@ -4152,27 +4228,24 @@ def run_blocks(
     Returns the arrays, and the reduction's result with its axes kept as length 1. Floating-point faults are warned of
     as the caller's `np.errstate` says, once for each primitive.
     """
-    state = np.geterr()
+    state, first = np.geterr(), len(inputs)
+    itemsizes = [dtype.itemsize for *_, dtype in steps] + [x.dtype.itemsize for x in inputs if np.ndim(x)]
     inputs = [_without_repeats(x) if isinstance(x, np.ndarray) else x for x in inputs]
-    first = len(inputs)
     dtypes = {i: steps[i - first][2] for i in outputs}
     name, axes, dtype = reduction or (None, (), None)
-    itemsizes = [dtype.itemsize for *_, dtype in steps] + [x.dtype.itemsize for x in inputs if np.ndim(x)]
     extents = _block_shape(shape, max(itemsizes), axes)
-    count = math.prod(-(-n // extent) for n, extent in zip(shape, extents))
-    if not all(prim.builtin for prim, *_ in steps):
+    count = math.prod([-(-n // extent) for n, extent in zip(shape, extents)])
+    if not all([prim.builtin for prim, *_ in steps]):
         extents, count = [max(1, n) for n in shape], 1
     n = 1 if _in_worker() else min(_num_workers(), count)
-    processes = _config.use_processes and n > 1
-    if into is None and len(steps) + bool(reduction) == 1 and count <= _WHOLE_BLOCKS:
-        return _at_once(steps, inputs, shape, reduction, processes)
+    processes = _shares() and n > 1 and count * (len(steps) + bool(reduction)) > 4 * _FEW_BLOCKS
     if into is None:
-        into = [_memory.empty(shape, dtype, processes) for dtype in dtypes.values()]
+        into = [_memory.empty(shape, dtype, _shares()) for dtype in dtypes.values()]
     parts = None
     if reduction:
         wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
         kept = [-(-n // extents[i]) if i in axes else n for i, n in enumerate(shape)]
-        parts = _memory.empty(tuple(kept), wide, processes)
+        parts = _memory.empty(tuple(kept), wide, processes, brief=True)
     job = _Job(steps, inputs, shape, dict(zip(dtypes, into)), (name, axes) if reduction else None, parts, extents)
     faults = None
     _local.depth += 1  # from here on a signal's handler finds a job under way
@@ -4191,23 +4264,21 @@ def run_blocks(
     return list(into), parts if parts is None else parts.astype(dtype, copy=False)
 
 
-def _at_once(steps: tuple, inputs: list, shape: tuple, reduction: tuple | None, shared: bool) -> tuple:
-    """What `run_blocks` returns for one operation, done by NumPy in one go."""
-    if reduction:
-        name, axes, dtype = reduction
-        wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
-        x = inputs[0] if inputs[0].shape == shape else np.broadcast_to(inputs[0], shape)
-        return [], _REDUCERS[name].reduce(x, axes, wide, None, True).astype(dtype, copy=False)
-    ((prim, operands, dtype),) = steps
-    args = [inputs[i] for i in operands]
-    if not isinstance(prim.forward, np.ufunc) and prim is not _as_dtype:
-        return [prim.forward(*args)], None
-    out = _memory.empty(shape, dtype, shared)
+def _shares() -> bool:
+    """Whether arrays are to be where worker processes find them."""
+    return _config.use_processes and not _in_worker()
+
+
+def _at_once(prim: Primitive, args: Sequence, shape: tuple, dtype: np.dtype) -> np.ndarray:
+    """An element-wise operation, done by NumPy in one go."""
+    if not prim.ufunc and prim is not _as_dtype:
+        return prim.forward(*args)
+    out = _memory.empty(shape, dtype, _shares())
     if prim is _as_dtype:
         np.copyto(out, args[0], "unsafe")
     else:
         prim.forward(*args, out=out)
-    return [out], None
+    return out
 
 
 def _without_repeats(x: np.ndarray) -> np.ndarray:
@@ -4255,7 +4326,17 @@ class _Buffer:
 
     def compute(self, reduction: tuple | None = None):
         """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
-        kept is kept now: nothing is computed a third time."""
+        kept is kept now: nothing is computed a third time. A single operation that is small NumPy does."""
+        few = math.prod(self.shape) * self.dtype.itemsize <= _FEW_BLOCKS * _BLOCK_BYTES
+        if few and reduction and self.array is not None:
+            name, axes, dtype = reduction
+            wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
+            return _REDUCERS[name].reduce(self.array, axes, wide, None, True).astype(dtype, copy=False)
+        if few and not reduction and not any([type(x) is _Buffer and x.array is None for x in self.args]):
+            with np.errstate(**self.state):
+                args = [x.array if type(x) is _Buffer else x for x in self.args]
+                self.settle(_memory.spend(_at_once, self.prim, args, self.shape, self.dtype))
+            return None
         nodes = self.pending()
         inputs: list = []
         places: dict[int, int] = {}
@@ -4287,7 +4368,7 @@ class _Buffer:
 
     def where_workers_are(self) -> np.ndarray:
         """The data, in process mode in shared memory if nobody knows where they are."""
-        if _config.use_processes and not self.given and _describe(self.array) is None and not _in_worker():
+        if not self.given and _shares() and len(_memory.shared) < _MAX_SEGMENTS and _describe(self.array) is None:
             shared = _memory.empty(self.shape, self.dtype, True)
             np.copyto(shared, self.array)
             self.array = shared
@@ -4370,7 +4451,7 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
             if not kwargs:
                 return _evaluate(prim, inputs, _NO_PARAMS)
             out = kwargs["out"][0] if kwargs.keys() == {"out"} else None
-            if type(out) is Chunked and _waits(prim):
+            if type(out) is Chunked and _waits(prim, np.geterr()):
                 new = _evaluate(prim, inputs, _NO_PARAMS)
                 if new.shape == out.shape and np.can_cast(new.dtype, out.dtype, "same_kind"):
                     out.assign(new)
@@ -4431,14 +4512,15 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
         return np.array, (self.force(),)
 
 
-def _waits(prim: Primitive) -> bool:
+def _waits(prim: Primitive, state: dict) -> bool:
     """Whether an operation may wait, or be cut into blocks: one of the catalogue, whose faults nobody has to see at
     once; as NumPy does them, they may be an error, or a call, on the line that they come from."""
-    return (
-        prim.builtin
-        and set(np.geterr().values()) <= {"ignore", "warn"}
-        and not any(how == "error" and issubclass(RuntimeWarning, kind) for how, _, kind, *_ in warnings.filters)
-    )
+    if not prim.builtin or not _QUIET.issuperset(state.values()):
+        return False
+    return not any([how == "error" and issubclass(RuntimeWarning, kind) for how, _, kind, *_ in warnings.filters])
+
+
+_QUIET = frozenset(("ignore", "warn"))
 
 
 class _InBlocks(Kind):
@@ -4457,14 +4539,14 @@ class _InBlocks(Kind):
         forced = any([x.forced for x in ours])
         if prim is _detach:
             return raw[0]
-        if (_config.enabled or forced) and not _mode.tracing and _waits(prim):
-            if prim.elementwise and (not params or prim is _as_dtype) and all(map(_in_c_order, raw)):
+        state = np.geterr()
+        if (_config.enabled or forced) and not _mode.tracing and _waits(prim, state):
+            if prim.elementwise and (not params or prim is _as_dtype) and all([_in_c_order(x) for x in raw]):
                 raw = raw if prim.ufunc else _strengthened(prim, raw)
                 with contextlib.suppress(ValueError):  # shapes that do not fit: NumPy says so
-                    np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])
                     dtype = np.dtype(params["dtype"]) if params else _result_dtype(prim, raw)
                     if prim.forward is not np.power or dtype.kind == "f":  # which fails on some integers
-                        return Chunked(_step(prim, raw, dtype, np.geterr()), forced=forced)
+                        return Chunked(_step(prim, raw, dtype, state), forced=forced)
             if prim.name in _REDUCTIONS and type(raw[0]) is Chunked:
                 return _reduced(prim.name, raw[0].buffer, **params)
         if not prim.builtin:  # code that is not ours may keep what it gets, and what it returns
@@ -4492,18 +4574,23 @@ class _InBlocks(Kind):
 
 
 class _BlocksHook(_Hook):
-    """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed."""
+    """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed, if it
+    has more than two blocks."""
+
+    @property
+    def limit(self):
+        return max(_config.min_elements_for_parallel, _BLOCK_BYTES // 4) if _config.enabled else math.inf
 
     def adopt(self, raw, choice, dtype=None, new=False):
         takes = self.takes(raw, choice)
         if type(raw) is Chunked:
             return raw if takes else raw.expose()
         if dtype is not None:
-            large = takes and raw.nbytes > _BLOCK_BYTES and raw.flags.c_contiguous
+            large = takes and raw.size * dtype.itemsize > 2 * _BLOCK_BYTES and raw.flags.c_contiguous
             steps = ((_as_dtype, (0,), dtype),)
             raw = run_blocks(steps, [raw], raw.shape, [1])[0][0] if large else raw.astype(dtype)
             new = True
-        fits = takes and type(raw) is np.ndarray and raw.nbytes > _BLOCK_BYTES and raw.flags.carray
+        fits = takes and type(raw) is np.ndarray and raw.nbytes > 2 * _BLOCK_BYTES and raw.flags.carray
         return Chunked(raw, not new, choice is True) if fits else raw
 
     def takes(self, raw, choice):
@@ -4561,7 +4648,8 @@ _dtypes: dict[tuple, np.dtype] = {}
 
 def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buffer:
     """An element-wise operation, which waits if nobody else may write to what it reads."""
-    shape = np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])
+    shapes = {x.shape for x in raw if getattr(x, "shape", ())}
+    shape = shapes.pop() if len(shapes) == 1 else np.broadcast_shapes(*shapes)
     with _chunk_lock:
         args, wait = [], True
         for x in raw:
@@ -4577,7 +4665,7 @@ def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buff
             args.append(x)
         new = _Buffer(None, False, shape, np.dtype(dtype), prim, tuple(args), state)
         if not wait or len(new.pending()) >= _MAX_PENDING:
-            new.force()
+            new.compute()
         for x in new.args:
             if type(x) is _Buffer:
                 if x.readers is None:
@@ -4875,6 +4963,7 @@ _SIMPLER: dict[Primitive, Callable] = {
     TABLE[np.copy]: lambda node, a: a,
     _BROADCAST: lambda node, array, shape: array,
     _as_dtype: lambda node, a, dtype: a,
+    _dense: lambda node, x, w, b, activation=None: activation(x @ w + b) if activation else x @ w + b,
 }
 
 
