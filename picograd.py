@@ -4748,8 +4748,19 @@ def _mean(x: _Buffer, axes: tuple, count: int, dtype: np.dtype) -> np.ndarray:
 # straight-line program. First PASSES rewrite the forward graph; its backward sweep is then traced with the primitives'
 # own rules, as Values, so that the passes see both; at last `_Lowering` writes the joint graph down as Python.
 # A pass is a function of roots to roots. Nodes are never changed: a pass makes new ones where something is new, and
-# they take over the data of the old, so that shapes and dtypes are known throughout.
+# they take over the data of the old, so that shapes and dtypes are known throughout. What may be rewritten, and what is
+# written as plain calls of NumPy's, `_regular` decides, and nothing else.
 # Invariant: the roots that a pass returns have the value, the shape and the dtype of those it was given.
+#
+#     >>> a, b = Value(2.0, label="a"), Value(3.0, label="b")
+#     >>> print(optimize(a * b + a**2).source.partition("\n\n")[0])
+#     def forward():
+#         x0 = i8._data
+#         x1 = i9._data
+#         t0 = x0 * x1
+#         t1 = x0 * x0
+#         t2 = t0 + t1
+#         return (t2, ), (x0, x1, )
 # ---------------------------------------------------------------------------------------------------------------------
 
 _BATCH_SCALARS, _BATCH_ARRAYS = 16, 4  # smallest groups worth an array operation: below, its overhead costs more
@@ -5378,7 +5389,7 @@ def batch(roots: Sequence) -> list:
         key: Any = node  # on its own
         if prim is _dot and _regular(node):
             key = (prim, node._params["products"], len(node._args), kind(node), _starts_at_zero(node), reach[node])
-        elif node.size <= _BATCH_SIZE and _regular(node):
+        elif _regular(node) and node.size <= _BATCH_SIZE:
             arrays = prim in _BATCHED and all([isinstance(_raw(x), np.ndarray) for x in node._args])
             if arrays or (prim.elementwise and prim.operands and not node._params):
                 shared = [
@@ -5544,11 +5555,7 @@ def _run_rule(g, out, *operands, prim, i, params):
     x = _leaf(operands[i])
     with _recording():
         node = _node(out, prim, (*operands[:i], x, *operands[i + 1 :]), params)
-    return _backpropagate(node, g).get(x)
-
-
-def _rule_or_zeros(g, out, *operands, prim, i, params):
-    h = _run_rule(g, out, *operands, prim=prim, i=i, params=params)
+    h = _backpropagate(node, g).get(x)
     return _filled_like(operands[i], 0) if h is None else h
 
 
@@ -5561,7 +5568,7 @@ def _unregistered(name: str, forward: Callable, vjps: tuple, like: Primitive) ->
     return new
 
 
-_rule = _unregistered("rule", _rule_or_zeros, (None,), like=_dot)  # its parameters: primitive, place and parameters
+_rule = _unregistered("rule", _run_rule, (None,), like=_dot)  # its parameters: primitive, place and parameters
 
 
 def seal(roots: Sequence) -> list:
@@ -5571,8 +5578,7 @@ def seal(roots: Sequence) -> list:
     def rule_of(prim, i):
         def rule(g, out, *operands, **params):
             params = {"prim": prim, "i": i, "params": params}
-            h = _run_rule(*map(_raw, (g, out, *operands)), **params)
-            return None if h is None else _node(h, _rule, (g, out, *operands), params)
+            return _node(_run_rule(*map(_raw, (g, out, *operands)), **params), _rule, (g, out, *operands), params)
 
         return rule
 
@@ -5638,8 +5644,6 @@ class _Lowering:
         for node in reversed(nodes):
             if node._prim is _fused and not self.blocked(node):
                 last[node._params["chain"][-1]] = last[node]
-            if node._prim is not None and not node._prim.builtin:
-                last.update((x, math.inf) for x in node._args if isinstance(x, Value))  # users may hold on to them
             if type(node._data) is np.ndarray and not self.fills(node):
                 for x in node._args:
                     if isinstance(x, Value):
@@ -5795,7 +5799,10 @@ class _Lowering:
 
     def call(self, node: Value) -> str:
         """The forward of a primitive on whatever operands and parameters it has."""
-        prim, names = node._prim, "".join([f"{self.name(x)}, " for x in node._args])
+        prim, names = node._prim, [self.name(x) for x in node._args]
+        if not prim.builtin:  # code that is not ours may keep what it gets
+            names = [f"{name}.copy()" if name in self.fixed and name.startswith("b") else name for name in names]
+        names = "".join([f"{name}, " for name in names])
         if prim is _rule:
             return f"{self.bind('f', functools.partial(_rule.forward, **node._params))}({names})"
         call = f"_evaluate({self.bind('f', prim)}, ({names}), {self.bind('c', node._params)})"
@@ -5991,7 +5998,6 @@ def _checked(x: Array, shape: tuple) -> np.ndarray:
 # --- programs ---
 
 PASSES = (fold_constants, merge_common, flatten, batch, simplify, merge_common)
-FOREIGN_PASSES = (fold_constants, simplify, merge_common)  # if there are arrays of other libraries
 JOINT_PASSES = (fold_constants, simplify, simplify, merge_common, reduce_products)  # of values and gradients together
 
 
@@ -6049,7 +6055,7 @@ class _Program:
                     if isinstance(x, Array) and type(x._data) is Chunked:
                         x._data = x._data.expose()  # the passes look at arrays
             self.foreign = any(_lazy(node._data) for node in nodes)
-            for apply in FOREIGN_PASSES if self.foreign else PASSES:
+            for apply in PASSES:
                 graph = apply(graph)
             self.graph = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
         reach, leaves = _reach(self.traced), [node for node in nodes if node._prim is None]
