@@ -3514,7 +3514,19 @@ def draw(
 # its operands, dtype) on slots, the inputs first and then the result of each step; and the inputs. Out: arrays.
 # `run_blocks` cuts the work into blocks that fit in the cache, and does all steps on one block before the next, so
 # that a chain of operations goes through memory once. Reductions combine the blocks' results in a fixed order.
-# `Chunked` is the array that makes such programs: it defers element-wise work until somebody looks.
+# `Chunked` is the raw value that makes such programs: element-wise operations on it wait until somebody looks.
+#
+#     >>> set_distributed_config(enabled=True)
+#     >>> x = Tensor(np.ones((4000, 1000)))
+#     >>> y = x * 2 + 1  # waits: y is a step that reads a step that reads the data of x
+#     >>> y.sum().item()  # one pass: no block of y is ever written to memory
+#     12000000.0
+#     >>> x.data[0] = 5.0  # x is handed out: first y is computed, and from now on nothing waits to read x
+#     >>> y.sum().item(), (x * 2 + 1).sum().item()
+#     (12000000.0, 12008000.0)
+#
+# What a `Chunked` holds is a buffer. A buffer that nobody was handed does not change: in place, the array gets another.
+# One that was handed out stays where it is, whoever may write to it. So there is no order of statements that matters.
 # Invariants: the cut depends on shape and dtype only, so results do not depend on the workers; what is seen of an array
 # is what NumPy would have given at once.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4392,7 +4404,7 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
             out = kwargs["out"][0] if kwargs.keys() == {"out"} else None
             if type(out) is Chunked and _waits(prim, np.geterr()):
                 new = _evaluate(prim, inputs, _NO_PARAMS)
-                if new.shape == out.shape and np.can_cast(new.dtype, out.dtype, "same_kind"):
+                if type(new) is Chunked and new.shape == out.shape and np.can_cast(new.dtype, out.dtype, "same_kind"):
                     out.assign(new)
                     return out
         out = kwargs.pop("out", ())
