@@ -3606,7 +3606,19 @@ def draw(
 # its operands, dtype) on slots, the inputs first and then the result of each step; and the inputs. Out: arrays.
 # `run_blocks` cuts the work into blocks that fit in the cache, and does all steps on one block before the next, so
 # that a chain of operations goes through memory once. Reductions combine the blocks' results in a fixed order.
-# `Chunked` is the array that makes such programs: it defers element-wise work until somebody looks.
+# `Chunked` is the raw value that makes such programs: element-wise operations on it wait until somebody looks.
+#
+#     >>> set_distributed_config(enabled=True)
+#     >>> x = Tensor(np.ones((4000, 1000)))
+#     >>> y = x * 2 + 1  # waits: y is a step that reads a step that reads the data of x
+#     >>> y.sum().item()  # one pass: no block of y is ever written to memory
+#     12000000.0
+#     >>> x.data[0] = 5.0  # x is handed out: first y is computed, and from now on nothing waits to read x
+#     >>> y.sum().item(), (x * 2 + 1).sum().item()
+#     (12000000.0, 12008000.0)
+#
+# What a `Chunked` holds is a buffer. A buffer that nobody was handed does not change: in place, the array gets another.
+# One that was handed out stays where it is, whoever may write to it. So there is no order of statements that matters.
 # Invariants: the cut depends on shape and dtype only, so results do not depend on the workers; what is seen of an array
 # is what NumPy would have given at once.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3987,24 +3999,33 @@ class _Job:
                 values.append(x)
             for step, (prim, operands, dtype) in enumerate(self.steps):
                 args, target, number = [values[i] for i in operands], self.outputs.get(len(values)), numbers[step]
+                _local.step = "cast" if prim is _as_dtype else prim.name
                 if target is not None:
                     target = target[block]
-                else:
+                elif prim.ufunc or prim is _as_dtype:
                     if number not in scratch:
                         scratch[number] = np.empty(math.prod(self.extents), dtype)
                     target = scratch[number][: math.prod(shape)].reshape(shape)
-                _local.step = "cast" if prim is _as_dtype else prim.name
-                if prim is _as_dtype:
-                    np.copyto(target, args[0], "unsafe")
-                elif isinstance(prim.forward, np.ufunc):
-                    prim.forward(*args, out=target)
-                else:
-                    np.copyto(target, prim.forward(*args))
-                values.append(target)
+                values.append(_compute_step(prim, args, target))
             if self.reduction:
                 _local.step, (name, axes) = "reduce", self.reduction
                 result = values[-1] if np.shape(values[-1]) == shape else np.broadcast_to(values[-1], shape)
                 _REDUCERS[name].reduce(result, axes, self.parts.dtype, self.parts[place], True)
+
+
+def _compute_step(prim: Primitive, args: Sequence, target: np.ndarray | None) -> np.ndarray:
+    """An element-wise operation on arrays, written to target if there is one; never an operand itself, which may be
+    scratch memory."""
+    if prim is _as_dtype and target is not None:
+        np.copyto(target, args[0], "unsafe")
+    elif prim.ufunc:
+        return prim.forward(*args, out=target)
+    else:
+        out = prim.forward(*args)
+        if target is None:
+            return np.array(out) if any([np.may_share_memory(out, x) for x in args]) else out
+        np.copyto(target, out)
+    return target
 
 
 class _Local(threading.local):
@@ -4301,18 +4322,6 @@ def _shares() -> bool:
     return _config.use_processes and not _in_worker()
 
 
-def _at_once(prim: Primitive, args: Sequence, shape: tuple, dtype: np.dtype) -> np.ndarray:
-    """An element-wise operation, done by NumPy in one go."""
-    if not prim.ufunc and prim is not _as_dtype:
-        return prim.forward(*args)
-    out = _memory.empty(shape, dtype, _shares())
-    if prim is _as_dtype:
-        np.copyto(out, args[0], "unsafe")
-    else:
-        prim.forward(*args, out=out)
-    return out
-
-
 def _without_repeats(x: np.ndarray) -> np.ndarray:
     """What a view repeats is there once."""
     if 0 not in x.strides:
@@ -4366,8 +4375,10 @@ class _Buffer:
             return _REDUCERS[name].reduce(self.array, axes, wide, None, True).astype(dtype, copy=False)
         if few and not reduction and not any([type(x) is _Buffer and x.array is None for x in self.args]):
             with np.errstate(**self.state):
-                args = [x.array if type(x) is _Buffer else x for x in self.args]
-                self.settle(_memory.spend(_at_once, self.prim, args, self.shape, self.dtype))
+                args, target = [x.array if type(x) is _Buffer else x for x in self.args], None
+                if self.prim.ufunc or self.prim is _as_dtype:
+                    target = _memory.empty(self.shape, self.dtype, _shares())
+                self.settle(_memory.spend(_compute_step, self.prim, args, target))
             return None
         nodes = self.pending()
         inputs: list = []
@@ -4485,7 +4496,7 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
             out = kwargs["out"][0] if kwargs.keys() == {"out"} else None
             if type(out) is Chunked and _waits(prim, np.geterr()):
                 new = _evaluate(prim, inputs, _NO_PARAMS)
-                if new.shape == out.shape and np.can_cast(new.dtype, out.dtype, "same_kind"):
+                if type(new) is Chunked and new.shape == out.shape and np.can_cast(new.dtype, out.dtype, "same_kind"):
                     out.assign(new)
                     return out
         out = kwargs.pop("out", ())
@@ -4706,14 +4717,18 @@ def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buff
     return new
 
 
+@functools.lru_cache(100)
+def _reduced_dtype(name: str, dtype: np.dtype) -> np.dtype:
+    return _REDUCERS[name].reduce(np.ones(1, dtype)).dtype
+
+
 _REDUCTIONS = {*_REDUCERS, "mean", "var", "std"}
 
 
 def _reduced(name: str, x: _Buffer, axis=None, keepdims=False, ddof=0):
     """A reduction in one pass; var and std, which need the mean first, in two."""
     ndim, state = len(x.shape), np.geterr()
-    axes = tuple(range(ndim)) if axis is None else tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
-    axes = np.lib.array_utils.normalize_axis_tuple(axes, ndim)
+    axes = tuple(range(ndim)) if axis is None else np.lib.array_utils.normalize_axis_tuple(axis, ndim)
     count = math.prod(x.shape[i] for i in axes)
     with _chunk_lock:
         if x.array is None and x.state != state:
@@ -4730,7 +4745,7 @@ def _reduced(name: str, x: _Buffer, axis=None, keepdims=False, ddof=0):
         elif name == "mean":
             total = _mean(x, axes, count, x.dtype if x.dtype.kind == "f" else np.dtype(np.float64))
         else:
-            total = x.compute((name, axes, _REDUCERS[name].reduce(np.ones(1, x.dtype)).dtype))
+            total = x.compute((name, axes, _reduced_dtype(name, x.dtype)))
     if not keepdims:
         total = total.reshape([n for i, n in enumerate(x.shape) if i not in axes])
     return total if total.ndim else total[()]
