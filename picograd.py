@@ -305,7 +305,7 @@ class Kind:
 
     def own(self, raw):
         """The same data, held by nobody else."""
-        return raw.copy()
+        return raw.copy("K") if type(raw) is np.ndarray else raw
 
     def shared(self, raw) -> bool:
         """Whether the memory of a raw value may be another's, too."""
@@ -604,7 +604,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         raw.append(x)
     if result is None:
         kinds = [KINDS[type(x)] for x in operands]
-        if None not in kinds:
+        if any([kind is not None and kind.rank > NUMPY.rank for kind in kinds]):
             return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
     if plain and not constants and dtype is not None and dtype.kind == "f":
@@ -1935,7 +1935,7 @@ def average(a, axis=None, weights=None, *, keepdims=False):
                 f"average: weights have length {np.shape(weights)[0]}, axis {axis} has {np.shape(a)[axis]}"
             )
         weights = np.reshape(weights, [-1 if i == axis % np.ndim(a) else 1 for i in range(np.ndim(a))])
-    weights = np.broadcast_to(weights, np.shape(a))
+    weights = weights * np.ones_like(a)  # summed in the precision of both
     return np.sum(a * weights, axis=axis, keepdims=keepdims) / np.sum(weights, axis=axis, keepdims=keepdims)
 
 
@@ -2078,7 +2078,7 @@ _stack = primitive(
 
 
 def _together(arrays) -> list:
-    """What is to be joined, with weak numbers in the dtype of what they meet: an array made of one would be strong."""
+    """What is to meet, with weak numbers in the dtype that they take: reshaped to arrays, they would be strong."""
     held = [x.dtype for x in arrays if isinstance(x, Array) and type(x._data) not in _WEAK_TYPES]
     held = [dtype for dtype in held if dtype.kind == "f"] or [
         x.dtype for x in map(_raw, arrays) if hasattr(x, "dtype") and not isinstance(x, _NUMBERS)
@@ -2188,7 +2188,7 @@ def _put(a, *parts, shape, index):
 
 
 _getitem = primitive(
-    lambda a, *parts, index: a[_filled(index, parts)],
+    lambda a, *parts, index: (np.float64(a) if type(a) is float else a)[_filled(index, parts)],
     lambda i, g, out, operands, index: (
         None if i else _scatter(g, *operands[1:], shape=np.shape(operands[0]), index=index)
     ),
@@ -2259,14 +2259,25 @@ def repeat(a, repeats, axis=None):
     return take(a, np.repeat(np.arange(n), repeats), axis)
 
 
+def _tile_x(g, out, x, reps):
+    shape = np.shape(x)
+    parts = [n for r, s in zip(reps[len(reps) - len(shape) :], shape) for n in (r, s)]
+    spread = _reshape(g, (*reps[: len(reps) - len(shape)], *parts))
+    return np.sum(spread, axis=(*range(len(reps) - len(shape)), *range(len(reps) - len(shape), spread.ndim, 2)))
+
+
+_tile = primitive(
+    lambda x, reps: np.tile(x, reps),
+    _tile_x,
+    name="tile",
+    samples=[(((2, 3),), {"reps": (2, 2)}), (((3,),), {"reps": (2, 1, 3)}), (((2, 1),), {"reps": (1, 3)})],
+)
+
+
 @composed(np.tile)
 def tile(A, reps):
     reps = tuple(reps) if isinstance(reps, Iterable) else (reps,)
-    shape = (1,) * (len(reps) - np.ndim(A)) + np.shape(A)
-    reps = (1,) * (len(shape) - len(reps)) + reps
-    spread = _reshape(A, tuple(n for s in shape for n in (1, s)))
-    wide = np.broadcast_to(spread, tuple(n for r, s in zip(reps, shape) for n in (r, s)))
-    return _reshape(wide, tuple(r * s for r, s in zip(reps, shape)))
+    return _tile(A, (1,) * (np.ndim(A) - len(reps)) + tuple(map(operator.index, reps)))
 
 
 @composed(np.pad)
@@ -2461,16 +2472,19 @@ def inner(a, b):
 
 @composed(np.vdot)
 def vdot(a, b):
+    a, b = _together((a, b))
     return np.matmul(ravel(a), ravel(b))
 
 
 @composed(np.outer, np.linalg.outer)
 def outer(a, b):
+    a, b = _together((a, b))
     return _reshape(a, (-1, 1)) * _reshape(b, (1, -1))
 
 
 @composed(np.tensordot)
 def tensordot(a, b, axes=2):
+    a, b = _together((a, b))
     if not isinstance(axes, Iterable):
         axes = (range(np.ndim(a) - axes, np.ndim(a)), range(axes))
     left, right = ([_axis(i, x) for i in (s if isinstance(s, Iterable) else (s,))] for x, s in zip((a, b), axes))
@@ -3606,7 +3620,6 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
                 raise ValueError(f"set_distributed_config: {name} must be at least 1, got {value}")
             changes[name] = int(value)
     _config = replace(_config, **changes)
-    HOOK.limit = _config.min_elements_for_parallel if _config.enabled else math.inf
     if not _config.enabled:
         _memory.bound = 0
         _memory.clear()
@@ -3754,7 +3767,7 @@ class _Lease:
         }
 
     def __del__(self):
-        if _memory is not None:  # as it is when Python ends
+        if _memory is not None and hasattr(self, "segment"):  # else Python ends, or this was interrupted
             _memory.take_back(self.segment)
 
 
@@ -3767,8 +3780,8 @@ class _Memory:
         self.bound = 0  # bytes of freed segments that are kept for the next results: none when nothing is distributed
         self.lock = threading.RLock()  # reentrant: an array may die, and come here, at any allocation
 
-    def empty(self, shape: tuple, dtype, shared: bool) -> np.ndarray:
-        """A new array, where worker processes find it if they are to share it and it can be had."""
+    def empty(self, shape: tuple, dtype, shared: bool, brief: bool = False) -> np.ndarray:
+        """A new array, where worker processes find it if they are to share it and it can be had; brief: for a job."""
         dtype = np.dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < _SMALL_BYTES and not shared:
@@ -3776,7 +3789,8 @@ class _Memory:
         size = -(-max(nbytes, 1) >> 20) << 20
         self.bound = self.bound or _physical_bytes() // 16
         segment = self.take(size, shared)
-        if segment is None and shared and len(self.shared) >= _MAX_SEGMENTS and not self.clear(shared=True):
+        most = 2 * _MAX_SEGMENTS if brief else _MAX_SEGMENTS
+        if segment is None and shared and len(self.shared) >= most and not self.clear(shared=True):
             segment = self.take(size, False)
             shared = False
         if segment is None and shared:
@@ -3861,7 +3875,7 @@ def _describe(x: np.ndarray):
 # --- block programs ---
 
 _BLOCK_BYTES = 1 << 21  # of an array in a block: 512k float32. Smaller ones pass the interpreter's lock on too often
-_WHOLE_BLOCKS = 8  # as many of one operation NumPy does as fast in one go
+_FEW_BLOCKS = 8  # of one operation: NumPy does them as fast in one go. Four times as many are worth other processes
 _REDUCERS = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum, "any": np.logical_or}
 _REDUCERS |= {"all": np.logical_and}
 _BUILTIN = dict(PRIMITIVES)  # what is cut into blocks, and worker processes know: a primitive of a user runs whole
@@ -4182,7 +4196,7 @@ def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
             except RuntimeError as error:
                 if "shutdown" not in str(error):
                     raise  # else Python ends, and there are no more threads: this one does it
-            return [work(), *[future.result() for future in futures]]
+            return [work(), *[future.result() for future in futures if not future.cancel()]]
         finally:
             queue.clear()  # after an error or an interrupt, the others stop at the next block
 
@@ -4214,27 +4228,24 @@ def run_blocks(
     Returns the arrays, and the reduction's result with its axes kept as length 1. Floating-point faults are warned of
     as the caller's `np.errstate` says, once for each primitive.
     """
-    state = np.geterr()
+    state, first = np.geterr(), len(inputs)
+    itemsizes = [dtype.itemsize for *_, dtype in steps] + [x.dtype.itemsize for x in inputs if np.ndim(x)]
     inputs = [_without_repeats(x) if isinstance(x, np.ndarray) else x for x in inputs]
-    first = len(inputs)
     dtypes = {i: steps[i - first][2] for i in outputs}
     name, axes, dtype = reduction or (None, (), None)
-    itemsizes = [dtype.itemsize for *_, dtype in steps] + [x.dtype.itemsize for x in inputs if np.ndim(x)]
     extents = _block_shape(shape, max(itemsizes), axes)
-    count = math.prod(-(-n // extent) for n, extent in zip(shape, extents))
-    if not all(prim.builtin for prim, *_ in steps):
+    count = math.prod([-(-n // extent) for n, extent in zip(shape, extents)])
+    if not all([prim.builtin for prim, *_ in steps]):
         extents, count = [max(1, n) for n in shape], 1
     n = 1 if _in_worker() else min(_num_workers(), count)
-    processes = _config.use_processes and n > 1
-    if into is None and len(steps) + bool(reduction) == 1 and count <= _WHOLE_BLOCKS:
-        return _at_once(steps, inputs, shape, reduction, processes)
+    processes = _shares() and n > 1 and count * (len(steps) + bool(reduction)) > 4 * _FEW_BLOCKS
     if into is None:
-        into = [_memory.empty(shape, dtype, processes) for dtype in dtypes.values()]
+        into = [_memory.empty(shape, dtype, _shares()) for dtype in dtypes.values()]
     parts = None
     if reduction:
         wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
         kept = [-(-n // extents[i]) if i in axes else n for i, n in enumerate(shape)]
-        parts = _memory.empty(tuple(kept), wide, processes)
+        parts = _memory.empty(tuple(kept), wide, processes, brief=True)
     job = _Job(steps, inputs, shape, dict(zip(dtypes, into)), (name, axes) if reduction else None, parts, extents)
     faults = None
     _local.depth += 1  # from here on a signal's handler finds a job under way
@@ -4253,23 +4264,21 @@ def run_blocks(
     return list(into), parts if parts is None else parts.astype(dtype, copy=False)
 
 
-def _at_once(steps: tuple, inputs: list, shape: tuple, reduction: tuple | None, shared: bool) -> tuple:
-    """What `run_blocks` returns for one operation, done by NumPy in one go."""
-    if reduction:
-        name, axes, dtype = reduction
-        wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
-        x = inputs[0] if inputs[0].shape == shape else np.broadcast_to(inputs[0], shape)
-        return [], _REDUCERS[name].reduce(x, axes, wide, None, True).astype(dtype, copy=False)
-    ((prim, operands, dtype),) = steps
-    args = [inputs[i] for i in operands]
-    if not isinstance(prim.forward, np.ufunc) and prim is not _as_dtype:
-        return [prim.forward(*args)], None
-    out = _memory.empty(shape, dtype, shared)
+def _shares() -> bool:
+    """Whether arrays are to be where worker processes find them."""
+    return _config.use_processes and not _in_worker()
+
+
+def _at_once(prim: Primitive, args: Sequence, shape: tuple, dtype: np.dtype) -> np.ndarray:
+    """An element-wise operation, done by NumPy in one go."""
+    if not prim.ufunc and prim is not _as_dtype:
+        return prim.forward(*args)
+    out = _memory.empty(shape, dtype, _shares())
     if prim is _as_dtype:
         np.copyto(out, args[0], "unsafe")
     else:
         prim.forward(*args, out=out)
-    return [out], None
+    return out
 
 
 def _without_repeats(x: np.ndarray) -> np.ndarray:
@@ -4317,7 +4326,17 @@ class _Buffer:
 
     def compute(self, reduction: tuple | None = None):
         """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
-        kept is kept now: nothing is computed a third time."""
+        kept is kept now: nothing is computed a third time. A single operation that is small NumPy does."""
+        few = math.prod(self.shape) * self.dtype.itemsize <= _FEW_BLOCKS * _BLOCK_BYTES
+        if few and reduction and self.array is not None:
+            name, axes, dtype = reduction
+            wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
+            return _REDUCERS[name].reduce(self.array, axes, wide, None, True).astype(dtype, copy=False)
+        if few and not reduction and not any([type(x) is _Buffer and x.array is None for x in self.args]):
+            with np.errstate(**self.state):
+                args = [x.array if type(x) is _Buffer else x for x in self.args]
+                self.settle(_memory.spend(_at_once, self.prim, args, self.shape, self.dtype))
+            return None
         nodes = self.pending()
         inputs: list = []
         places: dict[int, int] = {}
@@ -4349,7 +4368,7 @@ class _Buffer:
 
     def where_workers_are(self) -> np.ndarray:
         """The data, in process mode in shared memory if nobody knows where they are."""
-        if _config.use_processes and not self.given and _describe(self.array) is None and not _in_worker():
+        if not self.given and _shares() and len(_memory.shared) < _MAX_SEGMENTS and _describe(self.array) is None:
             shared = _memory.empty(self.shape, self.dtype, True)
             np.copyto(shared, self.array)
             self.array = shared
@@ -4432,7 +4451,7 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
             if not kwargs:
                 return _evaluate(prim, inputs, _NO_PARAMS)
             out = kwargs["out"][0] if kwargs.keys() == {"out"} else None
-            if type(out) is Chunked and _waits(prim):
+            if type(out) is Chunked and _waits(prim, np.geterr()):
                 new = _evaluate(prim, inputs, _NO_PARAMS)
                 if new.shape == out.shape and np.can_cast(new.dtype, out.dtype, "same_kind"):
                     out.assign(new)
@@ -4493,14 +4512,15 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
         return np.array, (self.force(),)
 
 
-def _waits(prim: Primitive) -> bool:
+def _waits(prim: Primitive, state: dict) -> bool:
     """Whether an operation may wait, or be cut into blocks: one of the catalogue, whose faults nobody has to see at
     once; as NumPy does them, they may be an error, or a call, on the line that they come from."""
-    return (
-        prim.builtin
-        and set(np.geterr().values()) <= {"ignore", "warn"}
-        and not any(how == "error" and issubclass(RuntimeWarning, kind) for how, _, kind, *_ in warnings.filters)
-    )
+    if not prim.builtin or not _QUIET.issuperset(state.values()):
+        return False
+    return not any([how == "error" and issubclass(RuntimeWarning, kind) for how, _, kind, *_ in warnings.filters])
+
+
+_QUIET = frozenset(("ignore", "warn"))
 
 
 class _InBlocks(Kind):
@@ -4519,14 +4539,14 @@ class _InBlocks(Kind):
         forced = any([x.forced for x in ours])
         if prim is _detach:
             return raw[0]
-        if (_config.enabled or forced) and not _mode.tracing and _waits(prim):
-            if prim.elementwise and (not params or prim is _as_dtype) and all(map(_in_c_order, raw)):
+        state = np.geterr()
+        if (_config.enabled or forced) and not _mode.tracing and _waits(prim, state):
+            if prim.elementwise and (not params or prim is _as_dtype) and all([_in_c_order(x) for x in raw]):
                 raw = raw if prim.ufunc else _strengthened(prim, raw)
                 with contextlib.suppress(ValueError):  # shapes that do not fit: NumPy says so
-                    np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])
                     dtype = np.dtype(params["dtype"]) if params else _result_dtype(prim, raw)
                     if prim.forward is not np.power or dtype.kind == "f":  # which fails on some integers
-                        return Chunked(_step(prim, raw, dtype, np.geterr()), forced=forced)
+                        return Chunked(_step(prim, raw, dtype, state), forced=forced)
             if prim.name in _REDUCTIONS and type(raw[0]) is Chunked:
                 return _reduced(prim.name, raw[0].buffer, **params)
         if not prim.builtin:  # code that is not ours may keep what it gets, and what it returns
@@ -4554,18 +4574,23 @@ class _InBlocks(Kind):
 
 
 class _BlocksHook(_Hook):
-    """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed."""
+    """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed, if it
+    has more than two blocks."""
+
+    @property
+    def limit(self):
+        return max(_config.min_elements_for_parallel, _BLOCK_BYTES // 4) if _config.enabled else math.inf
 
     def adopt(self, raw, choice, dtype=None, new=False):
         takes = self.takes(raw, choice)
         if type(raw) is Chunked:
             return raw if takes else raw.expose()
         if dtype is not None:
-            large = takes and raw.nbytes > _BLOCK_BYTES and raw.flags.c_contiguous
+            large = takes and raw.size * dtype.itemsize > 2 * _BLOCK_BYTES and raw.flags.c_contiguous
             steps = ((_as_dtype, (0,), dtype),)
             raw = run_blocks(steps, [raw], raw.shape, [1])[0][0] if large else raw.astype(dtype)
             new = True
-        fits = takes and type(raw) is np.ndarray and raw.nbytes > _BLOCK_BYTES and raw.flags.carray
+        fits = takes and type(raw) is np.ndarray and raw.nbytes > 2 * _BLOCK_BYTES and raw.flags.carray
         return Chunked(raw, not new, choice is True) if fits else raw
 
     def takes(self, raw, choice):
@@ -4623,7 +4648,8 @@ _dtypes: dict[tuple, np.dtype] = {}
 
 def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buffer:
     """An element-wise operation, which waits if nobody else may write to what it reads."""
-    shape = np.broadcast_shapes(*[getattr(x, "shape", ()) for x in raw])
+    shapes = {x.shape for x in raw if getattr(x, "shape", ())}
+    shape = shapes.pop() if len(shapes) == 1 else np.broadcast_shapes(*shapes)
     with _chunk_lock:
         args, wait = [], True
         for x in raw:
@@ -4639,7 +4665,7 @@ def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buff
             args.append(x)
         new = _Buffer(None, False, shape, np.dtype(dtype), prim, tuple(args), state)
         if not wait or len(new.pending()) >= _MAX_PENDING:
-            new.force()
+            new.compute()
         for x in new.args:
             if type(x) is _Buffer:
                 if x.readers is None:
@@ -4723,7 +4749,7 @@ def _regular(node: Value) -> bool:
     of them empty; masks only where `_MASKS` says so. All else is computed by `_evaluate`, as in eager mode.
     """
     prim, dtype = node._prim, None
-    if prim not in _OWN:
+    if prim in _AS_THEY_ARE or not prim.builtin:
         return prim in _AS_THEY_ARE
     masks = _MASKS.get(prim, ())
     for i, x in enumerate(node._args):
@@ -4963,8 +4989,8 @@ def merge_common(roots: Sequence) -> list:
 
     def rule(node, args):
         prim, params = node._prim, node._params
-        key: Any = (prim, tuple(map(_key, args))) if prim in _OWN else node
-        if params and prim in _OWN:
+        key: Any = (prim, tuple(map(_key, args))) if prim.builtin else node
+        if params and prim.builtin:
             key += tuple([(name, _key(params[name])) for name in sorted(params)])
         found = known.get(key)
         if found is None:
@@ -5385,7 +5411,8 @@ def _chain_i(i, g, out, operands, chain):
 _fused = primitive(_run_chain, _chain_i, name="fused", variadic=True)
 _MAX_CHAIN = 32
 _AS_THEY_ARE = {_detach, _fused}  # what is right on any operands
-_OWN = frozenset(PRIMITIVES.values()) - _AS_THEY_ARE  # what the passes know
+for _prim in (_dot, _pack, _fused):
+    _prim.builtin = True
 
 
 def fuse(roots: Sequence) -> list:
@@ -5498,7 +5525,7 @@ def _unregistered(name: str, forward: Callable, vjps: tuple, like: Primitive) ->
     new = Primitive()
     for slot in Primitive.__slots__:
         setattr(new, slot, getattr(like, slot))
-    new.name, new.forward, new.vjps = name, forward, vjps
+    new.name, new.forward, new.vjps, new.builtin = name, forward, vjps, False
     return new
 
 
@@ -5519,7 +5546,7 @@ def seal(roots: Sequence) -> list:
 
     def rule(node, args):
         prim = node._prim
-        if prim in _OWN or prim in _AS_THEY_ARE or not any(prim.vjps):
+        if prim.builtin or not any(prim.vjps):
             return _renewed(node, args)
         if prim not in sealed:
             rules = tuple([f and rule_of(prim, i) for i, f in enumerate(prim.vjps)])
@@ -5579,7 +5606,7 @@ class _Lowering:
         for node in reversed(nodes):
             if node._prim is _fused and not self.blocked(node):
                 last[node._params["chain"][-1]] = last[node]
-            if node._prim is not None and node._prim not in _OWN and node._prim not in _AS_THEY_ARE:
+            if node._prim is not None and not node._prim.builtin:
                 last.update((x, math.inf) for x in node._args if isinstance(x, Value))  # users may hold on to them
             if type(node._data) is np.ndarray and not self.fills(node):
                 for x in node._args:
@@ -5700,7 +5727,7 @@ class _Lowering:
         prim, a = node._prim, _raw(node._args[0])
         if type(node._data) is not np.ndarray or not _regular(node):
             return None
-        if prim in _VIEWS and (type(a) is not np.ndarray or (prim is _getitem and len(node._args) > 1)):
+        if prim in _VIEWS and (not hasattr(a, "dtype") or (prim is _getitem and len(node._args) > 1)):
             return None
         found = self.EMITTERS.get(prim)
         plain = prim.elementwise and not node._params and (isinstance(prim.forward, np.ufunc) or prim.reads == "out")
@@ -5740,7 +5767,7 @@ class _Lowering:
         if prim is _rule:
             return f"{self.bind('f', functools.partial(_rule.forward, **node._params))}({names})"
         call = f"_evaluate({self.bind('f', prim)}, ({names}), {self.bind('c', node._params)})"
-        if type(node._data) is np.ndarray and (prim is _getitem or prim not in _OWN):  # its shape may be another
+        if type(node._data) is np.ndarray and (prim is _getitem or not prim.builtin):  # its shape may be another
             return f"_as_before({call}, {node.shape}, {self.bind('c', node.dtype)})"
         return call
 
@@ -6035,7 +6062,7 @@ class _Program:
                 joint = fuse(joint)
             joint = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in joint]
             lowering = _Lowering(joint[: len(graph)], seed, joint[len(graph) :])
-        targets = [x if x in reached else [y if y in reached else None for y in x._args] for x in targets]
+        targets = [x if x in reached else _Packed(x._args, reached) for x in targets]
         return _Compiled(*lowering.functions, lowering.source, targets)
 
     def run(self, index: int) -> tuple:
@@ -6069,8 +6096,8 @@ class _Program:
             if (node := ref()) is not None:
                 node._data = results[node._params["index"]]
 
-    def backward(self, index: int, seed) -> Iterable[tuple[Value, Any]]:
-        """(leaf, gradient) pairs, to be added up. Does not change what the results are."""
+    def backward(self, index: int, seed) -> list[tuple[Value, Any]] | dict[Value, Any]:
+        """The gradients of leaves: of code as pairs, to be added up; of a replay as a dict. Results do not change."""
         with self.lock:
             state, self.state, self.current = self.state, None, index  # buffers are used up
             saved = state[1] if state is not None and state[0] == index else self.run(index)[1]
@@ -6084,14 +6111,14 @@ class _Program:
             found = _at_home(_backpropagate(root, seed, retain=False), root)
             if self.foreign:  # the root may be computed by now
                 self.show([root._data for root in saved])
-            return [(node, g) for node, g in found.items() if node in self.reached[index]]
+            return {node: g for node, g in found.items() if node in self.reached[index]}
 
     def gradients(self, index: int, g) -> dict[Value, Any]:
         """The gradients of a root's leaves, as numbers and arrays, or as Values by the graph that was traced."""
         if isinstance(g, Value):
             return _backpropagate(_replayed(self.traced)[index], g, self.reached[index], False, True)
-        found: dict[Value, Any] = {}
-        for x, h in self.backward(index, g):
+        new, found = self.backward(index, g), {}
+        for x, h in new.items() if type(new) is dict else new:
             found[x] = found[x] + h if x in found else h
         return found
 
@@ -6113,7 +6140,7 @@ class _Program:
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """The code of a program, and what its gradients belong to: a leaf, or, of numbers in one array, a list of them."""
+    """The code of a program, and what its gradients belong to: leaves, and numbers in one array."""
 
     forward: Callable
     backward: Callable
@@ -6126,17 +6153,27 @@ def _retraced(roots) -> _Program:
 
 
 def _unpacked(targets: Sequence, gradients: Sequence) -> list[tuple[Value, Any]]:
-    """The pairs of leaf and gradient, one for each number of a pack."""
+    """The pairs of leaf and gradient, one for each number of a pack that is a leaf's."""
     pairs: list = []
     for target, g in zip(targets, gradients):
         if isinstance(target, Value):
             pairs.append((target, g))
+        elif target.weak:
+            pairs += zip(target.leaves, g.reshape(-1)[target.places].tolist())
         else:
-            numbers = g.reshape(-1).tolist() if g.dtype == np.float64 else g.reshape(-1)
-            for x, h in zip(target, numbers):
-                if x is not None:
-                    pairs.append((x, h if type(x._data) is float else x._data.dtype.type(h)))
+            pairs += [(x, _fit(h, x._data)) for x, h in zip(target.leaves, g.reshape(-1)[target.places])]
     return pairs
+
+
+class _Packed:
+    """Leaves that are numbers of a pack, and their places in it."""
+
+    def __init__(self, numbers: Sequence, reached: set):
+        self.places = [i for i, x in enumerate(numbers) if x in reached]
+        self.leaves = [numbers[i] for i in self.places]
+        self.weak = all(type(x._data) is float for x in self.leaves)
+        if len(self.places) == len(numbers):
+            self.places = slice(None)
 
 
 def _is_input(x) -> bool:
@@ -6159,6 +6196,7 @@ def _program_forward(*leaves, program, index):
 
 
 _program = primitive(_program_forward, _program_i, name="program", variadic=True)
+_program.builtin = True
 
 
 def _pictured(node: Value, args: tuple) -> Value:
@@ -6169,9 +6207,7 @@ def _pictured(node: Value, args: tuple) -> Value:
         return leaf
     if node._prim is not _fused:
         return _renewed(node, args)
-    named = _new(Primitive)
-    for slot in Primitive.__slots__:
-        setattr(named, slot, getattr(_fused, slot))
+    named = _unregistered("fused", _run_chain, (_chain_i,), _fused)
     named.symbol = _formula(node._params["chain"])
     return _twin(node, named, args)
 
@@ -6194,8 +6230,13 @@ class Optimized(Value):
         """Adds the gradient of this Value to the `.grad` of the leaves; see `Value.backward`."""
         seed = self._seed(gradient)
         program, index = self._params.values()
-        for x, g in _deposited(program.gradients(index, seed), {self: seed}).items():
-            x._grad = g
+        new = program.backward(index, seed)
+        if type(new) is dict:
+            for x, g in _deposited(new, {self: seed}).items():
+                x._grad = g
+        else:  # what code makes is no other's
+            for x, g in new:
+                x._grad = g if x._grad is None else x._grad + g
         self._grad = seed if retain_grads else None
 
     def _picture(self) -> Value:
@@ -6232,8 +6273,9 @@ def optimize(*roots: Value) -> Any:
     as what the graph became; it nests in further expressions, pickles, and can be optimized again. Values and gradients
     are the eager ones up to rounding. `.source` is the program.
 
-    A trace holds what happened when the graph was built: Python's own branches and loops on values are frozen, as is
-    the number of elements that a boolean mask selects. Shapes may not change: ValueError names the leaf.
+    A trace holds what happened when the graph was built: Python's own branches and loops on values are frozen. Shapes
+    of leaves and Tensors may not change: ValueError names the leaf. Gradients are those at the data of the last
+    forward: where data changed since, as in eager mode, they are undefined, and a second backward may see the change.
 
         >>> w = Value(2.0, label="w")
         >>> loss = optimize((w * 3.0 - 1.0) ** 2)

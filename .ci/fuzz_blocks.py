@@ -190,6 +190,8 @@ def _compute(function, args, kwargs=None, contract=True):
     weak = all(isinstance(x, np.generic) or type(_raw(x)) in (float, int, bool) for x in flat)
     if weak and any(isinstance(_raw(x), (bool, np.bool_)) for x in flat):
         raise _NotDrawn("masks of weak numbers")
+    if not weak and function in (np.hstack, np.append) and any(type(_raw(x)) in (float, int, bool) for x in flat):
+        raise _NotDrawn("numbers that are joined to arrays")
     if weak:  # NumPy has the answers of IEEE where Python raises
         raw = _each(lambda x: np.float64(x) if type(x) is float else x, raw)
     out = function(*raw, **{name: _each(_raw, x) for name, x in kwargs.items()})
@@ -984,7 +986,7 @@ class _Writer:
         self.pick, self.world, self.program, self.recent = self.random.choice, _world(True), [], []
         self.rough, self.mixed = self.chance(0.4), self.chance(0.15)  # mixed: several dtypes meet
         self.odd = not self.rough and self.chance(0.3)
-        self.kind = self.pick(["Tensor", "Tensor", "Value"])
+        self.kind = self.pick(["Tensor", "Value"])
         self.main = self.pick(["float32", "float64", "float64"] + ["float16", "int32"] * (not self.rough))
         self.base = self.pick([(40,), (6, 8), (5, 12), (30, 4), (1, 50), (3, 4, 6), (2, 3, 2, 5), (1,), (0, 3), (300,)])
         self.looks = self.pick([0.0, 0.0, 0.1, 1.0])
@@ -1254,7 +1256,11 @@ class _Writer:
     def v1(self, _):
         return self.pick(self.names(PlainValue, test=_is_leaf))
 
-    v2 = v1
+    def v2(self, blanks):
+        """Mostly another leaf of that shape: the rule of a sum may give both the same array."""
+        first, leaves = blanks["v1"], self.names(PlainValue, test=_is_leaf)
+        alike = [name for name in leaves if name != first and self.world[name].shape == self.world[first].shape]
+        return self.pick(alike * self.chance(0.8) or leaves)
 
     def t1(self, _):
         return self.pick(self.names(Plain, test=lambda x: x.dtype.kind == "f") or self.names(PlainValue, test=_is_leaf))
