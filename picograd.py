@@ -3213,7 +3213,9 @@ def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
     targets = _same_shape("binary_cross_entropy_with_logits", logits, targets)
     raw = _raw(targets)
     if not _lazy(raw) and np.size(raw) and not (0 <= np.min(raw) and np.max(raw) <= 1):
-        raise ValueError(f"binary_cross_entropy_with_logits: targets must be in [0, 1], got {raw.min()} to {raw.max()}")
+        raise ValueError(
+            f"binary_cross_entropy_with_logits: targets must be in [0, 1], got {np.min(raw)} to {np.max(raw)}"
+        )
     return np.mean(softplus(logits) - logits * targets)
 
 

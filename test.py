@@ -2862,6 +2862,7 @@ class TestNN(Strict):
             (lambda: cross_entropy(x, [0, 1, 2, 3]), ValueError, "0 to 2"),
             (lambda: cross_entropy(x, [0, 1, 2, 0.5]), TypeError, "integers"),
             (lambda: binary_cross_entropy_with_logits(x, a * 9), ValueError, "targets"),
+            (lambda: binary_cross_entropy_with_logits(Value(1.0), Tensor(2.0)), ValueError, "targets"),
             (lambda: hinge_loss(x, a), ValueError, "-1 or 1"),
         ]:
             with self.assertRaisesRegex(error, message):
