@@ -732,7 +732,7 @@ class Tensor(Array):
     dtype: a floating, integer or boolean NumPy dtype.
     distributed: True or False to force it, None to leave it to `set_distributed_config`.
 
-    A 0-d Tensor behaves like a number: comparisons give a bool, formatting works, and `+=` makes a new one.
+    A 0-d Tensor behaves like a number: comparisons give NumPy's bool, formatting works, and `+=` makes a new one.
     """
 
     __slots__ = ("_choice", "_owner")
@@ -1719,6 +1719,8 @@ def clip(a, a_min=None, a_max=None, *, min=None, max=None):
         lowest, highest = False, True
     elif dtype.kind in "iu":
         lowest, highest = np.iinfo(dtype).min, np.iinfo(dtype).max
+        low = None if type(low) is int and low < lowest else low  # as NumPy, beyond what the dtype holds
+        high = None if type(high) is int and high > highest else high
     else:
         lowest, highest = -np.inf, np.inf
     return _clip(a, lowest if low is None else low, highest if high is None else high)
@@ -2857,7 +2859,7 @@ def _tensor_operator(prim: Primitive, swapped=False):
         if not isinstance(other, _OPERANDS) and KINDS[kind] is None:
             return NotImplemented
         out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
-        return out._data if isinstance(out._data, (bool, np.bool_)) else out  # of numbers, a comparison is a bool
+        return np.bool_(out._data) if isinstance(out._data, (bool, np.bool_)) else out  # of numbers, a plain truth
 
     return method
 
