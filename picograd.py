@@ -2026,7 +2026,9 @@ def reshape(a, shape, order="C"):
 def ravel(a, order="C"):
     if order != "C":
         raise TypeError(f"ravel: order {order!r} is not supported on a Value or Tensor, only 'C'")
-    return _reshape(a, (-1,))
+    flat = _reshape(a, (-1,))
+    raw = _raw(flat)
+    return np.copy(flat) if type(raw) is np.ndarray and not raw.flags.c_contiguous else flat  # NumPy's has no gaps
 
 
 @composed(np.expand_dims)

@@ -1381,8 +1381,8 @@ class TestTensor(Strict):
 
     def test_a_0d_tensor_behaves_like_a_number(self):
         t = Tensor(2.5)
-        self.assertIs(t == 2.5, np.True_)  # as NumPy's: True + True is True
-        self.assertIs(t < 3, True)
+        self.assertIs(t == 2.5, np.True_)
+        self.assertIs(t < 3, np.True_)
         self.assertEqual(f"{t:.3f} {t}", "2.500 2.5")
         self.assertEqual((float(t), int(t), round(t), abs(-t), bool(t)), (2.5, 2, 2, 2.5, True))
         self.assertEqual(math.sqrt(Tensor(4)), 2.0)

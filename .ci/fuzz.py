@@ -876,7 +876,7 @@ ARGUMENTS = {
     **dict.fromkeys(["ndim", "size", "iscomplexobj", "zeros_like", "ones_like", "nan_to_num"], _texts(0, "{x}")),
     "full_like": _texts(0, "{x}, 0.5"),
     "empty_like": lambda w, x: f"{x}).shape and np.zeros_like({x}",
-    "result_type": lambda w, x: f"{x}).itemsize * np.size({x}",
+    "result_type": lambda w, x: f"{x}).kind in 'fiub' and np.size({x}",
     "scaled": lambda w, x: f"{x}, by={w.numbers(w.shape(x), 'float64')}",
     "horner": lambda w, x: f"{x}, terms={w.one(['[1.0, 0.5, -0.25]', 'np.array([1.0, 0.5, -0.25])'])}",
 }
