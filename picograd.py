@@ -5202,11 +5202,11 @@ class _Batch:
                 dtypes = [kinds.get(type(x._data)) or x._data.dtype for x in loose]
                 params = {"shape": own, "dtype": np.result_type(*dtypes)}
                 self.put(loose, _record(_pack, tuple(map(self.single, loose)), params), own, places)
-            constants = list({_key(x): x for x in xs if not isinstance(x, Array)}.values())
+            constants = {_key(x): x for x in xs if not isinstance(x, Array)}
             if constants:
                 places = collections.ChainMap({}, places)
-                self.put(constants, np.array(constants, dtype), (len(constants),), places)
-        found = [places[x] for x in xs]
+                self.put(list(constants), np.array([*constants.values()], dtype), (len(constants),), places)
+        found = [places[x if isinstance(x, Array) else _key(x)] for x in xs]
         starts, flat, start = {}, [], 0
         for stack, _ in found:
             if id(stack) not in starts:

@@ -2159,6 +2159,7 @@ class TestOptimizer(Strict):
         whole, small, mask = Tensor([3, 0, 2], np.int64), Tensor([1, 2, 3], np.uint8), Tensor([True, False, True])
         numbers, arrays = [Value(0.3 * i - 2) for i in range(20)], [Value(rng.normal(size=3)) for _ in range(20)]
         raw = [rng.normal(size=3) for _ in range(10)]
+        zero_d = list(enumerate(np.sum(x.astype(np.float64)) for x in arrays))
         index = np.array([2, 0])
         graphs = {
             "raw arrays": v + np.ones(3),
@@ -2182,6 +2183,9 @@ class TestOptimizer(Strict):
             "mixed indices of many": sum(np.sum(np.stack([x, 2 * x])[None][0, :, index]) for x in arrays),
             "a sum that starts at -0.0": np.signbit(Value(-0.0) + 0.0 + Value(-0.0)) + v,
             "products out of range": Value(1e200) * (Value(1e200) * (v * 1e-300)),
+            "0-d arrays among numbers": sum(
+                np.sum(v)[None][0] * (x if i % 2 else np.array(i + 0.5)) for i, x in zero_d
+            ),
             "a primitive without gradient": v * np.argsort(v)[np.argmax(v)] + np.count_nonzero(v),
         }
         for name, out in graphs.items():
