@@ -482,6 +482,8 @@ def _constant(x, who: str):
 def _conform(x, like, who, choice: bool | None = None):
     """x, copied, as a replacement of the raw value `like`: of its dtype, and of its shape if x is a number."""
     x = _raw(x)
+    if type(like) is float and type(x) in _WEAK_TYPES:
+        return float(x)
     if KINDS[type(like)] is WEAK:
         if np.ndim(x):
             raise ValueError(f"{who}: expected a number, got shape {np.shape(x)}")
@@ -592,20 +594,23 @@ def _evaluate(prim: Primitive, raw: Sequence, params: dict):
 
 def _apply(prim: Primitive, operands: tuple, params: dict):
     """Computes a primitive on any sort of operands: a node if one is a Value, a Tensor if one is, else a raw result."""
-    result, constants, plain, dtype, limit = None, False, True, None, HOOK.limit
+    result, constants, floats, plain, dtype, limit = None, False, True, True, None, HOOK.limit
     raw = []
     for x in operands:
-        if isinstance(x, Value):
+        kind = type(x)
+        if kind is Value or isinstance(x, Value):
             result, x = Value, x._data
         elif isinstance(x, Tensor):
             result, x = result or Tensor, x._data
-        elif type(x) is not float:
+        elif kind is not float:
             constants = True
-        if type(x) is np.ndarray:
-            if x.size >= limit or (dtype is not None and dtype is not x.dtype):
+        if type(x) is not float:
+            floats = False
+            if type(x) is not np.ndarray or x.size >= limit or (dtype is not None and dtype is not x.dtype):
                 plain = False
-            dtype = x.dtype
-        elif type(x) is not float or not prim.ufunc:
+            else:
+                dtype = x.dtype
+        elif not prim.ufunc:
             plain = False
         raw.append(x)
     if result is None:
@@ -613,17 +618,21 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         if any([kind is not None and kind.rank > NUMPY.rank for kind in kinds]):
             return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
-    if plain and not constants and dtype is not None and dtype.kind == "f":
+    if floats:
+        out = WEAK.evaluate(prim, raw, params)
+    elif plain and not constants and dtype.kind == "f":
         out = prim.forward(*raw, **params)  # what `_evaluate` would do for arrays of one dtype, without its questions
         if type(out) is not np.ndarray or not out.ndim:
             out = _settle(out)
     else:
         if constants:
             operands = _lifted(prim, operands)
-        for x in operands:
-            if isinstance(x, Array) and type(x._data) is np.ndarray and x._data.size >= limit:
-                x._adopt()
-        out = _evaluate(prim, [_raw(x) for x in operands], params)
+        if constants or limit < math.inf:
+            for x in operands:
+                if isinstance(x, Array) and type(x._data) is np.ndarray and x._data.size >= limit:
+                    x._adopt()
+            raw = [_raw(x) for x in operands]
+        out = _evaluate(prim, raw, params)
     if result is Value:
         return _node(out, prim, operands, params)
     if len(operands) == 1:
@@ -953,7 +962,7 @@ class Value(Array):
         new, had = _raw(new), self._grad
         if new is not None and (had is None or not KINDS[type(had)].same(had, new)):
             new = _conform(new, _filled_like(self._data, 0), "Value.grad")
-            if np.shape(new) != self.shape:
+            if type(new) is not float and np.shape(new) != self.shape:
                 raise ValueError(f"Value.grad: expected shape {self.shape}, got {np.shape(new)}")
             if _lazy(new) and not _lazy(self._data):
                 new = _fetched(new)
@@ -1006,8 +1015,8 @@ class Value(Array):
         If it fails (a rule raises, Ctrl-C), the leaves' gradients are as before.
         """
         grads = _at_home(_backpropagate(self, self._seed(gradient), retain=retain_grads), self)
-        leaves = _deposited({node: g for node, g in grads.items() if node._prim is None}, grads)
-        for node, g in (grads | leaves).items():
+        grads.update(_deposited({node: g for node, g in grads.items() if node._prim is None}, grads))
+        for node, g in grads.items():
             node._grad = g
 
     def _seed(self, gradient):
@@ -1241,14 +1250,17 @@ def _owned(raw):
 def _deposited(new: dict[Value, Any], held: dict[Value, Any]) -> dict[Value, Any]:
     """The gradients that leaves have from now on, with new ones added. A leaf owns its gradient: what another leaf or
     any of the nodes that hold a gradient has, or what is part of a larger array, is copied."""
-    taken = {id(g) for node, g in held.items() if node not in new}
-    result = {}
+    result, taken = {}, None
     for leaf, g in new.items():
         if leaf._grad is not None:
-            result[leaf] = leaf._grad + g
-        else:
-            result[leaf] = _owned(g) if id(g) in taken or KINDS[type(g)].shared(g) else g
-        taken.add(id(g))
+            g = leaf._grad + g
+        elif type(g) is not float:
+            if taken is None:
+                taken = {id(g) for node, g in held.items() if node not in new}
+            shared = id(g) in taken or KINDS[type(g)].shared(g)
+            taken.add(id(g))
+            g = _owned(g) if shared else g
+        result[leaf] = g
     return result
 
 
@@ -2857,7 +2869,10 @@ def _tensor_operator(prim: Primitive, swapped=False):
             if kind is int and x.dtype.kind == "f":
                 y = float(other)
             if type(y) is float or (type(y) is ndarray and y is not other and y.dtype is x.dtype and y.size <= x.size):
-                return _wrap(forward(y, x) if swapped else forward(x, y), self._choice)
+                out = _new(Tensor)
+                out._data = forward(y, x) if swapped else forward(x, y)
+                out._choice, out._owner = self._choice, None
+                return out
         if not isinstance(other, _OPERANDS) and KINDS[kind] is None:
             return NotImplemented
         out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
@@ -3272,7 +3287,8 @@ class _Optimizer:
         ValueError, and nothing is changed, if a parameter or its gradient has another shape than at the beginning.
         """
         for i, (p, shape) in enumerate(zip(self.params, self._shapes)):
-            if p._grad is not None and not np.shape(p._data) == np.shape(p._grad) == shape:
+            g = p._grad
+            if g is not None and not getattr(p._data, "shape", ()) == getattr(g, "shape", ()) == shape:
                 name = f"{i} ({p.label!r})" if p.label else i
                 raise ValueError(
                     f"step: parameter {name} was of shape {shape}, and is of shape {p.shape} with a gradient of shape "
