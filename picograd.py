@@ -3800,6 +3800,8 @@ class _Memory:
         import mmap
 
         self.clear(shared=True)
+        if not self.shared:
+            return
         system = ctypes.CDLL(None, use_errno=True).mmap
         system.restype = ctypes.c_void_p
         system.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -4595,7 +4597,8 @@ def _in_c_order(x) -> bool:
 
 def _result_dtype(prim: Primitive, args: Sequence) -> np.dtype:
     """The dtype of an element-wise result: what one element gives."""
-    key = prim, *[x.dtype if hasattr(x, "dtype") else x if type(x) is int else type(x) for x in args]
+    floats = any([hasattr(x, "dtype") and x.dtype.kind == "f" for x in args])  # else a whole number may not fit
+    key = prim, *[getattr(x, "dtype", x if type(x) is int and not floats else type(x)) for x in args]
     if key not in _dtypes:
         if len(_dtypes) > 1000:
             _dtypes.clear()
