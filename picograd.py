@@ -305,7 +305,7 @@ class Kind:
 
     def own(self, raw):
         """The same data, held by nobody else."""
-        return raw.copy()
+        return raw.copy("K") if type(raw) is np.ndarray else raw
 
     def shared(self, raw) -> bool:
         """Whether the memory of a raw value may be another's, too."""
@@ -323,6 +323,10 @@ class Kind:
     def rule(self, prim: Primitive, rule: Callable) -> Callable:
         """A rule, as it is to be called on operands or gradients of this kind."""
         return rule
+
+    def guard(self, name: str, raw):
+        """A context for a call of NumPy's function of that name on raw values such as this."""
+        return contextlib.nullcontext()
 
     def text(self, raw) -> str:
         """What repr adds to shape and dtype."""
@@ -483,7 +487,9 @@ def _conform(x, like, who, choice: bool | None = None):
             raise ValueError(f"{who}: expected a number, got shape {np.shape(x)}")
         return type(like)(_fetched(x))
     if np.ndim(like) and not np.ndim(x):
-        return np.full_like(like, _fetched(x))
+        if not _lazy(x):
+            return np.full_like(like, x)
+        x = np.broadcast_to(x, like.shape)
     return _as_raw(x, like.dtype, who, choice=choice)
 
 
@@ -604,7 +610,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         raw.append(x)
     if result is None:
         kinds = [KINDS[type(x)] for x in operands]
-        if None not in kinds:
+        if any([kind is not None and kind.rank > NUMPY.rank for kind in kinds]):
             return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
     if plain and not constants and dtype is not None and dtype.kind == "f":
@@ -652,10 +658,20 @@ class Array:
             return raw
         if self.size != 1:
             raise ValueError(f"{type(self).__name__}.item: expected one element, got shape {self.shape}")
-        return _fetched(raw).item()
+        return self._look().item()
 
     def tolist(self) -> Any:
-        return _fetched(self._data).tolist()
+        return self._look().tolist()
+
+    def _look(self):
+        """The numbers as NumPy's, to be read at once. A node that is one lazy number keeps it for the next look."""
+        raw = _fetched(self._data)
+        if _lazy(self._data) and not self.ndim:
+            holder = getattr(self, "_owner", None) or (self, "_data")
+            if getattr(holder[0], "_prim", None) and getattr(*holder) is self._data:
+                setattr(*holder, raw)
+                self._data = raw
+        return raw
 
     def reshape(self, *shape):
         return np.reshape(self, shape[0] if len(shape) == 1 else shape)
@@ -716,7 +732,7 @@ class Tensor(Array):
     dtype: a floating, integer or boolean NumPy dtype.
     distributed: True or False to force it, None to leave it to `set_distributed_config`.
 
-    A 0-d Tensor behaves like a number: comparisons give a bool, formatting works, and `+=` makes a new one.
+    A 0-d Tensor behaves like a number: comparisons give NumPy's bool, formatting works, and `+=` makes a new one.
     """
 
     __slots__ = ("_choice", "_owner")
@@ -789,7 +805,8 @@ class Tensor(Array):
         if not self.ndim:
             raise TypeError("a 0-d Tensor cannot be indexed; assign to .data")
         index = tuple(map(_public_index, index)) if isinstance(index, tuple) else _public_index(index)
-        _public(self._data)[index] = _fetched(_raw(new))
+        new = _raw(new)
+        _public(self._data)[index] = new if KINDS[type(self._data)].lazy else _fetched(new)
 
     def __reduce__(self):
         return _restored, (self._data, self._choice)
@@ -807,12 +824,12 @@ class Tensor(Array):
         return f"Tensor(shape={self.shape}, dtype={self.dtype}, distributed={self.distributed}{values})"
 
     def __str__(self):
-        return repr(self) if self.ndim else str(_fetched(self._data))
+        return repr(self) if self.ndim else str(self._look())
 
     def __format__(self, spec):
         if spec and self.ndim:
             raise TypeError(f"Tensor: format {spec!r} needs one number, got shape {self.shape}")
-        return format(_fetched(self._data), spec) if spec else str(self)
+        return format(self._look(), spec) if spec else str(self)
 
 
 def _public_index(i):
@@ -835,13 +852,24 @@ def _restored(raw, choice) -> Tensor:
 def _on_arrays(function, args, kwargs):
     """Calls a function of NumPy on the arrays of Tensors, however nested, and wraps the arrays that come out."""
 
+    guard = contextlib.nullcontext()
+
     def each(f, x):
         if not isinstance(x, (list, tuple)):
             return f(x)
         items = [each(f, i) for i in x]
         return type(x)(items) if type(x) in (list, tuple) else type(x)(*items)
 
-    out = function(*each(_raw, args), **{name: each(_raw, x) for name, x in kwargs.items()})
+    def bare(x):
+        nonlocal guard
+        x = _raw(x)
+        if not isinstance(x, np.ndarray) and _lazy(x):
+            guard = KINDS[type(x)].guard(function.__name__, x)
+        return x
+
+    args, kwargs = each(bare, args), {name: each(bare, x) for name, x in kwargs.items()}
+    with guard:
+        out = function(*args, **kwargs)
     target = kwargs.get("out")
     target = target[0] if isinstance(target, tuple) and len(target) == 1 else target
     if target is not None:
@@ -927,6 +955,8 @@ class Value(Array):
             new = _conform(new, _filled_like(self._data, 0), "Value.grad")
             if np.shape(new) != self.shape:
                 raise ValueError(f"Value.grad: expected shape {self.shape}, got {np.shape(new)}")
+            if _lazy(new) and not _lazy(self._data):
+                new = _fetched(new)
         self._grad = new
 
     @property
@@ -1254,7 +1284,7 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
         if type(out) is not ndarray or type(g) is not ndarray:
             weak = type(out) is float and type(g) is float and not variadic
             if not weak:
-                kind = max(KINDS[type(_raw(g))], KINDS[type(_raw(out))], NUMPY, key=_get_rank)
+                kind = max([KINDS[type(_raw(x))] for x in (g, out, *operands)] + [NUMPY], key=_get_rank)
         for i, x in enumerate(args):
             if not isinstance(x, Value) or not x._needs:
                 continue
@@ -1432,7 +1462,7 @@ def jacobian(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
             shape = np.shape(_raw(out)) + np.shape(_raw(args[i]))
             column = [row[k] for row in rows]
             if shape:
-                stack = np.stack if any(isinstance(g, Value) for g in column) else np.array
+                stack = np.stack if any(isinstance(g, Value) or _lazy(g) for g in column) else np.array
                 column = [np.reshape(stack(column), shape) if column else np.zeros(shape)]
             results.append(_hand_out(column[0], args[i]))
         return results[0] if single else tuple(results)
@@ -1498,7 +1528,21 @@ def check_gradients(
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Catalogue
 #
-# Every operation with its rule; then the operators and methods of Value and Tensor, all from the table.
+# Every operation with its rule; then the operators and methods of Value and Tensor, all from the table. In: raw values,
+# Tensors and Values. Out: what NumPy gives for the same arrays. Invariant: a rule has an answer wherever the operation
+# has one, and costs no more than the operation does. Where there is no derivative, or more than one, it is:
+#
+#     abs, relu, norm, std, hypot, arctan2     0 at 0; std also where numbers are equal, but their mean is rounded
+#     max, min, maximum, fmax and their kin    shared equally by ties, 0.0 and -0.0 too; to nan where that is taken
+#     clip                                     passes at the bounds; where they are in the wrong order, to the upper one
+#     power                                    0 for x**0 by x, and for 0**y by y where y is not negative
+#     logaddexp, logsumexp                     weights that sum to 1: infinity takes all, equal infinities share
+#     prod, cumprod, det                       exact, also with zeros and for singular matrices
+#
+#     >>> x = Value([3.0, 1.0, 3.0])
+#     >>> np.max(x).backward()
+#     >>> print(x.grad.tolist())
+#     [0.5, 0.0, 0.5]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1511,7 +1555,7 @@ _FLOAT = np.dtype(np.float64)
 
 
 def _power_x(g, out, x, y):
-    if type(y) is float:  # the usual x**2: no masks needed
+    if isinstance(y, (int, float)):  # the usual x**2: no masks needed
         return g * (y * x ** (y - 1.0)) if y else g * 0.0
     return g * np.where(y == 0, 0.0, y * x ** np.where(y == 0, 1.0, y - 1.0))
 
@@ -1613,14 +1657,18 @@ primitive(
 # --- selection; ties share the gradient equally ---
 
 
-def _contest(ufunc, beats, skips_nan):
+def _contest(ufunc, beats, loses, skips_nan):
     """Enters maximum or one of its kin: of two operands, the one that `beats` the other gets the gradient, ties share
     it. Of nan and a number, that gets it which NumPy takes; of two nans the first."""
 
     def rule(g, mine, other, first):
-        taken, rest = (other, mine) if skips_nan else (mine, other)  # mine is the result if `taken` is nan
-        nan = np.isnan(taken) if first else np.isnan(taken) & ~np.isnan(rest)
-        return np.where(mine == other, 0.5 * g, np.where(beats(mine, other) | nan, g, 0.0))
+        if isinstance(other, (int, float)) and other == other:  # the usual np.maximum(x, 0): only mine may be nan
+            wins = beats(mine, other) if skips_nan else ~loses(mine, other)
+        else:
+            taken, rest = (other, mine) if skips_nan else (mine, other)  # mine is the result if `taken` is nan
+            nan = np.isnan(taken) if first else np.isnan(taken) & ~np.isnan(rest)
+            wins = beats(mine, other) | nan
+        return np.where(mine == other, 0.5 * g, np.where(wins, g, 0.0))
 
     primitive(
         ufunc,
@@ -1630,10 +1678,10 @@ def _contest(ufunc, beats, skips_nan):
     )
 
 
-_contest(np.maximum, np.greater, False)
-_contest(np.minimum, np.less, False)
-_contest(np.fmax, np.greater, True)
-_contest(np.fmin, np.less, True)
+_contest(np.maximum, np.greater, np.less_equal, False)
+_contest(np.minimum, np.less, np.greater_equal, False)
+_contest(np.fmax, np.greater, np.less_equal, True)
+_contest(np.fmin, np.less, np.greater_equal, True)
 primitive(
     np.where,
     None,
@@ -1642,11 +1690,20 @@ primitive(
     elementwise=True,
     samples=[((np.array([True, False, True]), (3,), (2, 3)), {}), ((np.array([[True], [False]]), (), (3,)), {})],
 )
+
+
+def _clip_a(g, out, a, lo, hi):
+    taken = (a < lo) | (a > hi)
+    if not all([isinstance(x, (int, float)) and x == x for x in (lo, hi)]):  # as bounds usually are
+        taken = taken | (np.isnan(lo) | np.isnan(hi))
+    return np.where(taken, 0.0, g)
+
+
 _clip = primitive(
     np.clip,
-    lambda g, out, a, lo, hi: np.where(((a >= lo) & (a <= hi)) | np.isnan(a), g, 0.0),
-    lambda g, out, a, lo, hi: np.where(((a < lo) & (lo <= hi)) | (np.isnan(lo) & ~np.isnan(a)), g, 0.0),
-    lambda g, out, a, lo, hi: np.where((np.maximum(a, lo) > hi) | (np.isnan(hi) & ~np.isnan(a + lo)), g, 0.0),
+    _clip_a,
+    lambda g, out, a, lo, hi: np.where(((a < lo) & (lo <= hi)) | (np.isnan(lo) & ~np.isnan(hi)), g, 0.0),
+    lambda g, out, a, lo, hi: np.where((np.maximum(a, lo) > hi) | np.isnan(hi), g, 0.0),
     elementwise=True,
     samples=(_REAL, (-1.1, -0.9), (0.9, 1.1)),
 )
@@ -1662,6 +1719,8 @@ def clip(a, a_min=None, a_max=None, *, min=None, max=None):
         lowest, highest = False, True
     elif dtype.kind in "iu":
         lowest, highest = np.iinfo(dtype).min, np.iinfo(dtype).max
+        low = None if type(low) is int and low < lowest else low  # as NumPy, beyond what the dtype holds
+        high = None if type(high) is int and high > highest else high
     else:
         lowest, highest = -np.inf, np.inf
     return _clip(a, lowest if low is None else low, highest if high is None else high)
@@ -1764,23 +1823,29 @@ def _prod_a(g, out, a, axis=None, keepdims=False):
     return _unreduce(g, a, axis, keepdims) * others
 
 
-def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
-    centred = a - np.mean(a, axis=axis, keepdims=True)
-    return _unreduce(g, a, axis, keepdims) * centred * (2.0 * _share(a, axis, ddof))
+def _var_a(g, out, a, axis=None, ddof=0, keepdims=False, mean=None):
+    mean = np.mean(a, axis=axis, keepdims=True) if mean is None else mean
+    return _unreduce(g, a, axis, keepdims) * (a - mean) * (2.0 * _share(a, axis, ddof))
 
 
 def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
-    if math.prod(np.shape(a)):  # of equal numbers it is 0, though their mean may be rounded, and this is not
-        low, high = (f(a, axis=axis, keepdims=keepdims) for f in (np.min, np.max))
+    # Of equal numbers it is 0, though their mean may be rounded, and then this is not. An array is looked at first:
+    # it rarely has a deviation so small that rounding explains it.
+    g, out = (_unreduce(x, a, axis, keepdims) for x in (g, out))
+    mean, shape = np.mean(a, axis=axis, keepdims=True), np.shape(a)
+    noise = math.prod(shape) * np.finfo(a.dtype).eps if type(a) is np.ndarray else math.inf
+    if math.prod(shape) and not (noise < 1.0 and np.all(out > noise * np.abs(mean))):
+        low, high = (f(a, axis=axis, keepdims=True) for f in (np.min, np.max))
         out = np.where(low == high, 0.0, out)
-    return _var_a(_over(0.5 * g, out), out, a, axis, ddof, keepdims)
+    return _var_a(_over(0.5 * g, out), out, a, axis, ddof, True, mean)
 
 
 def _extremum_a(g, out, a, axis=None, keepdims=False):
-    g = _unreduce(g, a, axis, keepdims)
     hit = (a == _unreduce(out, a, axis, keepdims)) | np.isnan(a)  # with a nan, only nans are hits
-    count = np.sum(np.where(hit, np.ones_like(g), 0.0), axis=axis, keepdims=True)
-    return np.where(hit, g / count, 0.0)
+    share = _unreduce(g, a, axis, keepdims) / np.sum(hit, axis=axis, keepdims=True)
+    if isinstance(g, (np.ndarray, np.generic)):
+        share = share.astype(g.dtype, copy=False)  # to NumPy, the count is wide
+    return np.where(hit, share, 0.0)
 
 
 def _flip_cumsum(g, axis):
@@ -1819,15 +1884,14 @@ def _logsumexp(a, axis=None, keepdims=False):
     return out if keepdims else np.squeeze(out, axis=axis)
 
 
-def _logsumexp_weights(a, axis=None):
-    """exp(a - logsumexp(a)): softmax, but where the largest are infinite, these share 1 equally."""
-    peak = np.max(a, axis=axis, keepdims=True)
+def _logsumexp_weights(a, out, axis=None):
+    """softmax(a), given logsumexp(a); but where the largest are infinite, these share 1 equally."""
     with np.errstate(invalid="ignore"):
-        e = np.exp(a - peak)
-    infinite = np.isinf(peak)
+        e = np.exp(a - out)
+    infinite = np.isinf(out)
     if type(infinite) is not np.ndarray or infinite.any():  # a foreign array is not asked, which would compute it
-        e = np.where((a == peak) & infinite, np.ones_like(e), e)
-    return e / np.sum(e, axis=axis, keepdims=True)
+        e = np.where((a == out) & infinite, np.ones_like(e), e)
+    return e / np.sum(e, axis=axis, keepdims=True)  # 1 in all, though `out` may be rounded
 
 
 def _softmax(a, axis=-1):
@@ -1868,10 +1932,18 @@ TABLE[np.amax] = primitive(np.max, _extremum_a, samples=_axes())
 TABLE[np.amin] = primitive(np.min, _extremum_a, samples=_axes())
 primitive(np.cumsum, _cumsum_a, samples=_SCANS)
 primitive(np.cumprod, _cumprod_a, samples=_SCANS)
-_weights_of = primitive(_logsumexp_weights, _softmax_a, name="weights of logsumexp", samples=_AXIS)
+_weights_of = primitive(
+    _logsumexp_weights,
+    lambda g, out, a, total, axis=None: _softmax_a(g, out, a, axis),
+    None,  # it is a function of a alone
+    name="weights of logsumexp",
+    samples=[(((2, 3), (2, 1)), {"axis": -1})],
+)
 logsumexp = primitive(
     _logsumexp,
-    lambda g, out, a, axis=None, keepdims=False: _unreduce(g, a, axis, keepdims) * _weights_of(a, axis=axis),
+    lambda g, out, a, axis=None, keepdims=False: (
+        _unreduce(g, a, axis, keepdims) * _weights_of(a, _unreduce(out, a, axis, keepdims), axis=axis)
+    ),
     name="logsumexp",
     samples=_axes(),
 )
@@ -1895,7 +1967,7 @@ def average(a, axis=None, weights=None, *, keepdims=False):
                 f"average: weights have length {np.shape(weights)[0]}, axis {axis} has {np.shape(a)[axis]}"
             )
         weights = np.reshape(weights, [-1 if i == axis % np.ndim(a) else 1 for i in range(np.ndim(a))])
-    weights = np.broadcast_to(weights, np.shape(a))
+    weights = weights * np.ones_like(a)  # summed in the precision of both
     return np.sum(a * weights, axis=axis, keepdims=keepdims) / np.sum(weights, axis=axis, keepdims=keepdims)
 
 
@@ -2038,7 +2110,7 @@ _stack = primitive(
 
 
 def _together(arrays) -> list:
-    """What is to be joined, with weak numbers in the dtype of what they meet: an array made of one would be strong."""
+    """What is to meet, with weak numbers in the dtype that they take: reshaped to arrays, they would be strong."""
     held = [x.dtype for x in arrays if isinstance(x, Array) and type(x._data) not in _WEAK_TYPES]
     held = [dtype for dtype in held if dtype.kind == "f"] or [
         x.dtype for x in map(_raw, arrays) if hasattr(x, "dtype") and not isinstance(x, _NUMBERS)
@@ -2148,7 +2220,7 @@ def _put(a, *parts, shape, index):
 
 
 _getitem = primitive(
-    lambda a, *parts, index: a[_filled(index, parts)],
+    lambda a, *parts, index: (np.float64(a) if type(a) is float else a)[_filled(index, parts)],
     lambda i, g, out, operands, index: (
         None if i else _scatter(g, *operands[1:], shape=np.shape(operands[0]), index=index)
     ),
@@ -2219,14 +2291,25 @@ def repeat(a, repeats, axis=None):
     return take(a, np.repeat(np.arange(n), repeats), axis)
 
 
+def _tile_x(g, out, x, reps):
+    shape = np.shape(x)
+    parts = [n for r, s in zip(reps[len(reps) - len(shape) :], shape) for n in (r, s)]
+    spread = _reshape(g, (*reps[: len(reps) - len(shape)], *parts))
+    return np.sum(spread, axis=(*range(len(reps) - len(shape)), *range(len(reps) - len(shape), spread.ndim, 2)))
+
+
+_tile = primitive(
+    lambda x, reps: np.tile(x, reps),
+    _tile_x,
+    name="tile",
+    samples=[(((2, 3),), {"reps": (2, 2)}), (((3,),), {"reps": (2, 1, 3)}), (((2, 1),), {"reps": (1, 3)})],
+)
+
+
 @composed(np.tile)
 def tile(A, reps):
     reps = tuple(reps) if isinstance(reps, Iterable) else (reps,)
-    shape = (1,) * (len(reps) - np.ndim(A)) + np.shape(A)
-    reps = (1,) * (len(shape) - len(reps)) + reps
-    spread = _reshape(A, tuple(n for s in shape for n in (1, s)))
-    wide = np.broadcast_to(spread, tuple(n for r, s in zip(reps, shape) for n in (r, s)))
-    return _reshape(wide, tuple(r * s for r, s in zip(reps, shape)))
+    return _tile(A, (1,) * (np.ndim(A) - len(reps)) + tuple(map(operator.index, reps)))
 
 
 @composed(np.pad)
@@ -2421,16 +2504,21 @@ def inner(a, b):
 
 @composed(np.vdot)
 def vdot(a, b):
+    if np.ndim(a) == np.ndim(b) == 0:
+        return a * b
+    a, b = _together((a, b))
     return np.matmul(ravel(a), ravel(b))
 
 
 @composed(np.outer, np.linalg.outer)
 def outer(a, b):
+    a, b = _together((a, b))
     return _reshape(a, (-1, 1)) * _reshape(b, (1, -1))
 
 
 @composed(np.tensordot)
 def tensordot(a, b, axes=2):
+    a, b = _together((a, b))
     if not isinstance(axes, Iterable):
         axes = (range(np.ndim(a) - axes, np.ndim(a)), range(axes))
     left, right = ([_axis(i, x) for i in (s if isinstance(s, Iterable) else (s,))] for x, s in zip((a, b), axes))
@@ -2449,6 +2537,8 @@ def tensordot(a, b, axes=2):
 
 @composed(np.kron)
 def kron(a, b):
+    if not (np.ndim(a) and np.ndim(b)):
+        return np.multiply(a, b)
     ndim = max(np.ndim(a), np.ndim(b))
     s, t = ((1,) * (ndim - np.ndim(x)) + np.shape(x) for x in (a, b))
     product = _reshape(a, tuple(n for i in s for n in (i, 1))) * _reshape(b, tuple(n for j in t for n in (1, j)))
@@ -2572,8 +2662,8 @@ def _decomposed(a):
 def _cofactors(a):
     with contextlib.suppress(np.linalg.LinAlgError), np.errstate(all="ignore"):
         inverse = np.linalg.inv(a)
-        condition = np.linalg.norm(a, axis=(-2, -1)) * np.linalg.norm(inverse, axis=(-2, -1))
-        if not np.any(condition > np.finfo(inverse.dtype).eps ** -0.5):
+        squares = (np.einsum("...ij,...ij->...", x, x) for x in (a, inverse))  # of Frobenius' norms
+        if not np.any(math.prod(squares) > 1 / np.finfo(inverse.dtype).eps):
             return np.linalg.det(a)[..., None, None] * _t(inverse)
     u, s, v, sign = _decomposed(a)
     return sign * ((u * _others(s)[..., None, :]) @ v)
@@ -2639,6 +2729,8 @@ def slogdet(a):
 @composed(np.linalg.norm)
 def norm(x, ord=None, axis=None, keepdims=False):
     """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices; its gradient at 0 is 0."""
+    if x.dtype.kind != "f":
+        x = x.astype(np.float64)  # as NumPy does, before integers overflow
     vector = np.ndim(x) == 1 if axis is None else not isinstance(axis, Iterable)
     if ord is None or (vector and ord == 2) or (ord == "fro" and not vector):
         return _norm(x, axis=axis if not isinstance(axis, list) else tuple(axis), keepdims=keepdims)
@@ -2767,7 +2859,7 @@ def _tensor_operator(prim: Primitive, swapped=False):
         if not isinstance(other, _OPERANDS) and KINDS[kind] is None:
             return NotImplemented
         out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
-        return out._data if isinstance(out._data, (bool, np.bool_)) else out  # of numbers, a comparison is a bool
+        return np.bool_(out._data) if isinstance(out._data, (bool, np.bool_)) else out  # of numbers, a plain truth
 
     return method
 
@@ -2783,6 +2875,8 @@ def _in_place_operator(prim: Primitive):
             return out
         if out.shape != self.shape:
             raise ValueError(f"Tensor: in place, shape {self.shape} cannot take a result of shape {out.shape}")
+        if not np.can_cast(out.dtype, self.dtype, "same_kind"):
+            raise TypeError(f"Tensor: in place, dtype {self.dtype} cannot take a result of dtype {out.dtype}")
         raw = KINDS[type(self._data)].write(self._data, out._data)
         if raw is not self._data:
             self._become(raw)
@@ -3121,7 +3215,9 @@ def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
     targets = _same_shape("binary_cross_entropy_with_logits", logits, targets)
     raw = _raw(targets)
     if not _lazy(raw) and np.size(raw) and not (0 <= np.min(raw) and np.max(raw) <= 1):
-        raise ValueError(f"binary_cross_entropy_with_logits: targets must be in [0, 1], got {raw.min()} to {raw.max()}")
+        raise ValueError(
+            f"binary_cross_entropy_with_logits: targets must be in [0, 1], got {np.min(raw)} to {np.max(raw)}"
+        )
     return np.mean(softplus(logits) - logits * targets)
 
 
@@ -4684,8 +4780,19 @@ def _mean(x: _Buffer, axes: tuple, count: int, dtype: np.dtype) -> np.ndarray:
 # straight-line program. First PASSES rewrite the forward graph; its backward sweep is then traced with the primitives'
 # own rules, as Values, so that the passes see both; at last `_Lowering` writes the joint graph down as Python.
 # A pass is a function of roots to roots. Nodes are never changed: a pass makes new ones where something is new, and
-# they take over the data of the old, so that shapes and dtypes are known throughout.
+# they take over the data of the old, so that shapes and dtypes are known throughout. What may be rewritten, and what is
+# written as plain calls of NumPy's, `_regular` decides, and nothing else.
 # Invariant: the roots that a pass returns have the value, the shape and the dtype of those it was given.
+#
+#     >>> a, b = Value(2.0, label="a"), Value(3.0, label="b")
+#     >>> print(optimize(a * b + a**2).source.partition("\n\n")[0])
+#     def forward():
+#         x0 = i8._data
+#         x1 = i9._data
+#         t0 = x0 * x1
+#         t1 = x0 * x0
+#         t2 = t0 + t1
+#         return (t2, ), (x0, x1, )
 # ---------------------------------------------------------------------------------------------------------------------
 
 _BATCH_SCALARS, _BATCH_ARRAYS = 16, 4  # smallest groups worth an array operation: below, its overhead costs more
@@ -4717,7 +4824,7 @@ def _regular(node: Value) -> bool:
     of them empty; masks only where `_MASKS` says so. All else is computed by `_evaluate`, as in eager mode.
     """
     prim, dtype = node._prim, None
-    if prim not in _OWN:
+    if prim in _AS_THEY_ARE or not prim.builtin:
         return prim in _AS_THEY_ARE
     masks = _MASKS.get(prim, ())
     for i, x in enumerate(node._args):
@@ -4920,9 +5027,7 @@ _SIMPLER: dict[Primitive, Callable] = {
     TABLE[np.copy]: lambda node, a: a,
     _BROADCAST: lambda node, array, shape: array,
     _as_dtype: lambda node, a, dtype: a,
-    PRIMITIVES["dense layer"]: lambda node, x, w, b, activation=None: (
-        activation(x @ w + b) if activation else x @ w + b
-    ),
+    _dense: lambda node, x, w, b, activation=None: activation(x @ w + b) if activation else x @ w + b,
 }
 
 
@@ -4959,8 +5064,8 @@ def merge_common(roots: Sequence) -> list:
 
     def rule(node, args):
         prim, params = node._prim, node._params
-        key: Any = (prim, tuple(map(_key, args))) if prim in _OWN else node
-        if params and prim in _OWN:
+        key: Any = (prim, tuple(map(_key, args))) if prim.builtin else node
+        if params and prim.builtin:
             key += tuple([(name, _key(params[name])) for name in sorted(params)])
         found = known.get(key)
         if found is None:
@@ -5316,7 +5421,7 @@ def batch(roots: Sequence) -> list:
         key: Any = node  # on its own
         if prim is _dot and _regular(node):
             key = (prim, node._params["products"], len(node._args), kind(node), _starts_at_zero(node), reach[node])
-        elif node.size <= _BATCH_SIZE and _regular(node):
+        elif _regular(node) and node.size <= _BATCH_SIZE:
             arrays = prim in _BATCHED and all([isinstance(_raw(x), np.ndarray) for x in node._args])
             if arrays or (prim.elementwise and prim.operands and not node._params):
                 shared = [
@@ -5381,7 +5486,8 @@ def _chain_i(i, g, out, operands, chain):
 _fused = primitive(_run_chain, _chain_i, name="fused", variadic=True)
 _MAX_CHAIN = 32
 _AS_THEY_ARE = {_detach, _fused}  # what is right on any operands
-_OWN = frozenset(PRIMITIVES.values()) - _AS_THEY_ARE  # what the passes know
+for _prim in (_dot, _pack, _fused):
+    _prim.builtin = True
 
 
 def fuse(roots: Sequence) -> list:
@@ -5481,11 +5587,7 @@ def _run_rule(g, out, *operands, prim, i, params):
     x = _leaf(operands[i])
     with _recording():
         node = _node(out, prim, (*operands[:i], x, *operands[i + 1 :]), params)
-    return _backpropagate(node, g).get(x)
-
-
-def _rule_or_zeros(g, out, *operands, prim, i, params):
-    h = _run_rule(g, out, *operands, prim=prim, i=i, params=params)
+    h = _backpropagate(node, g).get(x)
     return _filled_like(operands[i], 0) if h is None else h
 
 
@@ -5494,11 +5596,11 @@ def _unregistered(name: str, forward: Callable, vjps: tuple, like: Primitive) ->
     new = Primitive()
     for slot in Primitive.__slots__:
         setattr(new, slot, getattr(like, slot))
-    new.name, new.forward, new.vjps = name, forward, vjps
+    new.name, new.forward, new.vjps, new.builtin = name, forward, vjps, False
     return new
 
 
-_rule = _unregistered("rule", _rule_or_zeros, (None,), like=_dot)  # its parameters: primitive, place and parameters
+_rule = _unregistered("rule", _run_rule, (None,), like=_dot)  # its parameters: primitive, place and parameters
 
 
 def seal(roots: Sequence) -> list:
@@ -5508,14 +5610,13 @@ def seal(roots: Sequence) -> list:
     def rule_of(prim, i):
         def rule(g, out, *operands, **params):
             params = {"prim": prim, "i": i, "params": params}
-            h = _run_rule(*map(_raw, (g, out, *operands)), **params)
-            return None if h is None else _node(h, _rule, (g, out, *operands), params)
+            return _node(_run_rule(*map(_raw, (g, out, *operands)), **params), _rule, (g, out, *operands), params)
 
         return rule
 
     def rule(node, args):
         prim = node._prim
-        if prim in _OWN or prim in _AS_THEY_ARE or not any(prim.vjps):
+        if prim.builtin or not any(prim.vjps):
             return _renewed(node, args)
         if prim not in sealed:
             rules = tuple([f and rule_of(prim, i) for i, f in enumerate(prim.vjps)])
@@ -5575,8 +5676,6 @@ class _Lowering:
         for node in reversed(nodes):
             if node._prim is _fused and not self.blocked(node):
                 last[node._params["chain"][-1]] = last[node]
-            if node._prim is not None and node._prim not in _OWN and node._prim not in _AS_THEY_ARE:
-                last.update((x, math.inf) for x in node._args if isinstance(x, Value))  # users may hold on to them
             if type(node._data) is np.ndarray and not self.fills(node):
                 for x in node._args:
                     if isinstance(x, Value):
@@ -5696,7 +5795,7 @@ class _Lowering:
         prim, a = node._prim, _raw(node._args[0])
         if type(node._data) is not np.ndarray or not _regular(node):
             return None
-        if prim in _VIEWS and (type(a) is not np.ndarray or (prim is _getitem and len(node._args) > 1)):
+        if prim in _VIEWS and (not hasattr(a, "dtype") or (prim is _getitem and len(node._args) > 1)):
             return None
         found = self.EMITTERS.get(prim)
         plain = prim.elementwise and not node._params and (isinstance(prim.forward, np.ufunc) or prim.reads == "out")
@@ -5732,11 +5831,14 @@ class _Lowering:
 
     def call(self, node: Value) -> str:
         """The forward of a primitive on whatever operands and parameters it has."""
-        prim, names = node._prim, "".join([f"{self.name(x)}, " for x in node._args])
+        prim, names = node._prim, [self.name(x) for x in node._args]
+        if not prim.builtin:  # code that is not ours may keep what it gets
+            names = [f"{name}.copy()" if name in self.fixed and name.startswith("b") else name for name in names]
+        names = "".join([f"{name}, " for name in names])
         if prim is _rule:
             return f"{self.bind('f', functools.partial(_rule.forward, **node._params))}({names})"
         call = f"_evaluate({self.bind('f', prim)}, ({names}), {self.bind('c', node._params)})"
-        if type(node._data) is np.ndarray and (prim is _getitem or prim not in _OWN):  # its shape may be another
+        if type(node._data) is np.ndarray and (prim is _getitem or not prim.builtin):  # its shape may be another
             return f"_as_before({call}, {node.shape}, {self.bind('c', node.dtype)})"
         return call
 
@@ -5928,7 +6030,6 @@ def _checked(x: Array, shape: tuple) -> np.ndarray:
 # --- programs ---
 
 PASSES = (fold_constants, merge_common, flatten, batch, simplify, merge_common)
-FOREIGN_PASSES = (fold_constants, simplify, merge_common)  # if there are arrays of other libraries
 JOINT_PASSES = (fold_constants, simplify, simplify, merge_common, reduce_products)  # of values and gradients together
 
 
@@ -5985,8 +6086,8 @@ class _Program:
                 for x in (node, *node._args):
                     if isinstance(x, Array) and type(x._data) is Chunked:
                         x._data = x._data.expose()  # the passes look at arrays
-            self.foreign = any(_is_foreign(node._data) for node in nodes)
-            for apply in FOREIGN_PASSES if self.foreign else PASSES:
+            self.foreign = any(_lazy(node._data) for node in nodes)
+            for apply in PASSES:
                 graph = apply(graph)
             self.graph = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
         reach, leaves = _reach(self.traced), [node for node in nodes if node._prim is None]
@@ -6031,7 +6132,7 @@ class _Program:
                 joint = fuse(joint)
             joint = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in joint]
             lowering = _Lowering(joint[: len(graph)], seed, joint[len(graph) :])
-        targets = [x if x in reached else [y if y in reached else None for y in x._args] for x in targets]
+        targets = [x if x in reached else _Packed(x._args, reached) for x in targets]
         return _Compiled(*lowering.functions, lowering.source, targets)
 
     def run(self, index: int) -> tuple:
@@ -6065,8 +6166,8 @@ class _Program:
             if (node := ref()) is not None:
                 node._data = results[node._params["index"]]
 
-    def backward(self, index: int, seed) -> Iterable[tuple[Value, Any]]:
-        """(leaf, gradient) pairs, to be added up. Does not change what the results are."""
+    def backward(self, index: int, seed) -> list[tuple[Value, Any]] | dict[Value, Any]:
+        """The gradients of leaves: of code as pairs, to be added up; of a replay as a dict. Results do not change."""
         with self.lock:
             state, self.state, self.current = self.state, None, index  # buffers are used up
             saved = state[1] if state is not None and state[0] == index else self.run(index)[1]
@@ -6080,14 +6181,14 @@ class _Program:
             found = _at_home(_backpropagate(root, seed, retain=False), root)
             if self.foreign:  # the root may be computed by now
                 self.show([root._data for root in saved])
-            return [(node, g) for node, g in found.items() if node in self.reached[index]]
+            return {node: g for node, g in found.items() if node in self.reached[index]}
 
     def gradients(self, index: int, g) -> dict[Value, Any]:
         """The gradients of a root's leaves, as numbers and arrays, or as Values by the graph that was traced."""
         if isinstance(g, Value):
             return _backpropagate(_replayed(self.traced)[index], g, self.reached[index], False, True)
-        found: dict[Value, Any] = {}
-        for x, h in self.backward(index, g):
+        new, found = self.backward(index, g), {}
+        for x, h in new.items() if type(new) is dict else new:
             found[x] = found[x] + h if x in found else h
         return found
 
@@ -6109,7 +6210,7 @@ class _Program:
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """The code of a program, and what its gradients belong to: a leaf, or, of numbers in one array, a list of them."""
+    """The code of a program, and what its gradients belong to: leaves, and numbers in one array."""
 
     forward: Callable
     backward: Callable
@@ -6122,17 +6223,27 @@ def _retraced(roots) -> _Program:
 
 
 def _unpacked(targets: Sequence, gradients: Sequence) -> list[tuple[Value, Any]]:
-    """The pairs of leaf and gradient, one for each number of a pack."""
+    """The pairs of leaf and gradient, one for each number of a pack that is a leaf's."""
     pairs: list = []
     for target, g in zip(targets, gradients):
         if isinstance(target, Value):
             pairs.append((target, g))
+        elif target.weak:
+            pairs += zip(target.leaves, g.reshape(-1)[target.places].tolist())
         else:
-            numbers = g.reshape(-1).tolist() if g.dtype == np.float64 else g.reshape(-1)
-            for x, h in zip(target, numbers):
-                if x is not None:
-                    pairs.append((x, h if type(x._data) is float else x._data.dtype.type(h)))
+            pairs += [(x, _fit(h, x._data)) for x, h in zip(target.leaves, g.reshape(-1)[target.places])]
     return pairs
+
+
+class _Packed:
+    """Leaves that are numbers of a pack, and their places in it."""
+
+    def __init__(self, numbers: Sequence, reached: set):
+        self.places = [i for i, x in enumerate(numbers) if x in reached]
+        self.leaves = [numbers[i] for i in self.places]
+        self.weak = all(type(x._data) is float for x in self.leaves)
+        if len(self.places) == len(numbers):
+            self.places = slice(None)
 
 
 def _is_input(x) -> bool:
@@ -6155,6 +6266,7 @@ def _program_forward(*leaves, program, index):
 
 
 _program = primitive(_program_forward, _program_i, name="program", variadic=True)
+_program.builtin = True
 
 
 def _pictured(node: Value, args: tuple) -> Value:
@@ -6165,9 +6277,7 @@ def _pictured(node: Value, args: tuple) -> Value:
         return leaf
     if node._prim is not _fused:
         return _renewed(node, args)
-    named = _new(Primitive)
-    for slot in Primitive.__slots__:
-        setattr(named, slot, getattr(_fused, slot))
+    named = _unregistered("fused", _run_chain, (_chain_i,), _fused)
     named.symbol = _formula(node._params["chain"])
     return _twin(node, named, args)
 
@@ -6190,8 +6300,13 @@ class Optimized(Value):
         """Adds the gradient of this Value to the `.grad` of the leaves; see `Value.backward`."""
         seed = self._seed(gradient)
         program, index = self._params.values()
-        for x, g in _deposited(program.gradients(index, seed), {self: seed}).items():
-            x._grad = g
+        new = program.backward(index, seed)
+        if type(new) is dict:
+            for x, g in _deposited(new, {self: seed}).items():
+                x._grad = g
+        else:  # what code makes is no other's
+            for x, g in new:
+                x._grad = g if x._grad is None else x._grad + g
         self._grad = seed if retain_grads else None
 
     def _picture(self) -> Value:
@@ -6228,8 +6343,9 @@ def optimize(*roots: Value) -> Any:
     as what the graph became; it nests in further expressions, pickles, and can be optimized again. Values and gradients
     are the eager ones up to rounding. `.source` is the program.
 
-    A trace holds what happened when the graph was built: Python's own branches and loops on values are frozen, as is
-    the number of elements that a boolean mask selects. Shapes may not change: ValueError names the leaf.
+    A trace holds what happened when the graph was built: Python's own branches and loops on values are frozen. Shapes
+    of leaves and Tensors may not change: ValueError names the leaf. Gradients are those at the data of the last
+    forward: where data changed since, as in eager mode, they are undefined, and a second backward may see the change.
 
         >>> w = Value(2.0, label="w")
         >>> loss = optimize((w * 3.0 - 1.0) ** 2)
@@ -6253,20 +6369,49 @@ def optimize(*roots: Value) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # 10. Elsewhere
 #
-# Arrays of other libraries that speak NumPy's protocols, such as Dask's: they are kept as they are.
+# Arrays of other libraries that speak NumPy's protocols, such as Dask's, so that graphs go beyond one machine. In: a
+# type that nobody knows, asked of `KINDS.finders`. Out: its kind; nothing is imported. Such an array is a raw value as
+# it is, and primitives and their rules run on it by NumPy's dispatch.
+# Invariant: a pass over Dask's chunks runs only when somebody asks for numbers (`backward` for all gradients that
+# belong to leaves in NumPy, in one; item, printing, bool), and what a library does not offer is a TypeError before.
+#
+#     >>> import dask.array as da
+#     >>> w = Value(np.ones(3))
+#     >>> loss = (da.ones((4, 3), chunks=2) @ w).mean()  # nothing is computed yet
+#     >>> loss.backward()  # one pass, for the gradient and the loss
+#     >>> print(w.grad.data, loss)
+#     [1. 1. 1.] Value(data=3.0, grad=1.0, op='mean')
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _is_foreign(x) -> bool:
-    """Whether x is an array of another library that takes part in NumPy's functions, such as a `dask.array`."""
-    return _lazy(x)
+class _OfThisThread(type):
+    def __subclasscheck__(cls, category):
+        return getattr(_asking, "lazily", False) and issubclass(category, FutureWarning)
 
 
-def _known_shape(x, who):
-    """x, a foreign array, if its shape is known."""
-    if any(n != n for n in x.shape):
-        raise ValueError(f"{who}: unknown shape {x.shape}; call compute_chunk_sizes() on the {_library(x)} first")
-    return x
+class _NotOffered(FutureWarning, metaclass=_OfThisThread):
+    """As the category of a filter: any FutureWarning in a thread that is in `_lazily`, and no other thread's."""
+
+
+_asking = threading.local()
+
+
+@contextlib.contextmanager
+def _lazily(name: str, x) -> Iterator[None]:
+    """Within it, an operation on foreign arrays such as x fails if their library does not offer what it needs.
+
+    Dask warns in that case, then computes the whole array in this process. Filters of warnings are the whole process's,
+    and so may not be put back while other threads do the same: this one stays, and means nothing outside.
+    """
+    if not warnings.filters or warnings.filters[0][2] is not _NotOffered:
+        warnings.simplefilter("error", _NotOffered)
+    before, _asking.lazily = getattr(_asking, "lazily", False), True
+    try:
+        yield
+    except (FutureWarning, NotImplementedError, AttributeError) as error:
+        raise _not_offered(name, x) from error
+    finally:
+        _asking.lazily = before
 
 
 def _library(x) -> str:
@@ -6274,49 +6419,15 @@ def _library(x) -> str:
     return ".".join(type(x).__module__.split(".")[:2])
 
 
-_refusal = threading.RLock()  # as the filters of warnings are the whole process's
+def _not_offered(name: str, x) -> TypeError:
+    return TypeError(f"{name}: {_library(x)} does not offer it, or not in this form; compute the operands first")
 
 
-@contextlib.contextmanager
-def _lazily(prim: Primitive, x) -> Iterator[None]:
-    """Within it, a primitive of foreign arrays such as x fails if their library does not offer what it needs.
-
-    Dask warns in that case, then computes the whole array in this process.
-    """
-    with _refusal, warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        try:
-            yield
-        except (FutureWarning, NotImplementedError, AttributeError) as error:
-            raise _not_offered(prim, x) from error
-
-
-def _not_offered(prim: Primitive, x) -> TypeError:
-    return TypeError(f"{prim.name}: {_library(x)} does not offer it, or not in this form; compute the operands first")
-
-
-def _computed(arrays: Sequence) -> list:
-    """Foreign arrays as NumPy's; those of Dask together, in one pass over its cluster."""
-    lazy = [x for x in arrays if hasattr(x, "__dask_graph__")]
-    done = iter(sys.modules["dask"].compute(*lazy, traverse=False) if lazy else ())
-    return [_settle(np.array(next(done) if hasattr(x, "__dask_graph__") else x)) for x in arrays]
-
-
-def _evaluate_foreign(prim: Primitive, raw: Sequence, params: dict, foreign):
-    """The forward of a primitive if an operand is a foreign array; so is its result, and nothing is computed yet."""
-    if prim.name == "scatter":
-        return _put_foreign(raw[0], params["shape"], _filled(params["index"], raw[1:]))
-    # NumPy would compute a foreign index into its own array; Dask's Cholesky factor is the upper one.
-    if prim.name == "cholesky" or ("index" in params and not _is_foreign(raw[0])):
-        raise _not_offered(prim, foreign)
-    if not prim.elementwise:
-        dtype = np.result_type(*[getattr(x, "dtype", x) for x in raw])
-        raw = [dtype.type(x) if type(x) is float else x for x in raw]
-    with _lazily(prim, foreign):
-        out = prim.forward(*raw, **params)
-    if not _is_foreign(out):
-        raise _not_offered(prim, foreign)
-    return _known_shape(out, prim.name)
+def _known_shape(x, who):
+    """x, a foreign array, if its shape is known."""
+    if any(n != n for n in x.shape):
+        raise ValueError(f"{who}: unknown shape {x.shape}; call compute_chunk_sizes() on the {_library(x)} first")
+    return x
 
 
 def _put_foreign(a, shape, index):
@@ -6330,6 +6441,8 @@ def _put_foreign(a, shape, index):
             raise TypeError(f"getitem: on {_library(a)}, only integers and slices of step 1 have a gradient, got {i!r}")
         start, stop, _ = i.indices(n) if isinstance(i, slice) else (i % n, i % n + 1, 1)
         ends.append((start, max(start, stop)))
+    if not math.prod(a.shape):
+        return np.zeros_like(a, shape=shape)
     block = np.reshape(a, tuple(stop - start for start, stop in ends))
     return np.pad(block, [(start, n - stop) for n, (start, stop) in zip(shape, ends)])
 
@@ -6340,7 +6453,7 @@ class _Elsewhere(Kind):
     rank, lazy = 3, True
 
     def enter(self, data, dtype, choice, who):
-        return _known_shape(data if dtype is None else data.astype(dtype), who)
+        return self.own(_known_shape(data if dtype is None else data.astype(dtype), who))
 
     def constant(self, x, who):
         if x.dtype.kind not in "fiub":
@@ -6349,25 +6462,50 @@ class _Elsewhere(Kind):
 
     def evaluate(self, prim, raw, params):
         foreign = next(x for x in raw if KINDS[type(x)] is self)
-        raw = [x.force() if KINDS[type(x)].rank == 2 else x for x in raw]
-        return _evaluate_foreign(prim, raw, params, foreign)
+        raw = [x if KINDS[type(x)] in (self, WEAK) else _fetched(x) for x in raw]
+        if prim.name == "scatter":
+            return _put_foreign(raw[0], params["shape"], _filled(params["index"], raw[1:]))
+        if prim.name == "copy":
+            return self.own(foreign)
+        # NumPy would compute a foreign index into its own array; Dask's Cholesky factor is the upper one.
+        if prim.name == "cholesky" or ("index" in params and KINDS[type(raw[0])] is not self):
+            raise _not_offered(prim.name, foreign)
+        if prim.name == "matmul" and np.shape(raw[0])[-1:] != np.shape(raw[1])[-2:][:1]:  # Dask repeats a row
+            raise ValueError(f"matmul: shapes {np.shape(raw[0])} and {np.shape(raw[1])} do not match")
+        with _lazily(prim.name, foreign):
+            out = prim.forward(*(raw if prim.ufunc else _strengthened(prim, raw)), **params)
+        if KINDS[type(out)] is not self:
+            raise _not_offered(prim.name, foreign)
+        if prim.name in ("matmul", "einsum", "inv") and foreign.dtype.kind in "fb":  # Dask's sums of masks are integers
+            out = out.astype(np.result_type(*[dtype for _, dtype in _strong(prim, raw)]))
+        return _known_shape(out, prim.name)
 
     def fetch(self, raws):
-        return _computed(raws)
+        lazy = [x for x in raws if hasattr(x, "__dask_graph__")]
+        done = iter(sys.modules["dask"].compute(*lazy, traverse=False) if lazy else ())  # one pass for all
+        return [_settle(np.array(next(done) if hasattr(x, "__dask_graph__") else x)) for x in raws]
 
     def own(self, raw):
-        return raw
+        return raw.copy() if hasattr(raw, "copy") else raw  # Dask's can be assigned to; a copy shares its chunks
+
+    def shared(self, raw):
+        return True
 
     def write(self, raw, new):
-        return new
+        return new.astype(raw.dtype)
+
+    def guard(self, name, raw):
+        return _lazily(name, raw)
 
     def rule(self, prim, rule):
         def checked(*args, **params):
-            foreign = next(x for x in args if KINDS.get(type(x)) is self)
-            with _lazily(prim, foreign):
+            variadic = isinstance(args[0], int)
+            g, *rest = map(_raw, (*args[1:3], *args[3]) if variadic else args)
+            foreign = next(x for x in (g, *rest) if KINDS.get(type(x)) is self)
+            with _lazily(prim.name, foreign):
                 h = rule(*args, **params)
-            if h is not None and foreign is args[isinstance(args[0], int)] and not _lazy(h):
-                raise _not_offered(prim, foreign)
+            if h is not None and foreign is g and not _lazy(h):
+                raise _not_offered(prim.name, foreign)
             return h
 
         return checked
@@ -6384,3 +6522,16 @@ def _foreign_kind(cls: type) -> Kind | None:
 
 ELSEWHERE = _Elsewhere()
 KINDS.finders.append(_foreign_kind)
+
+
+def _in_a_task(self):
+    """What Dask asks of all that becomes part of its own graph, where functions know nothing of gradients."""
+    part = ".data.data" if isinstance(self, Value) else ".data"
+    raise TypeError(
+        f"a {type(self).__name__} does not go into a graph of Dask's, which would lose its gradient: "
+        f"use operators or NumPy's functions (np.maximum, not da.maximum), or take {part} for the numbers"
+    )
+
+
+Array.__dask_tokenize__ = _in_a_task
+Array.__dask_graph__ = lambda self: _in_a_task(self) if _lazy(self) else None  # asked before it would be looked into

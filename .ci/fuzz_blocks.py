@@ -190,6 +190,8 @@ def _compute(function, args, kwargs=None, contract=True):
     weak = all(isinstance(x, np.generic) or type(_raw(x)) in (float, int, bool) for x in flat)
     if weak and any(isinstance(_raw(x), (bool, np.bool_)) for x in flat):
         raise _NotDrawn("masks of weak numbers")
+    if not weak and function in (np.hstack, np.append) and any(type(_raw(x)) in (float, int, bool) for x in flat):
+        raise _NotDrawn("numbers that are joined to arrays")
     if weak:  # NumPy has the answers of IEEE where Python raises
         raw = _each(lambda x: np.float64(x) if type(x) is float else x, raw)
     out = function(*raw, **{name: _each(_raw, x) for name, x in kwargs.items()})
