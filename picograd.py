@@ -3914,6 +3914,8 @@ class _Memory:
         import mmap
 
         self.clear(shared=True)
+        if not self.shared:
+            return
         system = ctypes.CDLL(None, use_errno=True).mmap
         system.restype = ctypes.c_void_p
         system.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -4361,15 +4363,18 @@ class _Buffer:
     """What an array holds: its data, or the step (prim, args, state of np.errstate) that computes them when somebody
     needs them, and which waits. Data change only once they were handed out, and then nothing waits to read them.
 
-    given: whether it was handed out; runs: how often it was computed without being kept; readers: what waits for it.
+    given: whether it was handed out. readers: what waits for it. holder: the array that holds it, and runs: how often
+        it was computed without being kept, from which to guess what is worth keeping.
     """
 
-    __slots__ = ("shape", "dtype", "array", "given", "prim", "args", "state", "runs", "readers", "__weakref__")
+    __slots__ = ("shape", "dtype", "array", "given", "prim", "args", "state")
+    __slots__ += ("holder", "runs", "readers", "__weakref__")
 
     def __init__(self, array=None, given=False, shape=None, dtype=None, prim=None, args=(), state=None):
         self.array, self.given, self.prim, self.args, self.state, self.runs = array, given, prim, args, state, 0
         self.shape, self.dtype = (shape, dtype) if array is None else (array.shape, array.dtype)
-        self.readers: weakref.WeakSet | None = None
+        self.readers: weakref.WeakSet | tuple = ()
+        self.holder: weakref.ref | None = None
 
     def pending(self) -> list[_Buffer]:
         """All that has to be computed for this, operands first."""
@@ -4389,7 +4394,8 @@ class _Buffer:
 
     def compute(self, reduction: tuple | None = None):
         """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
-        kept is kept now: nothing is computed a third time. A single operation that is small NumPy does."""
+        kept, and may be wanted again, is kept now: nothing is computed a third time. A small operation alone is done
+        by NumPy in one go."""
         few = math.prod(self.shape) * self.dtype.itemsize <= _FEW_BLOCKS * _BLOCK_BYTES
         if few and reduction and self.array is not None:
             name, axes, dtype = reduction
@@ -4411,7 +4417,7 @@ class _Buffer:
                 inputs.append(x)
         places.update((id(node), len(inputs) + i) for i, node in enumerate(nodes))
         steps = tuple([(node.prim, tuple([places[id(x)] for x in node.args]), node.dtype) for node in nodes])
-        kept = [node for node in nodes if node.runs or (node is self and reduction is None)]
+        kept = [node for node in nodes if (node is self and reduction is None) or (node.runs and node.wanted())]
         raw = [x.where_workers_are() if type(x) is _Buffer else x for x in inputs]
         with np.errstate(**(self.state or np.geterr())):
             arrays, total = run_blocks(steps, raw, self.shape, [places[id(node)] for node in kept], reduction)
@@ -4420,6 +4426,10 @@ class _Buffer:
         for node, array in zip(kept, arrays):
             node.settle(array)
         return total
+
+    def wanted(self) -> bool:
+        """Whether anybody may need this beside the one that waits for it."""
+        return len(self.readers) > 1 or (self.holder is not None and self.holder() is not None)
 
     def settle(self, array: np.ndarray) -> None:
         """Waits no longer; only now is this struck off where it was to read."""
@@ -4450,7 +4460,7 @@ class _Buffer:
         """The data, for somebody who may keep them and write to them."""
         with _chunk_lock:
             array, self.given = self.force(), True  # from now on it stays where it is
-            for reader in list(self.readers or ()):
+            for reader in list(self.readers):
                 reader.force()
             return array
 
@@ -4476,6 +4486,7 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
     def __init__(self, data, given: bool = True, forced: bool = False):
         self.forced = forced
         self.buffer = data if type(data) is _Buffer else _Buffer(data, given)
+        self.buffer.holder = weakref.ref(self)
         self.shape, self.dtype = self.buffer.shape, self.buffer.dtype
 
     def force(self) -> np.ndarray:
@@ -4502,6 +4513,7 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
                     self.buffer = _step(_as_dtype, (new,), self.dtype, state)
                 else:  # `new` becomes a copy, which waits: mostly nobody has it any more
                     self.buffer, new.buffer = old, _step(_as_dtype, (new,), self.dtype, state)
+                self.buffer.holder = weakref.ref(self)
 
     # --- NumPy's protocols: so that the primitives' rules run on it ---
 
@@ -4699,7 +4711,8 @@ def _in_c_order(x) -> bool:
 
 def _result_dtype(prim: Primitive, args: Sequence) -> np.dtype:
     """The dtype of an element-wise result: what one element gives."""
-    key = prim, *[x.dtype if hasattr(x, "dtype") else x if type(x) is int else type(x) for x in args]
+    floats = any([hasattr(x, "dtype") and x.dtype.kind == "f" for x in args])  # else a whole number may not fit
+    key = prim, *[getattr(x, "dtype", x if type(x) is int and not floats else type(x)) for x in args]
     if key not in _dtypes:
         if len(_dtypes) > 1000:
             _dtypes.clear()
@@ -4733,7 +4746,7 @@ def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buff
             new.compute()
         for x in new.args:
             if type(x) is _Buffer:
-                if x.readers is None:
+                if not x.readers:
                     x.readers = weakref.WeakSet()
                 x.readers.add(new)
     return new

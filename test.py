@@ -1124,6 +1124,53 @@ class TestWorkers(Strict):
             self.assertEqual((y.data[0], waiting[7].data[0]), (1, 7))
             self.assertLess(time.perf_counter() - start, 20)
 
+    def test_errors_come_at_the_call(self):
+        with (
+            distributed_config(enabled=True, min_elements_for_parallel=1),
+            mock.patch.multiple(picograd, _BLOCK_BYTES=64, _FEW_BLOCKS=0),
+        ):
+            small, whole = Tensor(np.arange(1000), np.uint8), Tensor(np.arange(1000), int)
+            for call, error in (
+                (lambda: small + 300, OverflowError),
+                (lambda: whole ** Tensor(np.full(1000, -1), int), ValueError),
+                (lambda: whole + Tensor(np.ones(999)), ValueError),
+                (lambda: np.add(whole, whole, out=small), TypeError),
+                (lambda: np.sin(whole, out=whole), TypeError),
+                (lambda: np.sum(whole, axis=1), np.exceptions.AxisError),
+                (lambda: whole.__ior__(Tensor(np.ones(1000))), TypeError),
+            ):
+                self.assertRaises(error, call)
+            self.assertEqual((whole.sum().item(), small.max().item()), (499500, 255))
+            with np.errstate(divide="raise"):
+                self.assertRaises(FloatingPointError, lambda: 1 / (whole - 5.0))
+            seen = []
+            with np.errstate(divide="call", call=lambda *args: seen.append(args)):
+                1 / (whole - 5.0)
+            self.assertEqual(len(seen), 1)
+
+    def test_training_large_parameters_fuses(self):
+        with (
+            distributed_config(enabled=True, min_elements_for_parallel=1),
+            mock.patch.multiple(picograd, _BLOCK_BYTES=64, _FEW_BLOCKS=0),
+        ):
+            for make in (lambda p: SGD([p], 0.1, momentum=0.9, weight_decay=0.01), lambda p: Adam([p], 0.1), None):
+                found = []
+                for enabled in (True, False):
+                    set_distributed_config(enabled=enabled)
+                    p = Value(np.linspace(-1, 1, 1000), float)
+                    optimizer = make and make(p)
+                    for _ in range(3):
+                        p.grad = 0
+                        np.sum(p**2 * 0.5).backward()
+                        with mock.patch.object(picograd, "run_blocks", wraps=picograd.run_blocks) as runs:
+                            if optimizer:
+                                optimizer.step()
+                            else:
+                                p.data -= 0.1 * p.grad
+                        self.assertLessEqual(runs.call_count, 1)
+                    found.append(p.data.data)
+                np.testing.assert_allclose(*found, rtol=1e-12)
+
     def test_scratch_memory_never_leaves_a_job(self):
         with (
             distributed_config(enabled=True, min_elements_for_parallel=1),
