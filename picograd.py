@@ -55,6 +55,13 @@ from typing import Any
 
 import numpy as np
 
+__version__ = "2.0"
+__all__ = ["Value", "Tensor", "no_grad", "primitive", "PRIMITIVES", "TABLE"]
+__all__ += ["grad", "value_and_grad", "elementwise_grad", "jacobian", "hessian", "check_gradients"]
+__all__ += ["relu", "sigmoid", "softplus", "gelu", "softmax", "log_softmax", "logsumexp"]
+__all__ += ["nn", "Module", "Neuron", "Layer", "MLP", "SGD", "Adam", "draw"]
+__all__ += ["mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "hinge_loss"]
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Primitives
 #
@@ -1180,8 +1187,8 @@ _get_rank = operator.attrgetter("rank")
 
 
 def _filled_like(raw, number):
-    """A raw value of that shape and dtype; of a Python bool, a float."""
-    if type(raw) is float or type(raw) is bool:
+    """A raw value of that shape and dtype; of a weak number, a float."""
+    if type(raw) in _WEAK_TYPES:
         return float(number)
     if not raw.ndim:
         return raw.dtype.type(number)  # also of a foreign array: a seed needs no cluster
@@ -3564,8 +3571,8 @@ def draw(
     values = _newest_first(root, everything=True)[::-1]
     # An object is one box however often it is used; a number is a box at each use, as equal numbers are not related.
     others = [x for v in values for x in v._args if not isinstance(x, Value)]
-    numbers = sum(isinstance(x, (float, bool)) for x in others)
-    count = len(values) + numbers + len({id(x) for x in others if not isinstance(x, (float, bool))})
+    numbers = sum(type(x) in _WEAK_TYPES for x in others)
+    count = len(values) + numbers + len({id(x) for x in others if type(x) not in _WEAK_TYPES})
     if count > max_nodes:
         raise ValueError(
             f"draw: the graph has {count} nodes ({len(values)} Values, {count - len(values)} Tensors and constants), "
@@ -3608,7 +3615,7 @@ def draw(
         entries = _ENTRIES[rankdir].get(len(v._args))
         free = v._prim.name in ("add", "multiply")  # the same in either order: enter where lines cross least
         for i, x in enumerate(v._args):
-            if isinstance(x, (float, bool)) or id(x) not in names:
+            if type(x) in _WEAK_TYPES or id(x) not in names:
                 box(x, "input" if isinstance(x, Tensor) else "constant")
             place = {} if free else {"headport": entries[i]} if entries else {"headlabel": str(i)}
             # dot draws heavy edges straight: those of the main line, from one result to the next.
@@ -3644,6 +3651,8 @@ def draw(
 # Invariants: the cut depends on shape and dtype only, so results do not depend on the workers; what is seen of an array
 # is what NumPy would have given at once.
 # ---------------------------------------------------------------------------------------------------------------------
+
+__all__ += ["DistributedConfig", "distributed_config", "get_distributed_config", "set_distributed_config"]
 
 
 @dataclass(frozen=True)
@@ -4813,6 +4822,8 @@ def _mean(x: _Buffer, axes: tuple, count: int, dtype: np.dtype) -> np.ndarray:
 #         return (t2, ), (x0, x1, )
 # ---------------------------------------------------------------------------------------------------------------------
 
+__all__ += ["optimize"]
+
 _BATCH_SCALARS, _BATCH_ARRAYS = 16, 4  # smallest groups worth an array operation: below, its overhead costs more
 _BATCH_SIZE = 1 << 16  # elements of an array above which stacking it costs more than calls are saved
 _FLOATS = {np.dtype(np.float32), np.dtype(np.float64)}  # what rewrites are about; other dtypes stay as they are
@@ -4848,7 +4859,7 @@ def _regular(node: Value) -> bool:
     for i, x in enumerate(node._args):
         x = x._data if isinstance(x, Array) else x
         if i in masks:
-            if _is_mask(x) and np.size(x):
+            if _is_mask(x) and 0 not in np.shape(x):
                 continue
             if prim is _WHERE:
                 return False
@@ -4861,7 +4872,7 @@ def _regular(node: Value) -> bool:
         dtype = x.dtype
     out = node._data
     if _is_mask(out):
-        return (prim.vjps[0] is None or prim in _VIEWS) and np.size(out) > 0
+        return (prim.vjps[0] is None or prim in _VIEWS) and 0 not in np.shape(out)
     if type(out) is float:
         return dtype is None or prim is _as_dtype
     if not isinstance(out, (np.ndarray, np.generic)) or not out.size or out.dtype not in _FLOATS:
@@ -4943,7 +4954,7 @@ def _reach(roots: Sequence) -> dict[Value, int]:
 def _alike(x, node: Value) -> bool:
     """Whether x can stand for a node: of its shape and dtype, and weak if it is weak."""
     x, y = _raw(x), node._data
-    return type(x) is type(y) and (type(x) is float or type(x) is bool or (x.shape, x.dtype) == (y.shape, y.dtype))
+    return type(x) is type(y) and (type(x) in _WEAK_TYPES or (x.shape, x.dtype) == (y.shape, y.dtype))
 
 
 def _is(x, prim: Primitive) -> bool:
@@ -6344,7 +6355,7 @@ class Optimized(Value):
 def _optimized(program: _Program, index: int, grad=None, label: str = "") -> Optimized:
     node, data = _new(Optimized), program.results[index]
     # In a graph, an empty array beside leaves that are numbers: so its result is taken as it is, and not for a number.
-    strong = () if type(data) is float or type(data) is bool else (np.empty(0, np.float32),)
+    strong = () if type(data) in _WEAK_TYPES else (np.empty(0, np.float32),)
     node._data, node._grad, node._prim, node._args = data, grad, _program, (*program.leaves[index], *strong)
     node._params = {"program": program, "index": index}
     node._needs, node._number, node.label = program.traced[index]._needs, _next_number(), label

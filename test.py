@@ -1753,6 +1753,13 @@ class TestValue(Strict):
         twin.data.data[0], twin.grad.data[0] = 9, 9
         self.assertEqual((w.data.tolist()[0], w.grad.data[0] == 9), (1.0, False))
 
+    def test_a_star_import_brings_the_public_names(self):
+        space: dict = {}
+        exec("from picograd import *", space)
+        self.assertEqual(set(space) - {"__builtins__"}, set(picograd.__all__))
+        self.assertEqual(len(picograd.__all__), len(set(picograd.__all__)))
+        self.assertRegex(picograd.__version__, r"^\d+\.\d+$")
+
     def test_copies_of_this_file_that_meet_say_so(self):
         with tempfile.TemporaryDirectory() as folder:
             for name in ("vendored_a", "vendored_b"):
