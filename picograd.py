@@ -4406,10 +4406,6 @@ class _Buffer:
         kept, and may be wanted again, is kept now: nothing is computed a third time. A small operation alone is done
         by NumPy in one go."""
         few = math.prod(self.shape) * self.dtype.itemsize <= _FEW_BLOCKS * _BLOCK_BYTES
-        if few and reduction and self.array is not None:
-            name, axes, dtype = reduction
-            wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
-            return _REDUCERS[name].reduce(self.array, axes, wide, None, True).astype(dtype, copy=False)
         if few and not reduction and not any([type(x) is _Buffer and x.array is None for x in self.args]):
             with np.errstate(**self.state):
                 args, target = [x.array if type(x) is _Buffer else x for x in self.args], None
@@ -4634,7 +4630,9 @@ class _InBlocks(Kind):
                     if prim.forward is not np.power or dtype.kind == "f":  # which fails on some integers
                         return Chunked(_step(prim, raw, dtype, state), forced=forced)
             if prim.name in _REDUCTIONS and type(raw[0]) is Chunked:
-                return _reduced(prim.name, raw[0].buffer, **params)
+                x = raw[0].buffer
+                if x.array is None or x.array.nbytes > 8 * _FEW_BLOCKS * _BLOCK_BYTES:  # else NumPy's one pass does
+                    return _reduced(prim.name, x, **params)
         if not prim.builtin:  # code that is not ours may keep what it gets, and what it returns
             return NUMPY.evaluate(prim, [x.expose() if type(x) is Chunked else x for x in raw], params)
         return _whole(NUMPY.evaluate, (prim, raw, params), ours, forced or (None if _config.enabled else False))
