@@ -4,6 +4,7 @@
     python .ci/bench.py                      every row (minutes); run it on a quiet machine, quote the ratios
     python .ci/bench.py --rows moons import  only these
     python .ci/bench.py --quick              two rounds of each at small sizes, to see that everything runs and agrees
+    python .ci/bench.py --against OLD.py     another picograd.py as well, in the same turns: "before, picograd ..."
     python .ci/bench.py --list               the rows
 
 The peers come from requirements.txt and bench-requirements.txt beside this file; one that is not installed is reported
@@ -16,6 +17,7 @@ was measured. Names that start with "picograd" are ours, and the ratios are ours
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import gc
@@ -741,7 +743,8 @@ def chunked_values() -> Contenders:
 def imports() -> Contenders:
     def imported(name, first):
         code = f"import {first}, time; t = time.perf_counter(); import {name}; print(time.perf_counter() - t)"
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"PYTHONPATH": ROOT}
+        folder = os.path.dirname(importlib.import_module("picograd").__file__)
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"PYTHONPATH": folder}
         command = [sys.executable, "-c", code]
 
         def measure():
@@ -797,6 +800,34 @@ ROWS = {
 SCALE = {"ms": 1e3, "MiB": 2.0**-20}
 
 
+@contextlib.contextmanager
+def instead(folder: str):
+    """Meanwhile, `import picograd` finds the file in that folder."""
+    kept = {name: sys.modules.pop(name) for name in ("picograd", "picograd.nn") if name in sys.modules}
+    sys.path.insert(0, folder)
+    sys.modules.update(OTHERS)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        OTHERS.update((name, sys.modules.pop(name)) for name in ("picograd", "picograd.nn") if name in sys.modules)
+        sys.modules.update(kept)
+
+
+OTHERS = {}  # the modules that it found
+
+
+def with_before(contenders: Contenders, folder: str) -> Contenders:
+    """Each of ours by the file in that folder, too; but worker processes would import the file that is measured."""
+
+    def before(make):
+        with instead(folder):
+            return make()
+
+    ours = {name: make for name, make in contenders.items() if name.startswith(("picograd", "eager"))}
+    return contenders | {f"before, {k}": partial(before, make) for k, make in ours.items() if "processes" not in k}
+
+
 def set_up(contenders: Contenders):
     """-> the callables of those that are installed, and {name: missing package} of the others."""
     ready, absent = {}, {}
@@ -817,9 +848,10 @@ def check_agreement(ready, tolerance):
             raise SystemExit(f"no comparison: first losses of {first} {expected}, of {name} {got}")
 
 
-def run(row: Row, rounds: int):
+def run(row: Row, rounds: int, against: str | None = None):
     """-> {contender: one measurement per round}, {absent contender: package}."""
-    ready, absent = set_up(row.contenders())
+    contenders = row.contenders()
+    ready, absent = set_up(with_before(contenders, against) if against else contenders)
     if row.steps and row.agree:
         check_agreement(ready, row.tolerance)
     gc.collect()
@@ -897,6 +929,9 @@ def main():
     parser.add_argument("--rows", nargs="+", metavar="NAME", choices=ROWS, default=list(ROWS), help="only these rows")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="turns of each contender (default: 15)")
     parser.add_argument("--quick", action="store_true", help="two rounds")
+    parser.add_argument(
+        "--against", type=pathlib.Path, metavar="FILE", help="another picograd.py to run beside this one"
+    )
     parser.add_argument("--list", action="store_true", help="print the rows' names and titles, and stop")
     arguments = parser.parse_args()
     if arguments.list:
@@ -905,10 +940,14 @@ def main():
     if arguments.rounds < 1:
         parser.error(f"--rounds: at least 1, not {arguments.rounds}")
     print(header(), flush=True)
-    for name in arguments.rows:
-        row = ROWS[name]
-        print(f"\n{name}: {row.title}", flush=True)
-        print(table(row, *run(row, 2 if arguments.quick else min(row.rounds, arguments.rounds))), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.against:
+            shutil.copy(arguments.against, pathlib.Path(folder, "picograd.py"))
+        for name in arguments.rows:
+            row = ROWS[name]
+            rounds = 2 if arguments.quick else min(row.rounds, arguments.rounds)
+            print(f"\n{name}: {row.title}", flush=True)
+            print(table(row, *run(row, rounds, arguments.against and folder)), flush=True)
 
 
 if __name__ == "__main__":
