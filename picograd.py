@@ -535,6 +535,16 @@ def _fetched(x):
 # --- how a primitive is computed: settle the dtypes, evaluate, wrap ---
 
 
+def _harmless(state: dict) -> bool:
+    """Whether no floating-point fault becomes an error or a call, by NumPy's errstate and the filters of warnings."""
+    if not _QUIET.issuperset(state.values()):
+        return False
+    return not any([how == "error" and issubclass(RuntimeWarning, kind) for how, _, kind, *_ in warnings.filters])
+
+
+_QUIET = frozenset(("ignore", "warn"))
+
+
 def _strong(prim: Primitive, raw: Sequence) -> list[tuple[int, np.dtype]]:
     """Places and dtypes of the operands that have one, of those that share it: an index does not, nor a condition."""
     places = range(len(raw)) if prim.typed is None else prim.typed
@@ -2892,6 +2902,13 @@ def _in_place_operator(prim: Primitive):
     """`t += x`: arrays are written to once the whole result is there; a 0-d Tensor is replaced, like a number."""
 
     def method(self, other):
+        x, y = self._data, _raw(other)
+        if type(x) is np.ndarray and _LITTLE < x.size < HOOK.limit and prim.ufunc and x.dtype.kind == "f":
+            # Where nothing can fail half-way, without an array in between.
+            fits = type(y) is float or (type(y) is np.ndarray and y.dtype is x.dtype and y.shape == x.shape)
+            if fits and type(other) is not Value and _harmless(np.geterr()):
+                prim.forward(x, y, out=x)
+                return self
         if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or KINDS[type(other)] is not None):
             return NotImplemented
         out = _apply(prim, (self, other), _NO_PARAMS)
@@ -2909,6 +2926,7 @@ def _in_place_operator(prim: Primitive):
     return method
 
 
+_LITTLE = 1 << 12  # elements up to which an array in between costs nothing
 _OPERANDS = (Array, np.ndarray, np.generic, int, float, list, tuple)
 
 for _forward, (_name, _, _) in _OPERATORS.items():
@@ -4597,12 +4615,7 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
 def _waits(prim: Primitive, state: dict) -> bool:
     """Whether an operation may wait, or be cut into blocks: one of the catalogue, whose faults nobody has to see at
     once; as NumPy does them, they may be an error, or a call, on the line that they come from."""
-    if not prim.builtin or not _QUIET.issuperset(state.values()):
-        return False
-    return not any([how == "error" and issubclass(RuntimeWarning, kind) for how, _, kind, *_ in warnings.filters])
-
-
-_QUIET = frozenset(("ignore", "warn"))
+    return prim.builtin and _harmless(state)
 
 
 class _InBlocks(Kind):

@@ -63,7 +63,7 @@ from picograd import Tensor, Value, distributed_config, no_grad, primitive, set_
 HELPERS = '''\
 warnings.simplefilter("ignore")
 set_distributed_config(enabled=True, min_elements_for_parallel=1, num_workers=2, use_processes=False)
-picograd._BLOCK_BYTES = 128
+picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = 32, 0  # small arrays have many blocks, and none is left to NumPy
 cell = {}  # what user primitives read beside their operands
 
 
@@ -720,20 +720,20 @@ def _deadline():
 
 def check(program: list[str]):
     """None if picograd does what NumPy does, a Skip if that cannot be said, else how it differs."""
-    block_bytes = picograd._BLOCK_BYTES
+    kept = picograd._BLOCK_BYTES, getattr(picograd, "_FEW_BLOCKS", None)
     with warnings.catch_warnings(), np.errstate(all="warn"), picograd.distributed_config():
         warnings.simplefilter("ignore")
         processes = bool(_options and _options.processes)
         picograd.set_distributed_config(enabled=True, min_elements_for_parallel=1, num_workers=2)
         picograd.set_distributed_config(use_processes=processes)
-        picograd._BLOCK_BYTES = 128
+        picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = 32, 0
         try:
             with _deadline():
                 return _check(program)
         except Hang:
             return f"hangs: no end after {_TIMEOUT} s"
         finally:
-            picograd._BLOCK_BYTES = block_bytes
+            picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = kept
             sys.setprofile(None)
 
 
@@ -996,7 +996,7 @@ class _Writer:
 
     def write(self) -> list[str]:
         pick = self.pick
-        self.add(f"picograd._BLOCK_BYTES = {pick([64, 128, 256, 512])}")
+        self.add(f"picograd._BLOCK_BYTES = {pick([32, 64, 128, 512])}")
         if self.chance(0.04):
             self.add("set_distributed_config(use_processes=True)")
         elif self.chance(0.5):
