@@ -776,7 +776,7 @@ class Tensor(Array):
 
     @data.setter
     def data(self, new):
-        if not KINDS[type(self._data)].same(self._data, _raw(new)):
+        if not _written_back(new, self._data, self, None):
             self._become(_conform(new, self._data, "Tensor.data", self._choice))
 
     def _become(self, raw) -> None:
@@ -870,6 +870,17 @@ def _wrap(raw, choice=None, owner=None) -> Tensor:
     return tensor
 
 
+def _written_back(new, raw, owner, attribute) -> bool:
+    """Whether what is assigned is what was handed out for a raw value: its array, or the Tensor that shares it; or what
+    it is assigned to."""
+    if new is owner and attribute != "_grad":
+        return True
+    if not isinstance(new, Array):
+        return KINDS[type(raw)].same(raw, new)
+    whose = getattr(new, "_owner", None)
+    return new._data is raw and whose is not None and whose[0] is owner and whose[1] == attribute
+
+
 def _restored(raw, choice) -> Tensor:
     """A pickled Tensor."""
     return _wrap(raw if choice is None else HOOK.adopt(raw, choice), choice)
@@ -959,7 +970,7 @@ class Value(Array):
 
     @data.setter
     def data(self, new):
-        if not KINDS[type(self._data)].same(self._data, _raw(new)):
+        if not _written_back(new, self._data, self, "_data"):
             new = _conform(new, self._data, "Value.data")
             if np.shape(new) != self.shape:
                 self._grad = None  # it was that of other data
@@ -976,14 +987,13 @@ class Value(Array):
 
     @grad.setter
     def grad(self, new):
-        new, had = _raw(new), self._grad
-        if new is not None and (had is None or not KINDS[type(had)].same(had, new)):
+        if new is None:
+            self._grad = None
+        elif self._grad is None or not _written_back(new, self._grad, self, "_grad"):
             new = _conform(new, _filled_like(self._data, 0), "Value.grad")
             if type(new) is not float and np.shape(new) != self.shape:
                 raise ValueError(f"Value.grad: expected shape {self.shape}, got {np.shape(new)}")
-            if _lazy(new) and not _lazy(self._data):
-                new = _fetched(new)
-        self._grad = new
+            self._grad = _fetched(new) if _lazy(new) and not _lazy(self._data) else new
 
     @property
     def distributed(self) -> bool:

@@ -190,7 +190,11 @@ def _compute(function, args, kwargs=None, contract=True):
     weak = all(isinstance(x, np.generic) or type(_raw(x)) in (float, int, bool) for x in flat)
     if weak and any(isinstance(_raw(x), (bool, np.bool_)) for x in flat):
         raise _NotDrawn("masks of weak numbers")
-    if not weak and function in (np.hstack, np.append) and any(type(_raw(x)) in (float, int, bool) for x in flat):
+    if (
+        not weak
+        and function in (np.hstack, np.append, np.dot)
+        and any(type(_raw(x)) in (float, int, bool) for x in flat)
+    ):
         raise _NotDrawn("numbers that are joined to arrays")
     if weak:  # NumPy has the answers of IEEE where Python raises
         raw = _each(lambda x: np.float64(x) if type(x) is float else x, raw)
@@ -514,7 +518,8 @@ def _is_leaf(x):
 
 def _has_gradient(x):
     """Whether x is a leaf that has a gradient, which the plain world knows."""
-    return isinstance(x, PlainValue) and _is_leaf(x) and x.slope is not None and _finite(x.slope)
+    known = isinstance(x, PlainValue) and _is_leaf(x) and x.slope is not None and _finite(x.slope)
+    return known and x.size > 0 and type(x.raw) is not float  # numbers are summed from arrays of any precision
 
 
 def _finite(x):
