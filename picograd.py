@@ -212,13 +212,49 @@ def _argument_names(function) -> tuple[str, ...]:
 
 
 def composed(*keys: Callable) -> Callable:
-    """Enters a function that is made of other entries: it needs no rule of its own."""
+    """Enters a function that is made of other entries: it needs no rule of its own.
+
+    Beside a Value, its Tensors become nodes, so that what it computes of them alone is computed anew by a replay.
+    """
 
     def enter(function):
-        TABLE.update(dict.fromkeys(keys, function))
+        names = _argument_names(function)
+        operands = [name for name in names if name not in _OPTIONS]
+        if len(operands) == 1 and operands[0] not in ("arrays", "tup"):  # nothing that Tensors could meet here
+            TABLE.update(dict.fromkeys(keys, function))
+            return function
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            if any([isinstance(x, Value) for x in _members(*args, *kwargs.values())]):
+                named = itertools.zip_longest(args, names[: len(args)])
+                args = tuple([x if name in _OPTIONS else _recorded(x) for x, name in named])
+                kwargs = {name: x if name in _OPTIONS else _recorded(x) for name, x in kwargs.items()}
+            return function(*args, **kwargs)
+
+        TABLE.update(dict.fromkeys(keys, call))
         return function
 
     return enter
+
+
+# Parameters that say how large a result is, what is where, or how it is made: no operands, and a replay keeps them.
+_OPTIONS = frozenset(
+    """repeats shift indices_or_sections pad_width reps shape window_shape axis axes axis1 axis2 source
+destination k offset n order kind stable keepdims ord mode constant_values copy nan posinf neginf optimize""".split()
+)
+
+
+def _members(*args) -> list:
+    """Arguments, and what is in those that are lists or tuples, at any depth."""
+    return [y for x in args for y in (_members(*x) if isinstance(x, (list, tuple)) else (x,))]
+
+
+def _recorded(x):
+    """An argument with its Tensors as nodes."""
+    if isinstance(x, (list, tuple)):
+        return [_recorded(i) for i in x]
+    return _record(_detach, (x,)) if isinstance(x, Tensor) else x
 
 
 def _matmul(x, y):
@@ -3257,7 +3293,7 @@ def cross_entropy(logits: Value, labels: Any) -> Value:
     if not _lazy(raw) and raw.size and not (0 <= raw.min() and raw.max() < k):
         raise ValueError(f"cross_entropy: labels must be from 0 to {k - 1}, got {raw.min()} to {raw.max()}")
     # A mask instead of indices: it runs on any kind of array. As a node, a Tensor of labels is read anew by a replay.
-    labels = _node(labels._data, _detach, (labels,), _NO_PARAMS) if isinstance(labels, Tensor) else raw
+    labels = _recorded(labels) if isinstance(labels, Tensor) else raw
     mask = labels[..., None] == np.arange(k)
     return -np.mean(np.sum(np.where(mask, log_softmax(logits), 0.0), axis=-1))
 
