@@ -115,7 +115,11 @@ class Primitive:
         missing = [name for name in self.operands if name not in given]
         if missing:
             raise TypeError(f"{takes}; argument {missing[0]!r} is missing")
-        return tuple(given.pop(name) for name in self.operands), given
+        operands = tuple(given.pop(name) for name in self.operands)
+        for name, x in given.items():
+            if isinstance(x, Array):
+                raise TypeError(f"{self.name}: argument {name!r} is no operand, and takes no {type(x).__name__}")
+        return operands, given
 
     def __repr__(self):
         return f"Primitive({self.name})"
@@ -628,7 +632,8 @@ def _strengthened(prim: Primitive, raw: Sequence) -> Sequence:
     dtypes, raw = [dtype for _, dtype in _strong(prim, raw)], list(raw)
     for i in range(len(raw)) if prim.typed is None else prim.typed:
         if type(raw[i]) in _WEAK_TYPES:
-            raw[i] = np.result_type(*dtypes, raw[i]).type(raw[i])
+            with contextlib.suppress(OverflowError):  # a whole number that does not fit is left to the function
+                raw[i] = np.result_type(*dtypes, raw[i]).type(raw[i])
     return raw
 
 
@@ -867,6 +872,8 @@ class Tensor(Array):
         if not self.ndim:
             raise TypeError("a 0-d Tensor cannot be indexed; assign to .data")
         index = tuple(map(_public_index, index)) if isinstance(index, tuple) else _public_index(index)
+        if isinstance(new, Value):
+            new._end("tensor[...] = Value")
         new = _raw(new)
         _public(self._data)[index] = new if KINDS[type(self._data)].lazy else _fetched(new)
 
@@ -1127,11 +1134,15 @@ class Value(Array):
     def _leave(self, how: str) -> float | int | bool:
         """The number, on its way to code that knows nothing of gradients."""
         number = self.item()
+        self._end(f"{how}(Value)")
+        return number
+
+    def _end(self, what: str) -> None:
+        """Says so where a gradient ends: an error inside a function to differentiate, else a warning."""
         if self._needs and _mode.recording:
             if _mode.depth:
-                raise TypeError(f"{how}(Value): {_ENDS}")
-            warnings.warn(f"{how}(Value): {_ENDS}", stacklevel=3)
-        return number
+                raise TypeError(f"{what}: {_ENDS}")
+            warnings.warn(f"{what}: {_ENDS}", stacklevel=4)
 
     def __float__(self):
         return float(self._leave("float"))
@@ -1332,63 +1343,85 @@ def _recompute(node: Value) -> None:
     node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
 
 
+def _locate(error: Exception, node: Value) -> None:
+    """Adds to an error in a rule which operation it was, and on what."""
+    label, shapes = f" {node.label!r}" if node.label else "", ", ".join([str(np.shape(_raw(x))) for x in node._args])
+    where = f"in the rule of {node._prim.name}{label}, for operands of shapes {shapes}"
+    if len(error.args) == 1 and isinstance(error.args[0], str):
+        if "in the rule of" not in error.args[0]:
+            error.args = (f"{error.args[0]} ({where})",)
+    elif hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(where)
+
+
 def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=False) -> dict[Value, Any]:
     """The gradients of every node that root depends on; the sweep does not go past the nodes in `stop`.
 
     Without `retain` only the gradients of leaves and of nodes in `stop` are kept. With `symbolic` gradients are Values.
     """
-    grads, ndarray = {root: seed}, np.ndarray
-    for node in _newest_first(root, stop):
-        prim = node._prim
-        if prim is None:  # a leaf
-            continue
-        g = grads.get(node)
-        if g is None or (stop and node in stop):  # no rule gave it a gradient, or the sweep ends here
-            continue
-        args, params, out, variadic = node._args, node._params, node, prim.operands is None
-        if not retain:
-            del grads[node]
-            node._grad = None
-        if symbolic:
-            # A Tensor becomes a node: what a rule computes from it is recorded, too, and a replay reads it anew.
-            operands = [_record(_detach, (x,)) if isinstance(x, Tensor) else x for x in args]
-        else:
-            out = node._data
-            operands = [x._data if isinstance(x, (Value, Tensor)) else x for x in args]
-        weak, kind = False, NUMPY
-        if type(out) is not ndarray or type(g) is not ndarray:
-            weak = type(out) is float and type(g) is float and not variadic
-            if not weak:
-                kind = max([KINDS[type(_raw(x))] for x in (g, out, *operands)] + [NUMPY], key=_get_rank)
-        for i, x in enumerate(args):
-            if not isinstance(x, Value) or not x._needs:
+    grads, ndarray, nodes = {root: seed}, np.ndarray, _newest_first(root, stop)
+    try:
+        for node in nodes:
+            prim = node._prim
+            if prim is None:  # a leaf
                 continue
-            rule = prim.vjps[0 if variadic else i]
-            if rule is None:
+            g = grads.get(node)
+            if g is None or (stop and node in stop):  # no rule gave it a gradient, or the sweep ends here
                 continue
-            if weak:
-                try:
-                    h = rule(g, out, *operands, **params) if params else rule(g, out, *operands)
-                    if type(h) is not float:
-                        h = float(h)
-                except (ArithmeticError, ValueError, TypeError):  # also a complex power: NumPy has the IEEE answer
-                    h = float(rule(_public(g), _public(out), *map(_public, operands), **params))
+            args, params, out, variadic = node._args, node._params, node, prim.operands is None
+            if not retain:
+                del grads[node]
+                node._grad = None
+            if symbolic:
+                # A Tensor becomes a node: what a rule computes from it is recorded, too, and a replay reads it anew.
+                operands = [_record(_detach, (x,)) if isinstance(x, Tensor) else x for x in args]
             else:
-                if kind is not NUMPY:
-                    rule = kind.rule(prim, rule)
-                if variadic:
-                    h = rule(i, g, out, operands, **params)
-                else:
-                    h = rule(g, out, *operands, **params) if params else rule(g, out, *operands)
-                if h is None:
+                out = node._data
+                operands = [x._data if isinstance(x, (Value, Tensor)) else x for x in args]
+            weak, kind = False, NUMPY
+            if type(out) is not ndarray or type(g) is not ndarray:
+                weak = type(out) is float and type(g) is float and not variadic
+                if not weak:
+                    kind = max([KINDS[type(_raw(x))] for x in (g, out, *operands)] + [NUMPY], key=_get_rank)
+            for i, x in enumerate(args):
+                if not isinstance(x, Value) or not x._needs:
                     continue
-                raw = x._data if symbolic else operands[i]
-                if not prim.builtin and not symbolic:
-                    h = _owned(_settle(np.asarray(h)) if KINDS[type(h)] in (None, WEAK) else h)  # a user may keep it
-                if type(h) is not ndarray or type(raw) is not ndarray or h.shape != raw.shape or h.dtype != raw.dtype:
-                    h = _fit(h, raw)
-            had = grads.get(x)
-            grads[x] = h if had is None else had + h
+                rule = prim.vjps[0 if variadic else i]
+                if rule is None:
+                    continue
+                if weak:
+                    try:
+                        h = rule(g, out, *operands, **params) if params else rule(g, out, *operands)
+                        if type(h) is not float:
+                            h = float(h)
+                    except (ArithmeticError, ValueError, TypeError):  # also a complex power: NumPy has the IEEE answer
+                        h = float(rule(_public(g), _public(out), *map(_public, operands), **params))
+                else:
+                    if kind is not NUMPY:
+                        rule = kind.rule(prim, rule)
+                    if variadic:
+                        h = rule(i, g, out, operands, **params)
+                    else:
+                        h = rule(g, out, *operands, **params) if params else rule(g, out, *operands)
+                    if h is None:
+                        continue
+                    raw = x._data if symbolic else operands[i]
+                    if not prim.builtin and not symbolic:
+                        h = _owned(
+                            _settle(np.asarray(h)) if KINDS[type(h)] in (None, WEAK) else h
+                        )  # a user may keep it
+                    if (
+                        type(h) is not ndarray
+                        or type(raw) is not ndarray
+                        or h.shape != raw.shape
+                        or h.dtype != raw.dtype
+                    ):
+                        h = _fit(h, raw)
+                had = grads.get(x)
+                grads[x] = h if had is None else had + h
+    except Exception as error:
+        _locate(error, node)
+        raise
     return grads
 
 
@@ -1789,11 +1822,12 @@ def clip(a, a_min=None, a_max=None, *, min=None, max=None):
     """`np.clip`; the gradient passes at the bounds, as in PyTorch. Where the lower bound is above, the upper one is
     the result, and gets the gradient."""
     low, high = (a_min if min is None else min), (a_max if max is None else max)
-    dtype = getattr(a, "dtype", _FLOAT)
-    if dtype.kind == "b":
+    raws = [np.asarray(x) if isinstance(x, list) else x for x in map(_raw, (a, low, high)) if x is not None]
+    kind = np.result_type(*[getattr(x, "dtype", x) for x in raws])
+    if kind.kind == "b":
         lowest, highest = False, True
-    elif dtype.kind in "iu":
-        lowest, highest = np.iinfo(dtype).min, np.iinfo(dtype).max
+    elif kind.kind in "iu":
+        lowest, highest = np.iinfo(kind).min, np.iinfo(kind).max
         low = None if type(low) is int and low < lowest else low  # as NumPy, beyond what the dtype holds
         high = None if type(high) is int and high > highest else high
     else:
@@ -1804,7 +1838,13 @@ def clip(a, a_min=None, a_max=None, *, min=None, max=None):
 # --- activations that NumPy has no name for: functions of picograd, found in the table under themselves ---
 
 
+def _floating(x):
+    """Integers and masks in double precision, for functions that NumPy does not have."""
+    return x if np.result_type(x).kind == "f" else np.asarray(x, np.float64)
+
+
 def _sigmoid(x, out=None):
+    x = _floating(x)
     e = np.exp(-np.abs(x))  # never overflows
     return np.divide(np.where(x >= 0, 1.0, e), 1.0 + e, out)
 
@@ -1836,13 +1876,13 @@ sigmoid = primitive(
     _sigmoid, lambda g, out, x: g * (out * (1.0 - out)), name="sigmoid", elementwise=True, reads="out", samples=(_REAL,)
 )
 softplus = primitive(
-    lambda x: np.maximum(x, 0.0) + np.log1p(np.exp(-np.abs(x))),  # log(1 + exp(x)) without overflow
+    lambda x: np.maximum(x, 0.0) + np.log1p(np.exp(-np.abs(_floating(x)))),  # log(1 + exp(x)) without overflow
     lambda g, out, x: g * sigmoid(x),
     name="softplus",
     elementwise=True,
 )
 gelu = primitive(  # the tanh form: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2
-    lambda x: 0.5 * x * (1.0 + _gelu_tanh(x)[1]), _gelu_x, name="gelu", elementwise=True
+    lambda x: 0.5 * x * (1.0 + _gelu_tanh(_floating(x))[1]), _gelu_x, name="gelu", elementwise=True
 )
 
 # --- reductions; axis may be None, an int (also negative) or a tuple ---
@@ -1952,7 +1992,8 @@ def _cumprod_a(g, out, a, axis=None):
 
 
 def _logsumexp(a, axis=None, keepdims=False):
-    peak = np.max(a, axis=axis, keepdims=True)
+    a = _floating(a)
+    peak = np.max(a, axis=axis, keepdims=True, initial=-np.inf)
     peak = np.where(np.isfinite(peak), peak, 0.0)
     with np.errstate(divide="ignore"):  # log(0): the sum over -inf only is -inf, as it should be
         out = np.log(np.sum(np.exp(a - peak), axis=axis, keepdims=True)) + peak
@@ -1970,7 +2011,8 @@ def _logsumexp_weights(a, out, axis=None):
 
 
 def _softmax(a, axis=-1):
-    e = np.exp(a - np.max(a, axis=axis, keepdims=True))
+    a = _floating(a)
+    e = np.exp(a - np.max(a, axis=axis, keepdims=True, initial=-np.inf))
     return e / np.sum(e, axis=axis, keepdims=True)
 
 
@@ -1979,7 +2021,8 @@ def _softmax_a(g, out, a, axis=-1):
 
 
 def _log_softmax(a, axis=-1):
-    shifted = a - np.max(a, axis=axis, keepdims=True)
+    a = _floating(a)
+    shifted = a - np.max(a, axis=axis, keepdims=True, initial=-np.inf)
     return shifted - np.log(np.sum(np.exp(shifted), axis=axis, keepdims=True))
 
 
@@ -2194,10 +2237,16 @@ def _together(arrays) -> list:
     ]
     if not held:
         return list(arrays)
-    return [
-        _as_dtype(x, np.result_type(*held, _raw(x))) if type(_raw(x)) in _WEAK_TYPES or isinstance(x, _NUMBERS) else x
-        for x in arrays
-    ]
+    return [_met(x, held) if type(_raw(x)) in _WEAK_TYPES or isinstance(x, _NUMBERS) else x for x in arrays]
+
+
+def _met(x, dtypes):
+    """A weak number in the dtype that it takes beside those; a whole one that does not fit stays what it is."""
+    x = x if isinstance(x, Array) else _number(x)
+    dtype = np.result_type(*dtypes, _raw(x))
+    if dtype.kind in "iu" and not np.iinfo(dtype).min <= _raw(x) <= np.iinfo(dtype).max:
+        return x
+    return _as_dtype(x, dtype)
 
 
 @composed(np.concatenate)
@@ -2419,7 +2468,7 @@ composed(np.flipud)(lambda m: flip(m, 0))
 @composed(np.roll)
 def roll(a, shift, axis=None):
     if axis is None:
-        return _reshape(roll(ravel(a), shift, 0), np.shape(a))
+        return _reshape(roll(ravel(a), shift, 0), np.shape(a)) if np.ndim(a) else np.positive(a)
     for s, i in np.broadcast(shift, axis):
         n = np.shape(a)[i]
         cut = (n - int(s) % n) if n else 0
@@ -2471,9 +2520,9 @@ def diff(a, n=1, axis=-1, prepend=None, append=None):
         return a  # without the ends: so it is in NumPy
     axis, length_1 = _axis(axis, a), list(np.shape(a))
     length_1[axis] = 1
-    parts = [x if x is None or np.ndim(x) else np.broadcast_to(x, tuple(length_1)) for x in (prepend, a, append)]
     if prepend is not None or append is not None:
-        a = _concatenate(*(x for x in parts if x is not None), axis=axis)
+        parts = _together([x for x in (prepend, a, append) if x is not None])
+        a = _concatenate(*[x if np.ndim(x) else np.broadcast_to(x, tuple(length_1)) for x in parts], axis=axis)
     lead, change = _lead(axis, a), np.not_equal if a.dtype == bool else np.subtract
     for _ in range(n):
         a = change(a[lead + (slice(1, None),)], a[lead + (slice(None, -1),)])
@@ -2868,6 +2917,9 @@ def _like(function):
 
     def like(a, *args, **kwargs):
         raw = _raw(a)
+        fill = kwargs.get("fill_value", args[0] if args and function is np.full_like else None)
+        if isinstance(fill, Value):
+            return np.broadcast_to(fill, np.shape(a)).astype(np.result_type(kwargs.get("dtype") or _raw(a)))
         out = function(raw, *map(_raw, args), **kwargs)
         return float(out) if type(raw) is float and out.ndim == 0 and not kwargs else out
 
