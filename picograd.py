@@ -56,7 +56,7 @@ from typing import Any
 import numpy as np
 
 __version__ = "2.0"
-__all__ = ["Value", "Tensor", "no_grad", "primitive", "PRIMITIVES", "TABLE"]
+__all__ = ["Value", "Tensor", "no_grad", "set_default_dtype", "primitive", "PRIMITIVES", "TABLE"]
 __all__ += ["grad", "value_and_grad", "elementwise_grad", "jacobian", "hessian", "check_gradients"]
 __all__ += ["relu", "sigmoid", "softplus", "gelu", "softmax", "log_softmax", "logsumexp"]
 __all__ += ["nn", "Module", "Neuron", "Layer", "MLP", "SGD", "Adam", "draw"]
@@ -475,6 +475,27 @@ def _number(x):
     return float(x) if isinstance(x, (float, np.floating)) else int(x)
 
 
+class set_default_dtype:  # a function to its users, and as a context manager it restores what was before
+    """Sets the floating dtype of arrays and sequences in `Value(...)`, `Tensor(...)` and layers: float32 at first.
+
+    Until the end of the block in `with set_default_dtype(np.float64):`, else from now on. TypeError for another dtype.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, dtype: Any):
+        new = np.dtype(dtype)
+        if new.kind != "f":
+            raise TypeError(f"set_default_dtype: dtype must be floating, got {new}")
+        self.before, set_default_dtype.dtype = set_default_dtype.dtype, new
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        set_default_dtype.dtype = self.before
+
+
 def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub", choice: bool | None = None) -> Any:
     """Copies data into a raw value; dtype float32 unless given, or data is a number or has one of its own."""
     expected = "floating" if kinds == "f" else "floating, integer or boolean"
@@ -502,7 +523,7 @@ def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub", choice: bool |
         raise ValueError(f"{who}: data must be rectangular, got ragged nested sequences ({error})") from None
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{who}: data must be real numbers, got {type(data).__name__} of dtype {array.dtype}")
-    dtype = np.dtype(dtype or np.float32)
+    dtype = np.dtype(dtype or set_default_dtype.dtype)
     if choice is not None or array.size >= HOOK.limit:
         return _settle(HOOK.adopt(array, choice, dtype))
     return _settle(array.astype(dtype))
@@ -800,6 +821,7 @@ class Tensor(Array):
     distributed: True or False to force it, None to leave it to `set_distributed_config`.
 
     A 0-d Tensor behaves like a number: comparisons give NumPy's bool, formatting works, and `+=` makes a new one.
+    What is computed of Tensors alone is a new Tensor, which a replay does not compute anew.
     """
 
     __slots__ = ("_choice", "_owner")
@@ -1938,9 +1960,9 @@ def _prod_a(g, out, a, axis=None, keepdims=False):
     return _unreduce(g, a, axis, keepdims) * others
 
 
-def _var_a(g, out, a, axis=None, ddof=0, keepdims=False, mean=None):
-    mean = np.mean(a, axis=axis, keepdims=True) if mean is None else mean
-    return _unreduce(g, a, axis, keepdims) * (a - mean) * (2.0 * _share(a, axis, ddof))
+def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
+    centred = a - np.mean(a, axis=axis, keepdims=True)
+    return _unreduce(g, a, axis, keepdims) * centred * (2.0 * _share(a, axis, ddof))
 
 
 def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
@@ -1952,7 +1974,7 @@ def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
     if math.prod(shape) and not (noise < 1.0 and np.all(out > noise * np.abs(mean))):
         low, high = (f(a, axis=axis, keepdims=True) for f in (np.min, np.max))
         out = np.where(low == high, 0.0, out)
-    return _var_a(_over(0.5 * g, out), out, a, axis, ddof, True, mean)
+    return _over(0.5 * g, out) * (a - mean) * (2.0 * _share(a, axis, ddof))
 
 
 def _extremum_a(g, out, a, axis=None, keepdims=False):
@@ -3245,7 +3267,7 @@ _DENSE_ELEMENTS = 1 << 14  # below, memory is no matter, and a picture of each o
 class Neuron(Module):
     """activation(x @ w + b), with w of shape (nin,) and b of (). In: (nin,) or (n, nin); out: () or (n,)."""
 
-    def __init__(self, nin: int, activation: Any = "tanh", seed: Any = None, dtype: Any = np.float32):
+    def __init__(self, nin: int, activation: Any = "tanh", seed: Any = None, dtype: Any = None):
         self.w = _weights((nin,), activation, seed, dtype)
         self.b = Value(np.zeros(()), dtype=dtype, label="b")
         self.activation, self._function = activation, _activation(activation)
@@ -3261,7 +3283,7 @@ class Neuron(Module):
 class Layer(Module):
     """activation(x @ w + b), w (nin, nout), b (nout,). In: (nin,) or (n, nin); out: (nout,) or (n, nout)."""
 
-    def __init__(self, nin: int, nout: int, activation: Any = "tanh", seed: Any = None, dtype: Any = np.float32):
+    def __init__(self, nin: int, nout: int, activation: Any = "tanh", seed: Any = None, dtype: Any = None):
         self.w = _weights((nin, nout), activation, seed, dtype)
         self.b = Value(np.zeros(nout), dtype=dtype, label="b")
         self.activation, self._function = activation, _activation(activation)
@@ -3288,9 +3310,7 @@ class MLP(Module):
     Out: (nouts[-1],) or (n, nouts[-1]); if that is 1, the axis is dropped: () or (n,).
     """
 
-    def __init__(
-        self, nin: int, nouts: Sequence[int], activation: Any = "tanh", seed: Any = None, dtype: Any = np.float32
-    ):
+    def __init__(self, nin: int, nouts: Sequence[int], activation: Any = "tanh", seed: Any = None, dtype: Any = None):
         if not isinstance(nouts, (list, tuple, np.ndarray)) or not len(nouts):
             raise ValueError(f"nouts must be a list of at least one width, got {nouts!r}")
         _activation(activation)  # also where no layer has it

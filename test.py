@@ -1667,6 +1667,17 @@ class TestValue(Strict):
         self.assertEqual((Tensor([1, 2], np.int64) * Value([1.0, 1.0])).dtype, np.float32)
         self.assertEqual(MLP(1, [1])(Tensor([[1], [2]], np.int64)).dtype, np.float32)
 
+    def test_the_default_dtype(self):
+        with picograd.set_default_dtype(np.float64):
+            self.assertEqual(
+                {x.dtype for x in (Value([1.0]), Tensor([[1]]), *MLP(2, [1]).parameters())}, {np.dtype(float)}
+            )
+            self.assertEqual((Value(2.0) * Value([1.0])).dtype, np.float64)
+        self.assertEqual(Value([1.0]).dtype, np.float32)
+        with self.assertRaisesRegex(TypeError, "floating, got int64"):
+            picograd.set_default_dtype(np.int64)
+        self.assertEqual(Value([1.0]).dtype, np.float32)
+
     def test_masked_arrays_are_refused(self):
         masked = np.ma.array([1.0, 2.0], mask=[True, False])
         for call in (lambda: Value(masked), lambda: Tensor(masked), lambda: Value([1.0, 2.0]) * masked):
