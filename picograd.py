@@ -125,6 +125,10 @@ class Primitive:
         return f"Primitive({self.name})"
 
     def __reduce__(self):
+        if PRIMITIVES.get(self.name) is not self:
+            raise ValueError(
+                f"primitive {self.name!r}: another one has that name; to pickle it, give it a name= of its own"
+            )
         return _primitive_named, (self.name,)
 
     def __deepcopy__(self, memo):
@@ -205,7 +209,9 @@ def primitive(
     new.operands = None if variadic else (names or ("x", "y", "z"))[: len(vjps)]
     params = names if variadic else names[len(vjps) :]
     new.params = tuple(name for name in params if name not in ("out", "where"))
-    TABLE[forward] = PRIMITIVES[new.name] = new
+    TABLE[forward] = new
+    if not getattr(PRIMITIVES.get(new.name), "builtin", False):  # those keep their names
+        PRIMITIVES[new.name] = new
     return new
 
 
@@ -338,9 +344,7 @@ class Kind:
         if not prim.ufunc:
             raw = _strengthened(prim, raw)
         out = prim.forward(*raw, **params)
-        if type(out) is np.ndarray or isinstance(out, np.generic) or params.get("dtype") is float:
-            return _settle(out)
-        return _settle(np.asarray(out))  # a forward of a user's: what is computed of arrays is one
+        return out if params.get("dtype") is float else _result(prim, out)
 
     def hand_out(self, raw):
         """What `.data` gives away: NumPy's array or scalar, or what stands for it."""
@@ -552,6 +556,7 @@ def _conform(x, like, who, choice: bool | None = None):
     x = _raw(x)
     if type(like) is float and type(x) in _WEAK_TYPES:
         return float(x)
+    x = _constant(x, who)
     if KINDS[type(like)] is WEAK:
         if np.ndim(x):
             raise ValueError(f"{who}: expected a number, got shape {np.shape(x)}")
@@ -569,6 +574,15 @@ def _conform(x, like, who, choice: bool | None = None):
 def _settle(out):
     """A result of NumPy as a raw value."""
     return out[()] if type(out) is np.ndarray and not out.ndim else out
+
+
+def _result(prim: Primitive, out):
+    """What a forward gave for arrays as a raw value. A user's may give anything: it becomes an array."""
+    if type(out) is not np.ndarray and not isinstance(out, np.generic):
+        out = np.asarray(out)
+    if out.dtype.kind not in "fiub":
+        raise TypeError(f"{prim.name}: its forward must give real numbers, got dtype {out.dtype}")
+    return _settle(out)
 
 
 def _raw(x):
@@ -702,7 +716,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
     elif plain and not constants and dtype.kind == "f":
         out = prim.forward(*raw, **params)  # what `_evaluate` would do for arrays of one dtype, without its questions
         if type(out) is not np.ndarray or not out.ndim:
-            out = _settle(out)
+            out = _result(prim, out)
     else:
         if constants:
             operands = _lifted(prim, operands)
@@ -900,10 +914,10 @@ class Tensor(Array):
         _public(self._data)[index] = new if KINDS[type(self._data)].lazy else _fetched(new)
 
     def __reduce__(self):
-        return _restored, (self._data, self._choice)
+        return _restored, (type(self), self._data, self._choice), _extra(self, Tensor)
 
     def __copy__(self):
-        return Tensor(self, distributed=self._choice)
+        return _with_extra(_restored(type(self), _owned(self._data), self._choice), _extra(self, Tensor))
 
     def __repr__(self):
         if not self.ndim:
@@ -946,9 +960,11 @@ def _written_back(new, raw, owner, attribute) -> bool:
     return new._data is raw and whose is not None and whose[0] is owner and whose[1] == attribute
 
 
-def _restored(raw, choice) -> Tensor:
-    """A pickled Tensor."""
-    return _wrap(raw if choice is None else HOOK.adopt(raw, choice), choice)
+def _restored(cls: type, raw, choice) -> Tensor:
+    """A pickled or copied Tensor."""
+    tensor = _new(cls)
+    tensor._data, tensor._choice, tensor._owner = raw if choice is None else HOOK.adopt(raw, choice), choice, None
+    return tensor
 
 
 def _on_arrays(function, args, kwargs):
@@ -995,7 +1011,7 @@ class _Mode(threading.local):
     depth = 0  # how many gradient functions are at work around this call, in this thread
 
     def __init__(self):
-        self.listed: set[int] = set()  # ids of nodes whose operands come before them in the pickle that is under way
+        self.listed: list[weakref.ref] = []  # of `_Listed`: what pickles under way have listed
 
 
 _mode = _Mode()
@@ -1176,21 +1192,20 @@ class Value(Array):
         return operator.index(self._leave("operator.index"))
 
     def __copy__(self):
-        twin = _node(_owned(self._data), self._prim, self._args, self._params)
-        twin._prim, twin._args, twin._params = self._prim, self._args, self._params
-        twin._grad = None if self._grad is None else _owned(self._grad)
-        twin._needs, twin.label = self._needs, self.label
-        return twin
+        grad = None if self._grad is None else _owned(self._grad)
+        made = self._prim, self._args, self._params, self._needs, _owned(self._data), grad, self.label
+        return _with_extra(_rebuild(type(self), (), None, *made), _extra(self, Value))
 
     def __reduce__(self):
         # A node's operands come before it. All that it depends on is listed first, oldest first, so that neither pickle
         # nor deepcopy, which both remember what they have seen, go any deeper, however deep the graph is.
         first: tuple = ()
-        if self._args and id(self) not in _mode.listed:
+        listed = None
+        if self._args and not any([id(self) in known.ids for known in [ref() for ref in _mode.listed] if known]):
             first = tuple(_newest_first(self, everything=True)[:0:-1])
-            _mode.listed.update(map(id, first))
+            listed = _Listed(first)
         made = self._prim, self._args, self._params, self._needs, self._data, self._grad, self.label
-        return _rebuild, (type(self), first, _Listed() if first else None, *made)
+        return _rebuild, (type(self), first, listed, *made), _extra(self, Value)
 
     def __repr__(self):
         label = f", label={self.label!r}" if self.label else ""
@@ -1214,20 +1229,20 @@ def _entry(function):
 
 
 def _node(data, prim, args, params) -> Value:
-    """A new node; under `no_grad` a leaf."""
+    """A new node; under `no_grad` a leaf, to which no gradient flows."""
     node = _new(Value)
     node._data, node._grad, node._number, node.label = data, None, _next_number(), ""
     node._needs, place = False, 0
+    if not _mode.recording:
+        node._prim, node._args, node._params = None, (), _NO_PARAMS
+        return node
     for x in args:
         if isinstance(x, Value) and x._needs and prim and prim.vjps[place] is not None:
             node._needs = True
             break
         if prim.operands:
             place += 1
-    if _mode.recording:
-        node._prim, node._args, node._params = prim, args, params
-    else:
-        node._prim, node._args, node._params = None, (), _NO_PARAMS
+    node._prim, node._args, node._params = prim, args, params
     return node
 
 
@@ -1237,11 +1252,32 @@ def _record(prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
 
 
 class _Listed:
-    """In a pickle, behind the list of what a node depends on: the next node makes a list of its own again."""
+    """In a pickle, behind the list of what a node depends on: the nodes that it lists need no lists of their own, as
+    long as that pickle is under way. If it fails, this goes with it."""
+
+    def __init__(self, nodes=()):
+        self.ids = set(map(id, nodes))
+        _mode.listed = [ref for ref in _mode.listed if ref() is not None] + [weakref.ref(self)] if nodes else []
 
     def __reduce__(self):
-        _mode.listed.clear()
+        self.ids = set()
         return _Listed, ()
+
+
+def _extra(x, base: type):
+    """What a subclass of users adds to a Value or Tensor, as pickle and copy take it: attributes and slots; or None."""
+    slots = {name for cls in type(x).__mro__ if not issubclass(base, cls) for name in vars(cls).get("__slots__", ())}
+    state = {name: getattr(x, name) for name in slots if hasattr(x, name)}
+    attributes = getattr(x, "__dict__", None)
+    return (attributes or None, state) if attributes or state else None
+
+
+def _with_extra(twin, extra):
+    """A copy with what `_extra` found."""
+    for part in filter(None, extra or ()):
+        for name, value in part.items():
+            setattr(twin, name, value)
+    return twin
 
 
 def _rebuild(cls, first, listed, prim, args, params, needs, data, grad, label) -> Value:
@@ -1400,6 +1436,11 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
             else:
                 out = node._data
                 operands = [x._data if isinstance(x, (Value, Tensor)) else x for x in args]
+                if len(args) > 1 and type(out) is ndarray:
+                    for x in operands:
+                        if type(x) is ndarray and x.dtype is not out.dtype:  # as the forward met them: -y may wrap
+                            operands = _promoted(prim, operands)
+                            break
             weak, kind = False, NUMPY
             if type(out) is not ndarray or type(g) is not ndarray:
                 weak = type(out) is float and type(g) is float and not variadic

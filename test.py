@@ -1539,6 +1539,14 @@ class TestTensor(Strict):
             self.assertEqual(t.tolist(), [1.0, 2.0])
 
 
+class Own(Value):
+    place = None  # and attributes of its own
+
+
+class OwnTensor(Tensor):
+    __slots__ = ("note", "place")
+
+
 class TestValue(Strict):
     """Room 4: nodes, data and gradients, backward, functions of functions."""
 
@@ -1763,6 +1771,90 @@ class TestValue(Strict):
         twin = copy.copy(w)
         twin.data.data[0], twin.grad.data[0] = 9, 9
         self.assertEqual((w.data.tolist()[0], w.grad.data[0] == 9), (1.0, False))
+
+    def test_copies_of_subclasses_keep_their_state(self):
+        for base in (Own, OwnTensor):
+            for copied in (copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+                x = base([1.0, 2.0])
+                x.note, x.place = ["a note"], 3
+                twin = copied(x)
+                self.assertEqual((type(twin), twin.note, twin.place, twin.tolist()), (base, ["a note"], 3, [1.0, 2.0]))
+
+    def test_a_failed_pickle_leaves_nothing_behind(self):
+        class Unpicklable:
+            def __reduce__(self):
+                raise OSError("the disk is full")
+
+        y = Value(1.0)
+        nodes = [y := y + 1.0 for _ in range(20_000)]
+        for dump in (pickle.dumps, copy.deepcopy):
+            with self.assertRaisesRegex(OSError, "full"):
+                dump((y, Unpicklable()))
+            y.__reduce_ex__(4)
+            self.assertEqual(copy.deepcopy(nodes[-5]).item(), nodes[-5].item())
+
+    def test_pickles_name_one_primitive(self):
+        one = primitive(lambda x: x * 2, lambda g, out, x: g * 2, name="the same")
+        two = primitive(lambda x: x * 3, lambda g, out, x: g * 3, name="the same")
+        own_tanh = primitive(lambda x: x, lambda g, out, x: g, name="tanh")
+        try:
+            self.assertRaisesRegex(ValueError, "'the same': another one", pickle.dumps, one(Value(1.0)))
+            self.assertEqual(pickle.loads(pickle.dumps(two(Value(1.0)))).forward().item(), 3.0)
+            self.assertEqual(copy.deepcopy(one(Value(1.0))).forward().item(), 2.0)
+            self.assertRaisesRegex(ValueError, "'tanh': another one", pickle.dumps, own_tanh(Value(1.0)))
+            self.assertIs(pickle.loads(pickle.dumps(np.tanh(Value(1.0))))._prim, TABLE[np.tanh])
+        finally:
+            del PRIMITIVES["the same"]
+
+    def test_what_is_assigned_is_checked(self):
+        for x in (Value([1.0, 2.0]), Tensor([1.0, 2.0]), Tensor([1, 2], int), Value(2.0)):
+            for wrong in (None, "7", b"7", 1 + 2j, np.datetime64("2020-01-01"), np.array(None), object(), "ab"):
+                with self.assertRaisesRegex(TypeError, r"\.data: "):
+                    x.data = wrong
+                if isinstance(x, Value) and wrong is not None:
+                    with self.assertRaisesRegex(TypeError, r"\.grad: "):
+                        x.grad = wrong
+            self.assertIn(x.tolist(), ([1.0, 2.0], [1, 2], 2.0))
+
+    def test_results_under_no_grad_take_no_gradient(self):
+        w = Value([1.0, 2.0])
+        with no_grad():
+            y = w * 2
+        self.assertRaisesRegex(TypeError, "no gradient flows", y.sum().backward)
+        (y * w).sum().backward()
+        self.assertEqual((w.grad.tolist(), y.grad.tolist()), ([2.0, 4.0], [0.0, 0.0]))
+
+    def test_errors_in_rules_say_where(self):
+        wrong = primitive(
+            lambda x, y: x * y, lambda g, out, x, y: g * np.ones(7), lambda g, out, x, y: 1 / 0, name="wrong"
+        )
+        lists = primitive(lambda x: x.tolist(), lambda g, out, x: g, name="lists")
+        text = primitive(lambda x: "text", lambda g, out, x: g, name="text")
+        try:
+            x = Value([1.0, 2.0])
+            for y, error in ((wrong(x, 2.0), ValueError), (wrong(2.0, x), ZeroDivisionError)):
+                y.label = "here"
+                with self.assertRaisesRegex(error, r"in the rule of wrong 'here', for operands of shapes .*\(2,\)"):
+                    y.sum().backward()
+            self.assertEqual(lists(x).data.tolist(), [1.0, 2.0])
+            self.assertRaisesRegex(TypeError, "text: its forward must give real numbers", text, x)
+            self.assertRaisesRegex(TypeError, "argument 'axis' is no operand", np.sum, x, axis=Value(0.0))
+        finally:
+            for prim in (wrong, lists, text):
+                del PRIMITIVES[prim.name]
+
+    def test_tensors_in_composed_functions_are_read_anew(self):
+        x, w = Tensor(np.ones(3)), Value([1.0, 2.0, 3.0])
+        for f in (np.outer, np.kron, np.inner, np.vdot, np.append, lambda x, w: np.tensordot(x, w, 0)):
+            x.data = np.ones(3)
+            out = f(x, w).sum()
+            x.data = np.full(3, 10.0)
+            self.assertEqual(out.forward().item(), f(x, w).sum().item())
+        for f in (np.vstack, np.hstack, np.dstack, np.column_stack, np.block, lambda xs: np.concatenate(xs, axis=None)):
+            x.data = np.ones(3)
+            out = f([x, w]).sum()
+            x.data = np.full(3, 10.0)
+            self.assertEqual(out.forward().item(), 36.0)
 
     def test_a_star_import_brings_the_public_names(self):
         space: dict = {}
