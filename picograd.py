@@ -578,6 +578,8 @@ def _settle(out):
 
 def _result(prim: Primitive, out):
     """What a forward gave for arrays as a raw value. A user's may give anything: it becomes an array."""
+    if isinstance(out, np.floating):  # the usual case: a sum, say
+        return out
     if type(out) is not np.ndarray and not isinstance(out, np.generic):
         out = np.asarray(out)
     if out.dtype.kind not in "fiub":
@@ -687,22 +689,20 @@ def _evaluate(prim: Primitive, raw: Sequence, params: dict):
 
 def _apply(prim: Primitive, operands: tuple, params: dict):
     """Computes a primitive on any sort of operands: a node if one is a Value, a Tensor if one is, else a raw result."""
-    result, constants, floats, plain, dtype, limit = None, False, True, True, None, HOOK.limit
-    raw = []
+    result, floats, plain, dtype, limit, ndarray, raw = None, True, True, None, HOOK.limit, np.ndarray, []
     for x in operands:
-        kind = type(x)
-        if kind is Value or isinstance(x, Value):
+        if isinstance(x, Value):
             result, x = Value, x._data
         elif isinstance(x, Tensor):
             result, x = result or Tensor, x._data
-        elif kind is not float:
-            constants = True
-        if type(x) is not float:
-            floats = False
-            if type(x) is not np.ndarray or x.size >= limit or (dtype is not None and dtype is not x.dtype):
+        if type(x) is ndarray:
+            floats, own = False, x.dtype
+            if own is not dtype:
+                plain, dtype = plain and dtype is None, own
+            if x.size >= limit:
                 plain = False
-            else:
-                dtype = x.dtype
+        elif type(x) is not float:
+            floats = plain = False
         elif not prim.ufunc:
             plain = False
         raw.append(x)
@@ -713,11 +713,12 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         return prim.forward(*operands, **params)
     if floats:
         out = WEAK.evaluate(prim, raw, params)
-    elif plain and not constants and dtype.kind == "f":
+    elif plain and dtype.kind == "f":
         out = prim.forward(*raw, **params)  # what `_evaluate` would do for arrays of one dtype, without its questions
-        if type(out) is not np.ndarray or not out.ndim:
+        if type(out) is not ndarray or not out.ndim:
             out = _result(prim, out)
     else:
+        constants = any([type(x) is not float and not isinstance(x, Array) for x in operands])
         if constants:
             operands = _lifted(prim, operands)
         if constants or limit < math.inf:
@@ -3043,10 +3044,16 @@ def _tensor_operator(prim: Primitive, swapped=False):
             return NotImplemented
         if type(x) is ndarray and x.size < HOOK.limit:
             # What `_apply` would do for small arrays, spelled out: there, its checks cost more than the arithmetic.
-            y = other._data if kind is Tensor and other._choice is self._choice else other
-            if kind is int and x.dtype.kind == "f":
+            y = None
+            if kind is float:
+                y = other
+            elif kind is Tensor:
+                y = other._data
+                if type(y) is not ndarray or y.dtype is not x.dtype or y.size > x.size:
+                    y = None
+            elif kind is int and x.dtype.kind == "f":
                 y = float(other)
-            if type(y) is float or (type(y) is ndarray and y is not other and y.dtype is x.dtype and y.size <= x.size):
+            if y is not None and (kind is not Tensor or other._choice is self._choice):
                 out = _new(Tensor)
                 out._data = forward(y, x) if swapped else forward(x, y)
                 out._choice, out._owner = self._choice, None
