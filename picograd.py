@@ -5130,9 +5130,7 @@ def _simpler_power(node, x, y):
 
 
 def _simpler_mean(node, a, **params):
-    n = math.prod(np.shape(_raw(a)))
-    if n == node.size:
-        return a
+    n = np.size(_raw(a))
     return _twin(node, _MULTIPLY, (_record(PRIMITIVES["sum"], (a,), params), node.size / n))
 
 
@@ -5157,7 +5155,6 @@ _SIMPLER: dict[Primitive, Callable] = {
     TABLE[np.divide]: _simpler_divide,
     TABLE[np.power]: _simpler_power,
     PRIMITIVES["mean"]: _simpler_mean,
-    PRIMITIVES["sum"]: lambda node, a, **params: a if math.prod(np.shape(a)) == node.size else None,
     _reshape: _simpler_reshape,
     _TRANSPOSE: _simpler_transpose,
     _NEGATIVE: lambda node, x: x._args[0] if _is(x, _NEGATIVE) else None,
@@ -5605,10 +5602,11 @@ def _run_chain(*operands, chain):
     return values[chain[-1]]
 
 
-def _outside(chain: tuple) -> list:
-    """The operands that a chain of nodes takes from elsewhere."""
-    inside = set(chain)
-    return list(dict.fromkeys([x for n in chain for x in n._args if isinstance(x, Array) and x not in inside]))
+def _outside(chain: tuple, kinds: type = Array) -> list:
+    """What a chain of nodes takes from elsewhere, each object once: Values and Tensors, or any `object`."""
+    inside = set(map(id, chain))
+    taken = {id(x): x for n in chain for x in n._args if isinstance(x, kinds)}
+    return [x for i, x in taken.items() if i not in inside]
 
 
 def _chain_i(i, g, out, operands, chain):
@@ -5906,7 +5904,8 @@ class _Lowering:
         return (
             _config.enabled
             and node.size >= _config.min_elements_for_parallel
-            and all(n._prim.elementwise and not n._params and n.shape == node.shape for n in node._params["chain"])
+            and all([n._prim.builtin and n._prim.elementwise for n in node._params["chain"]])
+            and all([not n._params and n.shape == node.shape for n in node._params["chain"]])
         )
 
     def parts(self, node: Value) -> tuple:
@@ -5917,13 +5916,9 @@ class _Lowering:
         if not self.blocked(node):
             self.names[node] = self.names[chain[-1]]
             return
-        outside = list(
-            dict.fromkeys([x for n in chain for x in n._args if not isinstance(x, Value) or x not in set(chain)])
-        )
-        places = {x if isinstance(x, Array) else id(x): i for i, x in enumerate([*outside, *chain])}
-        steps = tuple(
-            [(n._prim, tuple([places[x if isinstance(x, Array) else id(x)] for x in n._args]), n.dtype) for n in chain]
-        )
+        outside = _outside(chain, object)
+        places = {id(x): i for i, x in enumerate([*outside, *chain])}
+        steps = tuple([(n._prim, tuple([places[id(x)] for x in n._args]), n.dtype) for n in chain])
         names = ", ".join([self.name(x) for x in outside])
         last = len(outside) + len(chain) - 1
         self.line(f"_blocks({self.bind('c', steps)}, [{names}], {node.shape}, [{last}], None, [{self.target(node)}])")
@@ -6310,7 +6305,7 @@ class _Program:
             state, self.state, self.current = self.state, None, index  # buffers are used up
             saved = state[1] if state is not None and state[0] == index else self.run(index)[1]
             if type(saved) is tuple:
-                code = self.compiled[index]
+                code, seed = self.compiled[index], seed.expose() if type(seed) is Chunked else seed
                 try:
                     return _unpacked(code.targets, code.backward(seed, saved))
                 except (ArithmeticError, ValueError, _Resized):

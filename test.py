@@ -2560,6 +2560,68 @@ class TestOptimizer(Strict):
             with mock.patch.object(picograd, "_BLOCK_BYTES", 1000):
                 self.compare(loss, [w], lambda: setattr(x, "data", rng.normal(size=(300, 50))))
 
+    def test_blocks_take_constants_of_every_kind(self):
+        """Raw arrays, and numbers that are equal but not the same: another object, of another sign, or a truth."""
+        w = Value(np.random.default_rng(SEED).normal(size=(20, 30)), np.float64)
+        table, row, tenth = np.ones((20, 30)), np.full(30, -0.5), [float("0.1") for _ in range(3)]
+        graphs = [
+            lambda: np.tanh(w * table) * w * table,
+            lambda: np.tanh(w * row + 1) * row - 1.0,
+            lambda: np.clip(w, np.array(-1.0), np.array(1.0)) * np.exp(w),
+            lambda: np.maximum(w @ w.T @ w, 0),
+            lambda: (np.tanh(w * tenth[0]) * tenth[1] + tenth[2]) * (w > 0),
+            lambda: 1.0 / (np.exp(w) * 0.0) + 1.0 / (np.exp(w) * -0.0) * np.where(w > 0, 1.0, True),
+            lambda: np.abs(w) ** w + np.clip(w, w, 2.5),
+        ]
+        for i, graph in enumerate(graphs):
+            with self.subTest(i), np.errstate(all="ignore"), mock.patch.object(picograd, "_BLOCK_BYTES", 256):
+                with distributed_config(enabled=True, min_elements_for_parallel=1):
+                    out = graph()
+                    fast = self.compare(out, [w], lambda: setattr(w, "data", w.data * 0.9))
+                    self.assertIn("_blocks(", fast.source)
+
+    def test_backward_takes_seeds_that_wait(self):
+        small = mock.patch.multiple(picograd, _BLOCK_BYTES=64, _FEW_BLOCKS=0)
+        with small, distributed_config(enabled=True, min_elements_for_parallel=1):
+            for ones in (lambda out: None, lambda out: Tensor(np.ones(out.shape), np.float64) * 2.0 - 1.0):
+                w = Value(np.ones((20, 30)), np.float64)
+                out = np.concatenate([w, w]) @ w.T
+                out.backward(ones(out))
+                expected, w.grad = np.array(w.grad.data), None
+                fast = optimize(out)
+                fast.backward(ones(out))
+                np.testing.assert_allclose(w.grad, expected)
+                w.grad = None
+                (optimize(np.tanh(w) * 2.0) * 3.0).backward(ones(w))
+                np.testing.assert_allclose(w.grad, 6 / np.cosh(1.0) ** 2 * np.ones(w.shape))
+
+    def test_roots_of_every_kind(self):
+        """Whole numbers, truths and masks, weak and strong, arrays of them, alone and beside a loss."""
+        number, array = Value(0.5), Value(np.array([0.5, -1.0, 2.0]), np.float64)
+        loss = np.sum(array * number)
+        roots = [f(x) for x in (number, array) for f in (np.argmax, np.count_nonzero, np.isnan, np.argsort)]
+        roots += [(x > 0) ** 2 for x in (number, array)] + [x > 0 for x in (number, array, array[0])]
+        roots += [number, array, array[0], number * 1.0, np.argsort(array)[0]]
+        for root in roots:
+            with self.subTest(root=repr(root)):
+                for got in (optimize(root), optimize(loss, root)[1], optimize(root, loss)[0].forward()):
+                    self.assertIs(type(got._data), type(root._data))
+                    self.assertEqual((got.shape, got.dtype), (root.shape, root.dtype))
+                    np.testing.assert_array_equal(got.data.data, root.data.data)
+                array.grad = number.grad = None
+                optimize(root, loss)[1].backward()
+                np.testing.assert_array_equal(array.grad, np.full(3, 0.5))
+                self.assertEqual(number.grad.item(), 1.5)
+
+    def test_a_sum_of_one_element_is_never_minus_zero(self):
+        for x in (Value(-0.0), Value(np.array(-0.0)), Value(np.array([-0.0])), Value(np.array([[-0.0]]), np.float64)):
+            for f in (np.sum, np.mean):
+                for options in ({}, {"keepdims": True}, {"axis": ()}):
+                    with self.subTest(repr(x), f=f.__name__, **options), np.errstate(divide="ignore"):
+                        out = 1.0 / f((x > 0) * x - 0.0, **options)
+                        fast = optimize(out).forward()
+                        np.testing.assert_array_equal(fast.data.data, out.data.data)
+
     def test_data_dependent_shapes(self):
         x = Value(np.array([1.0, -1.0, 2.0]))
         fast = optimize(np.sum(x[x > 0] ** 2))
