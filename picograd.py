@@ -5192,15 +5192,20 @@ def _key(x):
     return id(x)  # arrays and nodes, what there is one of, and what we know nothing about
 
 
-def merge_common(roots: Sequence) -> list:
+def merge_common(roots: Sequence, swept: bool = True) -> list:
     """Makes equal operations on the same operands one node: tanh(x) * tanh(x) -> t * t with one tanh. What a user's
-    primitive does is its own affair: it may draw random numbers."""
+    primitive does is its own affair: it may draw random numbers.
+
+    Before the sweep only what has no gradient: a node that is two sends two gradients, and 0 * inf + 1 * inf is nan,
+    where (0 + 1) * inf is not."""
     known: dict[Any, Value] = {}
 
     def rule(node, args):
         prim, params = node._prim, node._params
-        key: Any = (prim, tuple(map(_key, args))) if prim.builtin else node
-        if params and prim.builtin:
+        if not prim.builtin or (node._needs and not swept):
+            return _renewed(node, args)
+        key: Any = (prim, tuple(map(_key, args)))
+        if params:
             key += tuple([(name, _key(params[name])) for name in sorted(params)])
         found = known.get(key)
         if found is None:
@@ -6162,7 +6167,8 @@ def _checked(x: Array, shape: tuple) -> np.ndarray:
 
 # --- programs ---
 
-PASSES = (fold_constants, merge_common, flatten, batch, simplify, merge_common)
+_merge_masks = functools.partial(merge_common, swept=False)  # and what else has no gradient, before the sweep
+PASSES = (fold_constants, _merge_masks, flatten, batch, simplify, _merge_masks)
 JOINT_PASSES = (fold_constants, simplify, simplify, merge_common, reduce_products)  # of values and gradients together
 
 

@@ -2148,6 +2148,21 @@ class TestOptimizer(Strict):
         source = optimize(np.sum(np.tanh(w @ w))).source
         self.assertEqual(source.count("np.tanh"), 1, "the derivative uses tanh's own output")
 
+    def test_merging_keeps_each_gradient_on_its_own(self):
+        """Where a slope is infinite, 0 * inf + 1 * inf is nan, and (0 + 1) * inf is not; so for every primitive."""
+        inf, zero, one = math.inf, 0.0, 1.0
+        slopes = [(np.sqrt, zero), (np.log, zero), (lambda x: one / x, zero), (lambda x: x**0.5, zero)]
+        slopes += [(np.arccosh, one), (np.arctanh, one), (lambda x: x * inf, 0.5), (np.exp, inf)]
+        for f, start in slopes:
+            for a, b in [(zero, one), (one, -one), (-2.0, one)]:
+                for shape in ((), (1,), (2, 3)):
+                    with self.subTest(f=f, a=a, b=b, shape=shape), np.errstate(all="ignore"):
+                        x = Value(np.full(shape, start) if shape else start, np.float64 if shape else None)
+                        self.compare(f(x) * a + f(x) * b, [x], lambda x=x: setattr(x, "data", x.data.data))
+            many = [Value(start) for _ in range(20)]
+            with self.subTest(f=f, many=True), np.errstate(all="ignore"):
+                self.compare(sum(f(x) * 0.0 + f(x) for x in many), many, lambda: None)
+
     def test_flatten(self):
         x = [Value(float(i)) for i in range(1, 9)]
         root = self.passed(picograd.flatten, x[0] * x[1] + x[2] * x[3] + (x[4] + (x[5] + x[6] * x[7])))
