@@ -4967,11 +4967,10 @@ def _regular(node: Value) -> bool:
     masks = _MASKS.get(prim, ())
     for i, x in enumerate(node._args):
         x = x._data if isinstance(x, Array) else x
-        if i in masks:
-            if _is_mask(x) and 0 not in np.shape(x):
-                continue
-            if prim is _WHERE:
-                return False
+        if i in masks and type(x) is not float and _is_mask(x) and 0 not in np.shape(x):
+            continue
+        if prim is _WHERE and i == 0:
+            return False
         if type(x) is float:
             continue
         if not isinstance(x, (np.ndarray, np.generic)) or not x.size:
@@ -4980,10 +4979,10 @@ def _regular(node: Value) -> bool:
             return False
         dtype = x.dtype
     out = node._data
-    if _is_mask(out):
-        return (prim.vjps[0] is None or prim in _VIEWS) and 0 not in np.shape(out)
     if type(out) is float:
         return dtype is None or prim is _as_dtype
+    if _is_mask(out):
+        return (prim.vjps[0] is None or prim in _VIEWS) and 0 not in np.shape(out)
     if not isinstance(out, (np.ndarray, np.generic)) or not out.size or out.dtype not in _FLOATS:
         return False
     return dtype is None or dtype == out.dtype or prim is _as_dtype or prim is _pack
