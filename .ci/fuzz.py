@@ -435,9 +435,12 @@ def run_real(program, leaves=None, eager=False) -> Run:
     def leaf(i, data, dtype):
         return leaves[i] if leaves is not None else picograd.Value(data, dtype)
 
+    def roots_of(*roots):  # of a leaf a node, as `optimize` gives one: copies of that, too, send gradients to the leaf
+        return OWN["optimize"](*[x if x._prev else +x for x in roots])
+
     module = picograd
     if eager:
-        module = types.SimpleNamespace(**vars(picograd) | {"optimize": OWN["optimize"]})
+        module = types.SimpleNamespace(**vars(picograd) | {"optimize": roots_of})
     return Run(program, {"picograd": module, "Tensor": picograd.Tensor, "scaled": scaled(), "horner": horner()}, leaf)
 
 
