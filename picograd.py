@@ -5035,11 +5035,10 @@ def _regular(node: Value) -> bool:
     masks = _MASKS.get(prim, ())
     for i, x in enumerate(node._args):
         x = x._data if isinstance(x, Array) else x
-        if i in masks:
-            if _is_mask(x) and 0 not in np.shape(x):
-                continue
-            if prim is _WHERE:
-                return False
+        if i in masks and type(x) is not float and _is_mask(x) and 0 not in np.shape(x):
+            continue
+        if prim is _WHERE and i == 0:
+            return False
         if type(x) is float:
             continue
         if not isinstance(x, (np.ndarray, np.generic)) or not x.size:
@@ -5048,10 +5047,10 @@ def _regular(node: Value) -> bool:
             return False
         dtype = x.dtype
     out = node._data
-    if _is_mask(out):
-        return (prim.vjps[0] is None or prim in _VIEWS) and 0 not in np.shape(out)
     if type(out) is float:
         return dtype is None or prim is _as_dtype
+    if _is_mask(out):
+        return (prim.vjps[0] is None or prim in _VIEWS) and 0 not in np.shape(out)
     if not isinstance(out, (np.ndarray, np.generic)) or not out.size or out.dtype not in _FLOATS:
         return False
     return dtype is None or dtype == out.dtype or prim is _as_dtype or prim is _pack
@@ -5198,9 +5197,7 @@ def _simpler_power(node, x, y):
 
 
 def _simpler_mean(node, a, **params):
-    n = math.prod(np.shape(_raw(a)))
-    if n == node.size:
-        return a
+    n = np.size(_raw(a))
     return _twin(node, _MULTIPLY, (_record(PRIMITIVES["sum"], (a,), params), node.size / n))
 
 
@@ -5225,7 +5222,6 @@ _SIMPLER: dict[Primitive, Callable] = {
     TABLE[np.divide]: _simpler_divide,
     TABLE[np.power]: _simpler_power,
     PRIMITIVES["mean"]: _simpler_mean,
-    PRIMITIVES["sum"]: lambda node, a, **params: a if math.prod(np.shape(a)) == node.size else None,
     _reshape: _simpler_reshape,
     _TRANSPOSE: _simpler_transpose,
     _NEGATIVE: lambda node, x: x._args[0] if _is(x, _NEGATIVE) else None,
@@ -5263,15 +5259,20 @@ def _key(x):
     return id(x)  # arrays and nodes, what there is one of, and what we know nothing about
 
 
-def merge_common(roots: Sequence) -> list:
+def merge_common(roots: Sequence, swept: bool = True) -> list:
     """Makes equal operations on the same operands one node: tanh(x) * tanh(x) -> t * t with one tanh. What a user's
-    primitive does is its own affair: it may draw random numbers."""
+    primitive does is its own affair: it may draw random numbers.
+
+    Before the sweep only what has no gradient: a node that is two sends two gradients, and 0 * inf + 1 * inf is nan,
+    where (0 + 1) * inf is not."""
     known: dict[Any, Value] = {}
 
     def rule(node, args):
         prim, params = node._prim, node._params
-        key: Any = (prim, tuple(map(_key, args))) if prim.builtin else node
-        if params and prim.builtin:
+        if not prim.builtin or (node._needs and not swept):
+            return _renewed(node, args)
+        key: Any = (prim, tuple(map(_key, args)))
+        if params:
             key += tuple([(name, _key(params[name])) for name in sorted(params)])
         found = known.get(key)
         if found is None:
@@ -5673,10 +5674,11 @@ def _run_chain(*operands, chain):
     return values[chain[-1]]
 
 
-def _outside(chain: tuple) -> list:
-    """The operands that a chain of nodes takes from elsewhere."""
-    inside = set(chain)
-    return list(dict.fromkeys([x for n in chain for x in n._args if isinstance(x, Array) and x not in inside]))
+def _outside(chain: tuple, kinds: type = Array) -> list:
+    """What a chain of nodes takes from elsewhere, each object once: Values and Tensors, or any `object`."""
+    inside = set(map(id, chain))
+    taken = {id(x): x for n in chain for x in n._args if isinstance(x, kinds)}
+    return [x for i, x in taken.items() if i not in inside]
 
 
 def _chain_i(i, g, out, operands, chain):
@@ -5974,7 +5976,8 @@ class _Lowering:
         return (
             _config.enabled
             and node.size >= _config.min_elements_for_parallel
-            and all(n._prim.elementwise and not n._params and n.shape == node.shape for n in node._params["chain"])
+            and all([n._prim.builtin and n._prim.elementwise for n in node._params["chain"]])
+            and all([not n._params and n.shape == node.shape for n in node._params["chain"]])
         )
 
     def parts(self, node: Value) -> tuple:
@@ -5985,13 +5988,9 @@ class _Lowering:
         if not self.blocked(node):
             self.names[node] = self.names[chain[-1]]
             return
-        outside = list(
-            dict.fromkeys([x for n in chain for x in n._args if not isinstance(x, Value) or x not in set(chain)])
-        )
-        places = {x if isinstance(x, Array) else id(x): i for i, x in enumerate([*outside, *chain])}
-        steps = tuple(
-            [(n._prim, tuple([places[x if isinstance(x, Array) else id(x)] for x in n._args]), n.dtype) for n in chain]
-        )
+        outside = _outside(chain, object)
+        places = {id(x): i for i, x in enumerate([*outside, *chain])}
+        steps = tuple([(n._prim, tuple([places[id(x)] for x in n._args]), n.dtype) for n in chain])
         names = ", ".join([self.name(x) for x in outside])
         last = len(outside) + len(chain) - 1
         self.line(f"_blocks({self.bind('c', steps)}, [{names}], {node.shape}, [{last}], None, [{self.target(node)}])")
@@ -6235,7 +6234,8 @@ def _checked(x: Array, shape: tuple) -> np.ndarray:
 
 # --- programs ---
 
-PASSES = (fold_constants, merge_common, flatten, batch, simplify, merge_common)
+_merge_masks = functools.partial(merge_common, swept=False)  # and what else has no gradient, before the sweep
+PASSES = (fold_constants, _merge_masks, flatten, batch, simplify, _merge_masks)
 JOINT_PASSES = (fold_constants, simplify, simplify, merge_common, reduce_products)  # of values and gradients together
 
 
@@ -6378,7 +6378,7 @@ class _Program:
             state, self.state, self.current = self.state, None, index  # buffers are used up
             saved = state[1] if state is not None and state[0] == index else self.run(index)[1]
             if type(saved) is tuple:
-                code = self.compiled[index]
+                code, seed = self.compiled[index], seed.expose() if type(seed) is Chunked else seed
                 try:
                     return _unpacked(code.targets, code.backward(seed, saved))
                 except (ArithmeticError, ValueError, _Resized):

@@ -2251,6 +2251,21 @@ class TestOptimizer(Strict):
         source = optimize(np.sum(np.tanh(w @ w))).source
         self.assertEqual(source.count("np.tanh"), 1, "the derivative uses tanh's own output")
 
+    def test_merging_keeps_each_gradient_on_its_own(self):
+        """Where a slope is infinite, 0 * inf + 1 * inf is nan, and (0 + 1) * inf is not; so for every primitive."""
+        inf, zero, one = math.inf, 0.0, 1.0
+        slopes = [(np.sqrt, zero), (np.log, zero), (lambda x: one / x, zero), (lambda x: x**0.5, zero)]
+        slopes += [(np.arccosh, one), (np.arctanh, one), (lambda x: x * inf, 0.5), (np.exp, inf)]
+        for f, start in slopes:
+            for a, b in [(zero, one), (one, -one), (-2.0, one)]:
+                for shape in ((), (1,), (2, 3)):
+                    with self.subTest(f=f, a=a, b=b, shape=shape), np.errstate(all="ignore"):
+                        x = Value(np.full(shape, start) if shape else start, np.float64 if shape else None)
+                        self.compare(f(x) * a + f(x) * b, [x], lambda x=x: setattr(x, "data", x.data.data))
+            many = [Value(start) for _ in range(20)]
+            with self.subTest(f=f, many=True), np.errstate(all="ignore"):
+                self.compare(sum(f(x) * 0.0 + f(x) for x in many), many, lambda: None)
+
     def test_flatten(self):
         x = [Value(float(i)) for i in range(1, 9)]
         root = self.passed(picograd.flatten, x[0] * x[1] + x[2] * x[3] + (x[4] + (x[5] + x[6] * x[7])))
@@ -2662,6 +2677,68 @@ class TestOptimizer(Strict):
             self.assertIn("_blocks(", fast.source)
             with mock.patch.object(picograd, "_BLOCK_BYTES", 1000):
                 self.compare(loss, [w], lambda: setattr(x, "data", rng.normal(size=(300, 50))))
+
+    def test_blocks_take_constants_of_every_kind(self):
+        """Raw arrays, and numbers that are equal but not the same: another object, of another sign, or a truth."""
+        w = Value(np.random.default_rng(SEED).normal(size=(20, 30)), np.float64)
+        table, row, tenth = np.ones((20, 30)), np.full(30, -0.5), [float("0.1") for _ in range(3)]
+        graphs = [
+            lambda: np.tanh(w * table) * w * table,
+            lambda: np.tanh(w * row + 1) * row - 1.0,
+            lambda: np.clip(w, np.array(-1.0), np.array(1.0)) * np.exp(w),
+            lambda: np.maximum(w @ w.T @ w, 0),
+            lambda: (np.tanh(w * tenth[0]) * tenth[1] + tenth[2]) * (w > 0),
+            lambda: 1.0 / (np.exp(w) * 0.0) + 1.0 / (np.exp(w) * -0.0) * np.where(w > 0, 1.0, True),
+            lambda: np.abs(w) ** w + np.clip(w, w, 2.5),
+        ]
+        for i, graph in enumerate(graphs):
+            with self.subTest(i), np.errstate(all="ignore"), mock.patch.object(picograd, "_BLOCK_BYTES", 256):
+                with distributed_config(enabled=True, min_elements_for_parallel=1):
+                    out = graph()
+                    fast = self.compare(out, [w], lambda: setattr(w, "data", w.data * 0.9))
+                    self.assertIn("_blocks(", fast.source)
+
+    def test_backward_takes_seeds_that_wait(self):
+        small = mock.patch.multiple(picograd, _BLOCK_BYTES=64, _FEW_BLOCKS=0)
+        with small, distributed_config(enabled=True, min_elements_for_parallel=1):
+            for ones in (lambda out: None, lambda out: Tensor(np.ones(out.shape), np.float64) * 2.0 - 1.0):
+                w = Value(np.ones((20, 30)), np.float64)
+                out = np.concatenate([w, w]) @ w.T
+                out.backward(ones(out))
+                expected, w.grad = np.array(w.grad.data), None
+                fast = optimize(out)
+                fast.backward(ones(out))
+                np.testing.assert_allclose(w.grad, expected)
+                w.grad = None
+                (optimize(np.tanh(w) * 2.0) * 3.0).backward(ones(w))
+                np.testing.assert_allclose(w.grad, 6 / np.cosh(1.0) ** 2 * np.ones(w.shape))
+
+    def test_roots_of_every_kind(self):
+        """Whole numbers, truths and masks, weak and strong, arrays of them, alone and beside a loss."""
+        number, array = Value(0.5), Value(np.array([0.5, -1.0, 2.0]), np.float64)
+        loss = np.sum(array * number)
+        roots = [f(x) for x in (number, array) for f in (np.argmax, np.count_nonzero, np.isnan, np.argsort)]
+        roots += [(x > 0) ** 2 for x in (number, array)] + [x > 0 for x in (number, array, array[0])]
+        roots += [number, array, array[0], number * 1.0, np.argsort(array)[0]]
+        for root in roots:
+            with self.subTest(root=repr(root)):
+                for got in (optimize(root), optimize(loss, root)[1], optimize(root, loss)[0].forward()):
+                    self.assertIs(type(got._data), type(root._data))
+                    self.assertEqual((got.shape, got.dtype), (root.shape, root.dtype))
+                    np.testing.assert_array_equal(got.data.data, root.data.data)
+                array.grad = number.grad = None
+                optimize(root, loss)[1].backward()
+                np.testing.assert_array_equal(array.grad, np.full(3, 0.5))
+                self.assertEqual(number.grad.item(), 1.5)
+
+    def test_a_sum_of_one_element_is_never_minus_zero(self):
+        for x in (Value(-0.0), Value(np.array(-0.0)), Value(np.array([-0.0])), Value(np.array([[-0.0]]), np.float64)):
+            for f in (np.sum, np.mean):
+                for options in ({}, {"keepdims": True}, {"axis": ()}):
+                    with self.subTest(repr(x), f=f.__name__, **options), np.errstate(divide="ignore"):
+                        out = 1.0 / f((x > 0) * x - 0.0, **options)
+                        fast = optimize(out).forward()
+                        np.testing.assert_array_equal(fast.data.data, out.data.data)
 
     def test_data_dependent_shapes(self):
         x = Value(np.array([1.0, -1.0, 2.0]))

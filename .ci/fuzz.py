@@ -38,6 +38,7 @@ import time
 import traceback
 import types
 import warnings
+from unittest import mock
 
 import autograd
 import autograd.numpy as anp
@@ -434,9 +435,12 @@ def run_real(program, leaves=None, eager=False) -> Run:
     def leaf(i, data, dtype):
         return leaves[i] if leaves is not None else picograd.Value(data, dtype)
 
+    def roots_of(*roots):  # of a leaf a node, as `optimize` gives one: copies of that, too, send gradients to the leaf
+        return OWN["optimize"](*[x if x._prev else +x for x in roots])
+
     module = picograd
     if eager:
-        module = types.SimpleNamespace(**vars(picograd) | {"optimize": OWN["optimize"]})
+        module = types.SimpleNamespace(**vars(picograd) | {"optimize": roots_of})
     return Run(program, {"picograd": module, "Tensor": picograd.Tensor, "scaled": scaled(), "horner": horner()}, leaf)
 
 
@@ -1759,7 +1763,21 @@ class Values:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# The first statement of programs that are checked with distribution on, where smallest arrays have many blocks.
+IN_BLOCKS = "in_blocks = 'min_elements_for_parallel=1, _BLOCK_BYTES=64, _FEW_BLOCKS=0'"
+
+
 def _check_optimizer(program):
+    if program[0] != IN_BLOCKS:
+        return _check_optimized(program)
+    with (
+        mock.patch.multiple(picograd, _BLOCK_BYTES=64, _FEW_BLOCKS=0),
+        picograd.distributed_config(enabled=True, min_elements_for_parallel=1),
+    ):
+        _check_optimized(program)
+
+
+def _check_optimized(program):
     eager = run_real(program, eager=True)
     if eager.error:
         raise Aside("invalid")
@@ -2009,8 +2027,12 @@ WAYS = {
 
 class Optimizer:
     PREAMBLE = PREAMBLE
-    generate = staticmethod(lambda rng: write(rng, "optimizer"))
     check = staticmethod(judged(_check_optimizer))
+
+    @staticmethod
+    def generate(rng):
+        program = write(rng, "optimizer")
+        return [IN_BLOCKS, *program] if rng.random() < 0.1 else program
 
 
 # ---------------------------------------------------------------------------------------------------------------------
