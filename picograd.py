@@ -2742,7 +2742,8 @@ def _einsum_i(i, g, out, operands, subscripts):
     inputs = inputs.split(",")
     others = [output] + inputs[:i] + inputs[i + 1 :]
     mine = "".join(c for c in inputs[i] if any(c in other for other in others))
-    part = np.einsum(",".join(others) + "->" + mine, g, *operands[:i], *operands[i + 1 :])
+    rest = (*operands[:i], *operands[i + 1 :])
+    part = np.einsum(",".join(others) + "->" + mine, g, *rest, optimize=len(rest) > 1)  # as the forward computes
     shape = np.shape(operands[i])
     lengths = tuple(n if c in mine else 1 for c, n in zip(inputs[i], shape))
     return np.broadcast_to(np.reshape(part, lengths), shape)
