@@ -4596,7 +4596,10 @@ class _Buffer:
                 args, target = [x.array if type(x) is _Buffer else x for x in self.args], None
                 if self.prim.ufunc or self.prim is _as_dtype:
                     target = _memory.empty(self.shape, self.dtype, _shares())
-                self.settle(_memory.spend(_compute_step, self.prim, args, target))
+                array = _memory.spend(_compute_step, self.prim, args, target)
+                if array.shape != self.shape:  # what operands repeat is there once, also in the result
+                    array = np.broadcast_to(array, self.shape).copy()
+                self.settle(array)
             return None
         nodes = self.pending()
         inputs: list = []
@@ -4651,7 +4654,14 @@ class _Buffer:
         with _chunk_lock:
             array, self.given = self.force(), True  # from now on it stays where it is
             for reader in list(self.readers):
-                reader.force()
+                try:
+                    reader.force()
+                except (MemoryError, Warning):
+                    raise
+                except Exception:  # whoever looks at that one is told; it reads a copy from now on
+                    copy = _Buffer(array.copy())
+                    reader.args = tuple([copy if x is self else x for x in reader.args])
+                    self.readers.discard(reader)
             return array
 
 
@@ -4807,9 +4817,9 @@ class _InBlocks(Kind):
                 raw = raw if prim.ufunc else _strengthened(prim, raw)
                 with contextlib.suppress(ValueError):  # shapes that do not fit: NumPy says so
                     dtype = np.dtype(params["dtype"]) if params else _result_dtype(prim, raw)
-                    if prim.forward is not np.power or dtype.kind == "f":  # which fails on some integers
+                    if dtype.kind == "f" or (prim.forward is not np.power and dtype.kind in "iub"):  # fails on some
                         return Chunked(_step(prim, raw, dtype, state), forced=forced)
-            if prim.name in _REDUCTIONS and type(raw[0]) is Chunked:
+            if prim.name in _REDUCTIONS and type(raw[0]) is Chunked and raw[0].size and params.keys() <= _REDUCED_BY:
                 x = raw[0].buffer
                 if x.array is None or x.array.nbytes > 8 * _FEW_BLOCKS * _BLOCK_BYTES:  # else NumPy's one pass does
                     return _reduced(prim.name, x, **params)
@@ -4885,7 +4895,8 @@ def _whole(function: Callable, args: Sequence, ours: Sequence[Chunked], choice: 
     views = [x for x in ours if any(np.may_share_memory(x.force(), y) for y in seen)]
     for x in views:
         x.expose()
-    return out if views or not seen or not out.flags.owndata else HOOK.adopt(out, choice, new=True)
+    one = type(out) is np.ndarray and out.flags.owndata and not views
+    return HOOK.adopt(out, choice, new=True) if one else out
 
 
 def _in_c_order(x) -> bool:
@@ -4897,9 +4908,9 @@ def _in_c_order(x) -> bool:
 
 
 def _result_dtype(prim: Primitive, args: Sequence) -> np.dtype:
-    """The dtype of an element-wise result: what one element gives."""
-    floats = any([hasattr(x, "dtype") and x.dtype.kind == "f" for x in args])  # else a whole number may not fit
-    key = prim, *[getattr(x, "dtype", x if type(x) is int and not floats else type(x)) for x in args]
+    """The dtype of an element-wise result: what one element gives. An error if a whole number does not fit."""
+    most = 62 if any([hasattr(x, "dtype") and x.dtype.kind == "f" for x in args]) else 0  # bits that fit anywhere
+    key = prim, *[getattr(x, "dtype", x if type(x) is int and x.bit_length() > most else type(x)) for x in args]
     if key not in _dtypes:
         if len(_dtypes) > 1000:
             _dtypes.clear()
@@ -4945,12 +4956,14 @@ def _reduced_dtype(name: str, dtype: np.dtype) -> np.dtype:
 
 
 _REDUCTIONS = {*_REDUCERS, "mean", "var", "std"}
+_REDUCED_BY = {"axis", "keepdims", "ddof"}
 
 
 def _reduced(name: str, x: _Buffer, axis=None, keepdims=False, ddof=0):
     """A reduction in one pass; var and std, which need the mean first, in two."""
     ndim, state = len(x.shape), np.geterr()
-    axes = tuple(range(ndim)) if axis is None else np.lib.array_utils.normalize_axis_tuple(axis, ndim)
+    axis = tuple(range(ndim)) if axis is None else axis if type(axis) is tuple else operator.index(axis)
+    axes = np.lib.array_utils.normalize_axis_tuple(axis, ndim)
     count = math.prod(x.shape[i] for i in axes)
     with _chunk_lock:
         if x.array is None and x.state != state:

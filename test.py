@@ -695,6 +695,56 @@ class TestWorkers(Strict):
             with self.assertRaises(np.exceptions.AxisError):
                 Tensor(np.ones((2, 3))).sum(axis=2)
 
+    def test_what_blocks_do_not_know_is_numpys(self):
+        """Operands that repeat, numbers that do not fit, several results, empty arrays and further parameters."""
+        calls = [
+            *(lambda x, w: np.where(x > 1, w, 1.0), lambda x, w: np.clip(w, x, 3), lambda x, w: np.where(x, w, w) + x),
+            *(lambda x, w: x * 10**400, lambda x, w: np.ldexp(x, 10**400), lambda x, w: np.clip(x, -(10**400), 1)),
+            *(lambda x, w: x + 2**70, lambda x, w: np.where(x, x, 10**400), lambda x, w: operator.imul(x, 10**400)),
+            *(
+                lambda x, w: np.modf(x),
+                lambda x, w: np.frexp(x),
+                lambda x, w: np.divmod(x, 2),
+                lambda x, w: divmod(x, 2),
+            ),
+            *(lambda x, w: np.var(x, mean=np.ones(1, x.dtype)), lambda x, w: np.std(x, correction=1)),
+            *(lambda x, w: np.sum(x, initial=3), lambda x, w: np.sum(x, where=x > 1), lambda x, w: np.sum(x, axis=[0])),
+            *(lambda x, w: x[:0].mean(), lambda x, w: np.maximum(x[:0], x[:0]).std(), lambda x, w: (x[:0] * 1).max()),
+            *(lambda x, w: (x + np.ones((0, 1), "f")).var(0), lambda x, w: (x + np.ones((0, 1), "f")).sum(0)),
+        ]
+
+        def outcome(call, on, dtype, past):
+            with distributed_config(enabled=on, min_elements_for_parallel=1), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                x = Tensor(np.arange(40) % 7, dtype)
+                x = {"new": x, "waits": np.maximum(x, x), "given": x}[past]
+                x * 2, np.ldexp(x, 2)  # the dtypes are known by now
+                seen = x.data if past == "given" else None
+                try:
+                    out = call(x, np.broadcast_to(x, (3, 40)))
+                except (TypeError, OverflowError, ValueError) as error:
+                    np.testing.assert_array_equal(x.data, np.arange(40) % 7)
+                    return type(error)
+                out = [y.numpy() for y in (out if isinstance(out, tuple) else [out])]
+                self.assertIs(x.data, x.data if seen is None else seen)
+                return [(y.shape, y.dtype, y.tolist()) for y in out]
+
+        with mock.patch.object(picograd, "_BLOCK_BYTES", 64):
+            for few in (0, 8):
+                with mock.patch.object(picograd, "_FEW_BLOCKS", few):
+                    for i, dtype, past in itertools.product(range(len(calls)), "fe", ("new", "waits", "given")):
+                        ours, theirs = (outcome(calls[i], on, dtype, past) for on in (True, False))
+                        np.testing.assert_equal(ours, theirs, f"{i} {dtype} {past}")
+
+    def test_a_reader_that_fails_is_its_own_loss(self):
+        with distributed_config(enabled=True), mock.patch.object(picograd, "_FEW_BLOCKS", 0):
+            x = Tensor(np.ones(3_000_000)) * 1
+            y = x * 2
+            x.sum(), x.max()  # x waits no longer
+            with mock.patch.object(picograd, "run_blocks", side_effect=ValueError):
+                x.data[0] = 5
+            self.assertEqual((x.numpy()[0], y.numpy()[0]), (5, 2))
+
     def test_results_do_not_depend_on_the_workers(self):
         data = np.random.default_rng(SEED).normal(size=(300, 1000)).astype(np.float32)
         found = set()
