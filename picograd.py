@@ -6539,6 +6539,11 @@ class Optimized(Value):
         root.label, root._grad = self.label, self._grad
         return root
 
+    def __copy__(self):
+        twin = _optimized(*self._params.values(), None if self._grad is None else _owned(self._grad), self.label)
+        twin._data = _owned(self._data)
+        return twin
+
     def __reduce__(self):
         return _optimized, (*self._params.values(), self._grad, self.label)
 
