@@ -371,6 +371,10 @@ class Kind:
         np.copyto(raw, _fetched(new), casting="same_kind")
         return raw
 
+    def target(self, raw) -> np.ndarray | None:
+        """The array to which an operation in place may write its result at once; None if there is none."""
+        return raw if type(raw) is np.ndarray else None
+
     def rule(self, prim: Primitive, rule: Callable) -> Callable:
         """A rule, as it is to be called on operands or gradients of this kind."""
         return rule
@@ -3071,13 +3075,14 @@ def _in_place_operator(prim: Primitive):
     """`t += x`: arrays are written to once the whole result is there; a 0-d Tensor is replaced, like a number."""
 
     def method(self, other):
-        x, y = self._data, _raw(other)
-        if type(x) is np.ndarray and _LITTLE < x.size < HOOK.limit and prim.ufunc and x.dtype.kind == "f":
+        if prim.ufunc and self.size > _LITTLE and type(other) is not Value:
             # Where nothing can fail half-way, without an array in between.
-            fits = type(y) is float or (type(y) is np.ndarray and y.dtype is x.dtype and y.shape == x.shape)
-            if fits and type(other) is not Value and _harmless(np.geterr()):
-                prim.forward(x, y, out=x)
-                return self
+            x, y = KINDS[type(self._data)].target(self._data), float(other) if type(other) is int else _raw(other)
+            if x is not None and x.dtype.kind == "f" and _harmless(np.geterr()):
+                alike = type(y) is not float and KINDS[type(y)] is not None and not _lazy(y)
+                if type(y) is float or (alike and y.dtype is x.dtype and y.shape == x.shape):
+                    prim.forward(x, _fetched(y) if alike else y, out=x)
+                    return self
         if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or KINDS[type(other)] is not None):
             return NotImplemented
         out = _apply(prim, (self, other), _NO_PARAMS)
@@ -3880,6 +3885,7 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
                 raise ValueError(f"set_distributed_config: {name} must be at least 1, got {value}")
             changes[name] = int(value)
     _config = replace(_config, **changes)
+    HOOK.limit = _config.min_elements_for_parallel if _config.enabled else math.inf
     if not _config.enabled:
         _memory.bound = 0
         _memory.clear()
@@ -4842,6 +4848,9 @@ class _InBlocks(Kind):
     def same(self, raw, x):
         return x is raw or (raw.buffer.given and x is raw.buffer.array)
 
+    def target(self, raw):
+        return raw.buffer.array if raw.buffer.given else None
+
     def write(self, raw, new):
         raw.assign(new)
         return raw
@@ -4850,10 +4859,6 @@ class _InBlocks(Kind):
 class _BlocksHook(_Hook):
     """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed, if it
     has more than two blocks."""
-
-    @property
-    def limit(self):
-        return max(_config.min_elements_for_parallel, _BLOCK_BYTES // 4) if _config.enabled else math.inf
 
     def adopt(self, raw, choice, dtype=None, new=False):
         takes = self.takes(raw, choice)
