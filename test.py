@@ -4,6 +4,7 @@ Gradients are checked against central finite differences in double precision, fo
 primitive is tested by being in the table with samples.
 """
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -4245,6 +4246,50 @@ class TestDemo(unittest.TestCase):
 
         path = self.table("awkward.csv", self.size * 1e250, "", with_constant)
         self.assertGreater(float(self.last_line(path, "--epochs", 25, pattern=r"test R\^2: .*").split()[-1]), 0.8)
+
+    def test_numbers_far_apart(self):
+        rng = np.random.default_rng(1)
+        tables = {  # name: rows whose first number, or target, is unlike the others
+            "feature": [f"{1e9 * (i == 0)},{rng.normal():.3f},{rng.normal():.3f}" for i in range(12)],
+            "large": [f"{rng.normal():.3f},{1e300 if i == 0 else rng.normal():.3f}" for i in range(40)],
+            "infinite": [f"{rng.normal():.3f},{1e300 if i == 0 else i * 1e-300}" for i in range(40)],
+            "same": [f"{rng.normal():.3f},{float(i == 0)}.5" for i in range(12)],
+        }
+        commands = []
+        for name, rows in tables.items():
+            (self.folder / f"far {name}.csv").write_text("\n".join(rows).replace(".0.5", ".5"))
+            commands += [[f"far {name}.csv", "--epochs", "1", "--seed", seed] for seed in "0123"]
+        said = collections.defaultdict(set)
+        for (name, *_), (status, out, err) in zip(commands, self.demos(commands), strict=True):
+            out = out.splitlines()
+            self.assertEqual(err, "" if status == 0 else err)
+            self.assertRegex(
+                out[-1] if out else err, r"^test R\^2: (nan|-?[\d.]+)$|the target is the same in all rows to"
+            )
+            said[name[4:-4]].update([out[-2]] if out and "nan" in out[-1] else [])
+        apart = {"R^2 is not defined here: the target has numbers too far apart for double precision."}
+        self.assertEqual(said["feature"], set())
+        self.assertEqual((said["large"], said["infinite"]), (apart, apart))
+        self.assertEqual(said["same"], {"R^2 is not defined here: the target is the same in all test rows."})
+
+    def test_text_of_others_moves_no_cursor(self):
+        path = self.table("a\n\x1b[31mb.csv", self.kind)
+        results = self.demos([[path.name, "--epochs", "1"], ["no\x1b[2Jthing"], ["--\x1b[2J"]])
+        self.assertTrue(results[0][1].startswith("a\\n\\x1b[31mb.csv (with a header row)"))
+        for _, out, err in results:
+            self.assertNotIn("\x1b", out + err)
+
+    @unittest.skipUnless(os.name == "posix", "needs signals")
+    def test_ctrl_c_during_imports(self):
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(HERE / "demo.py", folder)
+            code = "print('here', flush=True)\nimport time\ntime.sleep(60)\n"
+            Path(folder, "picograd.py").write_text(code, encoding="utf-8")
+            command = [sys.executable, str(Path(folder, "demo.py"))]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                process.stdout.readline()
+                process.send_signal(signal.SIGINT)
+                self.assertEqual((process.communicate()[1], process.returncode), (b"", -signal.SIGINT))
 
     def test_errors_are_one_line_with_row_and_column(self):
         text = "a,b,c,label\n" + "".join(f"{i},{i}.5,-{i},{'xy'[i % 2]}\n" for i in range(1, 21))
