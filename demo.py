@@ -9,6 +9,11 @@ initial_graph.png as it was built, optimized_graph.png as `optimize` rewrote it,
 gradients. Without Graphviz it trains all the same.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as there is nothing to finish, Ctrl-C ends it without a word
+
 import argparse
 import contextlib
 import csv
@@ -19,7 +24,6 @@ import math
 import os
 import reprlib
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -53,6 +57,11 @@ class UserError(Exception):
 
 
 # --- data ---
+
+
+def printable(text: object) -> str:
+    """On one line of a terminal: what could move its cursor is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def two_moons(rng: np.random.Generator, n: int = 1000, noise: float = 0.15) -> Table:
@@ -193,7 +202,7 @@ def read_table(path: str, target: str) -> Table:
     target = reprlib.repr(names[index]) if names[index] else f"column {index + 1}"
     if (y == y[0]).all():
         raise UserError(f"target {target} is {reprlib.repr(rows[0][1][index])} in every row: there is nothing to learn")
-    return f"{Path(path).name} ({'with a' if header else 'no'} header row), target {target}", x, y, classes
+    return f"{printable(Path(path).name)} ({'with a' if header else 'no'} header row), target {target}", x, y, classes
 
 
 def hold_back(y: np.ndarray, classes: int, rng: np.random.Generator) -> np.ndarray:
@@ -207,22 +216,30 @@ def hold_back(y: np.ndarray, classes: int, rng: np.random.Generator) -> np.ndarr
 
 
 def standardise(x: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """Columns of mean 0 and standard deviation 1 over the rows to train on; those that are constant there become 0."""
+    """Columns of mean 0 and standard deviation 1 over the rows to train on; those that are constant there become 0.
+    A number of the other rows that is too large for that is infinite."""
     size = np.abs(x[~held]).max(axis=0, initial=1e-300)  # divided by it, no square over- or underflows
     seen = x[~held] / size
-    spread = np.where(np.ptp(seen, axis=0) > 0, seen.std(axis=0), np.inf)
-    return (x / size - seen.mean(axis=0)) / spread
+    varies = np.ptp(seen, axis=0) > 0
+    with np.errstate(over="ignore"):
+        scaled = (x / size - seen.mean(axis=0)) / np.where(varies, seen.std(axis=0), 1.0)
+    return np.where(varies, scaled, 0.0)
 
 
 # --- training ---
 
 
 def score(model: MLP, x: np.ndarray, y: np.ndarray, classes: int) -> str:
-    """Accuracy, or R^2: the explained share of y's variance (the same in any unit of y), nan if y does not vary."""
+    """Accuracy, or R^2: the explained share of y's variance (the same in any unit of y), nan if y does not vary
+    or is infinite."""
     with no_grad():
         out = model(Tensor(x)).data.data
     if classes:
         return f"accuracy: {np.mean(out.argmax(axis=1) == y):.1%}"
+    size = max(1.0, np.abs(y).max())  # divided by it, no square overflows
+    if math.isinf(size):
+        return "R^2: nan"
+    y, out = y / size, out / size
     variation = np.sum((y - y.mean()) ** 2)
     return f"R^2: {1 - np.sum((y - out) ** 2) / variation if variation else math.nan:.3f}"
 
@@ -362,7 +379,7 @@ def picture(loss: Value, name: str, failures: dict[str, str]) -> None:
         GRAPHS.mkdir(exist_ok=True)
         draw(loss, GRAPHS / name)
     except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        failures[f"graph/{name}"] = str(error).split(". ")[0].splitlines()[0]
+        failures[f"graph/{name}"] = printable(str(error).split(". ")[0].splitlines()[0])
 
 
 def run(data: str | None, target: str, epochs: int, seed: int, dask: bool) -> int:
@@ -370,7 +387,7 @@ def run(data: str | None, target: str, epochs: int, seed: int, dask: bool) -> in
     title, x, y, classes = two_moons(rng) if data is None else read_table(data, "-1" if target is None else target)
     held = hold_back(y, classes, rng)
     x = standardise(x, held).clip(-1e6, 1e6)  # a row unlike any that is trained on must still fit in float32
-    y = y if classes else standardise(y, held)
+    numbers, y = y, y if classes else standardise(y, held)
     if not classes and not y[~held].any():
         raise UserError("the target is the same in all rows to train on: there is nothing to learn")
     model = MLP(x.shape[1], [16, 16, classes or 1], activation="tanh", seed=rng)
@@ -403,14 +420,16 @@ def run(data: str | None, target: str, epochs: int, seed: int, dask: bool) -> in
         print("Drawn: graph/initial_graph.png, graph/optimized_graph.png, graph/trained_model.png")
     result = score(model, x[held], y[held], classes)
     if "nan" in result:
-        print("R^2 is not defined here: the target is the same in all test rows.")
+        same = np.ptp(numbers[held] / 2) == 0
+        why = "is the same in all test rows" if same else "has numbers too far apart for double precision"
+        print(f"R^2 is not defined here: the target {why}.")
     print(f"test {result}")
     return 130 if interrupts else 0
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"demo.py: error: {' '.join(message.split())}\n")
+        self.exit(2, f"demo.py: error: {printable(' '.join(message.split()))}\n")
 
 
 def main() -> int:
@@ -435,6 +454,7 @@ def main() -> int:
     if arguments.dask and not importlib.util.find_spec("distributed"):
         parser.error('--dask needs Dask: pip install "dask[distributed]"')
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         return run(**vars(arguments))
     except UserError as error:
         parser.error(f"{arguments.data!r}: {error}")

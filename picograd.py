@@ -3138,11 +3138,26 @@ for _key, _function in list(TABLE.items()):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _understood(name: str, expected: str, function: Callable, x: Any):
+    """function(x), or an error that says which argument is wrong, what was expected and what came."""
+    try:
+        return function(x)
+    except (TypeError, ValueError) as error:
+        message = f"{name} must be {expected}, got {reprlib.repr(x)}"
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error
+
+
 class Module:
-    """A part of a network. Its parameters are the Values in its attributes, in lists, tuples, dicts and sub-Modules."""
+    """A part of a network. Its parameters are the Values in its attributes, in lists, tuples, dicts and sub-Modules.
+
+    Attributes may be in `__slots__`. A Value in an attribute of the class belongs to all its instances, and is no
+    parameter of theirs; nor is a result, or what no gradient flows through.
+    """
+
+    _picograd_part = True  # how another copy of this file is known
 
     def named_parameters(self) -> Iterator[tuple[str, Value]]:
-        """(dotted name, parameter), in order of definition; a shared one once."""
+        """(dotted name, parameter), in order of definition, those in slots first, by name; a shared one once."""
         seen: set[int] = set()
         ahead: list[tuple[str, Any]] = [("", self)]  # a stack: containers may be deep, and may hold themselves
         while ahead:
@@ -3150,12 +3165,14 @@ class Module:
             if isinstance(x, dict):
                 items = x.items()
             elif isinstance(x, Module):
-                items = vars(x).items()
+                items = [(key, getattr(x, key, None)) for key in (*_slots(type(x)), *vars(x))]
             elif isinstance(x, (list, tuple)):
                 items = enumerate(x)
-            elif isinstance(x, Value) and x._prim is None:  # a result that a module remembers is no parameter
+            elif isinstance(x, Value) and x._prim is None and x._needs:  # not a result that a module remembers
                 items = ()
             else:
+                if not isinstance(x, Array) and (hasattr(type(x), "_picograd") or hasattr(type(x), "_picograd_part")):
+                    raise TypeError(_two_copies(type(x)))
                 continue
             if id(x) in seen:
                 continue
@@ -3198,11 +3215,11 @@ class Module:
         parameters = self._by_name("load")
         try:
             with zipfile.ZipFile(path) as archive:
-                shapes = {}
+                headers = {}
                 for member in archive.namelist():
                     with archive.open(member) as file:
-                        shapes[member.removesuffix(".npy")] = _shape_in_header(file)
-                self._expect(parameters, shapes, path)  # before anything is read, however large the file says it is
+                        headers[member.removesuffix(".npy")] = _header(file)
+                self._expect(parameters, headers, path)  # before anything is read, however large the file says it is
                 arrays = {}
                 for name in parameters:
                     with archive.open(f"{name}.npy") as file:
@@ -3229,26 +3246,34 @@ class Module:
         return parameters
 
     @staticmethod
-    def _expect(parameters: dict[str, Value], shapes: dict[str, tuple], path: str | os.PathLike) -> None:
-        for name in {**parameters, **shapes}:
-            if name not in shapes or name not in parameters:
-                where = "the model" if name in shapes else f"the file {str(path)!r}"
-                raise _Mismatch(f"load: parameter {name!r} is not in {where}")
-            if shapes[name] != parameters[name].shape:
-                raise _Mismatch(
-                    f"load: parameter {name!r} has shape {parameters[name].shape}, in the file {shapes[name]}"
-                )
+    def _expect(parameters: dict[str, Value], headers: dict[str, tuple], path: str | os.PathLike) -> None:
+        for name in {**parameters, **headers}:
+            which = f"load: {str(path)!r}: parameter {name!r}"
+            if name not in headers or name not in parameters:
+                raise _Mismatch(f"{which} is not in the {'model' if name in headers else 'file'}")
+            shape, dtype = headers[name]
+            if dtype.kind not in "fiub":
+                raise _Mismatch(f"{which} must be of real numbers, in the file it is of dtype {dtype}")
+            if shape != parameters[name].shape:
+                raise _Mismatch(f"{which} has shape {parameters[name].shape}, in the file {shape}")
+
+
+def _slots(cls: type) -> list[str]:
+    """The names of attributes that a class and its bases keep in slots."""
+    return [name for c in reversed(cls.__mro__) for name, x in vars(c).items() if type(x) is types.MemberDescriptorType]
 
 
 class _Mismatch(ValueError):
     """A file of parameters, but of other ones."""
 
 
-def _shape_in_header(file) -> tuple[int, ...]:
-    """The shape that a .npy file says it has. In version 1 of the format, the one for numbers, a header is short."""
+def _header(file) -> tuple[tuple[int, ...], np.dtype]:
+    """The shape and dtype that a .npy file says it has. In version 1 of the format, the one for numbers, a header is
+    short."""
     if (version := np.lib.format.read_magic(file)) != (1, 0):
         raise ValueError(f"version {version} of the format .npy")
-    return np.lib.format.read_array_header_1_0(file)[0]
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return shape, dtype
 
 
 def _write_whole(path: Path, write: Callable) -> None:
@@ -3406,6 +3431,22 @@ def mse_loss(prediction: Value, target: Any) -> Value:
     return np.mean(np.square(prediction - _same_shape("mse_loss", prediction, target)))
 
 
+def _label_mask_forward(labels, k):
+    labels = np.asarray(labels)
+    mask = labels[..., None] == np.arange(k)
+    if np.count_nonzero(mask) != labels.size:
+        wrong = labels[~mask.any(axis=-1)]
+        kind = TypeError if np.any(wrong != np.floor(wrong)) else ValueError
+        raise kind(f"cross_entropy: labels must be integers from 0 to {k - 1}, got {wrong.min()} to {wrong.max()}")
+    return mask
+
+
+# Where log-probabilities count. A mask, as indices do not run on any kind of array; its labels are checked whenever it
+# is computed, so that a replay does not take those that are out of range for none.
+_label_mask = primitive(_label_mask_forward, None, name="label mask")
+_label_mask.builtin = True
+
+
 def cross_entropy(logits: Value, labels: Any) -> Value:
     """The mean of -log(softmax(logits)[label]), for logits (n, k) or (k,) and integer labels (n,) or () below k."""
     raw = _raw(labels)
@@ -3413,14 +3454,14 @@ def cross_entropy(logits: Value, labels: Any) -> Value:
     if np.shape(logits)[:-1] != raw.shape or not np.ndim(logits):
         raise ValueError(f"cross_entropy: labels must have shape {np.shape(logits)[:-1]}, got {raw.shape}")
     k = np.shape(logits)[-1]
-    floats = raw.dtype.kind == "f" and not _lazy(raw)
-    if raw.dtype.kind not in "iub" and not (floats and np.array_equal(raw, np.floor(raw))):
+    if raw.dtype.kind not in ("iub" if _lazy(raw) else "iubf"):
         raise TypeError(f"cross_entropy: labels must be integers, got dtype {raw.dtype}")
-    if not _lazy(raw) and raw.size and not (0 <= raw.min() and raw.max() < k):
-        raise ValueError(f"cross_entropy: labels must be from 0 to {k - 1}, got {raw.min()} to {raw.max()}")
-    # A mask instead of indices: it runs on any kind of array. As a node, a Tensor of labels is read anew by a replay.
-    labels = _recorded(labels) if isinstance(labels, Tensor) else raw
-    mask = labels[..., None] == np.arange(k)
+    if _lazy(raw):
+        mask = (_recorded(labels) if isinstance(labels, Tensor) else raw)[..., None] == np.arange(k)
+    elif isinstance(labels, Tensor):  # a node, so that a replay reads them anew
+        mask = _record(_label_mask, (labels,), {"k": k})
+    else:
+        mask = _label_mask(labels if isinstance(labels, Value) else raw, k=k)
     return -np.mean(np.sum(np.where(mask, log_softmax(logits), 0.0), axis=-1))
 
 
@@ -3481,18 +3522,49 @@ class _Optimizer:
     def step(self) -> None:
         """Changes the parameters by their gradients, in place; one without a gradient yet is left alone.
 
-        ValueError, and nothing is changed, if a parameter or its gradient has another shape than at the beginning.
+        ValueError if a parameter or its gradient has another shape than at the beginning, or its array is read-only;
+        TypeError if it is of another library now. Then, and if a floating-point fault is an error, nothing is changed.
         """
         for i, (p, shape) in enumerate(zip(self.params, self._shapes)):
-            g = p._grad
-            if g is not None and not getattr(p._data, "shape", ()) == getattr(g, "shape", ()) == shape:
-                name = f"{i} ({p.label!r})" if p.label else i
+            data, g = p._data, p._grad
+            if g is None or type(data) is float is type(g) and not shape:
+                continue
+            which = f"step: parameter {i}{p.label and f' ({p.label!r})'}"
+            if not getattr(data, "shape", ()) == getattr(g, "shape", ()) == shape:
                 raise ValueError(
-                    f"step: parameter {name} was of shape {shape}, and is of shape {p.shape} with a gradient of shape "
-                    f"{np.shape(p._grad)}: make a new optimizer"
+                    f"{which} was of shape {shape}, and is of shape {p.shape} with a gradient of shape {np.shape(g)}: "
+                    "make a new optimizer"
                 )
+            if _lazy(data):
+                library = type(data).__module__.split(".")[0]
+                raise TypeError(f"{which} is held in an array of {library} now: optimizers work in place, in NumPy")
+            if type(data) is np.ndarray and not data.flags.writeable:
+                raise ValueError(f"{which} is held in an array that is read-only: assign a copy to its .data")
+        if _harmless(np.geterr()):
+            self._step()
+            return
+        data = [_owned(p._data) for p in self.params]
+        states = [state for _, state in self._arrays] + [self._scalar_state]
+        kept = [{name: _owned(x) for name, x in state.items()} for state in states]
+        try:
+            self._step()
+        except BaseException:
+            for p, x in zip(self.params, data):
+                p._data = KINDS[type(x)].write(p._data, x) if p.ndim else x
+            for state, x in zip(states, kept):
+                state.clear()
+                state.update(x)
+            raise
+
+    def _step(self) -> None:
         for p, state in self._arrays:
-            if p._grad is not None:
+            if p._grad is None:
+                continue
+            if p._data.dtype == np.float16:  # which squares of gradients, and what is below them, do not fit
+                wide = p._data.astype(np.float32)
+                self._update(wide, p._grad.astype(np.float32), state)
+                p._data = KINDS[type(p._data)].write(p._data, wide)
+            else:
                 self._update(p._data, p._grad, state)
         if not self._scalars:
             return

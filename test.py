@@ -4,10 +4,13 @@ Gradients are checked against central finite differences in double precision, fo
 primitive is tested by being in the table with samples.
 """
 
+import collections
 import contextlib
 import copy
+import dataclasses
 import gc
 import html
+import importlib.util
 import itertools
 import json
 import math
@@ -3006,6 +3009,10 @@ class TestNN(Strict):
                 tracemalloc.stop()
                 self.assertLess(peak, 1 << 22)
             self.assertEqual(model.w.data.tolist(), [1, 1, 1])
+            for dtype in ("S9999999", "complex128", "M8[s]", [("a", "f4")]):
+                np.savez_compressed(path, w=np.zeros(3, dtype))
+                with self.assertRaisesRegex(ValueError, "bomb.npz.* must be of real numbers, in the file it is"):
+                    model.load(path)
 
     def test_containers_may_be_deep_and_hold_themselves(self):
         model, a, b = Module(), Value([1.0]), Value([2.0])
@@ -3027,6 +3034,71 @@ class TestNN(Strict):
         child = Remembers()
         child.parent = Remembers(child)
         self.assertEqual([name for name, _ in child.named_parameters()], ["w", "parent.w"])
+
+    def test_parameters_in_slots(self):
+        class Base(Module):
+            __slots__ = ("w", "unset", "__hidden")
+            shared = Value([0.0])  # of the class: no parameter
+
+            def __init__(self):
+                self.w, self.__hidden = Value([1.0]), [Value([2.0])]
+
+        class Derived(Base):
+            __slots__ = "extra"
+
+            def __init__(self):
+                super().__init__()
+                self.extra, self.other = Neuron(1), Value([3.0])
+
+        @dataclasses.dataclass(slots=True)
+        class Scale(Module):
+            w: Value
+
+        names = [name for name, _ in Derived().named_parameters()]
+        self.assertEqual(names, ["_Base__hidden.0", "w", "extra.w", "extra.b", "other"])
+        scale = Scale(Value([2.0]))
+        self.assertEqual(scale.parameters(), [scale.w])
+        with tempfile.TemporaryDirectory() as folder:
+            scale.save(Path(folder, "m"))
+            scale.w.data = 0
+            scale.load(Path(folder, "m"))
+        self.assertEqual(scale.w.data.tolist(), [2.0])
+
+    def test_what_no_gradient_flows_through_is_no_parameter(self):
+        model = Module()
+        model.w = Value([1.0, 2.0])
+        with no_grad():
+            model.mask, model.rank = model.w > 1, np.argsort(model.w)
+        model.frozen = model.w.detach()
+        self.assertEqual(model.parameters(), [model.w])
+
+    def test_parts_of_another_copy_are_refused(self):
+        spec = importlib.util.spec_from_file_location("another_copy", picograd.__file__)
+        other = importlib.util.module_from_spec(spec)
+        with mock.patch.dict(sys.modules, another_copy=other):
+            spec.loader.exec_module(other)
+            for x in (other.Value(1.0), other.MLP(2, [1]), [other.Tensor([1.0])]):
+                with self.assertRaisesRegex(TypeError, "of another_copy .* two copies of picograd"):
+                    self.holding(w=Value(1.0), x=x).parameters()
+            with self.assertRaisesRegex(TypeError, "Module"):  # and not: two copies
+                Value(1.0) * Module()
+
+    def test_labels_are_checked_when_the_loss_is_computed(self):
+        for labels, others in [([0, 1], [2, 2]), (1, 2)]:
+            for way in WAYS:
+                y, w = Tensor(labels, dtype=np.int64), Value(np.zeros((2, 3)[-1 - np.ndim(labels) :]))
+                loss = way(cross_entropy(w, y))
+                for wrong in (3, -1):
+                    y.data = wrong
+                    with self.assertRaisesRegex(ValueError, "labels must be integers from 0 to 2, got .*" + str(wrong)):
+                        loss.forward()
+                y.data = others
+                self.assertAlmostEqual(loss.forward().item(), math.log(3), 6)
+        y = Tensor([0.0, 1.0])
+        loss = cross_entropy(Value(np.zeros((2, 3))), y)
+        y.data = [0.5, 1.0]
+        with self.assertRaisesRegex(TypeError, "from 0 to 2, got 0.5"):
+            loss.forward()
 
     def test_numbers_without_gradient_are_left_alone(self):
         for make in (lambda ps: SGD(ps, 0.1, momentum=0.9), lambda ps: Adam(ps, 0.1)):
@@ -3246,6 +3318,49 @@ class TestNN(Strict):
                     with self.assertRaisesRegex(ValueError, "step: parameter 2 \\('gain'\\) was of shape"):
                         optimizer.step()
                     self.assertEqual([x.data.data for x in (number, first)], before)
+
+    def test_a_step_that_fails_changes_nothing(self):
+        for make in (lambda p: SGD(p, 10.0, momentum=0.9), lambda p: Adam(p, 1.0)):
+            for fault, error in (("read-only", ValueError), ("overflow", FloatingPointError)):
+                first, second, number = Value([1.0, 1.0]), Value([3e38, 3e38], label="gain"), Value(1.0)
+                optimizer, array = make([number, first, second]), first.data.data
+                for x in (first, second, number):
+                    x.grad = 1.0
+                optimizer.step()
+                before = pickle.dumps(optimizer)
+                if fault == "read-only":
+                    second.data.data.flags.writeable = False
+                else:
+                    second.grad = -3e38
+                with self.assertRaisesRegex(error, "2 .'gain'. .* read-only|overflow"), np.errstate(over="raise"):
+                    optimizer.step()
+                self.assertIs(first.data.data, array)
+                second.grad = 1.0
+                self.assertEqual(pickle.dumps(optimizer), before)
+
+    @unittest.skipIf(distributed is None, no_dask)
+    @needs_power
+    def test_a_parameter_that_became_lazy_is_refused(self):
+        for make in (lambda p: SGD(p, 0.1), lambda p: Adam(p)):
+            first, w = Value([1.0]), Value([1.0, 2.0])
+            optimizer = make([first, w])
+            w.data = da.ones(2)
+            first.grad = w.grad = 1.0
+            with self.assertRaisesRegex(TypeError, "step: parameter 1 is held in an array of dask now"):
+                optimizer.step()
+            self.assertEqual(first.data.tolist(), [1.0])
+
+    def test_half_precision_is_stepped_in_single(self):
+        grads = np.array([0.0, 1e-4, 1.0])
+        for make in (lambda p: SGD(p, 0.1, momentum=0.9), lambda p: Adam(p, 0.1, weight_decay=0.1)):
+            half, single = (Value(np.ones(3), dtype=dtype) for dtype in (np.float16, np.float32))
+            optimizers = make([half]), make([single])
+            for _ in range(5):
+                for p, optimizer in zip((half, single), optimizers):
+                    p.grad = grads
+                    optimizer.step()
+            self.assertEqual(half.dtype, np.float16)
+            np.testing.assert_allclose(half.data.data, single.data.data, atol=2e-3)
 
     def test_training_saving_loading(self):
         rng = np.random.default_rng(0)
@@ -4350,6 +4465,50 @@ class TestDemo(unittest.TestCase):
 
         path = self.table("awkward.csv", self.size * 1e250, "", with_constant)
         self.assertGreater(float(self.last_line(path, "--epochs", 25, pattern=r"test R\^2: .*").split()[-1]), 0.8)
+
+    def test_numbers_far_apart(self):
+        rng = np.random.default_rng(1)
+        tables = {  # name: rows whose first number, or target, is unlike the others
+            "feature": [f"{1e9 * (i == 0)},{rng.normal():.3f},{rng.normal():.3f}" for i in range(12)],
+            "large": [f"{rng.normal():.3f},{1e300 if i == 0 else rng.normal():.3f}" for i in range(40)],
+            "infinite": [f"{rng.normal():.3f},{1e300 if i == 0 else i * 1e-300}" for i in range(40)],
+            "same": [f"{rng.normal():.3f},{float(i == 0)}.5" for i in range(12)],
+        }
+        commands = []
+        for name, rows in tables.items():
+            (self.folder / f"far {name}.csv").write_text("\n".join(rows).replace(".0.5", ".5"))
+            commands += [[f"far {name}.csv", "--epochs", "1", "--seed", seed] for seed in "0123"]
+        said = collections.defaultdict(set)
+        for (name, *_), (status, out, err) in zip(commands, self.demos(commands), strict=True):
+            out = out.splitlines()
+            self.assertEqual(err, "" if status == 0 else err)
+            self.assertRegex(
+                out[-1] if out else err, r"^test R\^2: (nan|-?[\d.]+)$|the target is the same in all rows to"
+            )
+            said[name[4:-4]].update([out[-2]] if out and "nan" in out[-1] else [])
+        apart = {"R^2 is not defined here: the target has numbers too far apart for double precision."}
+        self.assertEqual(said["feature"], set())
+        self.assertEqual((said["large"], said["infinite"]), (apart, apart))
+        self.assertEqual(said["same"], {"R^2 is not defined here: the target is the same in all test rows."})
+
+    def test_text_of_others_moves_no_cursor(self):
+        path = self.table("a\n\x1b[31mb.csv", self.kind)
+        results = self.demos([[path.name, "--epochs", "1"], ["no\x1b[2Jthing"], ["--\x1b[2J"]])
+        self.assertTrue(results[0][1].startswith("a\\n\\x1b[31mb.csv (with a header row)"))
+        for _, out, err in results:
+            self.assertNotIn("\x1b", out + err)
+
+    @unittest.skipUnless(os.name == "posix", "needs signals")
+    def test_ctrl_c_during_imports(self):
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(HERE / "demo.py", folder)
+            code = "print('here', flush=True)\nimport time\ntime.sleep(60)\n"
+            Path(folder, "picograd.py").write_text(code, encoding="utf-8")
+            command = [sys.executable, str(Path(folder, "demo.py"))]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                process.stdout.readline()
+                process.send_signal(signal.SIGINT)
+                self.assertEqual((process.communicate()[1], process.returncode), (b"", -signal.SIGINT))
 
     def test_errors_are_one_line_with_row_and_column(self):
         text = "a,b,c,label\n" + "".join(f"{i},{i}.5,-{i},{'xy'[i % 2]}\n" for i in range(1, 21))
