@@ -4359,32 +4359,40 @@ class _Workers:
     """The `concurrent.futures` pools, of threads and of processes, made at first use, as large as was asked for yet."""
 
     def __init__(self):
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # held by the one job that has the workers
         self.pools: dict[bool, tuple[int, Any]] = {}  # of processes? -> (size, pool)
         self.warned: set[str] = set()
 
     @contextlib.contextmanager
     def use(self, processes: bool, n: int) -> Iterator[Any]:
-        """A pool of a kind for n tasks, for one job at a time. If that fails or is interrupted, even while it is handed
-        over, waits until nobody works on it any more, and forgets the pool: the next job gets a fresh one."""
-        with self.lock:
-            size, pool = self.pools.get(processes, (0, None))
-            if size < n:
-                if pool is not None:
-                    pool.shutdown(wait=False)
-                pool = self.make(processes, n)
-                self.pools[processes] = n, pool
-            try:
-                yield pool
-            except BaseException as error:
-                self.pools.pop(processes, None)
-                for _ in range(9):  # further interrupts; one is on its way already
-                    with contextlib.suppress(KeyboardInterrupt, RuntimeError):
-                        pool.shutdown(wait=True, cancel_futures=True)
-                        break
-                if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
-                    raise error.__context__ from None  # it found threading.Condition between two locks
+        """A pool of a kind for n tasks, for one job at a time; None for another job, which does not wait: a finalizer,
+        say, may compute in a thread that the first job waits for. If that fails or is interrupted, even while the pool
+        is handed over, waits until nobody works on it any more, and forgets the pool: the next job gets a fresh one.
+        """
+        pool = None
+        try:
+            if self.lock.acquire(blocking=False):
+                size, pool = self.pools.get(processes, (0, None))
+                if size < n:
+                    if pool is not None:
+                        pool.shutdown(wait=False)
+                    pool = self.make(processes, n)
+                    self.pools[processes] = n, pool
+            yield pool
+        except BaseException as error:
+            if pool is None:
                 raise
+            self.pools.pop(processes, None)
+            for _ in range(9):  # further interrupts; one is on its way already
+                with contextlib.suppress(KeyboardInterrupt, RuntimeError):
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    break
+            if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None  # it found threading.Condition between two locks
+            raise
+        finally:
+            with contextlib.suppress(RuntimeError):  # it is not ours
+                self.lock.release()
 
     def make(self, processes: bool, n: int):
         import concurrent.futures
@@ -4433,9 +4441,15 @@ def _at_exit() -> None:
 
 
 def _before_fork() -> None:
-    _chunk_lock.acquire()  # no job is under way in another thread
+    _workers.lock.acquire()  # no job of another thread has the workers
+    _chunk_lock.acquire()
     if not _local.depth:  # else it is a worker that starts
         _memory.part()
+
+
+def _after_fork() -> None:
+    _chunk_lock.release()
+    _workers.lock.release()
 
 
 def _in_child() -> None:
@@ -4444,7 +4458,7 @@ def _in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=lambda: _chunk_lock.release(), after_in_child=_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
 
 
 @contextlib.contextmanager
@@ -4509,6 +4523,8 @@ def _in_processes(job: _Job, count: int, n: int, state: dict) -> list | None:
     cuts = [count * i // n for i in range(n + 1)]
     try:
         with _workers.use(True, n) as pool:
+            if pool is None:
+                return None
             with _without_main():
                 live = set(_memory.shared)
                 futures = [pool.submit(_remote, travelling, live, a, b, state) for a, b in zip(cuts, cuts[1:])]
@@ -4540,7 +4556,7 @@ def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
     with _workers.use(False, n - 1) as pool:
         try:
             try:
-                for _ in range(n - 1):
+                for _ in range(n - 1 if pool else 0):
                     futures.append(pool.submit(work))
             except RuntimeError as error:
                 if "shutdown" not in str(error):
@@ -4551,10 +4567,10 @@ def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
 
 
 def _in_worker() -> bool:
-    """Whether this is a worker process of some pool, or in the middle of a job, as in the handler of a signal: then it
-    must not start workers, nor wait for those at work."""
+    """Whether this is a worker process of some pool, or in the middle of a job, as in the handler of a signal, or
+    Python ends: then it must not start workers, nor wait for those at work."""
     module = sys.modules.get("multiprocessing.process")
-    return _local.depth > 0 or (module is not None and module.parent_process() is not None)
+    return _local.depth > 0 or sys.is_finalizing() or (module is not None and module.parent_process() is not None)
 
 
 def run_blocks(
@@ -4628,7 +4644,7 @@ def _without_repeats(x: np.ndarray) -> np.ndarray:
 # --- arrays that wait ---
 
 _MAX_PENDING = 32  # steps that wait for each other; then they are computed
-_chunk_lock = threading.RLock()  # held while anything is computed, or changes from waiting to done
+_chunk_lock = threading.RLock()  # held while a few attributes change, and never while anything is computed
 
 
 class _Buffer:
@@ -4637,110 +4653,131 @@ class _Buffer:
 
     given: whether it was handed out. readers: what waits for it. holder: the array that holds it, and runs: how often
         it was computed without being kept, from which to guess what is worth keeping.
+
+    A finalizer, a signal's handler or another thread may come at any moment, and hand out or compute what is here.
+    So a step is read once, registered with what it reads before it is asked whether that was handed out, and counts
+    as computed only if nobody else did it meanwhile: then its operands may have changed under it.
     """
 
-    __slots__ = ("shape", "dtype", "array", "given", "prim", "args", "state")
-    __slots__ += ("holder", "runs", "readers", "__weakref__")
+    __slots__ = ("shape", "dtype", "array", "given", "step", "holder", "runs", "readers", "__weakref__")
 
-    def __init__(self, array=None, given=False, shape=None, dtype=None, prim=None, args=(), state=None):
-        self.array, self.given, self.prim, self.args, self.state, self.runs = array, given, prim, args, state, 0
+    def __init__(self, array=None, given=False, shape=None, dtype=None, step: tuple | None = None):
+        self.array, self.given, self.step, self.runs = array, given, step, 0
         self.shape, self.dtype = (shape, dtype) if array is None else (array.shape, array.dtype)
-        self.readers: weakref.WeakSet | tuple = ()
+        self.readers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # by id
         self.holder: weakref.ref | None = None
 
-    def pending(self) -> list[_Buffer]:
-        """All that has to be computed for this, operands first."""
-        found: dict[_Buffer, None] = {}
+    def pending(self) -> dict[_Buffer, tuple]:
+        """All that has to be computed for this, operands first, with the steps."""
+        found: dict[_Buffer, tuple] = {}
         stack = [self]
         while stack:
             node = stack[-1]
-            if node.array is not None or node in found:
+            step = node.step
+            if step is None or node in found:
                 stack.pop()
                 continue
-            rest = [x for x in node.args if type(x) is _Buffer and x.array is None and x not in found]
+            rest = [x for x in step[1] if type(x) is _Buffer and x.step is not None and x not in found]
             if rest:
                 stack += rest
             else:
-                found[stack.pop()] = None
-        return list(found)
+                found[stack.pop()] = step
+        return found
 
     def compute(self, reduction: tuple | None = None):
         """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
         kept, and may be wanted again, is kept now: nothing is computed a third time. A small operation alone is done
         by NumPy in one go."""
-        few = math.prod(self.shape) * self.dtype.itemsize <= _FEW_BLOCKS * _BLOCK_BYTES
-        if few and not reduction and not any([type(x) is _Buffer and x.array is None for x in self.args]):
-            with np.errstate(**self.state):
-                args, target = [x.array if type(x) is _Buffer else x for x in self.args], None
-                if self.prim.ufunc or self.prim is _as_dtype:
-                    target = _memory.empty(self.shape, self.dtype, _shares())
-                array = _memory.spend(_compute_step, self.prim, args, target)
-                if array.shape != self.shape:  # what operands repeat is there once, also in the result
-                    array = np.broadcast_to(array, self.shape).copy()
-                self.settle(array)
-            return None
-        nodes = self.pending()
-        inputs: list = []
-        places: dict[int, int] = {}
-        for x in [x for node in nodes for x in node.args] or [self]:
-            if not (type(x) is _Buffer and x.array is None) and id(x) not in places:
-                places[id(x)] = len(inputs)
-                inputs.append(x)
-        places.update((id(node), len(inputs) + i) for i, node in enumerate(nodes))
-        steps = tuple([(node.prim, tuple([places[id(x)] for x in node.args]), node.dtype) for node in nodes])
-        kept = [node for node in nodes if (node is self and reduction is None) or (node.runs and node.wanted())]
-        raw = [x.where_workers_are() if type(x) is _Buffer else x for x in inputs]
-        with np.errstate(**(self.state or np.geterr())):
-            arrays, total = run_blocks(steps, raw, self.shape, [places[id(node)] for node in kept], reduction)
-        for node in nodes:
-            node.runs += 1
+        while True:
+            waiting = self.pending()
+            if not waiting and not reduction:
+                return None  # somebody else was first
+            few = math.prod(self.shape) * self.dtype.itemsize <= _FEW_BLOCKS * _BLOCK_BYTES
+            if few and not reduction and len(waiting) == 1:
+                kept, total = [self], None
+                arrays = [self.alone(*waiting[self])]
+            else:
+                kept = [x for x in waiting if (x is self and reduction is None) or (x.runs and x.wanted())]
+                arrays, total = self.in_blocks(waiting, kept, reduction)
+            if all([node.step is step for node, step in waiting.items()]):
+                break
         for node, array in zip(kept, arrays):
-            node.settle(array)
+            node.settle(array, waiting[node])
+        for node in waiting:
+            node.runs += 1
         return total
+
+    def alone(self, prim: Primitive, args: Sequence, state: dict) -> np.ndarray:
+        """The result of a step, by NumPy."""
+        args, target = [x.array if type(x) is _Buffer else x for x in args], None
+        with np.errstate(**state):
+            if prim.ufunc or prim is _as_dtype:
+                target = _memory.empty(self.shape, self.dtype, _shares())
+            array = _memory.spend(_compute_step, prim, args, target)
+        if array.shape != self.shape:  # what operands repeat is there once, also in the result
+            array = np.broadcast_to(array, self.shape).copy()
+        return array
+
+    def in_blocks(self, waiting: dict[_Buffer, tuple], kept: list, reduction: tuple | None) -> tuple[list, Any]:
+        """The results of steps that are kept, and the reduction."""
+        operands = [x for _, args, _ in waiting.values() for x in args] or [self]
+        inputs = list({id(x): x for x in operands if type(x) is not _Buffer or x not in waiting}.values())
+        places = {id(x): i for i, x in enumerate([*inputs, *waiting])}
+        steps = [(prim, tuple([places[id(x)] for x in args]), x.dtype) for x, (prim, args, _) in waiting.items()]
+        raw = [x.where_workers_are() if type(x) is _Buffer else x for x in inputs]
+        with np.errstate(**(waiting[self][2] if waiting else {})):
+            return run_blocks(tuple(steps), raw, self.shape, [places[id(x)] for x in kept], reduction)
 
     def wanted(self) -> bool:
         """Whether anybody may need this beside the one that waits for it."""
         return len(self.readers) > 1 or (self.holder is not None and self.holder() is not None)
 
-    def settle(self, array: np.ndarray) -> None:
+    def settle(self, array: np.ndarray, step: tuple) -> None:
         """Waits no longer; only now is this struck off where it was to read."""
-        if self.array is not None:
-            return  # the handler of a signal was first
-        self.array = array
-        for x in self.args:
-            if type(x) is _Buffer and x.readers:
-                x.readers.discard(self)
-        self.prim, self.args, self.state = None, (), None
+        with _chunk_lock:
+            if self.step is step:
+                self.array = array
+                self.step = None
+        for x in step[1]:
+            if type(x) is _Buffer:
+                x.readers.pop(id(self), None)
 
     def where_workers_are(self) -> np.ndarray:
         """The data, in process mode in shared memory if nobody knows where they are."""
         if not self.given and _shares() and len(_memory.shared) < _MAX_SEGMENTS and _describe(self.array) is None:
             shared = _memory.empty(self.shape, self.dtype, True)
             np.copyto(shared, self.array)
-            self.array = shared
+            with _chunk_lock:
+                if not self.given:
+                    self.array = shared
         return self.array
 
     def force(self) -> np.ndarray:
         """The data, for reading at once."""
-        with _chunk_lock:
-            if self.array is None:
-                self.compute()
-            return self.array
+        while self.step is not None:
+            self.compute()
+        return self.array
 
     def hand_out(self) -> np.ndarray:
         """The data, for somebody who may keep them and write to them."""
+        self.force()
         with _chunk_lock:
-            array, self.given = self.force(), True  # from now on it stays where it is
-            for reader in list(self.readers):
-                try:
-                    reader.force()
-                except (MemoryError, Warning):
-                    raise
-                except Exception:  # whoever looks at that one is told; it reads a copy from now on
-                    copy = _Buffer(array.copy())
-                    reader.args = tuple([copy if x is self else x for x in reader.args])
-                    self.readers.discard(reader)
-            return array
+            self.given = True  # from now on it stays where it is
+            array = self.array
+        for ref in self.readers.valuerefs():
+            reader = ref()
+            if reader is None:
+                continue
+            try:
+                reader.force()
+            except (MemoryError, Warning):
+                raise
+            except Exception:  # whoever looks at that one is told; it reads a copy from now on
+                prim, args, state = reader.step
+                copy = _Buffer(array.copy())
+                reader.step = prim, tuple([copy if x is self else x for x in args]), state
+                self.readers.pop(id(reader), None)
+        return array
 
 
 class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
@@ -4773,25 +4810,37 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
 
     def expose(self) -> np.ndarray:
         """The array, handed out."""
-        with _chunk_lock:
-            return self.buffer.hand_out()
+        while True:
+            buffer = self.buffer
+            array = buffer.hand_out()
+            if buffer is self.buffer:
+                return array
 
     def assign(self, new) -> None:
         """In place: the data of `new`, of this shape. TypeError if its dtype does not cast to this one's kind."""
-        with _chunk_lock:
-            if not np.can_cast(new.dtype, self.dtype, "same_kind"):
-                raise TypeError(f"in place: cannot cast {new.dtype} to {self.dtype}")
-            if self.buffer.given:
-                np.copyto(self.expose(), new.force() if type(new) is Chunked else new, "same_kind")
-            elif type(new) is not Chunked:
-                self.buffer = _Buffer(np.array(new, self.dtype, order="C"))
-            elif new.buffer is not self.buffer:
-                old, state = new.buffer, np.geterr()
-                if new.dtype != self.dtype or old.given:
-                    self.buffer = _step(_as_dtype, (new,), self.dtype, state)
-                else:  # `new` becomes a copy, which waits: mostly nobody has it any more
-                    self.buffer, new.buffer = old, _step(_as_dtype, (new,), self.dtype, state)
-                self.buffer.holder = weakref.ref(self)
+        if not np.can_cast(new.dtype, self.dtype, "same_kind"):
+            raise TypeError(f"in place: cannot cast {new.dtype} to {self.dtype}")
+        if not self.buffer.given:
+            copy = None
+            if type(new) is not Chunked:
+                buffer = _Buffer(np.array(new, self.dtype, order="C"))
+            else:
+                buffer = new.buffer
+                if buffer is self.buffer:
+                    return
+                copy = _step(_as_dtype, (new,), self.dtype, np.geterr())
+                if new.dtype != self.dtype or buffer.given:
+                    buffer, copy = copy, None
+            holder = weakref.ref(self)
+            with _chunk_lock:
+                done = not self.buffer.given and (copy is None or (new.buffer is buffer and not buffer.given))
+                if done:
+                    buffer.holder, self.buffer = holder, buffer
+                    if copy is not None:  # `new` becomes a copy, which waits: mostly nobody has it any more
+                        new.buffer = copy
+            if done:
+                return
+        np.copyto(self.expose(), new.force() if type(new) is Chunked else new, "same_kind")
 
     # --- NumPy's protocols: so that the primitives' rules run on it ---
 
@@ -4899,7 +4948,7 @@ class _InBlocks(Kind):
                         return Chunked(_step(prim, raw, dtype, state), forced=forced)
             if prim.name in _REDUCTIONS and type(raw[0]) is Chunked and raw[0].size and params.keys() <= _REDUCED_BY:
                 x = raw[0].buffer
-                if x.array is None or x.array.nbytes > 8 * _FEW_BLOCKS * _BLOCK_BYTES:  # else NumPy's one pass does
+                if x.step is not None or x.array.nbytes > 8 * _FEW_BLOCKS * _BLOCK_BYTES:  # else NumPy's one pass does
                     return _reduced(prim.name, x, **params)
         if not prim.builtin:  # code that is not ours may keep what it gets, and what it returns
             return NUMPY.evaluate(prim, [x.expose() if type(x) is Chunked else x for x in raw], params)
@@ -5003,27 +5052,24 @@ def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buff
     """An element-wise operation, which waits if nobody else may write to what it reads."""
     shapes = {x.shape for x in raw if getattr(x, "shape", ())}
     shape = shapes.pop() if len(shapes) == 1 else np.broadcast_shapes(*shapes)
-    with _chunk_lock:
-        args, wait = [], True
-        for x in raw:
-            if type(x) is Chunked:
-                x = x.buffer
-                if x.array is None and (x.shape != shape or x.state != state):
-                    x.force()  # all steps of a job have one shape
-                wait = wait and not x.given
-            elif isinstance(x, np.ndarray):
-                x = _without_repeats(x)
-                wait = wait and x.nbytes <= _TRAVELS_BYTES
-                x = x.copy() if wait else x
-            args.append(x)
-        new = _Buffer(None, False, shape, np.dtype(dtype), prim, tuple(args), state)
-        if not wait or len(new.pending()) >= _MAX_PENDING:
-            new.compute()
-        for x in new.args:
-            if type(x) is _Buffer:
-                if not x.readers:
-                    x.readers = weakref.WeakSet()
-                x.readers.add(new)
+    args, wait = [], True
+    for x in raw:
+        if type(x) is Chunked:
+            x = x.buffer
+            step = x.step
+            if step is not None and (x.shape != shape or step[2] != state):
+                x.force()  # all steps of a job have one shape
+        elif isinstance(x, np.ndarray):
+            x = _without_repeats(x)
+            wait = wait and x.nbytes <= _TRAVELS_BYTES
+            x = x.copy() if wait else x
+        args.append(x)
+    new = _Buffer(None, False, shape, np.dtype(dtype), (prim, tuple(args), state))
+    buffers = [x for x in args if type(x) is _Buffer]
+    for x in buffers:
+        x.readers[id(new)] = new
+    if not wait or any([x.given for x in buffers]) or len(new.pending()) >= _MAX_PENDING:
+        new.force()
     return new
 
 
@@ -5042,22 +5088,22 @@ def _reduced(name: str, x: _Buffer, axis=None, keepdims=False, ddof=0):
     axis = tuple(range(ndim)) if axis is None else axis if type(axis) is tuple else operator.index(axis)
     axes = np.lib.array_utils.normalize_axis_tuple(axis, ndim)
     count = math.prod(x.shape[i] for i in axes)
-    with _chunk_lock:
-        if x.array is None and x.state != state:
-            x.force()
-        if name in ("var", "std"):
-            wide = np.promote_types(x.dtype, np.float32) if x.dtype.kind == "f" else np.dtype(np.float64)
-            steps = [(_as_dtype, ()), (TABLE[np.subtract], (_mean(x, axes, count, wide),)), (TABLE[np.square], ())]
-            squares = x
-            for prim, others in steps[x.dtype == wide :]:
-                squares = _Buffer(None, False, x.shape, wide, prim, (squares, *others), state)
-            total = np.true_divide(squares.compute(("sum", axes, wide)), max(count - ddof, 0))
-            total = np.sqrt(total) if name == "std" else total
-            total = total.astype(x.dtype if x.dtype.kind == "f" else wide, copy=False)
-        elif name == "mean":
-            total = _mean(x, axes, count, x.dtype if x.dtype.kind == "f" else np.dtype(np.float64))
-        else:
-            total = x.compute((name, axes, _reduced_dtype(name, x.dtype)))
+    step = x.step
+    if step is not None and step[2] != state:
+        x.force()
+    if name in ("var", "std"):
+        wide = np.promote_types(x.dtype, np.float32) if x.dtype.kind == "f" else np.dtype(np.float64)
+        steps = [(_as_dtype, ()), (TABLE[np.subtract], (_mean(x, axes, count, wide),)), (TABLE[np.square], ())]
+        squares = x
+        for prim, others in steps[x.dtype == wide :]:
+            squares = _Buffer(None, False, x.shape, wide, (prim, (squares, *others), state))
+        total = np.true_divide(squares.compute(("sum", axes, wide)), max(count - ddof, 0))
+        total = np.sqrt(total) if name == "std" else total
+        total = total.astype(x.dtype if x.dtype.kind == "f" else wide, copy=False)
+    elif name == "mean":
+        total = _mean(x, axes, count, x.dtype if x.dtype.kind == "f" else np.dtype(np.float64))
+    else:
+        total = x.compute((name, axes, _reduced_dtype(name, x.dtype)))
     if not keepdims:
         total = total.reshape([n for i, n in enumerate(x.shape) if i not in axes])
     return total if total.ndim else total[()]

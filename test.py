@@ -983,6 +983,112 @@ class TestWorkers(Strict):
                 twin.data[0] = 7
                 self.assertEqual((x.data[0], twin.data[1], twin.shape), (0, 2, (100,)))
 
+    def test_whoever_a_job_waits_for_can_compute(self):
+        """As finalizers do, in threads of the pools: they wait for nothing that the job holds."""
+        answers, here = [], (os.getpid(), threading.current_thread())
+
+        def meanwhile(function):
+            def call(*args):
+                if (os.getpid(), threading.current_thread()) != here:
+                    return function(*args)
+                thread = threading.Thread(target=lambda: answers.append((y * 2).sum().item()), daemon=True)
+                thread.start()
+                thread.join(20)
+                self.assertFalse(thread.is_alive(), "it waits for the job that waits for it")
+                return function(*args)
+
+            return call
+
+        for processes in (False, True):
+            with (
+                distributed_config(enabled=True, num_workers=2, use_processes=processes),
+                mock.patch.multiple(picograd, _BLOCK_BYTES=1 << 16, _FEW_BLOCKS=0),
+            ):
+                x, y = Tensor(np.ones(2_000_000)), Tensor(np.ones(2_000_000))
+                y = y * 3
+                with mock.patch.object(picograd._Job, "tasks", meanwhile(picograd._Job.tasks)):
+                    z = np.tanh(x) * 2
+                    self.assertAlmostEqual(z.sum().item() / 4e6, math.tanh(1), 5)
+                    np.testing.assert_array_equal(x.data, 1)
+                    z += y
+                    self.assertAlmostEqual(z.data[7], 2 * math.tanh(1) + 3, 5)
+        self.assertTrue(answers)
+        self.assertEqual(set(answers), {12_000_000})
+
+    def test_handlers_and_finalizers_may_come_at_any_line(self):
+        """Whatever they do to an operand is done before the operation or after it."""
+
+        def look(x):
+            held.append(x.data)
+            held[-1][...] = 5
+
+        def add(x):
+            x += 4
+
+        def swap(x):
+            y = x * 1
+            x.data = np.full(100, 5.0)
+            held.append(y.data)
+
+        def operate(x, y):
+            return [x * 2]
+
+        def in_place(x, y):
+            y += x
+            return [y]
+
+        def assign(x, y):
+            y.data = x
+            return [y]
+
+        def compute(x, y):
+            z = np.square(x + y)
+            return [z.max(), z.sum() / 100, np.sqrt(z)]
+
+        def outcome(act, program, moment):
+            """The results if an action comes at a line of room 8, if it has that many, and all that x holds."""
+            lines = itertools.count()
+
+            def trace(frame, event, arg):
+                if frame.f_code.co_filename != picograd.__file__:
+                    return None
+                inside = frame.f_code.co_name in ("settle", "hand_out", "assign", "where_workers_are")
+                if event == "line" and not (inside and picograd._chunk_lock._is_owned()) and next(lines) == moment:
+                    sys.settrace(None)
+                    act(x)
+                    came.append(moment)
+                return trace
+
+            x, y = Tensor(np.ones(100), np.float64) * 1, Tensor(np.full(100, 2.0), np.float64) * 1
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                results = program(x, y)
+            finally:
+                sys.settrace(before)
+            if moment == math.inf:
+                act(x)
+            results = [r.numpy().tolist() for r in results]
+            x.data[...] = 7  # nothing that was computed changes
+            self.assertTrue((x.numpy() == 7).all())
+            return results
+
+        with (
+            distributed_config(enabled=True, min_elements_for_parallel=1, num_workers=1),
+            mock.patch.object(picograd, "_BLOCK_BYTES", 256),
+        ):
+            for few, act in itertools.product((0, 8), (look, add, swap)):
+                with mock.patch.object(picograd, "_FEW_BLOCKS", few):
+                    for program in (operate, in_place, assign, compute):
+                        held, came = [], []
+                        allowed = [outcome(act, program, moment) for moment in (0, math.inf)]
+                        for moment in itertools.count(SEED % 11, 11):
+                            found = outcome(act, program, moment)
+                            if moment not in came:
+                                break
+                            self.assertIn(found, allowed, f"{act.__name__} in {program.__name__} at line {moment}")
+                        self.assertGreater(moment, 20)
+
     def test_killed_worker(self):
         out = self.script(
             """
