@@ -1908,7 +1908,10 @@ def clip(a, a_min=None, a_max=None, *, min=None, max=None):
 
 def _floating(x):
     """Integers and masks in double precision, for functions that NumPy does not have."""
-    return x if np.result_type(x).kind == "f" else np.asarray(x, np.float64)
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:
+        return np.float64(x)
+    return x if dtype.kind == "f" else x.astype(np.float64)
 
 
 def _sigmoid(x, out=None):
@@ -2059,9 +2062,16 @@ def _cumprod_a(g, out, a, axis=None):
     return np.reshape(result, np.shape(a)) if axis is None else np.moveaxis(result, -1, axis)
 
 
+def _peak(a, axis):
+    """The largest along axis, which is kept; -inf of none."""
+    if 0 in np.shape(a):
+        return np.max(a, axis=axis, keepdims=True, initial=-np.inf)
+    return np.max(a, axis=axis, keepdims=True)
+
+
 def _logsumexp(a, axis=None, keepdims=False):
     a = _floating(a)
-    peak = np.max(a, axis=axis, keepdims=True, initial=-np.inf)
+    peak = _peak(a, axis)
     peak = np.where(np.isfinite(peak), peak, 0.0)
     with np.errstate(divide="ignore"):  # log(0): the sum over -inf only is -inf, as it should be
         out = np.log(np.sum(np.exp(a - peak), axis=axis, keepdims=True)) + peak
@@ -2080,7 +2090,7 @@ def _logsumexp_weights(a, out, axis=None):
 
 def _softmax(a, axis=-1):
     a = _floating(a)
-    e = np.exp(a - np.max(a, axis=axis, keepdims=True, initial=-np.inf))
+    e = np.exp(a - _peak(a, axis))
     return e / np.sum(e, axis=axis, keepdims=True)
 
 
@@ -2090,7 +2100,7 @@ def _softmax_a(g, out, a, axis=-1):
 
 def _log_softmax(a, axis=-1):
     a = _floating(a)
-    shifted = a - np.max(a, axis=axis, keepdims=True, initial=-np.inf)
+    shifted = a - _peak(a, axis)
     return shifted - np.log(np.sum(np.exp(shifted), axis=axis, keepdims=True))
 
 
@@ -2405,7 +2415,8 @@ def _filled(index, parts):
 def _put(a, *parts, shape, index):
     """Zeros of that shape with `a` added at that index: the transpose of indexing."""
     index = _filled(index, parts)
-    out = np.zeros(shape, getattr(a, "dtype", np.float64))
+    order = "F" if type(a) is np.ndarray and a.flags.fnc else "C"  # as `np.pad` has it
+    out = np.zeros(shape, getattr(a, "dtype", np.float64), order)
     if all(i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer)) for i in index):
         out[index] = a
     else:

@@ -188,7 +188,7 @@ def _compute(function, args, kwargs=None, contract=True):
     raw = _operands(args) if contract else _each(_raw, args)
     flat = _flat(args)
     weak = all(isinstance(x, np.generic) or type(_raw(x)) in (float, int, bool) for x in flat)
-    if weak and any(isinstance(_raw(x), (bool, np.bool_)) for x in flat):
+    if any(type(_raw(x)) is bool or (weak and isinstance(_raw(x), np.bool_)) for x in flat):
         raise _NotDrawn("masks of weak numbers")
     if (
         not weak
@@ -246,10 +246,16 @@ class Plain:
 
     @data.setter
     def data(self, new):
-        if _raw(new) is not self.raw:
+        if not self.has(new):
             self.raw = self.conformed(new)
             if self.owner:
                 setattr(*self.owner, self.raw)
+
+    def has(self, new):
+        """Whether what is assigned is what was handed out, or this itself: then nothing happens."""
+        if not isinstance(new, Plain):
+            return new is self.raw
+        return new is self or (new.raw is self.raw and new.owner is not None and new.owner[0] is self)
 
     def conformed(self, new):
         """A copy, of this dtype, and of this shape if it is a number."""
@@ -397,7 +403,7 @@ class PlainValue(Plain):
 
     @data.setter
     def data(self, new):
-        if _raw(new) is not self.raw:
+        if not self.has(new):
             shape, self.raw = self.shape, self.conformed(new)
             self.slope = self.slope if self.shape == shape else None  # it was that of other data
 
