@@ -3111,13 +3111,15 @@ class Module:
             if isinstance(x, dict):
                 items = x.items()
             elif isinstance(x, Module):
-                items = [(key, getattr(x, key, None)) for key in (*_slots(type(x)), *vars(x))]
+                items = vars(x).items()
+                if slots := _slots(type(x)):
+                    items = [*[(key, getattr(x, key, None)) for key in slots], *items]
             elif isinstance(x, (list, tuple)):
                 items = enumerate(x)
             elif isinstance(x, Value) and x._prim is None and x._needs:  # not a result that a module remembers
                 items = ()
             else:
-                if not isinstance(x, Array) and (hasattr(type(x), "_picograd") or hasattr(type(x), "_picograd_part")):
+                if _of_another_copy(type(x)):
                     raise TypeError(_two_copies(type(x)))
                 continue
             if id(x) in seen:
@@ -3204,6 +3206,13 @@ class Module:
                 raise _Mismatch(f"{which} has shape {parameters[name].shape}, in the file {shape}")
 
 
+@functools.lru_cache(1000)
+def _of_another_copy(cls: type) -> bool:
+    """Whether it is a Value, Tensor or Module of another copy of this file."""
+    return not issubclass(cls, (Array, Module)) and (hasattr(cls, "_picograd") or hasattr(cls, "_picograd_part"))
+
+
+@functools.lru_cache(1000)
 def _slots(cls: type) -> list[str]:
     """The names of attributes that a class and its bases keep in slots."""
     return [name for c in reversed(cls.__mro__) for name, x in vars(c).items() if type(x) is types.MemberDescriptorType]
@@ -3362,19 +3371,26 @@ class MLP(Module):
 # --- losses: the mean over the samples, a 0-d Value. Foreign labels are not checked, which would compute them ---
 
 
-def _same_shape(name, prediction, target):
-    target = target if isinstance(target, Array) or _lazy(target) else np.asarray(target)
-    if target.dtype.kind not in "fiub":
-        raise TypeError(f"{name}: the target must be real numbers, got dtype {target.dtype}")
-    shape = prediction.shape if isinstance(prediction, Array) else np.shape(prediction)
-    if shape != target.shape:
-        raise ValueError(f"{name}: prediction and target must have the same shape, got {shape} and {target.shape}")
-    return target
+def _numbers(name: str, which: str, x: Any):
+    """What a loss is computed of: a Value or Tensor, or anything that can be an operand."""
+    if isinstance(x, Array):
+        return x
+    x = _constant(x, f"{name}: {which}")
+    return np.asarray(x) if type(x) in _WEAK_TYPES else x
+
+
+def _same_shape(name: str, first: str, second: str, x: Any, y: Any) -> tuple:
+    """Prediction and target of a loss; in double precision if both are integers or masks, which may be too short."""
+    x, y = _numbers(name, first, x), _numbers(name, second, y)
+    if x.shape != y.shape:
+        raise ValueError(f"{name}: {first} and {second} must have the same shape, got {x.shape} and {y.shape}")
+    return (x, y) if x.dtype.kind == "f" or y.dtype.kind == "f" else (x.astype(np.float64), y)
 
 
 def mse_loss(prediction: Value, target: Any) -> Value:
     """The mean of (prediction - target)**2, for two of the same shape."""
-    return np.mean(np.square(prediction - _same_shape("mse_loss", prediction, target)))
+    prediction, target = _same_shape("mse_loss", "prediction", "target", prediction, target)
+    return np.mean(np.square(prediction - target))
 
 
 def _label_mask_forward(labels, k):
@@ -3395,36 +3411,48 @@ _label_mask.builtin = True
 
 def cross_entropy(logits: Value, labels: Any) -> Value:
     """The mean of -log(softmax(logits)[label]), for logits (n, k) or (k,) and integer labels (n,) or () below k."""
-    raw = _raw(labels)
-    raw = raw if _lazy(raw) else np.asarray(raw)
-    if np.shape(logits)[:-1] != raw.shape or not np.ndim(logits):
-        raise ValueError(f"cross_entropy: labels must have shape {np.shape(logits)[:-1]}, got {raw.shape}")
-    k = np.shape(logits)[-1]
-    if raw.dtype.kind not in ("iub" if _lazy(raw) else "iubf"):
+    logits, labels = _numbers("cross_entropy", "logits", logits), _numbers("cross_entropy", "labels", labels)
+    if logits.shape[:-1] != labels.shape or not logits.shape:
+        raise ValueError(f"cross_entropy: labels must have shape {logits.shape[:-1]}, got {labels.shape}")
+    if logits.dtype == np.float16:  # in which a sum of exponentials may overflow
+        return cross_entropy(logits.astype(np.float32), labels).astype(np.float16)
+    k, raw = logits.shape[-1], _raw(labels)
+    if _lazy(raw) and raw.dtype.kind not in "iub":
         raise TypeError(f"cross_entropy: labels must be integers, got dtype {raw.dtype}")
     if _lazy(raw):
         mask = (_recorded(labels) if isinstance(labels, Tensor) else raw)[..., None] == np.arange(k)
     elif isinstance(labels, Tensor):  # a node, so that a replay reads them anew
         mask = _record(_label_mask, (labels,), {"k": k})
     else:
-        mask = _label_mask(labels if isinstance(labels, Value) else raw, k=k)
+        mask = _label_mask(labels, k=k)
     return -np.mean(np.sum(np.where(mask, log_softmax(logits), 0.0), axis=-1))
+
+
+_sigmoid_entropy = primitive(  # softplus(x) - x * y, with no difference of large numbers where y is 1
+    lambda x, y: np.maximum(x, 0.0) - x * y + np.log1p(np.exp(-np.abs(_floating(x)))),
+    lambda g, out, x, y: g * (sigmoid(x) - y),
+    lambda g, out, x, y: -g * x,
+    name="sigmoid entropy",
+    elementwise=True,
+    reads="operands",
+    samples=(_REAL, _REAL),
+)
+_sigmoid_entropy.builtin = True
 
 
 def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
     """The mean of softplus(x) - x * y: the cross-entropy of sigmoid(x) with targets y in [0, 1] of the same shape."""
-    targets = _same_shape("binary_cross_entropy_with_logits", logits, targets)
+    name = "binary_cross_entropy_with_logits"
+    logits, targets = _same_shape(name, "logits", "targets", logits, targets)
     raw = _raw(targets)
     if not _lazy(raw) and np.size(raw) and not (0 <= np.min(raw) and np.max(raw) <= 1):
-        raise ValueError(
-            f"binary_cross_entropy_with_logits: targets must be in [0, 1], got {np.min(raw)} to {np.max(raw)}"
-        )
-    return np.mean(softplus(logits) - logits * targets)
+        raise ValueError(f"{name}: targets must be in [0, 1], got {np.min(raw)} to {np.max(raw)}")
+    return np.mean(_sigmoid_entropy(logits, targets))
 
 
 def hinge_loss(scores: Value, labels: Any) -> Value:
     """The mean of relu(1 - y * s), for labels y of -1 or 1 of the same shape."""
-    labels = _same_shape("hinge_loss", scores, labels)
+    scores, labels = _same_shape("hinge_loss", "scores", "labels", scores, labels)
     if not _lazy(labels) and not np.all(np.abs(np.asarray(_raw(labels))) == 1):
         raise ValueError("hinge_loss: labels must be -1 or 1")
     return np.mean(relu(1.0 - labels * scores))
@@ -3456,7 +3484,7 @@ class _Optimizer:
                     f"{name} must be {'below 1' if 1 <= x < math.inf else 'finite and not negative'}, got {x}"
                 )
         self._shapes = [p.shape for p in self.params]
-        self._arrays = [(p, {}) for p in self.params if np.ndim(p._data)]
+        self._arrays = [(p, {}, p.dtype == np.float16) for p in self.params if np.ndim(p._data)]
         self._scalars = [p for p in self.params if not np.ndim(p._data)]
         self._scalar_state = {"steps": np.zeros(len(self._scalars))}  # each has its own count, as it has in an array
 
@@ -3473,24 +3501,21 @@ class _Optimizer:
         """
         for i, (p, shape) in enumerate(zip(self.params, self._shapes)):
             data, g = p._data, p._grad
-            if g is None or type(data) is float is type(g) and not shape:
+            if g is None:
                 continue
-            which = f"step: parameter {i}{p.label and f' ({p.label!r})'}"
-            if not getattr(data, "shape", ()) == getattr(g, "shape", ()) == shape:
-                raise ValueError(
-                    f"{which} was of shape {shape}, and is of shape {p.shape} with a gradient of shape {np.shape(g)}: "
-                    "make a new optimizer"
-                )
-            if _lazy(data):
-                library = type(data).__module__.split(".")[0]
-                raise TypeError(f"{which} is held in an array of {library} now: optimizers work in place, in NumPy")
-            if type(data) is np.ndarray and not data.flags.writeable:
-                raise ValueError(f"{which} is held in an array that is read-only: assign a copy to its .data")
-        if _harmless(np.geterr()):
+            if type(data) is float:
+                fits = type(g) is float and not shape
+            elif type(data) is np.ndarray is type(g):
+                fits = data.shape == g.shape == shape and data.flags.writeable
+            else:
+                fits = False
+            if not fits:
+                self._check(i, data, g)
+        if _QUIET.issuperset(np.geterr().values()):
             self._step()
             return
         data = [_owned(p._data) for p in self.params]
-        states = [state for _, state in self._arrays] + [self._scalar_state]
+        states = [state for _, state, _ in self._arrays] + [self._scalar_state]
         kept = [{name: _owned(x) for name, x in state.items()} for state in states]
         try:
             self._step()
@@ -3502,11 +3527,24 @@ class _Optimizer:
                 state.update(x)
             raise
 
+    def _check(self, i: int, data: Any, grad: Any) -> None:
+        """Raises if parameter i cannot be stepped."""
+        p, shape = self.params[i], self._shapes[i]
+        which = f"step: parameter {i} ({p.label!r})" if p.label else f"step: parameter {i}"
+        if not p.shape == np.shape(grad) == shape:
+            problem = f"was of shape {shape}, and is of shape {p.shape} with a gradient of shape {np.shape(grad)}"
+            raise ValueError(f"{which} {problem}: make a new optimizer")
+        if _lazy(data):
+            library = type(data).__module__.split(".")[0]
+            raise TypeError(f"{which} has an array of {library} now: optimizers work in place, in NumPy")
+        if type(data) is np.ndarray and not data.flags.writeable:
+            raise ValueError(f"{which} has an array that is read-only: assign a copy to its .data")
+
     def _step(self) -> None:
-        for p, state in self._arrays:
+        for p, state, half in self._arrays:
             if p._grad is None:
                 continue
-            if p._data.dtype == np.float16:  # which squares of gradients, and what is below them, do not fit
+            if half:  # which squares of gradients, and what is below them, do not fit
                 wide = p._data.astype(np.float32)
                 self._update(wide, p._grad.astype(np.float32), state)
                 p._data = KINDS[type(p._data)].write(p._data, wide)

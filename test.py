@@ -2881,6 +2881,30 @@ class TestNN(Strict):
         with self.assertRaisesRegex(TypeError, "from 0 to 2, got 0.5"):
             loss.forward()
 
+    def test_losses_keep_their_digits(self):
+        for way in WAYS:
+            for x in (0.0, 10.0, 16.0, 20.0, 80.0):
+                one, zero = Value([x]), Value([-x])
+                losses = [way(binary_cross_entropy_with_logits(v, Tensor([y]))) for v, y in ((one, 1.0), (zero, 0.0))]
+                for loss in losses:
+                    np.testing.assert_allclose(loss.item(), np.log1p(np.exp(-x)), rtol=1e-6)
+                    loss.backward()
+                np.testing.assert_allclose(one.grad.data, -zero.grad.data, atol=1e-7)
+            v = Value([0.0, 0.0, 0.0])
+            way(binary_cross_entropy_with_logits(v, [0.0, 0.25, 1.0])).backward()
+            np.testing.assert_allclose(v.grad.data * 3, [0.5, 0.25, -0.5])
+            wide = Value(np.zeros((1, 70_000)), dtype=np.float16)
+            loss = way(cross_entropy(wide, [3]))
+            self.assertEqual((loss.dtype, loss.data.data), (np.float16, np.float16(math.log(70_000))))
+            loss.backward()
+            self.assertEqual((wide.grad.dtype, wide.grad.data[0, 3]), (np.float16, -1))
+        a, b = np.array([100, 1], np.int8), np.array([-128, 1], np.int8)
+        for x, y in ((Tensor(a, np.int8), Tensor(b, np.int8)), (a, b)):
+            self.assertEqual(float(mse_loss(x, y)), 228**2 / 2)
+            self.assertEqual(float(hinge_loss(y, Tensor([-1, 1], np.int8))), 0)
+        self.assertEqual(mse_loss(Value([1.0, 2.0]) > 1, np.array([True, True])).item(), 0.5)
+        self.assertEqual(mse_loss(Value([1.0, 2.0]), [True, True]).dtype, np.float32)
+
     def test_numbers_without_gradient_are_left_alone(self):
         for make in (lambda ps: SGD(ps, 0.1, momentum=0.9), lambda ps: Adam(ps, 0.1)):
             p, q, alone = Value(1.0), Value(2.0), Value(1.0)
@@ -3127,7 +3151,7 @@ class TestNN(Strict):
             optimizer = make([first, w])
             w.data = da.ones(2)
             first.grad = w.grad = 1.0
-            with self.assertRaisesRegex(TypeError, "step: parameter 1 is held in an array of dask now"):
+            with self.assertRaisesRegex(TypeError, "step: parameter 1 has an array of dask now"):
                 optimizer.step()
             self.assertEqual(first.data.tolist(), [1.0])
 
