@@ -3093,6 +3093,16 @@ def _understood(name: str, expected: str, function: Callable, x: Any):
         raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error
 
 
+def _path(x: Any, name: str) -> Path:
+    """A path that was passed, checked."""
+    if not isinstance(x, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a string or path, got {type(x).__name__}")
+    path = _understood(name, "a string or path", Path, x)
+    if "\0" in str(path):
+        raise ValueError(f"{name} must be a path without zero bytes, got {str(path)!r}")
+    return path
+
+
 class Module:
     """A part of a network. Its parameters are the Values in its attributes, in lists, tuples, dicts and sub-Modules.
 
@@ -3146,7 +3156,7 @@ class Module:
         """
         import zipfile
 
-        parameters = self._by_name("save")
+        path, parameters = _path(path, "save: path"), self._by_name("save")
 
         def write(file):
             with zipfile.ZipFile(file, "w") as archive:  # what np.savez writes, for parameters of any name
@@ -3154,13 +3164,13 @@ class Module:
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                         np.lib.format.write_array(member, np.asanyarray(p.data.data), allow_pickle=False)
 
-        _write_whole(Path(path), write)
+        _write_whole(path, write)
 
     def load(self, path: str | os.PathLike) -> None:
         """Reads what `save` wrote. ValueError if names or shapes differ, and then no parameter is changed."""
         import zipfile
 
-        parameters = self._by_name("load")
+        path, parameters = _path(path, "load: path"), self._by_name("load")
         try:
             with zipfile.ZipFile(path) as archive:
                 headers = {}
@@ -3194,7 +3204,7 @@ class Module:
         return parameters
 
     @staticmethod
-    def _expect(parameters: dict[str, Value], headers: dict[str, tuple], path: str | os.PathLike) -> None:
+    def _expect(parameters: dict[str, Value], headers: dict[str, tuple], path: Path) -> None:
         for name in {**parameters, **headers}:
             which = f"load: {str(path)!r}: parameter {name!r}"
             if name not in headers or name not in parameters:
@@ -3236,19 +3246,26 @@ def _write_whole(path: Path, write: Callable) -> None:
 
     A link stays one, and its target is replaced; a file's permissions stay; a device or pipe is written to.
     """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
+    target = Path(os.path.realpath(path))
+    if path.exists() and not target.is_file():
         whole = io.BytesIO()  # where one can go back, too
         write(whole)
         path.write_bytes(whole.getvalue())
         return
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
-        new = Path(folder, path.name)
-        with open(new, "wb") as file:
-            write(file)
-        if path.exists():
-            new.chmod(path.stat().st_mode & 0o7777)
-        os.replace(new, path)
+    try:
+        if target.is_symlink():  # one that leads nowhere is resolved
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as folder:
+            new = Path(folder, target.name)
+            with open(new, "wb") as file:
+                write(file)
+            if target.exists():
+                new.chmod(target.stat().st_mode & 0o7777)
+            os.replace(new, target)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # which it does not name
 
 
 _ACTIVATIONS = {
@@ -3270,6 +3287,10 @@ def _activation(activation):
     return _ACTIVATIONS[activation]
 
 
+def _generator(seed: Any) -> np.random.Generator:
+    return _understood("seed", "a whole number, None or a NumPy Generator", np.random.default_rng, seed)
+
+
 def _weights(shape, activation, seed, dtype) -> Value:
     """Normal weights of a variance that keeps signals' size through a layer: 2 / (nin + nout) for tanh and its like
     (Glorot and Bengio 2010, eq. 12), 2 / nin for rectifiers (He et al. 2015, eq. 10)."""
@@ -3279,7 +3300,8 @@ def _weights(shape, activation, seed, dtype) -> Value:
             raise ValueError(f"{name} must be a positive integer, got {n!r}")
     rectifier = _activation(activation) in (relu, gelu, softplus)
     scale = math.sqrt(2.0 / (nin if rectifier else nin + nout))
-    return Value(np.random.default_rng(seed).normal(0.0, scale, shape), dtype=dtype, label="w")
+    _understood("dtype", "a floating dtype of NumPy's", np.dtype, dtype)
+    return Value(_generator(seed).normal(0.0, scale, shape), dtype=dtype, label="w")
 
 
 def _layer_input(x, w: Value):
@@ -3345,10 +3367,10 @@ class MLP(Module):
     """
 
     def __init__(self, nin: int, nouts: Sequence[int], activation: Any = "tanh", seed: Any = None, dtype: Any = None):
-        if not isinstance(nouts, (list, tuple, np.ndarray)) or not len(nouts):
+        if not isinstance(nouts, (list, tuple, np.ndarray)) or getattr(nouts, "ndim", 1) != 1 or not len(nouts):
             raise ValueError(f"nouts must be a list of at least one width, got {nouts!r}")
         _activation(activation)  # also where no layer has it
-        rng = np.random.default_rng(seed)
+        rng = _generator(seed)
         widths = [nin, *nouts]
         self.layers = [
             Layer(a, b, activation if i < len(nouts) - 1 else None, rng, dtype)
@@ -3363,6 +3385,8 @@ class MLP(Module):
         return _apply(_reshape, (x,), {"shape": (-1,) * (x.ndim - 1)}) if x.shape[-1] == 1 else x
 
     def __repr__(self):
+        if not self.layers:
+            return "MLP without layers"
         widths, count = [layer.b.size for layer in self.layers], sum(p.size for p in self.parameters())
         activation = self.layers[0].activation
         return f"MLP({self.layers[0].w.shape[0]}, {widths}, activation={activation!r}) with {count} parameters"
@@ -3464,25 +3488,30 @@ def hinge_loss(scores: Value, labels: Any) -> Value:
 class _Optimizer:
     """What SGD and Adam share: checked options, one state per array, and all scalar parameters stepped as one array."""
 
-    def __init__(self, params: Iterable[Value], **options: float):
+    def __init__(self, params: Iterable[Value], **options: Any):
+        expected = "a list of Values, such as those of model.parameters()"
         if isinstance(params, Array):
-            raise TypeError("params must be a list of Values, got a single one")
-        self.params = list(params)
-        if not self.params or not all(isinstance(p, Value) for p in self.params):
-            raise TypeError("params must be a non-empty list of Values")
+            raise TypeError(f"params must be {expected}, got a single {type(params).__name__}")
+        self.params = _understood("params", expected, list, params)
+        if not self.params:
+            raise TypeError(f"params must be {expected}, got none")
+        for p in self.params:
+            if not isinstance(p, Value):
+                two = f": {_two_copies(type(p))}" if _of_another_copy(type(p)) else ""
+                raise TypeError(f"params must be {expected}, got a {type(p).__name__} among them{two}")
         if any(p._prim is not None for p in self.params):
             raise ValueError("params must be leaves; one of them is the result of an operation")
         if any(_lazy(p._data) for p in self.params):
             raise TypeError("params must be held in NumPy: optimizers work in place")
         if len(set(self.params)) < len(self.params):
             raise ValueError("params must name each parameter once")
-        for name, x in options.items():
-            if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
-                raise TypeError(f"{name} must be a number, got {x!r}")
-            if not 0 <= x < (1 if name in ("momentum", "betas") else math.inf):
-                raise ValueError(
-                    f"{name} must be {'below 1' if 1 <= x < math.inf else 'finite and not negative'}, got {x}"
-                )
+        for name, given in options.items():
+            for x in given if name == "betas" else (given,):
+                if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
+                    raise TypeError(f"{name} must be a number, got {x!r}")
+                if not 0 <= x < (1 if name in ("momentum", "betas") else math.inf):
+                    bound = "below 1" if 1 <= x < math.inf else "finite and not negative"
+                    raise ValueError(f"{name} must be {bound}, got {x}")
         self._shapes = [p.shape for p in self.params]
         self._arrays = [(p, {}, p.dtype == np.float16) for p in self.params if np.ndim(p._data)]
         self._scalars = [p for p in self.params if not np.ndim(p._data)]
@@ -3619,8 +3648,9 @@ class Adam(_Optimizer):
     ):
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise TypeError(f"betas must be two numbers, got {betas!r}")
-        for beta in betas:
-            super().__init__(params := list(params), lr=lr, betas=beta, eps=eps, weight_decay=weight_decay)
+        if not isinstance(decoupled, (bool, np.bool_)):
+            raise TypeError(f"decoupled must be True or False, got {decoupled!r}")
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.lr, self.betas, self.eps = lr, tuple(betas), eps
         self.weight_decay, self.decoupled = weight_decay, decoupled
 
@@ -3746,10 +3776,11 @@ def _save_picture(graph: Any, path: Path, seconds: float) -> None:
     command = ["dot", f"-T{path.suffix[1:].lower()}"]
     try:
         done = subprocess.run(command, input=picture.source.encode(), capture_output=True, timeout=seconds)
-    except (FileNotFoundError, PermissionError) as error:
+    except OSError as error:
+        why = "was not found on PATH" if isinstance(error, FileNotFoundError) else f"cannot be run ({error})"
         source = _save_source(graph.source.encode(), path)
         raise RuntimeError(
-            "draw: Graphviz's program `dot`, which makes the picture, was not found on PATH. To install it:\n"
+            f"draw: Graphviz's program `dot`, which makes the picture, {why}. To install it:\n"
             "  Debian, Ubuntu   sudo apt install graphviz\n"
             "  macOS            brew install graphviz\n"
             "  Windows          winget install Graphviz.Graphviz, then add its bin folder to PATH\n"
@@ -3791,6 +3822,8 @@ def draw(
     ImportError without the package graphviz. RuntimeError if a picture file needs Graphviz's program `dot` and this
     fails, takes minutes, or is not installed: then the picture's source is saved instead, in a new file ending in .gv.
     """
+    if _of_another_copy(type(root)):
+        raise TypeError(f"draw: root must be a Value: {_two_copies(type(root))}")
     if not isinstance(root, Value):
         raise TypeError(f"draw: root must be a Value, got {type(root).__name__}")
     if isinstance(max_nodes, bool) or not isinstance(max_nodes, (int, np.integer)) or max_nodes < 1:
@@ -3798,9 +3831,7 @@ def draw(
     if rankdir not in (None, *_ENTRIES):
         raise ValueError(f"draw: rankdir must be 'LR', 'TB' or None, got {rankdir!r}")
     if filename is not None:
-        if not isinstance(filename, (str, os.PathLike)):
-            raise TypeError(f"draw: filename must be a string or path, got {type(filename).__name__}")
-        filename = Path(filename)
+        filename = _path(filename, "draw: filename")
         if filename.suffix.lower() not in (".png", ".svg", ".pdf"):
             raise ValueError(f"draw: filename must end in .png, .svg or .pdf, got {str(filename)!r}")
         if not filename.parent.is_dir():
@@ -3844,7 +3875,7 @@ def draw(
         name = names[id(x)] = next(fresh)
         kinds.add(kind)
         lines = [_text(line) for line in _summary(_raw(x), getattr(x, "_grad", None))]
-        if label := _text(label):
+        if label := _text("" if label is None else label):
             lines.insert(0, f'<font point-size="11"><b>{label}</b></font>')
         graph.node(name, f"<{'<br/>'.join(lines)}>", **_BOXES[kind])
         return name
