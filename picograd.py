@@ -3158,6 +3158,16 @@ def _understood(name: str, expected: str, function: Callable, x: Any):
         raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error
 
 
+def _path(x: Any, name: str) -> Path:
+    """A path that was passed, checked."""
+    if not isinstance(x, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a string or path, got {type(x).__name__}")
+    path = _understood(name, "a string or path", Path, x)
+    if "\0" in str(path):
+        raise ValueError(f"{name} must be a path without zero bytes, got {str(path)!r}")
+    return path
+
+
 class Module:
     """A part of a network. Its parameters are the Values in its attributes, in lists, tuples, dicts and sub-Modules.
 
@@ -3176,13 +3186,15 @@ class Module:
             if isinstance(x, dict):
                 items = x.items()
             elif isinstance(x, Module):
-                items = [(key, getattr(x, key, None)) for key in (*_slots(type(x)), *vars(x))]
+                items = vars(x).items()
+                if slots := _slots(type(x)):
+                    items = [*[(key, getattr(x, key, None)) for key in slots], *items]
             elif isinstance(x, (list, tuple)):
                 items = enumerate(x)
             elif isinstance(x, Value) and x._prim is None and x._needs:  # not a result that a module remembers
                 items = ()
             else:
-                if not isinstance(x, Array) and (hasattr(type(x), "_picograd") or hasattr(type(x), "_picograd_part")):
+                if _of_another_copy(type(x)):
                     raise TypeError(_two_copies(type(x)))
                 continue
             if id(x) in seen:
@@ -3209,7 +3221,7 @@ class Module:
         """
         import zipfile
 
-        parameters = self._by_name("save")
+        path, parameters = _path(path, "save: path"), self._by_name("save")
 
         def write(file):
             with zipfile.ZipFile(file, "w") as archive:  # what np.savez writes, for parameters of any name
@@ -3217,13 +3229,13 @@ class Module:
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                         np.lib.format.write_array(member, np.asanyarray(p.data.data), allow_pickle=False)
 
-        _write_whole(Path(path), write)
+        _write_whole(path, write)
 
     def load(self, path: str | os.PathLike) -> None:
         """Reads what `save` wrote. ValueError if names or shapes differ, and then no parameter is changed."""
         import zipfile
 
-        parameters = self._by_name("load")
+        path, parameters = _path(path, "load: path"), self._by_name("load")
         try:
             with zipfile.ZipFile(path) as archive:
                 headers = {}
@@ -3257,7 +3269,7 @@ class Module:
         return parameters
 
     @staticmethod
-    def _expect(parameters: dict[str, Value], headers: dict[str, tuple], path: str | os.PathLike) -> None:
+    def _expect(parameters: dict[str, Value], headers: dict[str, tuple], path: Path) -> None:
         for name in {**parameters, **headers}:
             which = f"load: {str(path)!r}: parameter {name!r}"
             if name not in headers or name not in parameters:
@@ -3269,6 +3281,13 @@ class Module:
                 raise _Mismatch(f"{which} has shape {parameters[name].shape}, in the file {shape}")
 
 
+@functools.lru_cache(1000)
+def _of_another_copy(cls: type) -> bool:
+    """Whether it is a Value, Tensor or Module of another copy of this file."""
+    return not issubclass(cls, (Array, Module)) and (hasattr(cls, "_picograd") or hasattr(cls, "_picograd_part"))
+
+
+@functools.lru_cache(1000)
 def _slots(cls: type) -> list[str]:
     """The names of attributes that a class and its bases keep in slots."""
     return [name for c in reversed(cls.__mro__) for name, x in vars(c).items() if type(x) is types.MemberDescriptorType]
@@ -3292,19 +3311,26 @@ def _write_whole(path: Path, write: Callable) -> None:
 
     A link stays one, and its target is replaced; a file's permissions stay; a device or pipe is written to.
     """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
+    target = Path(os.path.realpath(path))
+    if path.exists() and not target.is_file():
         whole = io.BytesIO()  # where one can go back, too
         write(whole)
         path.write_bytes(whole.getvalue())
         return
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
-        new = Path(folder, path.name)
-        with open(new, "wb") as file:
-            write(file)
-        if path.exists():
-            new.chmod(path.stat().st_mode & 0o7777)
-        os.replace(new, path)
+    try:
+        if target.is_symlink():  # one that leads nowhere is resolved
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as folder:
+            new = Path(folder, target.name)
+            with open(new, "wb") as file:
+                write(file)
+            if target.exists():
+                new.chmod(target.stat().st_mode & 0o7777)
+            os.replace(new, target)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # which it does not name
 
 
 _ACTIVATIONS = {
@@ -3326,6 +3352,10 @@ def _activation(activation):
     return _ACTIVATIONS[activation]
 
 
+def _generator(seed: Any) -> np.random.Generator:
+    return _understood("seed", "a whole number, None or a NumPy Generator", np.random.default_rng, seed)
+
+
 def _weights(shape, activation, seed, dtype) -> Value:
     """Normal weights of a variance that keeps signals' size through a layer: 2 / (nin + nout) for tanh and its like
     (Glorot and Bengio 2010, eq. 12), 2 / nin for rectifiers (He et al. 2015, eq. 10)."""
@@ -3335,7 +3365,8 @@ def _weights(shape, activation, seed, dtype) -> Value:
             raise ValueError(f"{name} must be a positive integer, got {n!r}")
     rectifier = _activation(activation) in (relu, gelu, softplus)
     scale = math.sqrt(2.0 / (nin if rectifier else nin + nout))
-    return Value(np.random.default_rng(seed).normal(0.0, scale, shape), dtype=dtype, label="w")
+    _understood("dtype", "a floating dtype of NumPy's", np.dtype, dtype)
+    return Value(_generator(seed).normal(0.0, scale, shape), dtype=dtype, label="w")
 
 
 def _layer_input(x, w: Value):
@@ -3401,10 +3432,10 @@ class MLP(Module):
     """
 
     def __init__(self, nin: int, nouts: Sequence[int], activation: Any = "tanh", seed: Any = None, dtype: Any = None):
-        if not isinstance(nouts, (list, tuple, np.ndarray)) or not len(nouts):
+        if not isinstance(nouts, (list, tuple, np.ndarray)) or getattr(nouts, "ndim", 1) != 1 or not len(nouts):
             raise ValueError(f"nouts must be a list of at least one width, got {nouts!r}")
         _activation(activation)  # also where no layer has it
-        rng = np.random.default_rng(seed)
+        rng = _generator(seed)
         widths = [nin, *nouts]
         self.layers = [
             Layer(a, b, activation if i < len(nouts) - 1 else None, rng, dtype)
@@ -3419,6 +3450,8 @@ class MLP(Module):
         return _apply(_reshape, (x,), {"shape": (-1,) * (x.ndim - 1)}) if x.shape[-1] == 1 else x
 
     def __repr__(self):
+        if not self.layers:
+            return "MLP without layers"
         widths, count = [layer.b.size for layer in self.layers], sum(p.size for p in self.parameters())
         activation = self.layers[0].activation
         return f"MLP({self.layers[0].w.shape[0]}, {widths}, activation={activation!r}) with {count} parameters"
@@ -3427,19 +3460,26 @@ class MLP(Module):
 # --- losses: the mean over the samples, a 0-d Value. Foreign labels are not checked, which would compute them ---
 
 
-def _same_shape(name, prediction, target):
-    target = target if isinstance(target, Array) or _lazy(target) else np.asarray(target)
-    if target.dtype.kind not in "fiub":
-        raise TypeError(f"{name}: the target must be real numbers, got dtype {target.dtype}")
-    shape = prediction.shape if isinstance(prediction, Array) else np.shape(prediction)
-    if shape != target.shape:
-        raise ValueError(f"{name}: prediction and target must have the same shape, got {shape} and {target.shape}")
-    return target
+def _numbers(name: str, which: str, x: Any):
+    """What a loss is computed of: a Value or Tensor, or anything that can be an operand."""
+    if isinstance(x, Array):
+        return x
+    x = _constant(x, f"{name}: {which}")
+    return np.asarray(x) if type(x) in _WEAK_TYPES else x
+
+
+def _same_shape(name: str, first: str, second: str, x: Any, y: Any) -> tuple:
+    """Prediction and target of a loss; in double precision if both are integers or masks, which may be too short."""
+    x, y = _numbers(name, first, x), _numbers(name, second, y)
+    if x.shape != y.shape:
+        raise ValueError(f"{name}: {first} and {second} must have the same shape, got {x.shape} and {y.shape}")
+    return (x, y) if x.dtype.kind == "f" or y.dtype.kind == "f" else (x.astype(np.float64), y)
 
 
 def mse_loss(prediction: Value, target: Any) -> Value:
     """The mean of (prediction - target)**2, for two of the same shape."""
-    return np.mean(np.square(prediction - _same_shape("mse_loss", prediction, target)))
+    prediction, target = _same_shape("mse_loss", "prediction", "target", prediction, target)
+    return np.mean(np.square(prediction - target))
 
 
 def _label_mask_forward(labels, k):
@@ -3460,36 +3500,48 @@ _label_mask.builtin = True
 
 def cross_entropy(logits: Value, labels: Any) -> Value:
     """The mean of -log(softmax(logits)[label]), for logits (n, k) or (k,) and integer labels (n,) or () below k."""
-    raw = _raw(labels)
-    raw = raw if _lazy(raw) else np.asarray(raw)
-    if np.shape(logits)[:-1] != raw.shape or not np.ndim(logits):
-        raise ValueError(f"cross_entropy: labels must have shape {np.shape(logits)[:-1]}, got {raw.shape}")
-    k = np.shape(logits)[-1]
-    if raw.dtype.kind not in ("iub" if _lazy(raw) else "iubf"):
+    logits, labels = _numbers("cross_entropy", "logits", logits), _numbers("cross_entropy", "labels", labels)
+    if logits.shape[:-1] != labels.shape or not logits.shape:
+        raise ValueError(f"cross_entropy: labels must have shape {logits.shape[:-1]}, got {labels.shape}")
+    if logits.dtype == np.float16:  # in which a sum of exponentials may overflow
+        return cross_entropy(logits.astype(np.float32), labels).astype(np.float16)
+    k, raw = logits.shape[-1], _raw(labels)
+    if _lazy(raw) and raw.dtype.kind not in "iub":
         raise TypeError(f"cross_entropy: labels must be integers, got dtype {raw.dtype}")
     if _lazy(raw):
         mask = (_recorded(labels) if isinstance(labels, Tensor) else raw)[..., None] == np.arange(k)
     elif isinstance(labels, Tensor):  # a node, so that a replay reads them anew
         mask = _record(_label_mask, (labels,), {"k": k})
     else:
-        mask = _label_mask(labels if isinstance(labels, Value) else raw, k=k)
+        mask = _label_mask(labels, k=k)
     return -np.mean(np.sum(np.where(mask, log_softmax(logits), 0.0), axis=-1))
+
+
+_sigmoid_entropy = primitive(  # softplus(x) - x * y, with no difference of large numbers where y is 1
+    lambda x, y: np.maximum(x, 0.0) - x * y + np.log1p(np.exp(-np.abs(_floating(x)))),
+    lambda g, out, x, y: g * (sigmoid(x) - y),
+    lambda g, out, x, y: -g * x,
+    name="sigmoid entropy",
+    elementwise=True,
+    reads="operands",
+    samples=(_REAL, _REAL),
+)
+_sigmoid_entropy.builtin = True
 
 
 def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
     """The mean of softplus(x) - x * y: the cross-entropy of sigmoid(x) with targets y in [0, 1] of the same shape."""
-    targets = _same_shape("binary_cross_entropy_with_logits", logits, targets)
+    name = "binary_cross_entropy_with_logits"
+    logits, targets = _same_shape(name, "logits", "targets", logits, targets)
     raw = _raw(targets)
     if not _lazy(raw) and np.size(raw) and not (0 <= np.min(raw) and np.max(raw) <= 1):
-        raise ValueError(
-            f"binary_cross_entropy_with_logits: targets must be in [0, 1], got {np.min(raw)} to {np.max(raw)}"
-        )
-    return np.mean(softplus(logits) - logits * targets)
+        raise ValueError(f"{name}: targets must be in [0, 1], got {np.min(raw)} to {np.max(raw)}")
+    return np.mean(_sigmoid_entropy(logits, targets))
 
 
 def hinge_loss(scores: Value, labels: Any) -> Value:
     """The mean of relu(1 - y * s), for labels y of -1 or 1 of the same shape."""
-    labels = _same_shape("hinge_loss", scores, labels)
+    scores, labels = _same_shape("hinge_loss", "scores", "labels", scores, labels)
     if not _lazy(labels) and not np.all(np.abs(np.asarray(_raw(labels))) == 1):
         raise ValueError("hinge_loss: labels must be -1 or 1")
     return np.mean(relu(1.0 - labels * scores))
@@ -3501,27 +3553,32 @@ def hinge_loss(scores: Value, labels: Any) -> Value:
 class _Optimizer:
     """What SGD and Adam share: checked options, one state per array, and all scalar parameters stepped as one array."""
 
-    def __init__(self, params: Iterable[Value], **options: float):
+    def __init__(self, params: Iterable[Value], **options: Any):
+        expected = "a list of Values, such as those of model.parameters()"
         if isinstance(params, Array):
-            raise TypeError("params must be a list of Values, got a single one")
-        self.params = list(params)
-        if not self.params or not all(isinstance(p, Value) for p in self.params):
-            raise TypeError("params must be a non-empty list of Values")
+            raise TypeError(f"params must be {expected}, got a single {type(params).__name__}")
+        self.params = _understood("params", expected, list, params)
+        if not self.params:
+            raise TypeError(f"params must be {expected}, got none")
+        for p in self.params:
+            if not isinstance(p, Value):
+                two = f": {_two_copies(type(p))}" if _of_another_copy(type(p)) else ""
+                raise TypeError(f"params must be {expected}, got a {type(p).__name__} among them{two}")
         if any(p._prim is not None for p in self.params):
             raise ValueError("params must be leaves; one of them is the result of an operation")
         if any(_lazy(p._data) for p in self.params):
             raise TypeError("params must be held in NumPy: optimizers work in place")
         if len(set(self.params)) < len(self.params):
             raise ValueError("params must name each parameter once")
-        for name, x in options.items():
-            if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
-                raise TypeError(f"{name} must be a number, got {x!r}")
-            if not 0 <= x < (1 if name in ("momentum", "betas") else math.inf):
-                raise ValueError(
-                    f"{name} must be {'below 1' if 1 <= x < math.inf else 'finite and not negative'}, got {x}"
-                )
+        for name, given in options.items():
+            for x in given if name == "betas" else (given,):
+                if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
+                    raise TypeError(f"{name} must be a number, got {x!r}")
+                if not 0 <= x < (1 if name in ("momentum", "betas") else math.inf):
+                    bound = "below 1" if 1 <= x < math.inf else "finite and not negative"
+                    raise ValueError(f"{name} must be {bound}, got {x}")
         self._shapes = [p.shape for p in self.params]
-        self._arrays = [(p, {}) for p in self.params if np.ndim(p._data)]
+        self._arrays = [(p, {}, p.dtype == np.float16) for p in self.params if np.ndim(p._data)]
         self._scalars = [p for p in self.params if not np.ndim(p._data)]
         self._scalar_state = {"steps": np.zeros(len(self._scalars))}  # each has its own count, as it has in an array
 
@@ -3538,24 +3595,21 @@ class _Optimizer:
         """
         for i, (p, shape) in enumerate(zip(self.params, self._shapes)):
             data, g = p._data, p._grad
-            if g is None or type(data) is float is type(g) and not shape:
+            if g is None:
                 continue
-            which = f"step: parameter {i}{p.label and f' ({p.label!r})'}"
-            if not getattr(data, "shape", ()) == getattr(g, "shape", ()) == shape:
-                raise ValueError(
-                    f"{which} was of shape {shape}, and is of shape {p.shape} with a gradient of shape {np.shape(g)}: "
-                    "make a new optimizer"
-                )
-            if _lazy(data):
-                library = type(data).__module__.split(".")[0]
-                raise TypeError(f"{which} is held in an array of {library} now: optimizers work in place, in NumPy")
-            if type(data) is np.ndarray and not data.flags.writeable:
-                raise ValueError(f"{which} is held in an array that is read-only: assign a copy to its .data")
-        if _harmless(np.geterr()):
+            if type(data) is float:
+                fits = type(g) is float and not shape
+            elif type(data) is np.ndarray is type(g):
+                fits = data.shape == g.shape == shape and data.flags.writeable
+            else:
+                fits = False
+            if not fits:
+                self._check(i, data, g)
+        if _QUIET.issuperset(np.geterr().values()):
             self._step()
             return
         data = [_owned(p._data) for p in self.params]
-        states = [state for _, state in self._arrays] + [self._scalar_state]
+        states = [state for _, state, _ in self._arrays] + [self._scalar_state]
         kept = [{name: _owned(x) for name, x in state.items()} for state in states]
         try:
             self._step()
@@ -3567,11 +3621,24 @@ class _Optimizer:
                 state.update(x)
             raise
 
+    def _check(self, i: int, data: Any, grad: Any) -> None:
+        """Raises if parameter i cannot be stepped."""
+        p, shape = self.params[i], self._shapes[i]
+        which = f"step: parameter {i} ({p.label!r})" if p.label else f"step: parameter {i}"
+        if not p.shape == np.shape(grad) == shape:
+            problem = f"was of shape {shape}, and is of shape {p.shape} with a gradient of shape {np.shape(grad)}"
+            raise ValueError(f"{which} {problem}: make a new optimizer")
+        if _lazy(data):
+            library = type(data).__module__.split(".")[0]
+            raise TypeError(f"{which} has an array of {library} now: optimizers work in place, in NumPy")
+        if type(data) is np.ndarray and not data.flags.writeable:
+            raise ValueError(f"{which} has an array that is read-only: assign a copy to its .data")
+
     def _step(self) -> None:
-        for p, state in self._arrays:
+        for p, state, half in self._arrays:
             if p._grad is None:
                 continue
-            if p._data.dtype == np.float16:  # which squares of gradients, and what is below them, do not fit
+            if half:  # which squares of gradients, and what is below them, do not fit
                 wide = p._data.astype(np.float32)
                 self._update(wide, p._grad.astype(np.float32), state)
                 p._data = KINDS[type(p._data)].write(p._data, wide)
@@ -3646,8 +3713,9 @@ class Adam(_Optimizer):
     ):
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise TypeError(f"betas must be two numbers, got {betas!r}")
-        for beta in betas:
-            super().__init__(params := list(params), lr=lr, betas=beta, eps=eps, weight_decay=weight_decay)
+        if not isinstance(decoupled, (bool, np.bool_)):
+            raise TypeError(f"decoupled must be True or False, got {decoupled!r}")
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.lr, self.betas, self.eps = lr, tuple(betas), eps
         self.weight_decay, self.decoupled = weight_decay, decoupled
 
@@ -3773,10 +3841,11 @@ def _save_picture(graph: Any, path: Path, seconds: float) -> None:
     command = ["dot", f"-T{path.suffix[1:].lower()}"]
     try:
         done = subprocess.run(command, input=picture.source.encode(), capture_output=True, timeout=seconds)
-    except (FileNotFoundError, PermissionError) as error:
+    except OSError as error:
+        why = "was not found on PATH" if isinstance(error, FileNotFoundError) else f"cannot be run ({error})"
         source = _save_source(graph.source.encode(), path)
         raise RuntimeError(
-            "draw: Graphviz's program `dot`, which makes the picture, was not found on PATH. To install it:\n"
+            f"draw: Graphviz's program `dot`, which makes the picture, {why}. To install it:\n"
             "  Debian, Ubuntu   sudo apt install graphviz\n"
             "  macOS            brew install graphviz\n"
             "  Windows          winget install Graphviz.Graphviz, then add its bin folder to PATH\n"
@@ -3818,6 +3887,8 @@ def draw(
     ImportError without the package graphviz. RuntimeError if a picture file needs Graphviz's program `dot` and this
     fails, takes minutes, or is not installed: then the picture's source is saved instead, in a new file ending in .gv.
     """
+    if _of_another_copy(type(root)):
+        raise TypeError(f"draw: root must be a Value: {_two_copies(type(root))}")
     if not isinstance(root, Value):
         raise TypeError(f"draw: root must be a Value, got {type(root).__name__}")
     if isinstance(max_nodes, bool) or not isinstance(max_nodes, (int, np.integer)) or max_nodes < 1:
@@ -3825,9 +3896,7 @@ def draw(
     if rankdir not in (None, *_ENTRIES):
         raise ValueError(f"draw: rankdir must be 'LR', 'TB' or None, got {rankdir!r}")
     if filename is not None:
-        if not isinstance(filename, (str, os.PathLike)):
-            raise TypeError(f"draw: filename must be a string or path, got {type(filename).__name__}")
-        filename = Path(filename)
+        filename = _path(filename, "draw: filename")
         if filename.suffix.lower() not in (".png", ".svg", ".pdf"):
             raise ValueError(f"draw: filename must end in .png, .svg or .pdf, got {str(filename)!r}")
         if not filename.parent.is_dir():
@@ -3871,7 +3940,7 @@ def draw(
         name = names[id(x)] = next(fresh)
         kinds.add(kind)
         lines = [_text(line) for line in _summary(_raw(x), getattr(x, "_grad", None))]
-        if label := _text(label):
+        if label := _text("" if label is None else label):
             lines.insert(0, f'<font point-size="11"><b>{label}</b></font>')
         graph.node(name, f"<{'<br/>'.join(lines)}>", **_BOXES[kind])
         return name

@@ -3120,6 +3120,70 @@ class TestNN(Strict):
                 with self.assertRaisesRegex(ValueError, "bomb.npz.* must be of real numbers, in the file it is"):
                     model.load(path)
 
+    def test_paths_that_cannot_be(self):
+        model = self.holding(w=Value([1.0]))
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for act in (model.save, model.load):
+                for wrong, error, got in [
+                    (None, TypeError, "NoneType"), (3, TypeError, "int"), (b"x", TypeError, "bytes"),
+                    ("a\0", ValueError, "'a.x00'"), (folder / "no" / "m", FileNotFoundError, "no/m'"),
+                    (folder, OSError, f"'{folder}'"),
+                ]:  # fmt: skip
+                    with self.assertRaisesRegex(
+                        error, got if isinstance(wrong, Path) else f"path must be a .* got {got}"
+                    ):
+                        act(wrong)
+            if os.name == "posix":
+                loop = folder / "loop"
+                loop.symlink_to(loop)
+                with self.assertRaisesRegex(OSError, "loop'$"):
+                    model.save(loop)
+                self.assertTrue(loop.is_symlink())
+
+    @unittest.skipUnless(os.path.exists("/dev/fd"), "needs /dev/fd")
+    def test_it_can_be_saved_into_a_pipe_or_a_file_without_a_name(self):
+        model, twin = self.holding(w=Value([1.0, 2.0])), self.holding(w=Value([0.0, 0.0]))
+        with tempfile.TemporaryDirectory() as name:
+            path, (ours, theirs) = Path(name, "m"), os.pipe()
+            model.save(f"/dev/fd/{theirs}")
+            os.close(theirs)
+            with open(ours, "rb") as pipe:
+                path.write_bytes(pipe.read())
+            twin.load(path)
+            self.assertEqual(twin.w.data.tolist(), [1, 2])
+            with open(path, "r+b") as file:
+                path.unlink()
+                model.save(f"/dev/fd/{file.fileno()}")
+                self.assertEqual((os.listdir(name), file.read(2)), ([], b"PK"))
+
+    def test_arguments_that_are_wrong_are_named(self):
+        v, model = Value([1.0, 2.0]), MLP(2, [1])
+        for call, message in [
+            (lambda: SGD(model, 0.1), "params must be a list of Values.*, got MLP"),
+            (lambda: SGD(None, 0.1), "params must be .*, got None"),
+            (lambda: Adam(v), "params must be .*, got a single Value"),
+            (lambda: Adam([]), "params must be .*, got none"),
+            (lambda: Adam([v, 3.0]), "params must be .*, got a float among them"),
+            (lambda: Adam([v], decoupled="no"), "decoupled must be True or False, got 'no'"),
+            (lambda: Adam([v], betas=(0.9, "1")), "betas must be a number, got '1'"),
+            (lambda: SGD([v], lr=[0.1]), r"lr must be a number, got \[0.1\]"),
+            (lambda: MLP(2, np.array(3)), r"nouts must be a list of .*, got array\(3\)"),
+            (lambda: MLP(2, [[1], [2, 3]]), r"nout must be a positive integer, got \[1\]"),
+            (lambda: MLP(2, [1], seed="a"), "seed must be a whole number, .*, got 'a'"),
+            (lambda: Neuron(2, seed=-1), "seed must be a whole number, .*, got -1"),
+            (lambda: Layer(2, 1, dtype="foo"), "dtype must be a floating .*, got 'foo'"),
+            (lambda: mse_loss(None, [1.0]), "mse_loss: prediction: expected .*, got NoneType"),
+            (lambda: mse_loss(v, "ab"), "mse_loss: target: expected .*, got str"),
+            (lambda: hinge_loss(v, {}), "hinge_loss: labels: expected .*, got dict"),
+            (lambda: cross_entropy("ab", 0), "cross_entropy: logits: expected .*, got str"),
+            (lambda: cross_entropy(v, None), "cross_entropy: labels: expected .*, got NoneType"),
+        ]:
+            with self.subTest(message), self.assertRaisesRegex((TypeError, ValueError), message):
+                call()
+        model.layers = []
+        self.assertEqual(repr(model), "MLP without layers")
+
     def test_containers_may_be_deep_and_hold_themselves(self):
         model, a, b = Module(), Value([1.0]), Value([2.0])
         model.box = box = [a]
@@ -3205,6 +3269,30 @@ class TestNN(Strict):
         y.data = [0.5, 1.0]
         with self.assertRaisesRegex(TypeError, "from 0 to 2, got 0.5"):
             loss.forward()
+
+    def test_losses_keep_their_digits(self):
+        for way in WAYS:
+            for x in (0.0, 10.0, 16.0, 20.0, 80.0):
+                one, zero = Value([x]), Value([-x])
+                losses = [way(binary_cross_entropy_with_logits(v, Tensor([y]))) for v, y in ((one, 1.0), (zero, 0.0))]
+                for loss in losses:
+                    np.testing.assert_allclose(loss.item(), np.log1p(np.exp(-x)), rtol=1e-6)
+                    loss.backward()
+                np.testing.assert_allclose(one.grad.data, -zero.grad.data, atol=1e-7)
+            v = Value([0.0, 0.0, 0.0])
+            way(binary_cross_entropy_with_logits(v, [0.0, 0.25, 1.0])).backward()
+            np.testing.assert_allclose(v.grad.data * 3, [0.5, 0.25, -0.5])
+            wide = Value(np.zeros((1, 70_000)), dtype=np.float16)
+            loss = way(cross_entropy(wide, [3]))
+            self.assertEqual((loss.dtype, loss.data.data), (np.float16, np.float16(math.log(70_000))))
+            loss.backward()
+            self.assertEqual((wide.grad.dtype, wide.grad.data[0, 3]), (np.float16, -1))
+        a, b = np.array([100, 1], np.int8), np.array([-128, 1], np.int8)
+        for x, y in ((Tensor(a, np.int8), Tensor(b, np.int8)), (a, b)):
+            self.assertEqual(float(mse_loss(x, y)), 228**2 / 2)
+            self.assertEqual(float(hinge_loss(y, Tensor([-1, 1], np.int8))), 0)
+        self.assertEqual(mse_loss(Value([1.0, 2.0]) > 1, np.array([True, True])).item(), 0.5)
+        self.assertEqual(mse_loss(Value([1.0, 2.0]), [True, True]).dtype, np.float32)
 
     def test_numbers_without_gradient_are_left_alone(self):
         for make in (lambda ps: SGD(ps, 0.1, momentum=0.9), lambda ps: Adam(ps, 0.1)):
@@ -3452,7 +3540,7 @@ class TestNN(Strict):
             optimizer = make([first, w])
             w.data = da.ones(2)
             first.grad = w.grad = 1.0
-            with self.assertRaisesRegex(TypeError, "step: parameter 1 is held in an array of dask now"):
+            with self.assertRaisesRegex(TypeError, "step: parameter 1 has an array of dask now"):
                 optimizer.step()
             self.assertEqual(first.data.tolist(), [1.0])
 
@@ -3733,8 +3821,11 @@ class TestDraw(unittest.TestCase):
     def test_a_failure_leaves_the_old_picture(self):
         path = self.folder / "a.png"
         path.write_bytes(b"old")
-        for error in (OSError("disk full"), KeyboardInterrupt()):
-            for where in ("subprocess.run", "os.replace"):
+        for error, places in [
+            (OSError("disk full"), ["os.replace"]),
+            (KeyboardInterrupt(), ["subprocess.run", "os.replace"]),
+        ]:
+            for where in places:
                 done = subprocess.CompletedProcess([], 0, b"new", b"")
                 with mock.patch("subprocess.run", return_value=done), mock.patch(where, side_effect=error):
                     with self.assertRaises(type(error)):
@@ -3752,6 +3843,25 @@ class TestDraw(unittest.TestCase):
         self.assertEqual((self.folder / "a.gv").read_text(encoding="utf-8"), draw(v).source)
         for part in ("apt install", "brew install", "winget install", "conda install", str(self.folder / "a.gv")):
             self.assertIn(part, str(caught.exception))
+
+    @unittest.skipUnless(os.name == "posix", "needs permission to execute")
+    def test_a_dot_that_cannot_be_run(self):
+        dot = self.folder / "dot"
+        dot.touch()
+        for mode in (0o755, 0o644):  # empty; not executable
+            dot.chmod(mode)
+            with mock.patch.dict(os.environ, PATH=str(self.folder)):
+                with self.assertRaisesRegex(RuntimeError, r"cannot be run \(.*(?s:.*)source was saved as .*a\.gv"):
+                    draw(Value(1.0), self.folder / "a.png")
+        self.assertEqual(sorted(os.listdir(self.folder)), ["a.gv", "dot"])
+
+    def test_no_label_and_another_copy(self):
+        v = Value(1.0)
+        v.label = None
+        self.assertEqual(self.boxes(draw(v)), {"v0": ["1"]})
+        other = type("Value", (), {"_picograd": True, "__module__": "theirs"})
+        with self.assertRaisesRegex(TypeError, "draw: root must be a Value: a Value of theirs .* two copies"):
+            draw(other())
 
     def test_the_source_replaces_no_file_of_others(self):
         own = self.folder / "a.gv"
@@ -3800,6 +3910,8 @@ class TestDraw(unittest.TestCase):
                 draw(v, name)
         with self.assertRaisesRegex(TypeError, "filename must be a string or path, got int"):
             draw(v, 3)
+        with self.assertRaisesRegex(ValueError, "filename must be a path without zero bytes, got 'a.x00.png'"):
+            draw(v, "a\0.png")
         with self.assertRaisesRegex(FileNotFoundError, "filename must be in an existing folder, got .*nowhere"):
             draw(v, self.folder / "nowhere" / "a.png")
         for limit in (0, -1, 1.5, True, None, "9"):
