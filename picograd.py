@@ -30,6 +30,7 @@ To add an operation, call `primitive(forward, *vjps)`; nothing else in the file 
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import collections
 import contextlib
@@ -4583,6 +4584,53 @@ def _remote(job: _Job, live: set, start: int, stop: int, state: dict) -> list:
 _TRAVELS_BYTES = 1 << 16  # arrays below travel with the instructions
 
 
+def _results(futures: list, cancel: bool = False) -> list:
+    """What was computed, without what has not begun yet if that is cancelled. An interrupt between two lines of
+    `threading` leaves a future's lock with this thread, and then who works on it would never end."""
+    try:
+        return [future.result() for future in futures if not (cancel and future.cancel())]
+    except BaseException:
+        for future in futures:
+            with contextlib.suppress(RuntimeError):  # as soon as it is not ours
+                while True:
+                    future._condition.release()
+        raise
+
+
+def _apart(function: Callable):
+    """Calls a function in a thread of its own, where no handler of a signal comes: an interrupt between two lines of
+    `threading` or `queue` would leave a lock of the pool behind. An interrupt is raised once the function has ended."""
+    outcome: list[tuple] = []
+    interrupt = started = None
+    done, first = threading.Lock(), threading.Lock()
+    done.acquire()
+
+    def run():
+        if first.acquire(blocking=False):  # an interrupt may have it started twice
+            _local.depth += 1
+            try:
+                outcome.append((function(), None))
+            except BaseException as error:
+                outcome.append((None, error))
+            done.release()
+
+    while not outcome:
+        try:
+            started = started or _thread.start_new_thread(run, ())
+            done.acquire()
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and not started:
+                raise  # no thread can be had
+            interrupt = error
+    result, failure = outcome.pop()
+    try:
+        if interrupt or failure:
+            raise interrupt or failure
+        return result
+    finally:
+        del interrupt, failure  # their tracebacks hold this frame, and so the pool
+
+
 def _in_processes(job: _Job, count: int, n: int, state: dict) -> list | None:
     """Has n worker processes do a job of so many tasks; the faults that were met, or None if they could not do it."""
     from concurrent.futures.process import BrokenProcessPool
@@ -4601,14 +4649,18 @@ def _in_processes(job: _Job, count: int, n: int, state: dict) -> list | None:
     if any(x is None for x in there):
         return None  # an array is where workers do not see it; to copy it there would cost more than to compute
     cuts = [count * i // n for i in range(n + 1)]
-    try:
+
+    def work():
         with _workers.use(True, n) as pool:
             if pool is None:
                 return None
             with _without_main():
                 live = set(_memory.shared)
                 futures = [pool.submit(_remote, travelling, live, a, b, state) for a, b in zip(cuts, cuts[1:])]
-            return [future.result() for future in futures]
+            return _results(futures)
+
+    try:
+        return _apart(work)
     except BrokenProcessPool:
         warnings.warn("a worker process died; its work is done again, in threads", RuntimeWarning, stacklevel=2)
     except OSError as error:
@@ -4641,7 +4693,7 @@ def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
             except RuntimeError as error:
                 if "shutdown" not in str(error):
                     raise  # else Python ends, and there are no more threads: this one does it
-            return [work(), *[future.result() for future in futures if not future.cancel()]]
+            return [work(), *_results(futures, cancel=True)]
         finally:
             queue.clear()  # after an error or an interrupt, the others stop at the next block
 
