@@ -3241,8 +3241,11 @@ class Module:
             with zipfile.ZipFile(path) as archive:
                 headers = {}
                 for member in archive.namelist():
+                    name = member.removesuffix(".npy")
+                    if name in headers:
+                        raise ValueError(f"it holds {name!r} twice")
                     with archive.open(member) as file:
-                        headers[member.removesuffix(".npy")] = _header(file)
+                        headers[name] = _header(file)
                 self._expect(parameters, headers, path)  # before anything is read, however large the file says it is
                 arrays = {}
                 for name in parameters:
@@ -3458,7 +3461,8 @@ class MLP(Module):
         return f"MLP({self.layers[0].w.shape[0]}, {widths}, activation={activation!r}) with {count} parameters"
 
 
-# --- losses: the mean over the samples, a 0-d Value. Foreign labels are not checked, which would compute them ---
+# --- losses: the mean over the samples, a 0-d Value. Foreign labels are not checked, which would compute them; in a
+# replay, those of cross_entropy are ---
 
 
 def _numbers(name: str, which: str, x: Any):

@@ -33,6 +33,7 @@ import tracemalloc
 import unittest
 import warnings
 import weakref
+import zipfile
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -3115,6 +3116,11 @@ class TestNN(Strict):
                 tracemalloc.stop()
                 self.assertLess(peak, 1 << 22)
             self.assertEqual(model.w.data.tolist(), [1, 1, 1])
+            model.save(path)
+            with zipfile.ZipFile(path, "a") as archive:  # whose header is another than that of w.npy
+                archive.writestr("w", archive.read("w.npy"))
+            with self.assertRaisesRegex(ValueError, "is not a file that save wrote .it holds 'w' twice"):
+                model.load(path)
             for dtype in ("S9999999", "complex128", "M8[s]", [("a", "f4")]):
                 np.savez_compressed(path, w=np.zeros(3, dtype))
                 with self.assertRaisesRegex(ValueError, "bomb.npz.* must be of real numbers, in the file it is"):
