@@ -887,7 +887,15 @@ ARGUMENTS = {
 # Primitives that have no name to call: they are reached through others, or through syntax.
 REACHED = {"reshape", "concatenate", "stack", "getitem", "scatter", "astype", "einsum", "norm", "clip", "matmul", "sum"}
 REACHED |= {"sliding_window_view", "logabsdet", "signdet", "detach", "dot", "pack", "fused", "program", "mean"}
-REACHED |= {"weights of logsumexp", "matrix of cofactors", "slope of cofactors", "dense layer", "tile"}
+REACHED |= {
+    "weights of logsumexp",
+    "matrix of cofactors",
+    "slope of cofactors",
+    "dense layer",
+    "tile",
+    "label mask",
+    "sigmoid entropy",
+}
 
 
 def spelling(function, entry) -> str | None:
