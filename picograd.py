@@ -3528,7 +3528,6 @@ _sigmoid_entropy = primitive(  # softplus(x) - x * y, with no difference of larg
     lambda g, out, x, y: -g * x,
     name="sigmoid entropy",
     elementwise=True,
-    reads="operands",
     samples=(_REAL, _REAL),
 )
 _sigmoid_entropy.builtin = True
