@@ -764,6 +764,8 @@ class Array:
         raw = self._data
         if type(raw) is float:
             return raw
+        if isinstance(raw, np.generic):
+            return raw.item()
         if self.size != 1:
             raise ValueError(f"{type(self).__name__}.item: expected one element, got shape {self.shape}")
         return self._look().item()
@@ -3581,8 +3583,9 @@ class _Optimizer:
                 if not 0 <= x < (1 if name in ("momentum", "betas") else math.inf):
                     bound = "below 1" if 1 <= x < math.inf else "finite and not negative"
                     raise ValueError(f"{name} must be {bound}, got {x}")
-        self._shapes = [p.shape for p in self.params]
+        self._places = [(i, p, p.shape) for i, p in enumerate(self.params)]
         self._arrays = [(p, {}, p.dtype == np.float16) for p in self.params if np.ndim(p._data)]
+        self._array_places = [place for place in self._places if place[2]]
         self._scalars = [p for p in self.params if not np.ndim(p._data)]
         self._scalar_state = {"steps": np.zeros(len(self._scalars))}  # each has its own count, as it has in an array
 
@@ -3597,18 +3600,19 @@ class _Optimizer:
         ValueError if a parameter or its gradient has another shape than at the beginning, or its array is read-only;
         TypeError if it is of another library now. Then, and if a floating-point fault is an error, nothing is changed.
         """
-        for i, (p, shape) in enumerate(zip(self.params, self._shapes)):
-            data, g = p._data, p._grad
-            if g is None:
-                continue
-            if type(data) is float:
-                fits = type(g) is float and not shape
-            elif type(data) is np.ndarray is type(g):
-                fits = data.shape == g.shape == shape and data.flags.writeable
-            else:
-                fits = False
-            if not fits:
-                self._check(i, data, g)
+        for i, p, shape in self._array_places:
+            g = p._grad
+            if g is not None:
+                data = p._data
+                if not (
+                    type(data) is np.ndarray is type(g) and data.shape == g.shape == shape and data.flags.writeable
+                ):
+                    self._check(i)
+        held = [x for p in self._scalars if p._grad is not None for x in (p._data, p._grad)]
+        if not _SCALARS.issuperset(map(type, held)):
+            for i, _, shape in self._places:
+                if not shape:
+                    self._check(i)
         if _QUIET.issuperset(np.geterr().values()):
             self._step()
             return
@@ -3625,9 +3629,12 @@ class _Optimizer:
                 state.update(x)
             raise
 
-    def _check(self, i: int, data: Any, grad: Any) -> None:
+    def _check(self, i: int) -> None:
         """Raises if parameter i cannot be stepped."""
-        p, shape = self.params[i], self._shapes[i]
+        _, p, shape = self._places[i]
+        data, grad = p._data, p._grad
+        if grad is None:
+            return
         which = f"step: parameter {i} ({p.label!r})" if p.label else f"step: parameter {i}"
         if not p.shape == np.shape(grad) == shape:
             problem = f"was of shape {shape}, and is of shape {p.shape} with a gradient of shape {np.shape(grad)}"
@@ -3672,6 +3679,9 @@ class _Optimizer:
     def __repr__(self):
         options = ", ".join(f"{name}={x}" for name, x in vars(self).items() if name[0] != "_" and name != "params")
         return f"{type(self).__name__}({options}) of {len(self.params)} parameters"
+
+
+_SCALARS = frozenset((float, np.float16, np.float32, np.float64, np.longdouble))
 
 
 def _state(state: dict, name: str, like: np.ndarray) -> np.ndarray:
