@@ -3608,19 +3608,21 @@ class _Optimizer:
                     type(data) is np.ndarray is type(g) and data.shape == g.shape == shape and data.flags.writeable
                 ):
                     self._check(i)
-        held = [x for p in self._scalars if p._grad is not None for x in (p._data, p._grad)]
+        live = [p for p in self._scalars if p._grad is not None]
+        held = [x for p in live for x in (p._data, p._grad)]
         if not _SCALARS.issuperset(map(type, held)):
             for i, _, shape in self._places:
                 if not shape:
                     self._check(i)
+        numbers = np.array(held, np.float64).reshape(-1, 2).T.copy() if live else (None, None)
         if _QUIET.issuperset(np.geterr().values()):
-            self._step()
+            self._step(live, *numbers)
             return
         data = [_owned(p._data) for p in self.params]
         states = [state for _, state, _ in self._arrays] + [self._scalar_state]
         kept = [{name: _owned(x) for name, x in state.items()} for state in states]
         try:
-            self._step()
+            self._step(live, *numbers)
         except BaseException:
             for p, x in zip(self.params, data):
                 p._data = KINDS[type(x)].write(p._data, x) if p.ndim else x
@@ -3645,7 +3647,8 @@ class _Optimizer:
         if type(data) is np.ndarray and not data.flags.writeable:
             raise ValueError(f"{which} has an array that is read-only: assign a copy to its .data")
 
-    def _step(self) -> None:
+    def _step(self, live: list[Value], data: Any, grads: Any) -> None:
+        """Steps the arrays, and the scalars that have a gradient, whose data and gradients are given as arrays."""
         for p, state, half in self._arrays:
             if p._grad is None:
                 continue
@@ -3655,25 +3658,21 @@ class _Optimizer:
                 p._data = KINDS[type(p._data)].write(p._data, wide)
             else:
                 self._update(p._data, p._grad, state)
-        if not self._scalars:
-            return
-        live = [i for i, p in enumerate(self._scalars) if p._grad is not None]
         if not live:
             return
-        ps = [self._scalars[i] for i in live]
-        data, grads = (np.array([getattr(p, name) for p in ps], np.float64) for name in ("_data", "_grad"))
         state, all_live = self._scalar_state, len(live) == len(self._scalars)
+        places = [] if all_live else [i for i, p in enumerate(self._scalars) if p._grad is not None]
         if not all_live:  # the others, and their state, stay as they are
             for name in self._STATE:
                 _state(state, name, np.zeros(len(self._scalars)))
-            state = {name: x[live] if isinstance(x, np.ndarray) else x for name, x in state.items()}
+            state = {name: x[places] if isinstance(x, np.ndarray) else x for name, x in state.items()}
         self._update(data, grads, state)
         for name, x in state.items() if not all_live else ():
             if isinstance(x, np.ndarray):
-                self._scalar_state[name][live] = x
+                self._scalar_state[name][places] = x
             else:
                 self._scalar_state[name] = x
-        for p, x in zip(ps, data.tolist()):
+        for p, x in zip(live, data.tolist()):
             p._data = x if type(p._data) is float else p._data.dtype.type(x)
 
     def __repr__(self):
@@ -3709,7 +3708,8 @@ class SGD(_Optimizer):
             velocity *= self.momentum
             velocity += grad
             grad = velocity
-        np.subtract(data, np.multiply(grad, self.lr, out=scratch), out=data)
+        np.multiply(grad, self.lr, scratch)
+        data -= scratch
 
 
 class Adam(_Optimizer):
