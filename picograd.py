@@ -1397,9 +1397,10 @@ def _deposited(new: dict[Value, Any], held: dict[Value, Any]) -> dict[Value, Any
         elif type(g) is not float:
             if taken is None:
                 taken = {id(g) for node, g in held.items() if node not in new}
-            shared = id(g) in taken or KINDS[type(g)].shared(g)
+            part = g.base is not None if type(g) is np.ndarray else KINDS[type(g)].shared(g)
+            own = _owned(g) if part or id(g) in taken else g
             taken.add(id(g))
-            g = _owned(g) if shared else g
+            g = own
         result[leaf] = g
     return result
 
@@ -1445,8 +1446,9 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
                 out = node._data
                 operands = [x._data if isinstance(x, (Value, Tensor)) else x for x in args]
                 if len(args) > 1 and type(out) is ndarray:
+                    dtype = out.dtype
                     for x in operands:
-                        if type(x) is ndarray and x.dtype is not out.dtype:  # as the forward met them: -y may wrap
+                        if type(x) is ndarray and x.dtype is not dtype:  # as the forward met them: -y may wrap
                             operands = _promoted(prim, operands)
                             break
             weak, kind = False, NUMPY
