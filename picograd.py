@@ -793,6 +793,12 @@ class Array:
         """A copy in one dimension; `ravel` is a view where it can be."""
         return np.copy(np.ravel(self))
 
+    def copy(self):
+        """A copy in C order, as of ndarray's method; `np.copy` keeps the order."""
+        if type(self._data) is np.ndarray and not self._data.flags.c_contiguous:
+            return np.reshape(np.ravel(self), self.shape)
+        return np.copy(self)
+
     def astype(self, dtype: Any):
         dtype, kinds = np.dtype(dtype), "f" if isinstance(self, Value) else "fiub"
         if dtype.kind not in kinds:
@@ -1894,6 +1900,8 @@ _clip = primitive(
 def clip(a, a_min=None, a_max=None, *, min=None, max=None):
     """`np.clip`; the gradient passes at the bounds, as in PyTorch. Where the lower bound is above, the upper one is
     the result, and gets the gradient."""
+    if isinstance(a, (int, np.integer)):
+        a = np.asarray(a)  # as NumPy does: it need not fit in the dtype of its bounds
     low, high = (a_min if min is None else min), (a_max if max is None else max)
     raws = [np.asarray(x) if isinstance(x, list) else x for x in map(_raw, (a, low, high)) if x is not None]
     kind = np.result_type(*[getattr(x, "dtype", x) for x in raws])
