@@ -1416,6 +1416,18 @@ def _recompute(node: Value) -> None:
     node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
 
 
+def _as_met(prim: Primitive, operands: Sequence, dtype: np.dtype) -> Sequence:
+    """Operands for a rule in the dtype of the result, as the forward met them: in -y, an unsigned y would wrap, and in
+    y - 1 one of half the precision would lose digits."""
+    for i in range(len(operands)) if prim.typed is None else prim.typed:
+        x = operands[i]
+        own = getattr(x, "dtype", dtype)
+        if own is not dtype and type(_raw(x)) not in _WEAK_TYPES and np.result_type(own, dtype) == dtype:
+            operands = list(operands)
+            operands[i] = _as_dtype(x, dtype)
+    return operands
+
+
 def _locate(error: Exception, node: Value) -> None:
     """Adds to an error in a rule which operation it was, and on what."""
     label, shapes = f" {node.label!r}" if node.label else "", ", ".join([str(np.shape(_raw(x))) for x in node._args])
@@ -1451,12 +1463,12 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
             else:
                 out = node._data
                 operands = [x._data if isinstance(x, (Value, Tensor)) else x for x in args]
-                if len(args) > 1 and type(out) is ndarray:
-                    dtype = out.dtype
-                    for x in operands:
-                        if type(x) is ndarray and x.dtype is not dtype:  # as the forward met them: -y may wrap
-                            operands = _promoted(prim, operands)
-                            break
+            if len(args) > 1 and type(node._data) is ndarray:
+                dtype = node._data.dtype
+                for x in operands:
+                    if type(x) is not float and getattr(x, "dtype", dtype) is not dtype:
+                        operands = _as_met(prim, operands, dtype)
+                        break
             weak, kind = False, NUMPY
             if type(out) is not ndarray or type(g) is not ndarray:
                 weak = type(out) is float and type(g) is float and not variadic
@@ -1484,7 +1496,7 @@ def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=Fa
                         h = rule(g, out, *operands, **params) if params else rule(g, out, *operands)
                     if h is None:
                         continue
-                    raw = x._data if symbolic else operands[i]
+                    raw = x._data
                     if not prim.builtin and not symbolic:
                         h = _owned(
                             _settle(np.asarray(h)) if KINDS[type(h)] in (None, WEAK) else h
