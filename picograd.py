@@ -1748,8 +1748,6 @@ def check_gradients(
 # Intervals that the samples of element-wise primitives are drawn from, away from kinks and poles.
 _REAL, _POSITIVE, _UNIT, _OVER_1 = (-2.0, 2.0), (0.3, 3.0), (-0.9, 0.9), (1.1, 3.0)
 
-_FLOAT = np.dtype(np.float64)
-
 # --- arithmetic ---
 
 
