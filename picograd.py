@@ -3181,10 +3181,15 @@ def _understood(name: str, expected: str, function: Callable, x: Any):
         raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error
 
 
+def _positive(name: str, n: Any) -> int:
+    """A count that was passed, checked."""
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+        raise ValueError(f"{name} must be a positive integer, got {n!r}")
+    return n
+
+
 def _path(x: Any, name: str) -> Path:
     """A path that was passed, checked."""
-    if not isinstance(x, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a string or path, got {type(x).__name__}")
     path = _understood(name, "a string or path", Path, x)
     if "\0" in str(path):
         raise ValueError(f"{name} must be a path without zero bytes, got {str(path)!r}")
@@ -3202,30 +3207,20 @@ class Module:
 
     def named_parameters(self) -> Iterator[tuple[str, Value]]:
         """(dotted name, parameter), in order of definition, those in slots first, by name; a shared one once."""
-        seen: set[int] = set()
+        seen: dict[int, Any] = {}
         ahead: list[tuple[str, Any]] = [("", self)]  # a stack: containers may be deep, and may hold themselves
         while ahead:
             name, x = ahead.pop()
-            if isinstance(x, dict):
-                items = x.items()
-            elif isinstance(x, Module):
-                items = vars(x).items()
-                if slots := _slots(type(x)):
-                    items = [*[(key, getattr(x, key, None)) for key in slots], *items]
-            elif isinstance(x, (list, tuple)):
-                items = enumerate(x)
-            elif isinstance(x, Value) and x._prim is None and x._needs:  # not a result that a module remembers
-                items = ()
-            else:
-                if _of_another_copy(type(x)):
-                    raise TypeError(_two_copies(type(x)))
-                continue
             if id(x) in seen:
                 continue
-            seen.add(id(x))
+            seen[id(x)] = x
             if isinstance(x, Value):
-                yield name, x
-            ahead += [(f"{name}.{key}" if name else str(key), item) for key, item in reversed(list(items))]
+                if x._prim is None and x._needs:  # not a result that a module remembers
+                    yield name, x
+                continue
+            if _of_another_copy(type(x)):
+                raise TypeError(_two_copies(type(x)))
+            ahead += [(f"{name}.{key}" if name else str(key), item) for key, item in reversed(_parts(x))]
 
     def parameters(self) -> list[Value]:
         """The parameters, in order of definition."""
@@ -3259,24 +3254,21 @@ class Module:
         import zipfile
 
         path, parameters = _path(path, "load: path"), self._by_name("load")
+        which, arrays = f"load: {str(path)!r}: parameter ", {}
         try:
             with zipfile.ZipFile(path) as archive:
-                headers = {}
                 for member in archive.namelist():
                     name = member.removesuffix(".npy")
-                    if name in headers:
+                    if name in arrays:
                         raise ValueError(f"it holds {name!r} twice")
                     with archive.open(member) as file:
-                        headers[name] = _header(file)
-                self._expect(parameters, headers, path)  # before anything is read, however large the file says it is
-                arrays = {}
-                for name in parameters:
-                    with archive.open(f"{name}.npy") as file:
-                        arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+                        arrays[name] = _read(file, parameters.get(name), f"{which}{name!r}")
         except (OSError, _Mismatch):
             raise
         except Exception as error:  # of many kinds, for the many ways in which a file can be another or broken
             raise ValueError(f"load: {str(path)!r} is not a file that save wrote ({error})") from None
+        for name in parameters.keys() - arrays.keys():
+            raise _Mismatch(f"{which}{name!r} is not in the file")
         new = {name: _conform(arrays[name], p._data, f"load: parameter {name!r}") for name, p in parameters.items()}
         for name, p in parameters.items():
             p._data = new[name]
@@ -3294,18 +3286,6 @@ class Module:
             parameters[name] = p
         return parameters
 
-    @staticmethod
-    def _expect(parameters: dict[str, Value], headers: dict[str, tuple], path: Path) -> None:
-        for name in {**parameters, **headers}:
-            which = f"load: {str(path)!r}: parameter {name!r}"
-            if name not in headers or name not in parameters:
-                raise _Mismatch(f"{which} is not in the {'model' if name in headers else 'file'}")
-            shape, dtype = headers[name]
-            if dtype.kind not in "fiub":
-                raise _Mismatch(f"{which} must be of real numbers, in the file it is of dtype {dtype}")
-            if shape != parameters[name].shape:
-                raise _Mismatch(f"{which} has shape {parameters[name].shape}, in the file {shape}")
-
 
 @functools.lru_cache(1000)
 def _of_another_copy(cls: type) -> bool:
@@ -3319,17 +3299,31 @@ def _slots(cls: type) -> list[str]:
     return [name for c in reversed(cls.__mro__) for name, x in vars(c).items() if type(x) is types.MemberDescriptorType]
 
 
+def _parts(x: Any) -> list[tuple[Any, Any]]:
+    """What a module or container holds: pairs of a name, key or place, and a thing."""
+    if isinstance(x, Module):
+        return [*[(name, getattr(x, name, None)) for name in _slots(type(x))], *vars(x).items()]
+    if isinstance(x, dict):
+        return list(x.items())
+    return list(enumerate(x)) if isinstance(x, (list, tuple)) else []
+
+
 class _Mismatch(ValueError):
     """A file of parameters, but of other ones."""
 
 
-def _header(file) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and dtype that a .npy file says it has. In version 1 of the format, the one for numbers, a header is
-    short."""
-    if (version := np.lib.format.read_magic(file)) != (1, 0):
-        raise ValueError(f"version {version} of the format .npy")
+def _read(file: Any, p: Value | None, which: str) -> np.ndarray:
+    """The array of a .npy file, for a parameter: compared before it is read, however large the file says it is."""
+    np.lib.format.read_magic(file)
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    return shape, dtype
+    if p is None:
+        raise _Mismatch(f"{which} is not in the model")
+    if dtype.kind not in "fiub":
+        raise _Mismatch(f"{which} must be of real numbers, in the file it is of dtype {dtype}")
+    if shape != p.shape:
+        raise _Mismatch(f"{which} has shape {p.shape}, in the file {shape}")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _write_whole(path: Path, write: Callable) -> None:
@@ -3382,69 +3376,62 @@ def _generator(seed: Any) -> np.random.Generator:
     return _understood("seed", "a whole number, None or a NumPy Generator", np.random.default_rng, seed)
 
 
-def _weights(shape, activation, seed, dtype) -> Value:
-    """Normal weights of a variance that keeps signals' size through a layer: 2 / (nin + nout) for tanh and its like
-    (Glorot and Bengio 2010, eq. 12), 2 / nin for rectifiers (He et al. 2015, eq. 10)."""
-    nin, nout = shape[0], shape[1] if len(shape) > 1 else 1
-    for name, n in (("nin", nin), ("nout", nout)):
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-            raise ValueError(f"{name} must be a positive integer, got {n!r}")
-    rectifier = _activation(activation) in (relu, gelu, softplus)
-    scale = math.sqrt(2.0 / (nin if rectifier else nin + nout))
-    _understood("dtype", "a floating dtype of NumPy's", np.dtype, dtype)
-    return Value(_generator(seed).normal(0.0, scale, shape), dtype=dtype, label="w")
-
-
-def _layer_input(x, w: Value):
-    """One sample (nin,) or a batch (n, nin) for weights w; a list of numbers and Values becomes one sample."""
-    if isinstance(x, (list, tuple)) and any(isinstance(i, Array) for i in x):
-        x = np.stack([i if isinstance(i, Value) else Value(i) for i in x])
-        x = x if x.dtype == w.dtype else x.astype(w.dtype)
-    elif not isinstance(x, (Array, np.ndarray)) and not _lazy(x):
-        x = _as_raw(x, w.dtype, "input")
-    shape, nin = x.shape, w.shape[0]
-    if len(shape) not in (1, 2) or shape[-1] != nin:
-        raise ValueError(f"input: expected width {nin}, shape ({nin},) or (n, {nin}); got shape {shape}")
-    return x
-
-
 _DENSE_ELEMENTS = 1 << 14  # below, memory is no matter, and a picture of each operation says more
 
 
-class Neuron(Module):
-    """activation(x @ w + b), with w of shape (nin,) and b of (). In: (nin,) or (n, nin); out: () or (n,)."""
+class _Affine(Module):
+    """What Neuron and Layer share: activation(x @ w + b)."""
 
-    def __init__(self, nin: int, activation: Any = "tanh", seed: Any = None, dtype: Any = None):
-        self.w = _weights((nin,), activation, seed, dtype)
-        self.b = Value(np.zeros(()), dtype=dtype, label="b")
-        self.activation, self._function = activation, _activation(activation)
-
-    def __call__(self, x: Any) -> Value:
-        out = _layer_input(x, self.w) @ self.w + self.b
-        return self._function(out) if self._function else out
-
-    def __repr__(self):
-        return f"Neuron({self.w.size}, activation={self.activation!r})"
-
-
-class Layer(Module):
-    """activation(x @ w + b), w (nin, nout), b (nout,). In: (nin,) or (n, nin); out: (nout,) or (n, nout)."""
-
-    def __init__(self, nin: int, nout: int, activation: Any = "tanh", seed: Any = None, dtype: Any = None):
-        self.w = _weights((nin, nout), activation, seed, dtype)
-        self.b = Value(np.zeros(nout), dtype=dtype, label="b")
-        self.activation, self._function = activation, _activation(activation)
+    def _make(self, shape: tuple[int, ...], activation: Any, seed: Any, dtype: Any) -> None:
+        """Normal weights of a variance that keeps signals' size through a layer: 2 / (nin + nout) for tanh and its like
+        (Glorot and Bengio 2010, eq. 12), 2 / nin for rectifiers (He et al. 2015, eq. 10); biases of 0."""
+        for name, n in zip(("nin", "nout"), shape):
+            _positive(name, n)
+        self.activation, function = activation, _activation(activation)
+        fans = shape[0] if function in (relu, gelu, softplus) else sum((*shape, 1)[:2])
+        weights = _generator(seed).normal(0.0, math.sqrt(2.0 / fans), shape)
+        _understood("dtype", "a floating dtype of NumPy's", np.dtype, dtype)
+        self.w = Value(weights, dtype=dtype, label="w")
+        self.b = Value(np.zeros(shape[1:]), dtype=dtype, label="b")
+        self._function = function
 
     def __call__(self, x: Any) -> Value:
-        x, f = _layer_input(x, self.w), self._function
-        if _DENSE_ELEMENTS <= math.prod(x.shape[:-1]) * self.w.shape[1] < HOOK.limit:
+        x, f = self._input(x), self._function
+        if self.b.ndim and _DENSE_ELEMENTS <= math.prod(x.shape[:-1]) * self.b.size < HOOK.limit:
             if f is None or (isinstance(f, Primitive) and f.builtin and f.reads == "out"):
                 return _dense(x, self.w, self.b, activation=f)
         out = x @ self.w + self.b
         return f(out) if f else out
 
+    def _input(self, x: Any):
+        """One sample (nin,) or a batch (n, nin); a list of numbers and Values becomes one sample."""
+        w = self.w
+        if isinstance(x, (list, tuple)) and any(isinstance(i, Array) for i in x):
+            x = np.stack([i if isinstance(i, Value) else Value(i) for i in x])
+            x = x if x.dtype == w.dtype else x.astype(w.dtype)
+        elif not isinstance(x, (Array, np.ndarray)) and not _lazy(x):
+            x = _as_raw(x, w.dtype, "input")
+        shape, nin = x.shape, w.shape[0]
+        if len(shape) not in (1, 2) or shape[-1] != nin:
+            raise ValueError(f"input: expected width {nin}, shape ({nin},) or (n, {nin}); got shape {shape}")
+        return x
+
     def __repr__(self):
-        return f"Layer({self.w.shape[0]}, {self.w.shape[1]}, activation={self.activation!r})"
+        return f"{type(self).__name__}({', '.join(map(str, self.w.shape))}, activation={self.activation!r})"
+
+
+class Neuron(_Affine):
+    """activation(x @ w + b), with w of shape (nin,) and b of (). In: (nin,) or (n, nin); out: () or (n,)."""
+
+    def __init__(self, nin: int, activation: Any = "tanh", seed: Any = None, dtype: Any = None):
+        self._make((nin,), activation, seed, dtype)
+
+
+class Layer(_Affine):
+    """activation(x @ w + b), w (nin, nout), b (nout,). In: (nin,) or (n, nin); out: (nout,) or (n, nout)."""
+
+    def __init__(self, nin: int, nout: int, activation: Any = "tanh", seed: Any = None, dtype: Any = None):
+        self._make((nin, nout), activation, seed, dtype)
 
 
 class MLP(Module):
@@ -3461,12 +3448,8 @@ class MLP(Module):
         if not isinstance(nouts, (list, tuple, np.ndarray)) or getattr(nouts, "ndim", 1) != 1 or not len(nouts):
             raise ValueError(f"nouts must be a list of at least one width, got {nouts!r}")
         _activation(activation)  # also where no layer has it
-        rng = _generator(seed)
-        widths = [nin, *nouts]
-        self.layers = [
-            Layer(a, b, activation if i < len(nouts) - 1 else None, rng, dtype)
-            for i, (a, b) in enumerate(zip(widths, widths[1:]))
-        ]
+        rng, widths, activations = _generator(seed), [nin, *nouts], [activation] * (len(nouts) - 1) + [None]
+        self.layers = [Layer(a, b, f, rng, dtype) for a, b, f in zip(widths, nouts, activations)]
         for i, layer in enumerate(self.layers, 1):
             layer.w.label, layer.b.label = f"w{i}", f"b{i}"
 
@@ -3478,9 +3461,9 @@ class MLP(Module):
     def __repr__(self):
         if not self.layers:
             return "MLP without layers"
-        widths, count = [layer.b.size for layer in self.layers], sum(p.size for p in self.parameters())
-        activation = self.layers[0].activation
-        return f"MLP({self.layers[0].w.shape[0]}, {widths}, activation={activation!r}) with {count} parameters"
+        first, widths = self.layers[0], [layer.b.size for layer in self.layers]
+        count = sum(p.size for p in self.parameters())
+        return f"MLP({first.w.shape[0]}, {widths}, activation={first.activation!r}) with {count} parameters"
 
 
 # --- losses: the mean over the samples, a 0-d Value. Foreign labels are not checked, which would compute them; in a
@@ -3500,7 +3483,7 @@ def _same_shape(name: str, first: str, second: str, x: Any, y: Any) -> tuple:
     x, y = _numbers(name, first, x), _numbers(name, second, y)
     if x.shape != y.shape:
         raise ValueError(f"{name}: {first} and {second} must have the same shape, got {x.shape} and {y.shape}")
-    return (x, y) if x.dtype.kind == "f" or y.dtype.kind == "f" else (x.astype(np.float64), y)
+    return (x, y) if "f" in (x.dtype.kind, y.dtype.kind) else (x.astype(np.float64), y)
 
 
 def mse_loss(prediction: Value, target: Any) -> Value:
@@ -3522,7 +3505,6 @@ def _label_mask_forward(labels, k):
 # Where log-probabilities count. A mask, as indices do not run on any kind of array; its labels are checked whenever it
 # is computed, so that a replay does not take those that are out of range for none.
 _label_mask = primitive(_label_mask_forward, None, name="label mask")
-_label_mask.builtin = True
 
 
 def cross_entropy(logits: Value, labels: Any) -> Value:
@@ -3532,15 +3514,13 @@ def cross_entropy(logits: Value, labels: Any) -> Value:
         raise ValueError(f"cross_entropy: labels must have shape {logits.shape[:-1]}, got {labels.shape}")
     if logits.dtype == np.float16:  # in which a sum of exponentials may overflow
         return cross_entropy(logits.astype(np.float32), labels).astype(np.float16)
-    k, raw = logits.shape[-1], _raw(labels)
-    if _lazy(raw) and raw.dtype.kind not in "iub":
-        raise TypeError(f"cross_entropy: labels must be integers, got dtype {raw.dtype}")
-    if _lazy(raw):
-        mask = (_recorded(labels) if isinstance(labels, Tensor) else raw)[..., None] == np.arange(k)
-    elif isinstance(labels, Tensor):  # a node, so that a replay reads them anew
-        mask = _record(_label_mask, (labels,), {"k": k})
-    else:
+    k, labels = logits.shape[-1], _recorded(labels)  # a node, so that a replay reads them anew
+    if not _lazy(labels):
         mask = _label_mask(labels, k=k)
+    elif labels.dtype.kind in "iub":
+        mask = labels[..., None] == np.arange(k)
+    else:
+        raise TypeError(f"cross_entropy: labels must be integers, got dtype {labels.dtype}")
     return -np.mean(np.sum(np.where(mask, log_softmax(logits), 0.0), axis=-1))
 
 
@@ -3552,7 +3532,7 @@ _sigmoid_entropy = primitive(  # softplus(x) - x * y, with no difference of larg
     elementwise=True,
     samples=(_REAL, _REAL),
 )
-_sigmoid_entropy.builtin = True
+_label_mask.builtin = _sigmoid_entropy.builtin = True
 
 
 def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
@@ -3576,8 +3556,25 @@ def hinge_loss(scores: Value, labels: Any) -> Value:
 # --- optimizers ---
 
 
+def _single(x):
+    """An array of half precision in single: squares of gradients, and what is below them, would not fit."""
+    return x.astype(np.float32) if x.dtype == np.float16 else x
+
+
+class _State(dict):
+    """What an optimizer keeps for a parameter: arrays like its data, by name, zeros at first."""
+
+    def __init__(self, p: Value, **start: Any):
+        super().__init__(start)
+        self.like, self.shape, self.dtype = p, p.shape, np.dtype(np.float32) if p.dtype == np.float16 else p.dtype
+
+    def __missing__(self, name):
+        self[name] = np.zeros_like(self.like._data, self.dtype)
+        return self[name]
+
+
 class _Optimizer:
-    """What SGD and Adam share: checked options, one state per array, and all scalar parameters stepped as one array."""
+    """What SGD and Adam share: checked parameters, a state for each array, and all numbers stepped as one array."""
 
     def __init__(self, params: Iterable[Value], **options: Any):
         expected = "a list of Values, such as those of model.parameters()"
@@ -3590,10 +3587,10 @@ class _Optimizer:
             if not isinstance(p, Value):
                 two = f": {_two_copies(type(p))}" if _of_another_copy(type(p)) else ""
                 raise TypeError(f"params must be {expected}, got a {type(p).__name__} among them{two}")
-        if any(p._prim is not None for p in self.params):
-            raise ValueError("params must be leaves; one of them is the result of an operation")
-        if any(_lazy(p._data) for p in self.params):
-            raise TypeError("params must be held in NumPy: optimizers work in place")
+            if p._prim is not None:
+                raise ValueError("params must be leaves; one of them is the result of an operation")
+            if _lazy(p._data):
+                raise TypeError("params must be held in NumPy: optimizers work in place")
         if len(set(self.params)) < len(self.params):
             raise ValueError("params must name each parameter once")
         for name, given in options.items():
@@ -3603,11 +3600,15 @@ class _Optimizer:
                 if not 0 <= x < (1 if name in ("momentum", "betas") else math.inf):
                     bound = "below 1" if 1 <= x < math.inf else "finite and not negative"
                     raise ValueError(f"{name} must be {bound}, got {x}")
-        self._places = [(i, p, p.shape) for i, p in enumerate(self.params)]
-        self._arrays = [(p, {}, p.dtype == np.float16) for p in self.params if np.ndim(p._data)]
-        self._array_places = [place for place in self._places if place[2]]
-        self._scalars = [p for p in self.params if not np.ndim(p._data)]
-        self._scalar_state = {"steps": np.zeros(len(self._scalars))}  # each has its own count, as it has in an array
+            setattr(self, name, given)
+        self._shapes = [p.shape for p in self.params]
+        self._arrays = [(p, _State(p, steps=0)) for p in self.params if p.ndim]
+        self._scalars = [p for p in self.params if not p.ndim]
+        # Its count of steps is an array, too: each number has its own, as it has where it is an array.
+        self._scalar_state = _State(_leaf(np.zeros(len(self._scalars))))
+        self._halves = any(p.dtype == np.float16 for p, _ in self._arrays)
+        self._dtypes = {state.dtype for _, state in self._arrays} | {self._scalar_state.dtype}
+        self._given: tuple[tuple, dict] = ((), {})  # numbers, and for each dtype arrays of them
 
     def zero_grad(self) -> None:
         """Resets the gradients of the parameters."""
@@ -3620,29 +3621,43 @@ class _Optimizer:
         ValueError if a parameter or its gradient has another shape than at the beginning, or its array is read-only;
         TypeError if it is of another library now. Then, and if a floating-point fault is an error, nothing is changed.
         """
-        for i, p, shape in self._array_places:
-            g = p._grad
-            if g is not None:
-                data = p._data
-                if not (
-                    type(data) is np.ndarray is type(g) and data.shape == g.shape == shape and data.flags.writeable
-                ):
-                    self._check(i)
-        live = [p for p in self._scalars if p._grad is not None]
-        held = [x for p in live for x in (p._data, p._grad)]
-        if not _SCALARS.issuperset(map(type, held)):
-            for i, _, shape in self._places:
-                if not shape:
-                    self._check(i)
-        numbers = np.array(held, np.float64).reshape(-1, 2).T.copy() if live else (None, None)
-        if _QUIET.issuperset(np.geterr().values()):
-            self._step(live, *numbers)
-            return
+        arrays = [(p._data, p._grad, state) for p, state in self._arrays if p._grad is not None]
+        scalars = [p for p in self._scalars if p._grad is not None]
+        numbers = [x for p in scalars for x in (p._data, p._grad)]
+        usual, ndarray = _SCALARS.issuperset(map(type, numbers)), np.ndarray
+        for data, g, state in arrays:
+            if not (type(data) is ndarray is type(g) and data.shape == g.shape == state.shape and data.flags.writeable):
+                usual = False
+        if not usual:
+            self._check()
+        if _QUIET.issuperset(np.geterr().values()) and "error" not in map(_get_action, warnings.filters):
+            self._step(arrays, scalars, numbers)
+        else:
+            self._step_or_stay(arrays, scalars, numbers)
+
+    def _check(self) -> None:
+        """Raises if a parameter cannot be stepped."""
+        for i, (p, shape) in enumerate(zip(self.params, self._shapes)):
+            data, grad = p._data, p._grad
+            if grad is None:
+                continue
+            which = f"step: parameter {i} ({p.label!r})" if p.label else f"step: parameter {i}"
+            if not p.shape == np.shape(grad) == shape:
+                problem = f"was of shape {shape}, and is of shape {p.shape} with a gradient of shape {np.shape(grad)}"
+                raise ValueError(f"{which} {problem}: make a new optimizer")
+            if _lazy(data):
+                library = type(data).__module__.split(".")[0]
+                raise TypeError(f"{which} has an array of {library} now: optimizers work in place, in NumPy")
+            if type(data) is np.ndarray and not data.flags.writeable:
+                raise ValueError(f"{which} has an array that is read-only: assign a copy to its .data")
+
+    def _step_or_stay(self, *live: list) -> None:
+        """`_step`; if it fails, all is as it was before."""
+        states = [state for _, state in self._arrays] + [self._scalar_state]
         data = [_owned(p._data) for p in self.params]
-        states = [state for _, state, _ in self._arrays] + [self._scalar_state]
         kept = [{name: _owned(x) for name, x in state.items()} for state in states]
         try:
-            self._step(live, *numbers)
+            self._step(*live)
         except BaseException:
             for p, x in zip(self.params, data):
                 p._data = KINDS[type(x)].write(p._data, x) if p.ndim else x
@@ -3651,48 +3666,33 @@ class _Optimizer:
                 state.update(x)
             raise
 
-    def _check(self, i: int) -> None:
-        """Raises if parameter i cannot be stepped."""
-        _, p, shape = self._places[i]
-        data, grad = p._data, p._grad
-        if grad is None:
-            return
-        which = f"step: parameter {i} ({p.label!r})" if p.label else f"step: parameter {i}"
-        if not p.shape == np.shape(grad) == shape:
-            problem = f"was of shape {shape}, and is of shape {p.shape} with a gradient of shape {np.shape(grad)}"
-            raise ValueError(f"{which} {problem}: make a new optimizer")
-        if _lazy(data):
-            library = type(data).__module__.split(".")[0]
-            raise TypeError(f"{which} has an array of {library} now: optimizers work in place, in NumPy")
-        if type(data) is np.ndarray and not data.flags.writeable:
-            raise ValueError(f"{which} has an array that is read-only: assign a copy to its .data")
+    def _step(self, arrays: list[tuple], scalars: list[Value], numbers: list) -> None:
+        """Steps arrays, given with their gradients and states, and scalars, given with the data and gradient of each.
 
-    def _step(self, live: list[Value], data: Any, grads: Any) -> None:
-        """Steps the arrays, and the scalars that have a gradient, whose data and gradients are given as arrays."""
-        for p, state, half in self._arrays:
-            if p._grad is None:
-                continue
-            if half:  # which squares of gradients, and what is below them, do not fit
-                wide = p._data.astype(np.float32)
-                self._update(wide, p._grad.astype(np.float32), state)
-                p._data = KINDS[type(p._data)].write(p._data, wide)
-            else:
-                self._update(p._data, p._grad, state)
-        if not live:
-            return
-        state, all_live = self._scalar_state, len(live) == len(self._scalars)
-        places = [] if all_live else [i for i, p in enumerate(self._scalars) if p._grad is not None]
-        if not all_live:  # the others, and their state, stay as they are
-            for name in self._STATE:
-                _state(state, name, np.zeros(len(self._scalars)))
-            state = {name: x[places] if isinstance(x, np.ndarray) else x for name, x in state.items()}
-        self._update(data, grads, state)
-        for name, x in state.items() if not all_live else ():
-            if isinstance(x, np.ndarray):
-                self._scalar_state[name][places] = x
-            else:
-                self._scalar_state[name] = x
-        for p, x in zip(live, data.tolist()):
+        `_update` gets all arrays at once, and the options as arrays, too: ufuncs take numbers in twice the time.
+        """
+        options = self._options()
+        if options != self._given[0]:
+            self._given = options, {dtype: [np.array(x, dtype) for x in options] for dtype in self._dtypes}
+        work = [(_single(data), _single(g), state) for data, g, state in arrays] if self._halves else arrays
+        self._update(work, self._given[1])
+        if self._halves:
+            for (data, *_), (new, *_) in zip(arrays, work):
+                if new is not data:
+                    KINDS[type(data)].write(data, new)
+        if scalars:
+            self._step_scalars(scalars, numbers)
+
+    def _step_scalars(self, scalars: list[Value], numbers: list) -> None:
+        every, places = self._scalar_state, slice(None)
+        if len(scalars) < len(self._scalars):  # the others, and their state, stay as they are
+            places = [i for i, p in enumerate(self._scalars) if p._grad is not None]
+        data, grads = np.array(numbers, np.float64).reshape(-1, 2).T.copy()
+        state = _State(_leaf(data), **{name: x[places] for name, x in every.items()})
+        self._update([(data, grads, state)], self._given[1])
+        for name, x in state.items():
+            every[name][places] = x
+        for p, x in zip(scalars, data.tolist()):
             p._data = x if type(p._data) is float else p._data.dtype.type(x)
 
     def __repr__(self):
@@ -3701,13 +3701,7 @@ class _Optimizer:
 
 
 _SCALARS = frozenset((float, np.float16, np.float32, np.float64, np.longdouble))
-
-
-def _state(state: dict, name: str, like: np.ndarray) -> np.ndarray:
-    """An array of the optimizer's state, zeros at first."""
-    if name not in state:
-        state[name] = np.zeros_like(like)
-    return state[name]
+_get_action = operator.itemgetter(0)  # of a filter of warnings
 
 
 class SGD(_Optimizer):
@@ -3715,21 +3709,23 @@ class SGD(_Optimizer):
 
     def __init__(self, params: Iterable[Value], lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
 
-    _STATE = ("scratch", "velocity")
+    def _options(self):
+        return self.lr, self.momentum, self.weight_decay
 
-    def _update(self, data, grad, state):
-        scratch = _state(state, "scratch", data)
-        if self.weight_decay:
-            grad = np.add(grad, np.multiply(data, self.weight_decay, out=scratch), out=scratch)
-        if self.momentum:
-            velocity = _state(state, "velocity", data)
-            velocity *= self.momentum
-            velocity += grad
-            grad = velocity
-        np.multiply(grad, self.lr, scratch)
-        data -= scratch
+    def _update(self, arrays, given):
+        for data, grad, state in arrays:
+            lr, momentum, weight_decay = given[state.dtype]
+            scratch = state["scratch"]
+            if weight_decay:
+                grad = np.add(grad, np.multiply(data, weight_decay, scratch), scratch)
+            if momentum:
+                velocity = state["velocity"]
+                velocity *= momentum
+                velocity += grad
+                grad = velocity
+            np.multiply(grad, lr, scratch)
+            data -= scratch
 
 
 class Adam(_Optimizer):
@@ -3749,38 +3745,41 @@ class Adam(_Optimizer):
             raise TypeError(f"betas must be two numbers, got {betas!r}")
         if not isinstance(decoupled, (bool, np.bool_)):
             raise TypeError(f"decoupled must be True or False, got {decoupled!r}")
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self.lr, self.betas, self.eps = lr, tuple(betas), eps
-        self.weight_decay, self.decoupled = weight_decay, decoupled
+        super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+        self.decoupled = decoupled
 
-    _STATE = ("mean", "square", "scratch")
-
-    def _update(self, data, grad, state):
-        mean, square, scratch = (_state(state, name, data) for name in ("mean", "square", "scratch"))
-        steps = state["steps"] = state.get("steps", 0) + 1
-        if self.weight_decay and not self.decoupled:
-            grad = grad + self.weight_decay * data
-        elif self.weight_decay:
-            data *= 1.0 - self.lr * self.weight_decay
+    def _options(self):
         beta1, beta2 = self.betas
-        mean *= beta1
-        mean += np.multiply(grad, 1.0 - beta1, out=scratch)
-        square *= beta2
-        np.multiply(grad, grad, out=scratch)
-        square += np.multiply(scratch, 1.0 - beta2, out=scratch)
-        np.sqrt(np.multiply(square, 1.0 / (1.0 - beta2**steps), out=scratch), out=scratch)
-        scratch += self.eps
-        np.divide(mean, scratch, out=scratch)
-        data -= np.multiply(scratch, self.lr / (1.0 - beta1**steps), out=scratch)
+        return beta1, 1.0 - beta1, beta2, 1.0 - beta2
+
+    def _update(self, arrays, given):
+        for data, grad, state in arrays:
+            beta1, rest1, beta2, rest2 = given[state.dtype]
+            mean, square, scratch = state["mean"], state["square"], state["scratch"]
+            steps = state["steps"] = state["steps"] + 1
+            if self.weight_decay and not self.decoupled:
+                grad = grad + self.weight_decay * data
+            elif self.weight_decay:
+                data *= 1.0 - self.lr * self.weight_decay
+            mean *= beta1
+            mean += np.multiply(grad, rest1, scratch)
+            square *= beta2
+            np.multiply(grad, grad, scratch)
+            square += np.multiply(scratch, rest2, scratch)
+            short1, short2 = [1.0 - beta**steps for beta in self.betas]  # of 1, as both started from 0
+            root = short2**0.5
+            np.sqrt(square, scratch)
+            scratch += self.eps * root
+            np.divide(mean, scratch, scratch)
+            data -= np.multiply(scratch, self.lr * root / short1, scratch)
 
 
 # --- the module picograd.nn, out of this same file ---
 
 nn = types.ModuleType(f"{__name__}.nn", "Networks, losses and optimizers of PicoGrad.")
-for _public_name in (Value, Tensor, Module, Neuron, Layer, MLP, SGD, Adam, no_grad):
-    setattr(nn, _public_name.__name__, _public_name)
-for _public_name in (mse_loss, cross_entropy, binary_cross_entropy_with_logits, hinge_loss):
-    setattr(nn, _public_name.__name__, _public_name)
+_in_nn = Value, Tensor, Module, Neuron, Layer, MLP, SGD, Adam, no_grad
+_in_nn += mse_loss, cross_entropy, binary_cross_entropy_with_logits, hinge_loss
+vars(nn).update({x.__name__: x for x in _in_nn})
 sys.modules[nn.__name__] = nn
 
 
