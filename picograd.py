@@ -3293,6 +3293,12 @@ def _of_another_copy(cls: type) -> bool:
     return not issubclass(cls, (Array, Module)) and (hasattr(cls, "_picograd") or hasattr(cls, "_picograd_part"))
 
 
+def _type_name(x: Any) -> str:
+    """The type of what was passed, for an error, which says so if it is of another copy of this file."""
+    cls = type(x)
+    return f"{cls.__name__}: {_two_copies(cls)}" if _of_another_copy(cls) else cls.__name__
+
+
 @functools.lru_cache(1000)
 def _slots(cls: type) -> list[str]:
     """The names of attributes that a class and its bases keep in slots."""
@@ -3585,8 +3591,7 @@ class _Optimizer:
             raise TypeError(f"params must be {expected}, got none")
         for p in self.params:
             if not isinstance(p, Value):
-                two = f": {_two_copies(type(p))}" if _of_another_copy(type(p)) else ""
-                raise TypeError(f"params must be {expected}, got a {type(p).__name__} among them{two}")
+                raise TypeError(f"params must be {expected}, got also a {_type_name(p)}")
             if p._prim is not None:
                 raise ValueError("params must be leaves; one of them is the result of an operation")
             if _lazy(p._data):
@@ -3902,6 +3907,83 @@ def _save_source(content: bytes, path: Path) -> Path:
             return source
 
 
+def _count(values: list[Value]) -> int:
+    """How many boxes a graph has: an object is one box however often it is used, a number one at each use."""
+    others = [x for v in values for x in v._args if not isinstance(x, Value)]
+    numbers = sum(type(x) in _WEAK_TYPES for x in others)
+    return len(values) + numbers + len({id(x) for x in others if type(x) not in _WEAK_TYPES})
+
+
+def _direction(values: list[Value], count: int) -> str:
+    """Long and thin graphs go downwards: fitted to a page's width, their text would be too small."""
+    depth: dict[Value, int] = {}
+    for v in values:
+        depth[v] = 1 + max((depth[x] for x in v._args if isinstance(x, Value)), default=-1)
+    return "TB" if depth[v] > 4 and count < 3 * depth[v] else "LR"
+
+
+def _empty_graph(rankdir: str) -> Any:
+    try:
+        import graphviz
+    except ImportError as error:
+        raise ImportError(
+            "draw needs the Python package graphviz: pip install graphviz, or conda install -c conda-forge "
+            "python-graphviz (the rest of picograd does not need it)"
+        ) from error
+    return graphviz.Digraph(
+        graph_attr=_INK | {"rankdir": rankdir, "bgcolor": "white", "nodesep": "0.15", "ranksep": "0.25"},
+        node_attr=_INK | _BOX,
+        edge_attr=_INK | {"color": "#5f5f5f", "arrowsize": "0.6", "fontsize": "8", "labeldistance": "1.5"},
+    )
+
+
+class _Picture:
+    """A picture in the making: boxes v0, v1, ..., and before v3, if that is a result, the ellipse op_v3."""
+
+    def __init__(self, root: Value, rankdir: str):
+        self.root, self.graph, self.entries = root, _empty_graph(rankdir), _ENTRIES[rankdir]
+        self.names: dict[int, str] = {}  # of the boxes, by the ids of objects
+        self.kinds: list[str] = []  # of the boxes, in order
+
+    def _kind(self, x: Any) -> str:
+        if not isinstance(x, Value):
+            return "input" if isinstance(x, Tensor) else "constant"
+        if x._prim is None:
+            return "leaf"
+        return "result" if x is self.root else "intermediate"
+
+    def box(self, x: Any) -> str:
+        """Adds the box of a Value, Tensor or constant; its name."""
+        name, kind, label = f"v{len(self.kinds)}", self._kind(x), _text(getattr(x, "label", None) or "")
+        lines = [f'<font point-size="11"><b>{label}</b></font>'] if label else []
+        lines += map(_text, _summary(_raw(x), getattr(x, "_grad", None)))
+        self.graph.node(name, f"<{'<br/>'.join(lines)}>", **_BOXES[kind])
+        self.kinds.append(kind)
+        self.names[id(x)] = name
+        return name
+
+    def operation(self, v: Value, name: str) -> None:
+        """Adds the operation that made v, whose box has that name, and boxes of operands that have none yet."""
+        op, n = f"op_{name}", len(v._args)
+        lines = [v._prim.symbol] + [_parameter(k, x) for k, x in v._params.items() if x is not None]
+        self.graph.node(op, f"<{'<br/>'.join(filter(None, map(_text, lines))) or '&#160;'}>", **_ELLIPSE)
+        self.graph.edge(op, name, weight="2")
+        ends = [{"headport": entry} for entry in self.entries.get(n, ())] or [{"headlabel": str(i)} for i in range(n)]
+        if v._prim.name in ("add", "multiply"):  # the same in either order: enter where lines cross least
+            ends = [{}] * n
+        for x, end in zip(v._args, ends):
+            if type(x) in _WEAK_TYPES or id(x) not in self.names:
+                self.box(x)
+            # dot draws heavy edges straight: those of the main line, from one result to the next.
+            self.graph.edge(self.names[id(x)], op, weight="2" if isinstance(x, Value) and x._prim else "1", **end)
+
+    def legend(self) -> None:
+        cell = '<td bgcolor="{fillcolor}" color="{color}">{kind}</td>'.format
+        cells = "".join([cell(kind=kind, **look) for kind, look in _BOXES.items() if kind in self.kinds])
+        table = f'<table border="0" cellborder="1" cellspacing="4" cellpadding="3"><tr>{cells}</tr></table>'
+        self.graph.attr(label=f"<{table}>")
+
+
 def draw(
     root: Value, filename: str | os.PathLike | None = None, *, max_nodes: int = 300, rankdir: str | None = None
 ) -> Any:
@@ -3920,87 +4002,34 @@ def draw(
     ImportError without the package graphviz. RuntimeError if a picture file needs Graphviz's program `dot` and this
     fails, takes minutes, or is not installed: then the picture's source is saved instead, in a new file ending in .gv.
     """
-    if _of_another_copy(type(root)):
-        raise TypeError(f"draw: root must be a Value: {_two_copies(type(root))}")
     if not isinstance(root, Value):
-        raise TypeError(f"draw: root must be a Value, got {type(root).__name__}")
-    if isinstance(max_nodes, bool) or not isinstance(max_nodes, (int, np.integer)) or max_nodes < 1:
-        raise ValueError(f"draw: max_nodes must be a positive integer, got {max_nodes!r}")
+        raise TypeError(f"draw: root must be a Value, got {_type_name(root)}")
+    _positive("draw: max_nodes", max_nodes)
     if rankdir not in (None, *_ENTRIES):
         raise ValueError(f"draw: rankdir must be 'LR', 'TB' or None, got {rankdir!r}")
-    if filename is not None:
-        filename = _path(filename, "draw: filename")
-        if filename.suffix.lower() not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"draw: filename must end in .png, .svg or .pdf, got {str(filename)!r}")
-        if not filename.parent.is_dir():
-            raise FileNotFoundError(f"draw: filename must be in an existing folder, got {str(filename)!r}")
-    try:
-        import graphviz
-    except ImportError as error:
-        raise ImportError(
-            "draw needs the Python package graphviz: pip install graphviz, or conda install -c conda-forge "
-            "python-graphviz (the rest of picograd does not need it)"
-        ) from error
-
+    path = None if filename is None else _path(filename, "draw: filename")
+    if path and path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"draw: filename must end in .png, .svg or .pdf, got {str(path)!r}")
+    if path and not path.parent.is_dir():
+        raise FileNotFoundError(f"draw: filename must be in an existing folder, got {str(path)!r}")
     root = root._picture()
     values = _newest_first(root, everything=True)[::-1]
-    # An object is one box however often it is used; a number is a box at each use, as equal numbers are not related.
-    others = [x for v in values for x in v._args if not isinstance(x, Value)]
-    numbers = sum(type(x) in _WEAK_TYPES for x in others)
-    count = len(values) + numbers + len({id(x) for x in others if type(x) not in _WEAK_TYPES})
+    count = _count(values)
     if count > max_nodes:
         raise ValueError(
             f"draw: the graph has {count} nodes ({len(values)} Values, {count - len(values)} Tensors and constants), "
             f"and max_nodes is {max_nodes}. Draw a part of it (an inner Value, fewer samples or layers), compute "
             "with arrays in place of numbers, or pass a larger max_nodes: above a thousand, Graphviz may take minutes."
         )
-    if rankdir is None:  # long and thin graphs go downwards: fitted to a page's width, their text would be too small
-        depth: dict[Value, int] = {}
-        for v in values:
-            depth[v] = 1 + max((depth[x] for x in v._args if isinstance(x, Value)), default=-1)
-        rankdir = "TB" if depth[root] > 4 and count < 3 * depth[root] else "LR"
-
-    graph = graphviz.Digraph(
-        graph_attr=_INK | {"rankdir": rankdir, "bgcolor": "white", "nodesep": "0.15", "ranksep": "0.25"},
-        node_attr=_INK | _BOX,
-        edge_attr=_INK | {"color": "#5f5f5f", "arrowsize": "0.6", "fontsize": "8", "labeldistance": "1.5"},
-    )
-    names: dict[int, str] = {}
-    fresh = map("v{}".format, itertools.count())
-    kinds = set()
-
-    def box(x, kind, label=""):
-        name = names[id(x)] = next(fresh)
-        kinds.add(kind)
-        lines = [_text(line) for line in _summary(_raw(x), getattr(x, "_grad", None))]
-        if label := _text("" if label is None else label):
-            lines.insert(0, f'<font point-size="11"><b>{label}</b></font>')
-        graph.node(name, f"<{'<br/>'.join(lines)}>", **_BOXES[kind])
-        return name
-
+    picture = _Picture(root, rankdir or _direction(values, count))
     for v in values:
-        leaf = v._prim is None
-        name = box(v, "leaf" if leaf else "result" if v is root else "intermediate", v.label)
-        if leaf:
-            continue
-        op = f"op_{name}"
-        lines = [v._prim.symbol] + [_parameter(k, x) for k, x in v._params.items() if x is not None]
-        graph.node(op, f"<{'<br/>'.join(filter(None, map(_text, lines))) or '&#160;'}>", **_ELLIPSE)
-        graph.edge(op, name, weight="2")
-        entries = _ENTRIES[rankdir].get(len(v._args))
-        free = v._prim.name in ("add", "multiply")  # the same in either order: enter where lines cross least
-        for i, x in enumerate(v._args):
-            if type(x) in _WEAK_TYPES or id(x) not in names:
-                box(x, "input" if isinstance(x, Tensor) else "constant")
-            place = {} if free else {"headport": entries[i]} if entries else {"headlabel": str(i)}
-            # dot draws heavy edges straight: those of the main line, from one result to the next.
-            graph.edge(names[id(x)], op, weight="2" if isinstance(x, Value) and x._prim else "1", **place)
-    cell = '<td bgcolor="{fillcolor}" color="{color}">{kind}</td>'.format
-    cells = "".join(cell(kind=kind, **look) for kind, look in _BOXES.items() if kind in kinds)
-    graph.attr(label=f'<<table border="0" cellborder="1" cellspacing="4" cellpadding="3"><tr>{cells}</tr></table>>')
-    if filename is not None:
-        _save_picture(graph, filename, _DOT_SECONDS + count)
-    return graph
+        name = picture.box(v)
+        if v._prim is not None:
+            picture.operation(v, name)
+    picture.legend()
+    if path:
+        _save_picture(picture.graph, path, _DOT_SECONDS + count)
+    return picture.graph
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3170,7 +3170,7 @@ class TestNN(Strict):
             (lambda: SGD(None, 0.1), "params must be .*, got None"),
             (lambda: Adam(v), "params must be .*, got a single Value"),
             (lambda: Adam([]), "params must be .*, got none"),
-            (lambda: Adam([v, 3.0]), "params must be .*, got a float among them"),
+            (lambda: Adam([v, 3.0]), "params must be .*, got also a float"),
             (lambda: Adam([v], decoupled="no"), "decoupled must be True or False, got 'no'"),
             (lambda: Adam([v], betas=(0.9, "1")), "betas must be a number, got '1'"),
             (lambda: SGD([v], lr=[0.1]), r"lr must be a number, got \[0.1\]"),
@@ -3866,7 +3866,7 @@ class TestDraw(unittest.TestCase):
         v.label = None
         self.assertEqual(self.boxes(draw(v)), {"v0": ["1"]})
         other = type("Value", (), {"_picograd": True, "__module__": "theirs"})
-        with self.assertRaisesRegex(TypeError, "draw: root must be a Value: a Value of theirs .* two copies"):
+        with self.assertRaisesRegex(TypeError, "draw: root must be a Value, got Value: a Value of theirs .* two copies"):
             draw(other())
 
     def test_the_source_replaces_no_file_of_others(self):
