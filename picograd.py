@@ -3812,10 +3812,7 @@ _BOX = {"shape": "box", "style": "filled,rounded", "width": "0", "height": "0", 
 _ELLIPSE = {"shape": "ellipse", "style": "filled", "width": "0.42", "height": "0.36", "margin": "0.02,0.01"}
 _ELLIPSE |= {"fillcolor": "#ece3f6", "color": "#6a3fa0", "fontsize": "11"}
 # The points of an ellipse where operands enter, so that a - b differs from b - a; more than three are numbered instead.
-_ENTRIES = {
-    "LR": {1: ["w"], 2: ["nw", "sw"], 3: ["nw", "w", "sw"]},
-    "TB": {1: ["n"], 2: ["nw", "ne"], 3: ["nw", "n", "ne"]},
-}
+_ENTRIES = {"LR": {1: "w", 2: "nw sw", 3: "nw w sw"}, "TB": {1: "n", 2: "nw ne", 3: "nw n ne"}}
 
 
 def _text(text: Any, limit: int = 80) -> str:
@@ -3831,22 +3828,20 @@ def _text(text: Any, limit: int = 80) -> str:
 def _summary(raw: Any, grad: Any) -> list[str]:
     """What a box says of raw data and its gradient: up to four numbers themselves, else shape, dtype and a bound."""
 
-    def number(x, digits=3):
-        return f"{x:.{digits}g}" if isinstance(x, (float, np.floating)) else str(x)
-
     def numbers(x):
-        if not np.ndim(x):
-            return number(x, 4)
-        rows = np.array2string(np.asarray(x), separator=", ", formatter={"all": number})
-        return " ".join(rows.split())  # in one line: columns of numbers would tear the picture apart
+        digits = 3 if np.ndim(x) else 4
+        one = {"float": lambda i: f"{i:.{digits}g}", "all": str}
+        text = np.array2string(np.asarray(x), separator=", ", formatter=one)
+        return " ".join(text.split())  # in one line: columns of numbers would tear the picture apart
 
     if _lazy(raw) or _lazy(grad):
         return [f"{np.shape(raw)} {_public(raw).dtype}"]  # numbers would have to be computed
-    if 0 < np.size(raw) <= 4:
-        return [numbers(raw)] if grad is None else [numbers(raw), f"grad {numbers(grad)}"]
-    lines = [f"{np.shape(raw)} {raw.dtype}"]
-    if grad is not None:  # the largest absolute value: unlike a norm, it cannot overflow, and it needs no temporary
-        lines.append(f"|grad| ≤ {number(np.maximum(np.max(grad, initial=0), abs(np.min(grad, initial=0))), 4)}")
+    few = 0 < np.size(raw) <= 4
+    lines = [numbers(raw) if few else f"{np.shape(raw)} {raw.dtype}"]
+    if few and grad is not None:
+        lines.append(f"grad {numbers(grad)}")
+    elif grad is not None:  # the largest absolute value: unlike a norm, it cannot overflow, and it needs no temporary
+        lines.append(f"|grad| ≤ {numbers(np.maximum(np.max(grad, initial=0), abs(np.min(grad, initial=0))))}")
     return lines
 
 
@@ -3909,9 +3904,9 @@ def _save_source(content: bytes, path: Path) -> Path:
 
 def _count(values: list[Value]) -> int:
     """How many boxes a graph has: an object is one box however often it is used, a number one at each use."""
-    others = [x for v in values for x in v._args if not isinstance(x, Value)]
-    numbers = sum(type(x) in _WEAK_TYPES for x in others)
-    return len(values) + numbers + len({id(x) for x in others if type(x) not in _WEAK_TYPES})
+    operands = [x for v in values for x in v._args]
+    numbers = sum(type(x) in _WEAK_TYPES for x in operands)
+    return numbers + len({id(x) for x in [*values, *operands] if type(x) not in _WEAK_TYPES})
 
 
 def _direction(values: list[Value], count: int) -> str:
@@ -3968,7 +3963,8 @@ class _Picture:
         lines = [v._prim.symbol] + [_parameter(k, x) for k, x in v._params.items() if x is not None]
         self.graph.node(op, f"<{'<br/>'.join(filter(None, map(_text, lines))) or '&#160;'}>", **_ELLIPSE)
         self.graph.edge(op, name, weight="2")
-        ends = [{"headport": entry} for entry in self.entries.get(n, ())] or [{"headlabel": str(i)} for i in range(n)]
+        ends = [{"headport": entry} for entry in self.entries.get(n, "").split()]
+        ends = ends or [{"headlabel": str(i)} for i in range(n)]
         if v._prim.name in ("add", "multiply"):  # the same in either order: enter where lines cross least
             ends = [{}] * n
         for x, end in zip(v._args, ends):
