@@ -44,14 +44,12 @@ import os
 import reprlib
 import string
 import sys
-import tempfile
 import threading
 import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -3188,8 +3186,10 @@ def _positive(name: str, n: Any) -> int:
     return n
 
 
-def _path(x: Any, name: str) -> Path:
-    """A path that was passed, checked."""
+def _path(x: Any, name: str) -> Any:
+    """A path that was passed, checked, as a `pathlib.Path`."""
+    from pathlib import Path  # here, as few programs pass one: it makes importing this file take a half longer
+
     path = _understood(name, "a string or path", Path, x)
     if "\0" in str(path):
         raise ValueError(f"{name} must be a path without zero bytes, got {str(path)!r}")
@@ -3332,12 +3332,14 @@ def _read(file: Any, p: Value | None, which: str) -> np.ndarray:
     return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def _write_whole(path: Path, write: Callable) -> None:
+def _write_whole(path: Any, write: Callable) -> None:
     """Calls write(file) on a file beside path, and then puts it, complete, in path's place.
 
     A link stays one, and its target is replaced; a file's permissions stay; a device or pipe is written to.
     """
-    target = Path(os.path.realpath(path))
+    import tempfile
+
+    target = type(path)(os.path.realpath(path))
     if path.exists() and not target.is_file():
         whole = io.BytesIO()  # where one can go back, too
         write(whole)
@@ -3347,7 +3349,7 @@ def _write_whole(path: Path, write: Callable) -> None:
         if target.is_symlink():  # one that leads nowhere is resolved
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as folder:
-            new = Path(folder, target.name)
+            new = type(path)(folder, target.name)
             with open(new, "wb") as file:
                 write(file)
             if target.exists():
@@ -3864,7 +3866,7 @@ def _parameter(name: str, x: Any) -> str:
 _DOT_SECONDS = 60.0  # that Graphviz may take, and a second more for each box
 
 
-def _save_picture(graph: Any, path: Path, seconds: float) -> None:
+def _save_picture(graph: Any, path: Any, seconds: float) -> None:
     """Renders in memory, then puts the complete file in its place."""
     import subprocess
 
@@ -3893,7 +3895,7 @@ def _save_picture(graph: Any, path: Path, seconds: float) -> None:
     _write_whole(path, lambda file: file.write(done.stdout))
 
 
-def _save_source(content: bytes, path: Path) -> Path:
+def _save_source(content: bytes, path: Any) -> Any:
     """Writes beside path, ending in .gv, under a name that no other file has."""
     for i in itertools.count():
         source = path.with_suffix(f".{i}.gv" if i else ".gv")
@@ -4114,6 +4116,8 @@ def distributed_config(**changes: Any) -> Iterator[DistributedConfig]:
 
 def _usable_cores() -> int:
     """The cores that this process may use: by its affinity, and by the quota of its control group."""
+    from pathlib import Path
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for path, parse in (
         ("/sys/fs/cgroup/cpu.max", lambda text: text.split()),
@@ -4144,6 +4148,8 @@ _MAX_SEGMENTS = 64  # that are shared at a time: each takes two descriptors
 
 def _physical_bytes() -> int:
     """The memory that this process may use: of the machine, or of its control group."""
+    from pathlib import Path
+
     sizes = [1 << 32]
     with contextlib.suppress(AttributeError, OSError, ValueError):
         sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
