@@ -10,10 +10,12 @@
 The peers come from requirements.txt and bench-requirements.txt beside this file; one that is not installed is reported
 as such. Every contender may use all cores that this process may use; `taskset -c 0 python .ci/bench.py` takes one.
 
-A row is a function in ROWS that returns `{contender: make}`. `make()` sets the contender up and returns a callable that
+ROWS is a table: a row names its contenders, `{contender: make}`. `make()` sets a contender up and returns a callable that
 does the work once: in a row of steps it returns the loss, and before anything is timed all contenders must agree on the
-loss of their first three steps (so also on the gradients that the first two applied); in other rows it returns what
-was measured. Names that start with "picograd" are ours, and the ratios are ours / the other.
+loss of their first three steps (so also on the gradients that the first two applied), and on their gradients where they
+give some; in other rows it returns what was measured. MODELS is the table of models that every library computes in the
+same way: a model is its data and one loss. Names that start with "picograd" are ours, and the ratios are ours / the
+other.
 """
 
 import argparse
@@ -39,6 +41,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -56,7 +59,68 @@ PEERS = ("micrograd", "torch", "jax", "autograd", "mygrad", "numexpr", "dask")
 Contenders = dict[str, Callable[[], Callable[[], float]]]
 
 
+# Steps: what a contender's callable does once.
+
+
+def replay(loss, optimizer):
+    """A training step of an optimized graph."""
+
+    def step():
+        loss.forward()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.data)
+
+    return step
+
+
+def eager(make_loss, optimizer, **backward):
+    """A training step that builds its graph anew."""
+
+    def step():
+        optimizer.zero_grad()
+        loss = make_loss()
+        loss.backward(**backward)
+        optimizer.step()
+        return float(loss.data)
+
+    return step
+
+
+class NoOptimizer(NamedTuple):
+    """In place of an optimizer, in rows of forward and backward."""
+
+    parameters: list
+
+    def zero_grad(self):
+        for p in self.parameters:
+            p.grad = None
+
+    def step(self):
+        pass
+
+
+def with_gradients(step, gradients):
+    """A step, by whose gradients contenders are compared, too: a function that gives them as arrays."""
+    step.gradients = gradients
+    return step
+
+
 # Scalars: micrograd's own demo, on micrograd's own network classes.
+
+
+def micrograd_net(value_class, *shape):
+    """micrograd's MLP, made of our Values or its own."""
+    import micrograd.nn as nn
+
+    # Its classes look this name up when they make their parameters, and only operate on these afterwards.
+    original, nn.Value = nn.Value, value_class
+    try:
+        random.seed(1)
+        return nn.MLP(*shape)
+    finally:
+        nn.Value = original
 
 
 def moons() -> Contenders:
@@ -72,14 +136,8 @@ def moons() -> Contenders:
         losses = [(1 + -label * score).relu() for label, score in zip(labels, scores, strict=True)]
         return sum(losses) * (1 / len(losses)) + 1e-4 * sum(p * p for p in model.parameters())
 
-    def train(value_class):
-        import micrograd.nn as nn
-
-        # micrograd's classes look this name up when they make their parameters, and only operate on these afterwards.
-        original, nn.Value = nn.Value, value_class
-        random.seed(1)
-        model = nn.MLP(2, [16, 16, 1])
-        nn.Value = original
+    def by_scalars(value_class):
+        model = micrograd_net(value_class, 2, [16, 16, 1])
 
         def step():
             loss = loss_of(model, value_class)
@@ -91,36 +149,21 @@ def moons() -> Contenders:
 
         return step
 
-    def ours():
-        from picograd import Value
-
-        return train(Value)
-
     def optimized():
-        import micrograd.nn as nn
-
         from picograd import Value, optimize
         from picograd.nn import SGD
 
-        original, nn.Value = nn.Value, Value
-        random.seed(1)
-        model = nn.MLP(2, [16, 16, 1])
-        nn.Value = original
+        model = micrograd_net(Value, 2, [16, 16, 1])
         return replay(optimize(loss_of(model, Value)), SGD(model.parameters(), lr=0.1))
-
-    def micrograd():
-        from micrograd.engine import Value
-
-        return train(Value)
 
     def matrices():
         """The same network and loss in PyTorch, on matrices: what nobody would write on scalars there."""
-        import micrograd.nn as nn
+        import micrograd.engine
         import torch
 
         torch.set_num_threads(CORES)
-        random.seed(1)
-        rows = [[[w.data for w in n.w] for n in layer.neurons] for layer in nn.MLP(2, [16, 16, 1]).layers]
+        net = micrograd_net(micrograd.engine.Value, 2, [16, 16, 1])
+        rows = [[[w.data for w in n.w] for n in layer.neurons] for layer in net.layers]
         layers = [
             (torch.tensor(r, dtype=torch.float64).T.contiguous(), torch.zeros(len(r), dtype=torch.float64))
             for r in rows
@@ -143,9 +186,9 @@ def moons() -> Contenders:
         return step
 
     return {
-        "picograd": ours,
+        "picograd": lambda: by_scalars(importlib.import_module("picograd").Value),
         "picograd optimized": optimized,
-        "micrograd": micrograd,
+        "micrograd": lambda: by_scalars(importlib.import_module("micrograd.engine").Value),
         "PyTorch eager, matrices": matrices,
     }
 
@@ -172,19 +215,6 @@ def problem(n, *sizes) -> Problem:
     return Problem(sizes, draw((n, sizes[0])), draw((n, sizes[-1])), start)
 
 
-def replay(loss, optimizer):
-    """A training step of an optimized graph."""
-
-    def step():
-        loss.forward()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return float(loss.data)
-
-    return step
-
-
 def ours(task: Problem, optimized=False, **backward):
     from picograd import Tensor, optimize
     from picograd.nn import MLP, SGD, mse_loss
@@ -196,15 +226,7 @@ def ours(task: Problem, optimized=False, **backward):
     optimizer = SGD(model.parameters(), lr=RATE)
     if optimized:
         return replay(optimize(mse_loss(model(x), y)), optimizer)
-
-    def step():
-        optimizer.zero_grad()
-        loss = mse_loss(model(x), y)
-        loss.backward(**backward)
-        optimizer.step()
-        return float(loss.data)
-
-    return step
+    return eager(lambda: mse_loss(model(x), y), optimizer, **backward)
 
 
 def by_hand(task: Problem):
@@ -340,15 +362,296 @@ MATRIX_PEERS = {
 
 
 def mlp(*shape) -> Contenders:
-    task = problem(*shape)
-    return {
-        name: partial(make, task)
-        for name, make in {
-            "picograd": ours,
-            "picograd optimized": partial(ours, optimized=True),
-            **MATRIX_PEERS,
-        }.items()
-    }
+    makers = {"picograd": ours, "picograd optimized": partial(ours, optimized=True)} | MATRIX_PEERS
+    return {name: partial(make, problem(*shape)) for name, make in makers.items()}
+
+
+# Models of other kinds: forward and backward. Each is its data and its loss, which is written once, on the functions of
+# a library: those of NumPy's names, and the ones in `spelled` that each library has under names of its own.
+
+
+class Model(NamedTuple):
+    """A row of `MODELS`. loss: of the library, the parameters and the inputs; by_hand: `-> loss, gradients` of both."""
+
+    title: str
+    parameters: tuple[tuple[int, ...], ...]  # shapes, of normal numbers over the root of the first length
+    inputs: Callable[[np.random.Generator], tuple[np.ndarray, ...]]
+    loss: Callable
+    by_hand: Callable | None = None
+
+
+def normal(*shapes):
+    return lambda rng: tuple(rng.standard_normal(shape, dtype=np.float32) for shape in shapes)
+
+
+def convolution(lib, parameters, inputs):
+    filters, bias = parameters
+    out = lib.relu(lib.convolve(inputs[0], filters) + bias[:, None, None])
+    n, k, rows, columns = out.shape
+    return lib.mean(lib.amax(lib.reshape(out, (n, k, rows // 2, 2, columns // 2, 2)), (3, 5)))
+
+
+def convolution_by_hand(parameters, inputs):
+    """One matrix product over windows that are copied once; every array is kept."""
+    (filters, bias), x = parameters, inputs[0]
+    k, size = len(filters), filters.shape[1]
+    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))
+    n, rows, columns = windows.shape[:3]
+    flat, out = np.empty((n * rows * columns, size * size), np.float32), np.empty((n, rows, columns, k), np.float32)
+    into, slope = flat.reshape(windows.shape), np.empty_like(out)
+    corners = [(slice(None), slice(i, None, 2), slice(j, None, 2)) for i in (0, 1) for j in (0, 1)]
+    peak, share = np.empty_like(out[corners[0]]), 4 / (n * k * rows * columns)
+    hit = np.empty(peak.shape, bool)
+
+    def step():
+        np.copyto(into, windows)
+        np.dot(flat, filters.reshape(k, -1).T, out=out.reshape(-1, k))
+        np.add(out, bias, out=out)
+        np.maximum(out[corners[0]], out[corners[1]], out=peak)
+        for corner in corners[2:]:
+            np.maximum(peak, out[corner], out=peak)
+        np.maximum(peak, 0, out=peak)
+        for corner in corners:  # where it is the largest, and above 0
+            np.equal(out[corner], peak, out=hit)
+            np.multiply(hit, np.float32(share), out=slope[corner])
+        g = slope.reshape(-1, k)
+        return float(peak.mean()), [np.dot(flat.T, g).T.reshape(filters.shape), g.sum(0)]
+
+    return step
+
+
+def embedding(lib, parameters, inputs):
+    return lib.mean(lib.tanh(lib.mean(parameters[0][inputs[0]], 1)) * inputs[1])
+
+
+def embedding_by_hand(parameters, inputs):
+    (table,), (ids, weights) = parameters, inputs
+    gradient = np.empty_like(table)
+
+    def step():
+        out = np.tanh(table[ids].mean(1))
+        g = (1 - out * out) * weights
+        g /= out.size * ids.shape[1]
+        gradient.fill(0)
+        np.add.at(gradient, ids, g[:, None])
+        return float((out * weights).mean()), [gradient]
+
+    return step
+
+
+def words(rows):
+    """64 sentences of 32 words, out of so many."""
+    return lambda rng: (rng.integers(0, rows, (64, 32)), rng.standard_normal((64, 64), dtype=np.float32))
+
+
+def einsum_by_hand(parameters, inputs):
+    (a, b), (c,) = parameters, inputs
+    share = np.float32(1 / c.size)
+
+    def step():
+        g = c * share
+        return float(np.vdot(a @ b.T, g)), [g @ b, g.T @ a]
+
+    return step
+
+
+def power_by_hand(parameters, inputs):
+    (x,) = parameters
+    square, out = np.empty_like(x), np.empty_like(x)
+
+    def step():
+        np.multiply(x, x, out=square)
+        np.multiply(square, x, out=out)
+        loss = float(out.mean())
+        return loss, [np.multiply(square, np.float32(3 / x.size), out=square)]
+
+    return step
+
+
+def attention(lib, parameters, inputs):
+    """One head over 8 x 64 x 64, before a layer norm and a feed-forward with gelu."""
+    query, key, value, first, second, gain, bias = parameters
+    x, weights = inputs
+    normed = lib.layer_norm(x, gain, bias)
+    scores = (normed @ query) @ lib.swapaxes(normed @ key, -1, -2) / 8.0
+    x = x + lib.softmax(scores) @ (normed @ value)
+    return lib.mean((x + lib.gelu(x @ first) @ second) * weights)
+
+
+def lstm(lib, parameters, inputs):
+    weights, recurrent, bias, start = parameters
+    h = c = start
+    for x in inputs[0]:
+        gates = x @ weights + h @ recurrent + bias
+        i, f, o = (lib.sigmoid(gates[:, 32 * k : 32 * k + 32]) for k in range(3))
+        c = f * c + i * lib.tanh(gates[:, 96:])
+        h = o * lib.tanh(c)
+    return lib.mean(h * inputs[1])
+
+
+def classes(rng):
+    return rng.standard_normal((256, 64), dtype=np.float32), rng.integers(0, 5000, 256)
+
+
+MODELS = {
+    "power": Model(
+        "(x ** 3).mean(), 200 x 200", ((200, 200),), normal(), lambda lib, p, _: lib.mean(p[0] ** 3), power_by_hand
+    ),
+    "einsum": Model(
+        'einsum("ij,kj->ik"), 200 x 300 x 400',
+        ((200, 300), (400, 300)),
+        normal((200, 400)),
+        lambda lib, p, x: lib.mean(lib.einsum("ij,kj->ik", *p) * x[0]),
+        einsum_by_hand,
+    ),
+    "convolution": Model(
+        "16 x 28 x 28 by 8 filters of 5 x 5 (windows and einsum), relu, max-pool",
+        ((8, 5, 5), (8,)),
+        normal((16, 28, 28)),
+        convolution,
+        convolution_by_hand,
+    ),
+    "embedding": Model(
+        "embedding lookup, 64 x 32 of 5,000 rows of 64, mean, tanh",
+        ((5000, 64),),
+        words(5000),
+        embedding,
+        embedding_by_hand,
+    ),
+    "embedding-few": Model(
+        "embedding lookup, the same among 50 rows", ((5000, 64),), words(50), embedding, embedding_by_hand
+    ),
+    "layer-norm": Model(
+        "layer norm, 256 x 512",
+        ((256, 512), (512,), (512,)),
+        normal((256, 512)),
+        lambda lib, p, x: lib.mean(lib.layer_norm(*p) * x[0]),
+    ),
+    "attention": Model(
+        "attention block with layer norm, softmax and gelu, 8 x 64 x 64",
+        ((64, 64), (64, 64), (64, 64), (64, 256), (256, 64), (64,), (64,)),
+        normal((8, 64, 64), (8, 64, 64)),
+        attention,
+    ),
+    "lstm": Model(
+        "LSTM, 16 steps of 32 x 32", ((32, 128), (32, 128), (128,), (32, 32)), normal((16, 32, 32), (32, 32)), lstm
+    ),
+    "cross-entropy": Model(
+        "cross-entropy of 256 x 5,000 after a matrix product",
+        ((64, 5000), (5000,)),
+        classes,
+        lambda lib, p, x: lib.cross_entropy(x[0] @ p[0] + p[1], x[1]),
+    ),
+}
+
+
+@functools.cache
+def library(name: str):
+    """What a loss calls: the library's functions of NumPy's names, and what each spells differently."""
+    if name == "picograd":
+        import picograd
+
+        own, base = {name: getattr(picograd, name) for name in ("relu", "sigmoid", "softmax", "cross_entropy")}, np
+
+        def layer_norm(x, gain, bias):
+            centred = x - np.mean(x, -1, keepdims=True)
+            return centred / np.sqrt(np.mean(centred**2, -1, keepdims=True) + 1e-5) * gain + bias
+
+        def gelu(x):
+            return 0.5 * x * (1.0 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+        def convolve(x, filters):
+            windows = np.lib.stride_tricks.sliding_window_view(x, filters.shape[1:], (1, 2))
+            return np.einsum("nhwij,fij->nfhw", windows, filters)
+
+        own |= {"layer_norm": layer_norm, "gelu": gelu, "convolve": convolve}
+    elif name == "torch":
+        import torch
+        import torch.nn.functional as F
+
+        torch.set_num_threads(CORES)
+        own, base = {name: getattr(F, name) for name in ("relu", "sigmoid", "cross_entropy")}, torch
+        own["layer_norm"] = lambda x, gain, bias: F.layer_norm(x, x.shape[-1:], gain, bias)
+        own["softmax"] = partial(F.softmax, dim=-1)
+        own["gelu"] = partial(F.gelu, approximate="tanh")
+        own["convolve"] = lambda x, filters: F.conv2d(x[:, None], filters[:, None])
+    else:
+        import jax
+
+        own, base = {name: getattr(jax.nn, name) for name in ("relu", "sigmoid", "softmax", "gelu")}, jax.numpy
+        own["amax"] = jax.numpy.max
+
+        def cross_entropy(logits, labels):
+            return -jax.numpy.mean(jax.nn.log_softmax(logits)[jax.numpy.arange(len(labels)), labels])
+
+        def layer_norm(x, gain, bias):
+            centred = x - x.mean(-1, keepdims=True)
+            return centred / jax.numpy.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * gain + bias
+
+        def convolve(x, filters):
+            return jax.lax.conv(x[:, None], filters[:, None], (1, 1), "VALID")
+
+        own |= {"cross_entropy": cross_entropy, "layer_norm": layer_norm, "convolve": convolve}
+    return SimpleNamespace(**{name: getattr(base, name) for name in SHARED if hasattr(base, name)} | own)
+
+
+SHARED = "mean tanh einsum reshape amax swapaxes".split()
+
+
+def of_model(model: Model) -> Contenders:
+    rng = np.random.default_rng(0)
+    draw = partial(rng.standard_normal, dtype=np.float32)
+    parameters = [draw(shape) / np.float32(math.sqrt(shape[0])) for shape in model.parameters]
+    inputs = model.inputs(rng)
+
+    def by_picograd(optimized=False):
+        from picograd import Tensor, Value, optimize
+
+        values = [Value(p) for p in parameters]
+        loss = partial(model.loss, library("picograd"), values, [Tensor(x, x.dtype) for x in inputs])
+        nothing = NoOptimizer(values)
+        step = replay(optimize(loss()), nothing) if optimized else eager(loss, nothing)
+        return with_gradients(step, lambda: [v.grad.numpy() for v in values])
+
+    def by_hand():
+        step, found = model.by_hand(parameters, inputs), []
+
+        def work():
+            loss, found[:] = step()
+            return loss
+
+        return with_gradients(work, lambda: found)
+
+    def by_torch():
+        import torch
+
+        tensors = [torch.from_numpy(p.copy()).requires_grad_() for p in parameters]
+        loss = partial(model.loss, library("torch"), tensors, list(map(torch.from_numpy, inputs)))
+
+        def step():
+            for p in tensors:
+                p.grad = None
+            out = loss()
+            out.backward()
+            return out.item()
+
+        return with_gradients(step, lambda: [p.grad.numpy() for p in tensors])
+
+    def by_jax():
+        import jax
+
+        work, found = jax.jit(jax.value_and_grad(partial(model.loss, library("jax")))), []
+        ours, theirs = list(map(jax.numpy.array, parameters)), list(map(jax.numpy.array, inputs))
+
+        def step():
+            out, found[:] = jax.block_until_ready(work(ours, theirs))
+            return float(out)
+
+        return with_gradients(step, lambda: [np.asarray(g) for g in found])
+
+    contenders = {"picograd": by_picograd, "picograd optimized": partial(by_picograd, True)}
+    contenders |= {"NumPy by hand": by_hand} if model.by_hand else {}
+    return contenders | {"PyTorch eager": by_torch, "JAX jit": by_jax}
 
 
 def samples() -> Contenders:
@@ -379,19 +682,6 @@ def samples() -> Contenders:
     }
 
 
-def eager(make_loss, optimizer):
-    """A training step that builds its graph anew."""
-
-    def step():
-        loss = make_loss()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return float(loss.data)
-
-    return step
-
-
 def expression() -> Contenders:
     """The expression of micrograd's README: two dozen operations on two numbers."""
 
@@ -413,13 +703,7 @@ def expression() -> Contenders:
         a, b = Value(-4.0), Value(2.0)
         g = optimize(build(a, b))
 
-        def step():
-            g.forward()
-            a.grad = b.grad = None
-            g.backward()
-            return float(g.data)
-
-        return step
+        return replay(g, NoOptimizer([a, b]))
 
     def plain(module):
         def make():
@@ -442,13 +726,9 @@ def optimizing() -> Contenders:
     """Seconds that `optimize` takes, per 100,000 nodes: micrograd's MLP over as many samples as make so many nodes."""
 
     def make(samples):
-        from micrograd import nn
-
         from picograd import Value, optimize
 
-        original, nn.Value = nn.Value, Value
-        model = nn.MLP(2, [16, 16, 1])
-        nn.Value = original
+        model = micrograd_net(Value, 2, [16, 16, 1])
         points = np.random.default_rng(0).normal(size=(samples, 2)).tolist()
 
         def measure():
@@ -773,9 +1053,11 @@ class Row(NamedTuple):
 
 ROWS = {
     "moons": Row("training step on two moons, micrograd's MLP[2,16,16,1] of single numbers", moons, tolerance=1e-9),
+    "mlp-tiny": Row("training step, 32 x MLP[8,16,1], float32", partial(mlp, 32, 8, 16, 1)),
     "mlp-small": Row("training step, 100 x MLP[2,16,16,1], float32", partial(mlp, 100, 2, 16, 16, 1)),
     "mlp-medium": Row("training step, 128 x MLP[784,256,128,10], float32", partial(mlp, 128, 784, 256, 128, 10)),
     "mlp-large": Row("training step, 1024 x MLP[784,512,512,10], float32", partial(mlp, 1024, 784, 512, 512, 10)),
+    **{name: Row(f"{x.title}: forward and backward", partial(of_model, x)) for name, x in MODELS.items()},
     "samples": Row("training step, MLP[2,16,16,1] on 100 samples, each its own graph", samples),
     "expression": Row("forward and backward of the expression in micrograd's README", expression, tolerance=1e-9),
     "optimize": Row("time of optimize() per 100,000 nodes", optimizing, steps=False, rounds=3),
@@ -844,10 +1126,17 @@ def set_up(contenders: Contenders):
 
 
 def check_agreement(ready, tolerance):
-    losses = {name: [step() for _ in range(3)] for name, step in ready.items()}
-    for (first, expected), (name, got) in zip(list(losses.items())[:1] * len(losses), losses.items(), strict=True):
-        if not np.allclose(got, expected, rtol=tolerance, atol=0):
-            raise SystemExit(f"no comparison: first losses of {first} {expected}, of {name} {got}")
+    """All have the losses of the first in three steps, and its gradients where they give some."""
+    losses, gradients = {name: [step() for _ in range(3)] for name, step in ready.items()}, {}
+    for name, step in ready.items():
+        if hasattr(step, "gradients"):
+            gradients[name] = [np.array(g) for g in step.gradients()]
+    for kind, found in (("losses", losses), ("gradients", gradients)):
+        first = next(iter(found), None)
+        for name, got in found.items():
+            for a, b in zip(got, found[first], strict=True):
+                if not np.allclose(a, b, rtol=tolerance, atol=tolerance * np.max(np.abs(b)) * (kind == "gradients")):
+                    raise SystemExit(f"no comparison: first {kind} of {first} {found[first]}, of {name} {got}")
 
 
 def run(row: Row, rounds: int, against: str | None = None):
