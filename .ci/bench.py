@@ -10,8 +10,8 @@
 The peers come from requirements.txt and bench-requirements.txt beside this file; one that is not installed is reported
 as such. Every contender may use all cores that this process may use; `taskset -c 0 python .ci/bench.py` takes one.
 
-ROWS is a table: a row names its contenders, `{contender: make}`. `make()` sets a contender up and returns a callable that
-does the work once: in a row of steps it returns the loss, and before anything is timed all contenders must agree on the
+ROWS is a table: a row names its contenders, `{contender: make}`. `make()` sets one up and returns a callable that does
+the work once: in a row of steps it returns the loss, and before anything is timed all contenders must agree on the
 loss of their first three steps (so also on the gradients that the first two applied), and on their gradients where they
 give some; in other rows it returns what was measured. MODELS is the table of models that every library computes in the
 same way: a model is its data and one loss. Names that start with "picograd" are ours, and the ratios are ours / the

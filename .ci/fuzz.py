@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Random programs, each run in several ways that must agree.
 
-    .ci/fuzz.py SECONDS [--room values|optimizer|blocks] [--seed N] [--programs N] [--keep-going] [--path FILE]
+    .ci/fuzz.py SECONDS [--room values|optimizer|blocks] [--seed N] [--programs N] [--keep-going] [--processes]
+                        [--path FILE]
 
 A room is a module or class with three names:
 
@@ -23,8 +24,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
+import faulthandler
 import functools
+import importlib
 import importlib.util
 import inspect
 import math
@@ -85,6 +89,18 @@ class Mode:
 
 
 mode = Mode()
+
+
+@contextlib.contextmanager
+def computing(wide: bool, xp):
+    """Within it, models compute in that way."""
+    mode.wide, mode.xp = wide, xp
+    try:
+        yield
+    finally:
+        mode.wide, mode.xp = False, np
+
+
 _WEAK = {float: np.float64, bool: np.bool_, int: np.int64}  # Python's numbers, to NumPy's for the same arithmetic
 
 
@@ -404,7 +420,7 @@ def model_raw(data, dtype=None):
 
 def run_model(program, leaves=None, wide=False, xp=np) -> Run:
     """The program on models; leaves: raw values instead of those that it names."""
-    mode.wide, mode.xp, mode.eps, mode.turn = wide, xp, 0.0, 0
+    mode.eps, mode.turn = 0.0, 0
 
     def leaf(i, data, dtype):
         return wrap(leaves[i] if leaves is not None else model_raw(data, dtype), False)
@@ -416,10 +432,8 @@ def run_model(program, leaves=None, wide=False, xp=np) -> Run:
 
     own = types.SimpleNamespace(**OWN, **{name: _spare(name) for name in SPARE})
     names = {"picograd": own, "Tensor": tensor, "scaled": OWN["scaled"], "horner": OWN["horner"]}
-    try:
+    with computing(wide, xp):
         return Run(program, names, leaf)
-    finally:
-        mode.wide, mode.xp = False, np
 
 
 SPARE: dict = {}  # public primitives that the table of references does not know: their own forward is the reference
@@ -1290,6 +1304,33 @@ class Aside(Exception):
     """A reason to set a program aside."""
 
 
+@contextlib.contextmanager
+def succeeding(what: str, code: str = ""):
+    """Within it, an error is a difference: nothing that is done there may raise."""
+    try:
+        yield
+    except (Differs, Aside):
+        raise
+    except Exception as error:
+        raise Differs(f"{what} raises", f"{type(error).__name__}: {error}", code) from None
+
+
+def many(x) -> tuple:
+    """What `optimize` takes and gives: a root, or a tuple of them."""
+    return x if type(x) is tuple else (x,)
+
+
+def array64(x) -> np.ndarray:
+    """What x holds, in double precision."""
+    return public(x).astype(np.float64)
+
+
+def largest(arrays) -> float:
+    """The largest finite number in arrays: what rounding errors are relative to, at worst."""
+    arrays = [np.abs(x[np.isfinite(x)]) for x in arrays]
+    return max([float(x.max(initial=0.0)) for x in arrays], default=0.0)
+
+
 def expect(kind: str, got, expected, eps: float, code: str, scale: float = 0.0, dtype=True, excuse=None):
     """Raises Differs, or, if the excuse (a function) says how much the numbers wobble by themselves, Aside."""
     how = differs(got, expected, eps, scale, dtype)
@@ -1365,26 +1406,21 @@ def check_names(program, real, model, eps):
 
 
 def magnitude(model, program) -> float:
-    """The largest finite number among the floats of a program: what its rounding errors are relative to, at worst."""
-    most = 0.0
-    for statement in program:
-        array = public(model.names[target(statement)])
-        if array.dtype.kind == "f" and array.size:
-            finite = np.abs(array[np.isfinite(array)].astype(np.float64))
-            most = max(most, float(finite.max(initial=0.0)))
-    return min(most, 1e6)
+    """The largest finite number among the floats of a program."""
+    arrays = [public(model.names[target(statement)]) for statement in program]
+    return min(largest([x.astype(np.float64) for x in arrays if x.dtype.kind == "f"]), 1e6)
 
 
 def wobble(program, name, model) -> float:
     """How far a result moves when leaves move by an ulp or two, or when all is computed in float64."""
-    base, most = public(model.names[name]).astype(np.float64), 0.0
+    base, most = array64(model.names[name]), 0.0
     raws = [leaf.raw for leaf in model.leaves]
     runs = [run_model(program, [moved(x, sign) for x in raws]) for sign in (1, -1, 2)]
     runs.append(run_model(program, [np.asarray(x, np.float64)[()] for x in raws], wide=True))
     for other in runs:
         if other.error or name not in other.names or public(other.names[name]).shape != base.shape:
             return math.inf
-        there = public(other.names[name]).astype(np.float64)
+        there = array64(other.names[name])
         if not np.array_equal(np.isfinite(there), np.isfinite(base)):
             return math.inf
         gap = np.abs(there - base)
@@ -1424,9 +1460,8 @@ def total_of(program, seed, xp):
         run = run_model(program, raws, wide=True, xp=xp)
         if run.error:
             raise run.error
-        mode.wide, mode.xp = True, xp
-        out = run.root(program)
-        return xp.sum((out.raw if isinstance(out, Model) else out) * seed)
+        with computing(True, xp):
+            return xp.sum(plain(run.root(program)) * seed)
 
     return total
 
@@ -1438,8 +1473,6 @@ def reference(program, raws, seed):
         return found if all(isinstance(g, (np.ndarray, np.generic, float)) for g in found) else None
     except Exception:  # it lacks a function, or a rule: whatever it raises
         return None
-    finally:
-        mode.wide, mode.xp = False, np
 
 
 def slopes(program, raws, seed, steps=(1e-5, 1e-6)):
@@ -1465,7 +1498,7 @@ def slopes(program, raws, seed, steps=(1e-5, 1e-6)):
                 doubt = max(doubt, abs(found[0] - found[3])) if steady else doubt
             grads.append(grad)
     finally:
-        mode.wide, mode.xp, mode.frozen = False, np, None
+        mode.frozen = None
     return grads, 10 * doubt + 1e-8 * (1 + abs(here))
 
 
@@ -1505,7 +1538,7 @@ def gradient_wobble(program, raws, seed) -> float:
         leaves = [picograd.Value(np.asarray(x), x.dtype) if hasattr(x, "dtype") else picograd.Value(x) for x in near]
         run = run_real(program, leaves)
         backward(run.root(program), seed)
-        found.append([public(v.grad).astype(np.float64) for v in run.leaves])
+        found.append([array64(v.grad) for v in run.leaves])
     gaps = [np.max(np.abs(a - b), initial=0.0) for other in found[1:] for a, b in zip(found[0], other)]
     return 20 * float(max(gaps, default=0.0)) if np.all(np.isfinite(gaps)) else math.inf
 
@@ -1543,10 +1576,8 @@ def _check_values(program):
     call_back = BACKWARD.format(**names_of(program))
     seed, raws = seed_of(root.shape), [leaf.raw for leaf in model.leaves]
     kept = {name: np.array(public(x)) for name, x in real.names.items() if isinstance(x, picograd.Value)}
-    try:
+    with succeeding("backward", call_back):
         flowing = backward(root, seed)
-    except Exception as error:
-        raise Differs("backward raises", f"{type(error).__name__}: {error}", call_back) from None
     found = grads(real)
     for name, before in kept.items():
         expect("backward changes data", public(real.names[name]), before, 1e-300, call_back)
@@ -1606,12 +1637,8 @@ def check_functions(program, raws, seed):
 
     code = f"# grad of the sum of {target(program[-1])} * cos(0, 1, ...), as a function of its leaves, given in float64"
     inputs = [np.array(x) if hasattr(x, "dtype") else x for x in wide]  # a 0-d array is strong, a number is weak
-    try:
+    with succeeding("grad", code):
         value, found = picograd.value_and_grad(total, every)(*inputs)
-    except Aside:
-        raise
-    except Exception as error:
-        raise Differs("grad raises", f"{type(error).__name__}: {error}", code) from None
     for x, g in zip(inputs, found):
         if np.shape(g) != np.shape(x) or np.asarray(g).dtype != np.float64:
             raise Differs("grad kind", f"{np.shape(g)} {np.asarray(g).dtype} for float64 {np.shape(x)}", code)
@@ -1633,12 +1660,8 @@ def check_second(program, total, every, inputs, eps, code):
     def slope(*leaves):
         return sum(np.sum(g * d) for g, d in zip(first(*leaves), along))
 
-    try:
+    with succeeding("second order", code):
         second = picograd.grad(slope, every)(*inputs)
-    except Aside:
-        raise
-    except Exception as error:
-        raise Differs("second order raises", f"{type(error).__name__}: {error}", code) from None
 
     def beside(step):
         """The slope a step further along."""
@@ -1684,10 +1707,8 @@ def check_replays(program, real, root, found, flowing, eps, seed):
         return
     code = "# after leaf.data = leaf.data * 1.1 - 0.0625 (1.1, 0.9, ...; -0.0625, 0.03125, 0.03125, ...) of each leaf\n"
     code += f"{names['root']}.forward()\nprint({names['root']}.data)"
-    try:
+    with succeeding("replay", code):
         root.forward()
-    except Exception as error:
-        raise Differs("replay raises", f"{type(error).__name__}: {error}", code) from None
     expect("replay", public(root), public(fresh.root(program)), 1e-300, code)
 
 
@@ -1703,11 +1724,9 @@ def check_copies(program, seed, found):
     inner = next((x for x in run.names.values() if isinstance(x, picograd.Value) and x is not root), root)
     for how, twin_of in (("pickle", lambda x: pickle.loads(pickle.dumps(x))), ("copy.deepcopy", copy.deepcopy)):
         code = f"twins = {how}((leaves, inner, {target(program[-1])}))"
-        try:
+        with succeeding(how, code):
             leaves, middle, twin = twin_of((run.leaves, inner, root))
             flowing = backward(twin, seed)
-        except Exception as error:
-            raise Differs(f"{how} raises", f"{type(error).__name__}: {error}", code) from None
         expect(how, public(twin), public(root), 1e-300, code)
         expect(how, public(middle), public(inner), 1e-300, code)
         if flowing:
@@ -1798,8 +1817,7 @@ def _check_optimized(program):
     eager = run_real(program, eager=True)
     if eager.error:
         raise Aside("invalid")
-    roots = eager.root(program)
-    roots = roots if type(roots) is tuple else (roots,)
+    roots = many(eager.root(program))
     if not roots or not all(isinstance(r, picograd.Value) for r in roots):
         raise Aside("no root")
     Pair(program).go()
@@ -1842,16 +1860,11 @@ class Pair:
         self.eager = run_real(self.program, eager=True)
         real = self.run(self.program)
         self.leaves = real.leaves
-        roots, eager = real.root(self.program), self.eager.root(self.program)
-        self.eager_roots = eager if type(eager) is tuple else (eager,)
-        roots = roots if type(roots) is tuple else (roots,)
-        self.originals = roots
-        names = ", ".join(f"x{i}" for i in range(len(roots)))
-        try:
-            programs, self.leaves = WAYS[way](roots, self.leaves)
-        except Exception as error:
-            raise Differs(f"{way} raises", f"{type(error).__name__}: {error}", f"{way}({names})") from None
-        self.programs = programs if type(programs) is tuple else (programs,)
+        self.eager_roots, self.originals = many(self.eager.root(self.program)), many(real.root(self.program))
+        names = ", ".join(f"x{i}" for i in range(len(self.originals)))
+        with succeeding(way, f"{way}({names})"):
+            programs, self.leaves = WAYS[way](self.originals, self.leaves)
+        self.programs = many(programs)
 
     def run(self, program):
         real = run_real(program)
@@ -1867,11 +1880,9 @@ class Pair:
         self.steps.append(f"for p in programs: p.{step}()")
         for root in self.eager_roots:
             root.forward()
-        try:
+        with succeeding(step, self.code()):
             for p in self.programs:
                 p.forward()
-        except Exception as error:
-            raise Differs(f"{step} raises", f"{type(error).__name__}: {error}", self.code()) from None
 
     def compare(self, when):
         for p, root in zip(self.programs, self.eager_roots):
@@ -1887,12 +1898,8 @@ class Pair:
             raise Differs(f"{kind}, {how}" if how.startswith("dtype") else kind, how, self.code())
 
     def scale(self):
-        most = 0.0
-        for x in self.eager.names.values():
-            if isinstance(x, picograd.Value) and x.dtype.kind == "f" and x.size:
-                array = np.abs(np.asarray(public(x), np.float64))
-                most = max(most, float(array[np.isfinite(array)].max(initial=0.0)))
-        return min(most, 1e6)
+        values = [x for x in self.eager.names.values() if isinstance(x, picograd.Value) and x.dtype.kind == "f"]
+        return min(largest(map(array64, values)), 1e6)
 
     def steady(self):
         """Whether eager agrees with itself at leaves moved by an ulp: values and gradients; and nothing overflows."""
@@ -1907,15 +1914,11 @@ class Pair:
                 return False
             values = [x for x in run.names.values() if isinstance(x, picograd.Value)]
             with np.errstate(all="ignore"):
-                if any(np.any(np.abs(np.asarray(public(x), np.float64)) > 1e30) for x in values if x.size):
+                if any(np.any(np.abs(array64(x)) > 1e30) for x in values if x.size):
                     return False
-            root = run.root(self.program)
-            for r in root if type(root) is tuple else (root,):
+            for r in many(run.root(self.program)):
                 backward(r, seed_of(r.shape))
-            runs.append(
-                [np.array(public(x), np.float64) for x in values]
-                + [np.array(public(v.grad), np.float64) for v in leaves]
-            )
+            runs.append([array64(x) for x in values] + [array64(v.grad) for v in leaves])
         return all(
             differs(a, b, 8 * self.loose, self.scale()) is None for other in runs[1:] for a, b in zip(runs[0], other)
         )
@@ -1925,11 +1928,9 @@ class Pair:
         before = [np.array(public(p)) for p in self.programs]
         for root in self.eager_roots:
             backward(root, seed_of(root.shape))
-        try:
+        with succeeding(kind, self.code()):
             for p in self.programs:
                 backward(p, seed_of(p.shape))
-        except Exception as error:
-            raise Differs(f"{kind} raises", f"{type(error).__name__}: {error}", self.code()) from None
         for p, data in zip(self.programs, before):
             expect(f"{kind} changes data", public(p), data, 1e-300, self.code())
         for v, w in zip(self.leaves, self.eager.leaves):
@@ -2001,11 +2002,9 @@ class Pair:
         self.steps = ["a, b = picograd.optimize(first, last)  # the middle one of the Values with names, and the last"]
         self.steps.append("(np.sum(a) * 1.5 + np.sum(b)).backward()")
         (first, last), (a, b) = pairs
-        try:
+        with succeeding("two roots", self.code()):
             first, last = picograd.optimize(first, last)
             backward(np.sum(first) * 1.5 + np.sum(last))
-        except Exception as error:
-            raise Differs("two roots raises", f"{type(error).__name__}: {error}", self.code()) from None
         backward(np.sum(a) * 1.5 + np.sum(b))
         for v, w in zip(real.leaves, eager.leaves):
             self.expect("two roots", public(v.grad), public(w.grad))
@@ -2021,8 +2020,7 @@ def _optimize(roots, leaves):
 
 
 def _twice(roots, leaves):
-    once = picograd.optimize(*roots)
-    return picograd.optimize(*(once if type(once) is tuple else (once,))), leaves
+    return picograd.optimize(*many(picograd.optimize(*roots))), leaves
 
 
 def _pickled(roots, leaves):
@@ -2202,13 +2200,9 @@ def load(path: pathlib.Path):
 
 
 def room_named(name: str):
-    if name == "blocks":
-        spec = importlib.util.spec_from_file_location("fuzz_blocks", HERE / "fuzz_blocks.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["fuzz_blocks"] = module
-        spec.loader.exec_module(module)
-        return module
-    return {"values": Values, "optimizer": Optimizer}[name]
+    return (
+        importlib.import_module("fuzz_blocks") if name == "blocks" else {"values": Values, "optimizer": Optimizer}[name]
+    )
 
 
 def own_seed(seed: int, i: int) -> int:
@@ -2265,25 +2259,24 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="a fresh one unless given")
     parser.add_argument("--programs", type=int, help="how many in each room, whatever the time")
     parser.add_argument("--keep-going", action="store_true", help="after a difference")
+    parser.add_argument("--processes", action="store_true", help="every program of blocks in worker processes")
     parser.add_argument("--path", type=pathlib.Path, default=HERE.parent / "picograd.py", help="the file to test")
     options = parser.parse_args()
     if options.seconds == math.inf and options.programs is None:
         parser.error("give SECONDS or --programs")
     seed = secrets.randbits(32) if options.seed is None else options.seed
     print(f"seed {seed}")
+    faulthandler.enable()
     missing = load(options.path)
     print(f"entries of the table without a maker of arguments: {', '.join(missing) or 'none'}")
     seconds = options.seconds if options.programs is None else math.inf
     rooms = [options.room] if options.room else ["values", "optimizer", "blocks"]
-    passed = [
-        fuzz(name, seed, seconds, options.programs or math.inf, options.keep_going) for name in rooms if available(name)
-    ]
+    if options.processes:
+        room_named("blocks").PROCESSES = True
+    passed = [fuzz(name, seed, seconds, options.programs or math.inf, options.keep_going) for name in rooms]
     return 0 if all(passed) and not missing else 1
 
 
-def available(name: str) -> bool:
-    return name != "blocks" or (HERE / "fuzz_blocks.py").exists()
-
-
 if __name__ == "__main__":
+    sys.modules["fuzz"] = sys.modules[__name__]  # what `blocks` imports from
     sys.exit(main())

@@ -7,48 +7,30 @@ Whatever a statement prints, raises or leaves behind must be the same in both. C
 happens only where the program says `print` or `look()`, and at the end; there every array that can be written to is
 written to as well, to see who sees it.
 
-    python .ci/fuzz_blocks.py SECONDS [--seed N] [--programs N] [--path OTHER_picograd.py] [--processes]
-
-As a room of a driver: `generate(rng)` makes a program, `check(program)` says how it fails, and `PREAMBLE` makes it one
-that can be pasted.
+It is a room of `.ci/fuzz.py --room blocks`: `generate(rng)` makes a program, `check(program)` says how it fails, and
+`PREAMBLE` makes it one that can be pasted.
 """
 
-import argparse
-import collections
 import contextlib
 import copy
 import faulthandler
 import functools
-import importlib.util
 import itertools
-import pathlib
 import random
 import re
 import signal
 import sys
 import threading
-import time
 import types
 import warnings
 import weakref
 
 import numpy as np
+from fuzz import Skip, compiled
 
-_arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-_arguments.add_argument("seconds", type=float)
-_arguments.add_argument("--seed", type=int, help="of the first program; by default the time")
-_arguments.add_argument("--programs", type=int, default=sys.maxsize, help="stop after so many")
-_arguments.add_argument("--path", help="another picograd.py to judge")
-_arguments.add_argument("--processes", action="store_true", help="every program in worker processes")
-_arguments.add_argument("--keep-going", action="store_true", help="show the first failure of each kind, not one only")
-_options = _arguments.parse_args() if __name__ == "__main__" else None
+import picograd
 
-_path = pathlib.Path(_options.path if _options and _options.path else pathlib.Path(__file__).parents[1] / "picograd.py")
-if "picograd" not in sys.modules:
-    _spec = importlib.util.spec_from_file_location("picograd", _path)
-    sys.modules["picograd"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["picograd"])
-import picograd  # noqa: E402
+PROCESSES = False  # whether every program runs in worker processes
 
 IMPORTS = """\
 import contextlib, copy, gc, itertools, pickle, sys, types, warnings, weakref
@@ -118,10 +100,6 @@ beside = primitive(lambda x: x + cell["t"].max().astype(x.dtype).item(), lambda 
 failing = primitive(fail, lambda g, out, x: g, name="failing", elementwise=True)
 '''
 PREAMBLE = IMPORTS + HELPERS
-
-
-class Skip(str):
-    """Why a program is set aside."""
 
 
 class _NotDrawn(BaseException):
@@ -656,15 +634,10 @@ def _audit(ours, theirs, slack):
             raise _Difference(f"after writing to {name}, an array, at the end: {difference}") from None
 
 
-@functools.lru_cache(4096)
-def _compiled(statement):
-    return compile(statement, "<program>", "exec")
-
-
 def _run(statement, world):
     """Runs a statement; the exception that it ends with."""
     try:
-        exec(_compiled(statement), world)
+        exec(compiled(statement), world)
     except (Exception, _NotDrawn) as error:
         return error.with_traceback(None)
 
@@ -734,16 +707,17 @@ def check(program: list[str]):
     kept = picograd._BLOCK_BYTES, getattr(picograd, "_FEW_BLOCKS", None)
     with warnings.catch_warnings(), np.errstate(all="warn"), picograd.distributed_config():
         warnings.simplefilter("ignore")
-        processes = bool(_options and _options.processes)
         picograd.set_distributed_config(enabled=True, min_elements_for_parallel=1, num_workers=2)
-        picograd.set_distributed_config(use_processes=processes)
+        picograd.set_distributed_config(use_processes=PROCESSES)
         picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = 32, 0
+        faulthandler.dump_traceback_later(4 * _TIMEOUT, exit=True)  # in case not even a signal ends it
         try:
             with _deadline():
                 return _check(program)
         except Hang:
             return f"hangs: no end after {_TIMEOUT} s"
         finally:
+            faulthandler.cancel_dump_traceback_later()
             picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = kept
             sys.setprofile(None)
 
@@ -1299,76 +1273,3 @@ def generate(rng: np.random.Generator) -> list[str]:
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         return _Writer(int(rng.integers(1 << 62))).write()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# By itself, without the driver
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def shrink(program: list[str], seconds: float = 10.0) -> list[str]:
-    """A smaller program that fails, too: statements are left out, several at a time at first, as long as it does."""
-    end, kind = time.monotonic() + seconds, _kind(check(program) or "")
-    step = len(program) // 2
-    while step and time.monotonic() < end:
-        i, before = 0, len(program)
-        while i < len(program) and time.monotonic() < end:
-            shorter = program[:i] + program[i + step :]
-            answer = check(shorter)
-            if answer is not None and not isinstance(answer, Skip) and _kind(answer) == kind:
-                program = shorter
-            else:
-                i += step
-        step = step // 2 if len(program) == before or step > 1 else 1
-    return program
-
-
-_FEATURES = """detach same whole turned within beside lent interrupted simplefilter weakref as_strided window_view .at(
-    memoryview errstate backward grad ThreadPool deepcopy pickle out= copyto .put( sort tile reshape ravel .T .max .sum
-    .mean .std .var data=""".split()
-
-
-def _kind(answer):
-    """How a failure shows; a smaller program must fail in the same way."""
-    return (*re.findall(r"writing to|\w+Error|hangs|differ\b|looking|printed", answer),)
-
-
-def _signature(program, answer):
-    """What failures of one kind have in common, roughly: what their smallest programs use, and how they show."""
-    text = "\n".join(program)
-    return *_kind(answer), *[word for word in _FEATURES if word in text], bool(re.search(r"\.data [-+*/]=", text))
-
-
-def main() -> int:
-    faulthandler.enable()
-    seed = int(time.time()) if _options.seed is None else _options.seed
-    print(f"room blocks, seed {seed}, {_path}", flush=True)
-    begin, counts, kinds, index = time.monotonic(), collections.Counter(), {}, 0
-    while index < _options.programs and time.monotonic() - begin < _options.seconds:
-        faulthandler.dump_traceback_later(4 * _TIMEOUT, exit=True)  # in case not even a signal ends it
-        program = generate(np.random.default_rng([seed, index]))
-        answer = check(program)
-        faulthandler.cancel_dump_traceback_later()
-        index += 1
-        if answer is None or isinstance(answer, Skip):
-            counts["agree" if answer is None else f"set aside: {answer}"] += 1
-            continue
-        counts["failed"] += 1
-        found = time.monotonic()
-        small = shrink(program, 2.0 if _options.keep_going else 20.0)
-        answer = check(small) or f"not every time: {answer}"
-        kind = _signature(small, answer)
-        if kind not in kinds:
-            kinds[kind] = answer
-            print(f"\n--- program {index - 1} of seed {seed}, after {found - begin:.1f} s: {answer}")
-            print("\n".join(small), flush=True)
-        if not _options.keep_going:
-            break
-        begin += time.monotonic() - found  # shrinking is not counted
-    took = time.monotonic() - begin
-    print(f"\n{index} programs in {took:.1f} s, {index / took:.0f} a second: {dict(counts)}")
-    return 1 if counts["failed"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
