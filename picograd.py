@@ -3214,13 +3214,16 @@ class Module:
             if id(x) in seen:
                 continue
             seen[id(x)] = x
-            if isinstance(x, Value):
-                if x._prim is None and x._needs:  # not a result that a module remembers
-                    yield name, x
-                continue
-            if _of_another_copy(type(x)):
+            if isinstance(x, Value) and x._prim is None and x._needs:  # not a result that a module remembers
+                yield name, x
+            elif _of_another_copy(type(x)):
                 raise TypeError(_two_copies(type(x)))
-            ahead += [(f"{name}.{key}" if name else str(key), item) for key, item in reversed(_parts(x))]
+            elif isinstance(x, Module):
+                x = {key: getattr(x, key, None) for key in _slots(type(x))} | vars(x)
+            elif isinstance(x, (list, tuple)):
+                x = dict(enumerate(x))
+            if isinstance(x, dict):
+                ahead += [(f"{name}.{key}" if name else str(key), part) for key, part in reversed([*x.items()])]
 
     def parameters(self) -> list[Value]:
         """The parameters, in order of definition."""
@@ -3303,15 +3306,6 @@ def _type_name(x: Any) -> str:
 def _slots(cls: type) -> list[str]:
     """The names of attributes that a class and its bases keep in slots."""
     return [name for c in reversed(cls.__mro__) for name, x in vars(c).items() if type(x) is types.MemberDescriptorType]
-
-
-def _parts(x: Any) -> list[tuple[Any, Any]]:
-    """What a module or container holds: pairs of a name, key or place, and a thing."""
-    if isinstance(x, Module):
-        return [*[(name, getattr(x, name, None)) for name in _slots(type(x))], *vars(x).items()]
-    if isinstance(x, dict):
-        return list(x.items())
-    return list(enumerate(x)) if isinstance(x, (list, tuple)) else []
 
 
 class _Mismatch(ValueError):
