@@ -6,6 +6,7 @@ primitive is tested by being in the table with samples.
 
 import collections
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import gc
@@ -3521,7 +3522,7 @@ class TestNN(Strict):
 
     def test_a_step_that_fails_changes_nothing(self):
         for make in (lambda p: SGD(p, 10.0, momentum=0.9), lambda p: Adam(p, 1.0)):
-            for fault, error in (("read-only", ValueError), ("overflow", FloatingPointError)):
+            for fault, error in (("read-only", ValueError), ("raise", FloatingPointError), ("warn", RuntimeWarning)):
                 first, second, number = Value([1.0, 1.0]), Value([3e38, 3e38], label="gain"), Value(1.0)
                 optimizer, array = make([number, first, second]), first.data.data
                 for x in (first, second, number):
@@ -3532,7 +3533,12 @@ class TestNN(Strict):
                     second.data.data.flags.writeable = False
                 else:
                     second.grad = -3e38
-                with self.assertRaisesRegex(error, "2 .'gain'. .* read-only|overflow"), np.errstate(over="raise"):
+                with (
+                    self.assertRaisesRegex(error, "2 .'gain'. .* read-only|overflow"),
+                    np.errstate(over="warn" if fault == "warn" else "raise"),
+                    warnings.catch_warnings(),
+                ):
+                    warnings.simplefilter("error")
                     optimizer.step()
                 self.assertIs(first.data.data, array)
                 second.grad = 1.0
@@ -3600,6 +3606,20 @@ class TestNN(Strict):
             np.testing.assert_array_equal(twin(x).data.data, model(x).data.data)
         self.assertEqual(repr(model), "MLP(2, [16, 1], activation='tanh') with 65 parameters")
         self.assertEqual(repr(Layer(2, 3)), "Layer(2, 3, activation='tanh')")
+
+    def test_numpys_errstate_is_a_context_variable(self):
+        """Which a step asks for, in place of the errstate itself."""
+        empty = contextvars.Context()
+        self.assertFalse(empty.run(contextvars.copy_context))
+        self.assertEqual(empty.run(np.geterr), {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"})
+        empty.run(np.seterr, over="raise")
+        self.assertTrue(empty.run(contextvars.copy_context))
+
+    def test_importing_it_loads_little(self):
+        code = "import sys, numpy; before = set(sys.modules); import picograd; print(*set(sys.modules) - before)"
+        run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
+        heavy = {"tempfile", "pathlib", "zipfile", "subprocess", "multiprocessing", "concurrent.futures", "graphviz"}
+        self.assertFalse(heavy & set(run.stdout.split()))
 
     def test_it_can_be_imported_in_every_way(self):
         with tempfile.TemporaryDirectory() as folder:
