@@ -3271,8 +3271,9 @@ class Module:
             raise
         except Exception as error:  # of many kinds, for the many ways in which a file can be another or broken
             raise ValueError(f"load: {str(path)!r} is not a file that save wrote ({error})") from None
-        for name in parameters.keys() - arrays.keys():
-            raise _Mismatch(f"{which}{name!r} is not in the file")
+        missing = [name for name in parameters if name not in arrays]
+        if missing:
+            raise _Mismatch(f"{which}{missing[0]!r} is not in the file")
         new = {name: _conform(arrays[name], p._data, f"load: parameter {name!r}") for name, p in parameters.items()}
         for name, p in parameters.items():
             p._data = new[name]
