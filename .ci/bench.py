@@ -857,8 +857,17 @@ def numbers(*shape) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
-def large(ours, by_numpy, torch_function, numexpr=None, shape=(LARGE,), compiled=True) -> Contenders:
-    """The same function of one array: ours on a distributed Tensor, NumPy's on the array, and the others'."""
+def reading() -> float:
+    """Reads the array once, with all cores: what no sum can beat."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    x = numbers(LARGE)
+    pool = ThreadPoolExecutor(CORES)
+    return lambda: sum(pool.map(np.add.reduce, np.array_split(x, CORES)))
+
+
+def large(f, numexpr=None, shape=(LARGE,), compiled=True, **others) -> Contenders:
+    """f(library, x) of one array: ours on a distributed Tensor, NumPy's on the array, and the others'."""
 
     def chunked(processes):
         from picograd import Tensor, set_distributed_config
@@ -870,23 +879,23 @@ def large(ours, by_numpy, torch_function, numexpr=None, shape=(LARGE,), compiled
 
         def work():
             on()
-            return float(np.ravel(ours(x))[0])
+            return float(np.ravel(f(np, x).data)[0])
 
         return work
 
     def numpy():
         x = numbers(*shape)
-        return lambda: float(np.ravel(by_numpy(x))[0])
+        return lambda: float(np.ravel(f(np, x))[0])
 
     def by_torch(compile=False):
         import torch
 
         torch.set_num_threads(CORES)
         x = torch.from_numpy(numbers(*shape))
-        f = torch.compile(torch_function) if compile else torch_function
+        work = torch.compile(partial(f, torch)) if compile else partial(f, torch)
         with torch.no_grad():
-            f(x)
-        return torch.no_grad()(lambda: float(f(x).ravel()[0]))
+            work(x)
+        return torch.no_grad()(lambda: float(work(x).ravel()[0]))
 
     def by_numexpr():
         import numexpr as ne
@@ -903,40 +912,12 @@ def large(ours, by_numpy, torch_function, numexpr=None, shape=(LARGE,), compiled
     }
     if compiled and shutil.which("c++"):
         contenders["torch.compile"] = lambda: by_torch(True)
-    return contenders | ({"numexpr": by_numexpr} if numexpr else {})
+    return contenders | ({"numexpr": by_numexpr} if numexpr else {}) | others
 
 
-def reading() -> float:
-    """Reads the array once, with all cores: what no sum can beat."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    x = numbers(LARGE)
-    pool = ThreadPoolExecutor(CORES)
-    return lambda: sum(pool.map(np.add.reduce, np.array_split(x, CORES)))
-
-
-def chunked_sum() -> Contenders:
-    rows = large(
-        lambda x: (x * 2 + 1).sum().data,
-        lambda x: (x * 2 + 1).sum(),
-        lambda x: (x * 2 + 1).sum(),
-        "sum(x * 2 + 1)",
-    )
-    return rows | {"reading it once": reading}
-
-
-def chunked_map() -> Contenders:
-    return large(lambda x: (x * 2 + 1).data, lambda x: x * 2 + 1, lambda x: x * 2 + 1, "x * 2 + 1")
-
-
-def chunked_mix(reduce) -> Contenders:
-    def f(tanh):
-        return lambda x: reduce(tanh(x) * 2 - x**2)
-
-    def torch_function(x):
-        return reduce(x.tanh() * 2 - x**2)
-
-    return large(lambda x: f(np.tanh)(x).data, f(np.tanh), torch_function, shape=(LARGE // 100, 100), compiled=False)
+def mixed(reduce) -> Callable[[], Contenders]:
+    """Of np.tanh(x) * 2 - x**2, in rows."""
+    return partial(large, lambda lib, x: reduce(lib.tanh(x) * 2 - x**2), shape=(LARGE // 100, 100), compiled=False)
 
 
 def chunked_small() -> Contenders:
@@ -1061,15 +1042,19 @@ ROWS = {
     "samples": Row("training step, MLP[2,16,16,1] on 100 samples, each its own graph", samples),
     "expression": Row("forward and backward of the expression in micrograd's README", expression, tolerance=1e-9),
     "optimize": Row("time of optimize() per 100,000 nodes", optimizing, steps=False, rounds=3),
-    "sum": Row("(x * 2 + 1).sum(), x of 10**8 float32", chunked_sum, agree=False),
-    "map": Row("x * 2 + 1 as an array, x of 10**8 float32", chunked_map),
+    "sum": Row(
+        "(x * 2 + 1).sum(), x of 10**8 float32",
+        partial(large, lambda lib, x: (x * 2 + 1).sum(), "sum(x * 2 + 1)", **{"reading it once": reading}),
+        agree=False,
+    ),
+    "map": Row("x * 2 + 1 as an array, x of 10**8 float32", partial(large, lambda lib, x: x * 2 + 1, "x * 2 + 1")),
     "mean0": Row(
         "mean over axis 0 of np.tanh(x) * 2 - x**2, x of (10**6, 100) float32",
-        partial(chunked_mix, lambda y: y.mean(0)),
+        mixed(lambda y: y.mean(0)),
         tolerance=1e-3,  # NumPy's sum down the rows is that far off
     ),
-    "mean1": Row("mean over axis 1 of the same", partial(chunked_mix, lambda y: y.mean(1))),
-    "max": Row("maximum of the same", partial(chunked_mix, lambda y: y.max())),
+    "mean1": Row("mean over axis 1 of the same", mixed(lambda y: y.mean(1))),
+    "max": Row("maximum of the same", mixed(lambda y: y.max())),
     "values": Row("forward and backward of ((w * x + b).tanh() ** 2).mean(), 10**7 elements", chunked_values),
     "small": Row("ten times (x * 2 + 1).sum(), x of 10**4 float32", chunked_small),
     "memory": Row(
