@@ -3519,13 +3519,15 @@ def cross_entropy(logits: Value, labels: Any) -> Value:
         raise ValueError(f"cross_entropy: labels must have shape {logits.shape[:-1]}, got {labels.shape}")
     if logits.dtype == np.float16:  # in which a sum of exponentials may overflow
         return cross_entropy(logits.astype(np.float32), labels).astype(np.float16)
-    k, labels = logits.shape[-1], _recorded(labels)  # a node, so that a replay reads them anew
-    if not _lazy(labels):
-        mask = _label_mask(labels, k=k)
-    elif labels.dtype.kind in "iub":
-        mask = labels[..., None] == np.arange(k)
-    else:
+    k, lazy = logits.shape[-1], _lazy(labels)
+    if lazy and labels.dtype.kind not in "iub":
         raise TypeError(f"cross_entropy: labels must be integers, got dtype {labels.dtype}")
+    if lazy:
+        mask = _recorded(labels)[..., None] == np.arange(k)
+    elif isinstance(labels, Tensor):  # a node, so that a replay reads them anew
+        mask = _record(_label_mask, (labels,), {"k": k})
+    else:
+        mask = _label_mask(labels, k=k)
     return -np.mean(np.sum(np.where(mask, log_softmax(logits), 0.0), axis=-1))
 
 
@@ -7048,12 +7050,11 @@ class _Elsewhere(Kind):
 
     def rule(self, prim, rule):
         def checked(*args, **params):
-            variadic = isinstance(args[0], int)
-            g, *rest = map(_raw, (*args[1:3], *args[3]) if variadic else args)
-            foreign = next(x for x in (g, *rest) if KINDS.get(type(x)) is self)
+            foreign = next(x for x in map(_raw, _members(*args)) if KINDS.get(type(x)) is self)
             with _lazily(prim.name, foreign):
                 h = rule(*args, **params)
-            if h is not None and foreign is g and not _lazy(h):
+            g = args[1] if isinstance(args[0], int) else args[0]  # a variadic rule is told first for which operand
+            if h is not None and _lazy(g) and not _lazy(h):
                 raise _not_offered(prim.name, foreign)
             return h
 
