@@ -135,6 +135,16 @@ class Strict(unittest.TestCase):
         warnings.simplefilter("error", DeprecationWarning)
 
 
+class InFolder(Strict):
+    """Tests that write files: into a folder of their own."""
+
+    def setUp(self):
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+
 class TestPrimitives(Strict):
     """Room 1: every rule against finite differences, and NumPy's functions on Values against NumPy."""
 
@@ -3018,7 +3028,7 @@ def random_graph(rng, single=False):
     return (np.sum(out) if out.ndim and rng.random() < 0.6 else out), leaves, tensors
 
 
-class TestNN(Strict):
+class TestNN(InFolder):
     """Room 6: modules, losses against their formulas, optimizers against theirs, saving, importing."""
 
     def test_replays_take_batches_of_other_sizes(self):
@@ -3035,24 +3045,24 @@ class TestNN(Strict):
             def __init__(self):
                 self.allow_pickle, self.file = Value([7.0]), Value([8.0])
 
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "m.npz"
-            Odd().save(path)
-            model = Odd()
-            model.file.data = 0
-            model.load(path)
-            self.assertEqual(model.file.data.data[0], 8)
-            other = Path(folder) / "other"
-            other.touch()
-            self.assertEqual(path.stat().st_mode, other.stat().st_mode, "the permissions of any new file")
-            for content in (b"junk", b"", path.read_bytes()[:60]):
-                path.write_bytes(content)
-                with self.assertRaisesRegex(ValueError, "is not a file that save wrote"):
-                    model.load(path)
-            np.savez(path, allow_pickle=np.array([0.0]), **{"other": np.array(["x"])})
-            with self.assertRaises(ValueError):
+        folder = self.folder
+        path = folder / "m.npz"
+        Odd().save(path)
+        model = Odd()
+        model.file.data = 0
+        model.load(path)
+        self.assertEqual(model.file.data.data[0], 8)
+        other = folder / "other"
+        other.touch()
+        self.assertEqual(path.stat().st_mode, other.stat().st_mode, "the permissions of any new file")
+        for content in (b"junk", b"", path.read_bytes()[:60]):
+            path.write_bytes(content)
+            with self.assertRaisesRegex(ValueError, "is not a file that save wrote"):
                 model.load(path)
-            self.assertEqual(model.allow_pickle.data.data[0], 7)
+        np.savez(path, allow_pickle=np.array([0.0]), **{"other": np.array(["x"])})
+        with self.assertRaises(ValueError):
+            model.load(path)
+        self.assertEqual(model.allow_pickle.data.data[0], 7)
 
     @staticmethod
     def holding(**attributes):
@@ -3062,107 +3072,101 @@ class TestNN(Strict):
 
     def test_no_two_parameters_share_a_place_in_a_file(self):
         a, b = Value([1.0]), Value([2.0])
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "m.npz"
-            for attributes, message in [
-                ({"d": {1: a, "1": b}}, "two parameters have the name 'd.1'"),
-                ({"b": {"c": a}, "b.c": b}, "two parameters have the name 'b.c'"),
-                ({"d": [a], "d.0": b}, "two parameters have the name 'd.0'"),
-                ({"x\0y": a}, "cannot hold"), ({"\ud800": a}, "cannot hold"), ({"x" * 99999: a}, "cannot hold"),
-            ]:  # fmt: skip
-                path.write_bytes(b"old")
-                for act in (Module.save, Module.load):
-                    with self.assertRaisesRegex(ValueError, f"{act.__name__}: .*{message}"):
-                        act(self.holding(**attributes), path)
-                self.assertEqual((os.listdir(folder), path.read_bytes()), (["m.npz"], b"old"))
-            model = self.holding(
-                **{"x": a, "x.npy": b, "x.npy.npy": Value([3.0]), "é/..": Value([4.0]), "": Value(5.0)}
-            )
-            model.save(path)
-            for p in model.parameters():
-                p.data = 0
-            model.load(path)
-            self.assertEqual([p.data.data.sum() for p in model.parameters()], [1, 2, 3, 4, 5])
+        folder = self.folder
+        path = folder / "m.npz"
+        for attributes, message in [
+            ({"d": {1: a, "1": b}}, "two parameters have the name 'd.1'"),
+            ({"b": {"c": a}, "b.c": b}, "two parameters have the name 'b.c'"),
+            ({"d": [a], "d.0": b}, "two parameters have the name 'd.0'"),
+            ({"x\0y": a}, "cannot hold"), ({"\ud800": a}, "cannot hold"), ({"x" * 99999: a}, "cannot hold"),
+        ]:  # fmt: skip
+            path.write_bytes(b"old")
+            for act in (Module.save, Module.load):
+                with self.assertRaisesRegex(ValueError, f"{act.__name__}: .*{message}"):
+                    act(self.holding(**attributes), path)
+            self.assertEqual((os.listdir(folder), path.read_bytes()), (["m.npz"], b"old"))
+        model = self.holding(**{"x": a, "x.npy": b, "x.npy.npy": Value([3.0]), "é/..": Value([4.0]), "": Value(5.0)})
+        model.save(path)
+        for p in model.parameters():
+            p.data = 0
+        model.load(path)
+        self.assertEqual([p.data.data.sum() for p in model.parameters()], [1, 2, 3, 4, 5])
 
     def test_a_file_is_replaced_where_it_is(self):
         model, twin = MLP(2, [1], seed=0), MLP(2, [1], seed=1)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "far").mkdir()
-            target, link, dangling = folder / "far" / "real.npz", folder / "link.npz", folder / "dangling.npz"
-            target.touch()
-            target.chmod(0o640)
-            link.symlink_to(target)
-            dangling.symlink_to(Path("far", "new.npz"))
-            for path in (link, dangling):
-                model.save(path)
-                twin.load(path)
-                self.assertTrue(path.is_symlink())
-            self.assertEqual(target.stat().st_mode & 0o777, 0o640)
-            self.assertEqual(sorted(os.listdir(folder / "far")), ["new.npz", "real.npz"])
-            if os.name == "posix":
-                model.save("/dev/null")
-                self.assertFalse(Path("/dev/null").is_file())
+        folder = self.folder
+        (folder / "far").mkdir()
+        target, link, dangling = folder / "far" / "real.npz", folder / "link.npz", folder / "dangling.npz"
+        target.touch()
+        target.chmod(0o640)
+        link.symlink_to(target)
+        dangling.symlink_to(Path("far", "new.npz"))
+        for path in (link, dangling):
+            model.save(path)
+            twin.load(path)
+            self.assertTrue(path.is_symlink())
+        self.assertEqual(target.stat().st_mode & 0o777, 0o640)
+        self.assertEqual(sorted(os.listdir(folder / "far")), ["new.npz", "real.npz"])
+        if os.name == "posix":
+            model.save("/dev/null")
+            self.assertFalse(Path("/dev/null").is_file())
 
     def test_a_file_is_compared_before_it_is_read(self):
         model = self.holding(w=Value(np.ones(3)))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "bomb.npz"
-            for name in ("w", "other"):
-                np.savez_compressed(path, **{name: np.zeros((1 << 20, 8))})
-                tracemalloc.start()
-                with self.assertRaisesRegex(ValueError, r"shape \(3,\), in the file \(1048576, 8\)|is not in"):
-                    model.load(path)
-                peak = tracemalloc.get_traced_memory()[1]
-                tracemalloc.stop()
-                self.assertLess(peak, 1 << 22)
-            self.assertEqual(model.w.data.tolist(), [1, 1, 1])
-            model.save(path)
-            with zipfile.ZipFile(path, "a") as archive:  # whose header is another than that of w.npy
-                archive.writestr("w", archive.read("w.npy"))
-            with self.assertRaisesRegex(ValueError, "is not a file that save wrote .it holds 'w' twice"):
+        folder = self.folder
+        path = folder / "bomb.npz"
+        for name in ("w", "other"):
+            np.savez_compressed(path, **{name: np.zeros((1 << 20, 8))})
+            tracemalloc.start()
+            with self.assertRaisesRegex(ValueError, r"shape \(3,\), in the file \(1048576, 8\)|is not in"):
                 model.load(path)
-            for dtype in ("S9999999", "complex128", "M8[s]", [("a", "f4")]):
-                np.savez_compressed(path, w=np.zeros(3, dtype))
-                with self.assertRaisesRegex(ValueError, "bomb.npz.* must be of real numbers, in the file it is"):
-                    model.load(path)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            self.assertLess(peak, 1 << 22)
+        self.assertEqual(model.w.data.tolist(), [1, 1, 1])
+        model.save(path)
+        with zipfile.ZipFile(path, "a") as archive:  # whose header is another than that of w.npy
+            archive.writestr("w", archive.read("w.npy"))
+        with self.assertRaisesRegex(ValueError, "is not a file that save wrote .it holds 'w' twice"):
+            model.load(path)
+        for dtype in ("S9999999", "complex128", "M8[s]", [("a", "f4")]):
+            np.savez_compressed(path, w=np.zeros(3, dtype))
+            with self.assertRaisesRegex(ValueError, "bomb.npz.* must be of real numbers, in the file it is"):
+                model.load(path)
 
     def test_paths_that_cannot_be(self):
         model = self.holding(w=Value([1.0]))
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            for act in (model.save, model.load):
-                for wrong, error, got in [
-                    (None, TypeError, "None"), (3, TypeError, "3"), (b"x", TypeError, "b'x'"),
-                    ("a\0", ValueError, "'a.x00'"), (folder / "no" / "m", FileNotFoundError, "no/m'"),
-                    (folder, OSError, f"'{folder}'"),
-                ]:  # fmt: skip
-                    with self.assertRaisesRegex(
-                        error, got if isinstance(wrong, Path) else f"path must be a .* got {got}"
-                    ):
-                        act(wrong)
-            if os.name == "posix":
-                loop = folder / "loop"
-                loop.symlink_to(loop)
-                with self.assertRaisesRegex(OSError, "loop'$"):
-                    model.save(loop)
-                self.assertTrue(loop.is_symlink())
+        folder = self.folder
+        for act in (model.save, model.load):
+            for wrong, error, got in [
+                (None, TypeError, "None"), (3, TypeError, "3"), (b"x", TypeError, "b'x'"),
+                ("a\0", ValueError, "'a.x00'"), (folder / "no" / "m", FileNotFoundError, "no/m'"),
+                (folder, OSError, f"'{folder}'"),
+            ]:  # fmt: skip
+                with self.assertRaisesRegex(error, got if isinstance(wrong, Path) else f"path must be a .* got {got}"):
+                    act(wrong)
+        if os.name == "posix":
+            loop = folder / "loop"
+            loop.symlink_to(loop)
+            with self.assertRaisesRegex(OSError, "loop'$"):
+                model.save(loop)
+            self.assertTrue(loop.is_symlink())
 
     @unittest.skipUnless(os.path.exists("/dev/fd"), "needs /dev/fd")
     def test_it_can_be_saved_into_a_pipe_or_a_file_without_a_name(self):
         model, twin = self.holding(w=Value([1.0, 2.0])), self.holding(w=Value([0.0, 0.0]))
-        with tempfile.TemporaryDirectory() as name:
-            path, (ours, theirs) = Path(name, "m"), os.pipe()
-            model.save(f"/dev/fd/{theirs}")
-            os.close(theirs)
-            with open(ours, "rb") as pipe:
-                path.write_bytes(pipe.read())
-            twin.load(path)
-            self.assertEqual(twin.w.data.tolist(), [1, 2])
-            with open(path, "r+b") as file:
-                path.unlink()
-                model.save(f"/dev/fd/{file.fileno()}")
-                self.assertEqual((os.listdir(name), file.read(2)), ([], b"PK"))
+        name = self.folder
+        path, (ours, theirs) = Path(name, "m"), os.pipe()
+        model.save(f"/dev/fd/{theirs}")
+        os.close(theirs)
+        with open(ours, "rb") as pipe:
+            path.write_bytes(pipe.read())
+        twin.load(path)
+        self.assertEqual(twin.w.data.tolist(), [1, 2])
+        with open(path, "r+b") as file:
+            path.unlink()
+            model.save(f"/dev/fd/{file.fileno()}")
+            self.assertEqual((os.listdir(name), file.read(2)), ([], b"PK"))
 
     def test_arguments_that_are_wrong_are_named(self):
         v, model = Value([1.0, 2.0]), MLP(2, [1])
@@ -3235,10 +3239,10 @@ class TestNN(Strict):
         self.assertEqual(names, ["_Base__hidden.0", "w", "extra.w", "extra.b", "other"])
         scale = Scale(Value([2.0]))
         self.assertEqual(scale.parameters(), [scale.w])
-        with tempfile.TemporaryDirectory() as folder:
-            scale.save(Path(folder, "m"))
-            scale.w.data = 0
-            scale.load(Path(folder, "m"))
+        folder = self.folder
+        scale.save(folder / "m")
+        scale.w.data = 0
+        scale.load(folder / "m")
         self.assertEqual(scale.w.data.tolist(), [2.0])
 
     def test_what_no_gradient_flows_through_is_no_parameter(self):
@@ -3580,27 +3584,27 @@ class TestNN(Strict):
             loss.backward()
             optimizer.step()
         self.assertLess(loss.item(), 0.02)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "weights"
-            model.save(path)
-            twin = MLP(2, [16, 1], seed=1)
-            twin.load(path)
-            self.assertEqual(mse_loss(twin(x), y).data, loss.forward().data)
-            before = [p.data.tolist() for p in twin.parameters()]
-            for other, message in [
-                (MLP(2, [8, 1]), r"layers.0.w.*\(2, 8\).*\(2, 16\)"),
-                (MLP(2, [16, 1, 1]), "layers.2"),
-            ]:
-                with self.assertRaisesRegex(ValueError, message):
-                    other.load(path)
-            broken = Layer(2, 2)
-            broken.w = Value([1.0])
-            with self.assertRaises(ValueError):
-                broken.load(path)
-            self.assertEqual([p.data.tolist() for p in twin.parameters()], before)
-            self.assertEqual(os.listdir(folder), ["weights"])
-            with self.assertRaises(OSError):
-                model.save(Path(folder) / "missing" / "weights")
+        folder = self.folder
+        path = folder / "weights"
+        model.save(path)
+        twin = MLP(2, [16, 1], seed=1)
+        twin.load(path)
+        self.assertEqual(mse_loss(twin(x), y).data, loss.forward().data)
+        before = [p.data.tolist() for p in twin.parameters()]
+        for other, message in [
+            (MLP(2, [8, 1]), r"layers.0.w.*\(2, 8\).*\(2, 16\)"),
+            (MLP(2, [16, 1, 1]), "layers.2"),
+        ]:
+            with self.assertRaisesRegex(ValueError, message):
+                other.load(path)
+        broken = Layer(2, 2)
+        broken.w = Value([1.0])
+        with self.assertRaises(ValueError):
+            broken.load(path)
+        self.assertEqual([p.data.tolist() for p in twin.parameters()], before)
+        self.assertEqual(os.listdir(folder), ["weights"])
+        with self.assertRaises(OSError):
+            model.save(folder / "missing" / "weights")
         for twin, steps in (pickle.loads(pickle.dumps((model, optimizer))), copy.deepcopy((model, optimizer))):
             self.assertIs(steps.params[0], twin.parameters()[0])
             np.testing.assert_array_equal(twin(x).data.data, model(x).data.data)
@@ -3622,27 +3626,22 @@ class TestNN(Strict):
         self.assertFalse(heavy & set(run.stdout.split()))
 
     def test_it_can_be_imported_in_every_way(self):
-        with tempfile.TemporaryDirectory() as folder:
-            package = Path(folder) / "theirs" / "inner"
-            package.mkdir(parents=True)
-            (package / "picograd.py").write_text((HERE / "picograd.py").read_text())
-            (package / "__init__.py").write_text("")
-            for code in [
-                "from theirs.inner.picograd.nn import MLP, Value; MLP(2, [1])",
-                "import theirs.inner.picograd.nn; theirs.inner.picograd.nn.MLP(2, [1])",
-                "import pickle, theirs.inner.picograd as p; pickle.loads(pickle.dumps(p.Value(1.0) * 2))",
-                f"import sys; sys.path.insert(0, {str(HERE)!r}); import picograd.nn, theirs.inner.picograd",
-            ]:
-                run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-                self.assertEqual(run.returncode, 0, run.stderr)
+        folder = self.folder
+        package = folder / "theirs" / "inner"
+        package.mkdir(parents=True)
+        (package / "picograd.py").write_text((HERE / "picograd.py").read_text())
+        (package / "__init__.py").write_text("")
+        for code in [
+            "from theirs.inner.picograd.nn import MLP, Value; MLP(2, [1])",
+            "import theirs.inner.picograd.nn; theirs.inner.picograd.nn.MLP(2, [1])",
+            "import pickle, theirs.inner.picograd as p; pickle.loads(pickle.dumps(p.Value(1.0) * 2))",
+            f"import sys; sys.path.insert(0, {str(HERE)!r}); import picograd.nn, theirs.inner.picograd",
+        ]:
+            run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+            self.assertEqual(run.returncode, 0, run.stderr)
 
 
-class TestDraw(unittest.TestCase):
-    def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
-
+class TestDraw(InFolder):
     @staticmethod
     def boxes(graph):
         """Node name -> its label's lines; boxes are v0, v1, ..., and op_v3 is the operation that made v3."""
