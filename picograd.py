@@ -3171,7 +3171,7 @@ for _key, _function in list(TABLE.items()):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _understood(name: str, expected: str, function: Callable, x: Any):
+def _understood(name: str, expected: str, function: Callable, x):
     """function(x), or an error that says which argument is wrong, what was expected and what came."""
     try:
         return function(x)
@@ -3180,14 +3180,14 @@ def _understood(name: str, expected: str, function: Callable, x: Any):
         raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error
 
 
-def _positive(name: str, n: Any) -> int:
+def _positive(name: str, n) -> int:
     """A count that was passed, checked."""
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
         raise ValueError(f"{name} must be a positive integer, got {n!r}")
     return n
 
 
-def _path(x: Any, name: str) -> Any:
+def _path(x, name: str):
     """A path that was passed, checked, as a `pathlib.Path`."""
     from pathlib import Path  # here, as few programs pass one: it makes importing this file take a half longer
 
@@ -3298,7 +3298,7 @@ def _of_another_copy(cls: type) -> bool:
     return not issubclass(cls, (Array, Module)) and (hasattr(cls, "_picograd") or hasattr(cls, "_picograd_part"))
 
 
-def _type_name(x: Any) -> str:
+def _type_name(x) -> str:
     """The type of what was passed, for an error, which says so if it is of another copy of this file."""
     cls = type(x)
     return f"{cls.__name__}: {_two_copies(cls)}" if _of_another_copy(cls) else cls.__name__
@@ -3314,7 +3314,7 @@ class _Mismatch(ValueError):
     """A file of parameters, but of other ones."""
 
 
-def _read(file: Any, p: Value | None, which: str) -> np.ndarray:
+def _read(file, p: Value | None, which: str) -> np.ndarray:
     """The array of a .npy file, for a parameter: compared before it is read, however large the file says it is."""
     np.lib.format.read_magic(file)
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -3328,7 +3328,7 @@ def _read(file: Any, p: Value | None, which: str) -> np.ndarray:
     return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def _write_whole(path: Any, write: Callable) -> None:
+def _write_whole(path, write: Callable):
     """Calls write(file) on a file beside path, and then puts it, complete, in path's place.
 
     A link stays one, and its target is replaced; a file's permissions stay; a device or pipe is written to.
@@ -3376,7 +3376,7 @@ def _activation(activation):
     return _ACTIVATIONS[activation]
 
 
-def _generator(seed: Any) -> np.random.Generator:
+def _generator(seed) -> np.random.Generator:
     return _understood("seed", "a whole number, None or a NumPy Generator", np.random.default_rng, seed)
 
 
@@ -3386,7 +3386,7 @@ _DENSE_ELEMENTS = 1 << 14  # below, memory is no matter, and a picture of each o
 class _Affine(Module):
     """What Neuron and Layer share: activation(x @ w + b)."""
 
-    def _make(self, shape: tuple[int, ...], activation: Any, seed: Any, dtype: Any) -> None:
+    def _make(self, shape: tuple[int, ...], activation, seed, dtype):
         """Normal weights of a variance that keeps signals' size through a layer: 2 / (nin + nout) for tanh and its like
         (Glorot and Bengio 2010, eq. 12), 2 / nin for rectifiers (He et al. 2015, eq. 10); biases of 0."""
         for name, n in zip(("nin", "nout"), shape):
@@ -3408,7 +3408,7 @@ class _Affine(Module):
         out = x @ w + b
         return f(out) if f else out
 
-    def _input(self, x: Any):
+    def _input(self, x):
         """One sample (nin,) or a batch (n, nin); a list of numbers and Values becomes one sample."""
         w = self.w
         if isinstance(x, (list, tuple)) and any(isinstance(i, Array) for i in x):
@@ -3475,7 +3475,7 @@ class MLP(Module):
 # replay, those of cross_entropy are ---
 
 
-def _numbers(name: str, which: str, x: Any):
+def _numbers(name: str, which: str, x):
     """What a loss is computed of: a Value or Tensor, or anything that can be an operand."""
     if isinstance(x, Array):
         return x
@@ -3483,7 +3483,7 @@ def _numbers(name: str, which: str, x: Any):
     return np.asarray(x) if type(x) in _WEAK_TYPES else x
 
 
-def _same_shape(name: str, first: str, second: str, x: Any, y: Any) -> tuple:
+def _same_shape(name: str, first: str, second: str, x, y) -> tuple:
     """Prediction and target of a loss; in double precision if both are integers or masks, which may be too short."""
     x, y = _numbers(name, first, x), _numbers(name, second, y)
     if x.shape != y.shape:
@@ -3563,11 +3563,6 @@ def hinge_loss(scores: Value, labels: Any) -> Value:
 # --- optimizers ---
 
 
-def _single(x):
-    """An array of half precision in single: squares of gradients, and what is below them, would not fit."""
-    return x.astype(np.float32) if x.dtype == np.float16 else x
-
-
 def _faults_pass() -> bool:
     """Whether no floating-point fault can become an error, by NumPy's errstate or by a filter of warnings.
 
@@ -3579,7 +3574,11 @@ def _faults_pass() -> bool:
 
 
 class _State(dict):
-    """What an optimizer keeps for a parameter: arrays like its data, by name, zeros at first."""
+    """What an optimizer keeps for a parameter: arrays like its data, by name, zeros at first.
+
+    In single precision for half, which then is what `_update` computes in, up to the last subtraction: squares of
+    gradients, and what is below them, would not fit.
+    """
 
     def __init__(self, p: Value, **start: Any):
         super().__init__(start)
@@ -3622,8 +3621,6 @@ class _Optimizer:
         self._scalars = [p for p in self.params if not p.ndim]
         # Its count of steps is an array, too: each number has its own, as it has where it is an array.
         self._scalar_state = _State(_leaf(np.zeros(len(self._scalars))))
-        self._halves = any(p.dtype == np.float16 for p, _ in self._arrays)
-        self._dtypes = {state.dtype for _, state in self._arrays} | {self._scalar_state.dtype}
         self._given: tuple[tuple, dict] = ((), {})  # numbers, and for each dtype arrays of them
 
     def zero_grad(self) -> None:
@@ -3651,7 +3648,7 @@ class _Optimizer:
         step = self._step if _faults_pass() else self._step_or_stay
         step(arrays, scalars, numbers)
 
-    def _check(self) -> None:
+    def _check(self):
         """Raises if a parameter cannot be stepped."""
         for i, (p, shape) in enumerate(zip(self.params, self._shapes)):
             data, grad = p._data, p._grad
@@ -3667,7 +3664,7 @@ class _Optimizer:
             if type(data) is np.ndarray and not data.flags.writeable:
                 raise ValueError(f"{which} has an array that is read-only: assign a copy to its .data")
 
-    def _step_or_stay(self, *live: list) -> None:
+    def _step_or_stay(self, *live: list):
         """`_step`; if it fails, all is as it was before."""
         states = [state for _, state in self._arrays] + [self._scalar_state]
         data = [_owned(p._data) for p in self.params]
@@ -3682,25 +3679,19 @@ class _Optimizer:
                 state.update(x)
             raise
 
-    def _step(self, arrays: list[tuple], scalars: list[Value], numbers: list) -> None:
+    def _step(self, arrays: list[tuple], scalars: list[Value], numbers: list):
         """Steps arrays, given with their gradients and states, and scalars, given with the data and gradient of each.
 
-        `_update` gets all arrays at once, and the options as arrays, too: ufuncs take numbers in twice the time.
+        `_update` gets many arrays at once, and the options as arrays, too: ufuncs take numbers in twice the time.
         """
-        options = self._options()
+        options, every = self._options(), self._scalar_state
         if options != self._given[0]:
-            self._given = options, {dtype: [np.array(x, dtype) for x in options] for dtype in self._dtypes}
-        work = [(_single(data), _single(g), state) for data, g, state in arrays] if self._halves else arrays
-        self._update(work, self._given[1])
-        if self._halves:
-            for (data, *_), (new, *_) in zip(arrays, work):
-                if new is not data:
-                    KINDS[type(data)].write(data, new)
-        if scalars:
-            self._step_scalars(scalars, numbers)
-
-    def _step_scalars(self, scalars: list[Value], numbers: list) -> None:
-        every, places = self._scalar_state, slice(None)
+            dtypes = {state.dtype for _, state in self._arrays} | {every.dtype}
+            self._given = options, {dtype: [np.array(x, dtype) for x in options] for dtype in dtypes}
+        self._update(arrays, self._given[1])
+        if not scalars:
+            return
+        places = slice(None)
         if len(scalars) < len(self._scalars):  # the others, and their state, stay as they are
             places = [i for i, p in enumerate(self._scalars) if p._grad is not None]
         data, grads = np.array(numbers, np.float64).reshape(-1, 2).T.copy()
@@ -3765,28 +3756,30 @@ class Adam(_Optimizer):
 
     def _options(self):
         beta1, beta2 = self.betas
-        return beta1, 1.0 - beta1, beta2, 1.0 - beta2
+        return self.lr, self.weight_decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2
 
     def _update(self, arrays, given):
         for data, grad, state in arrays:
-            beta1, rest1, beta2, rest2 = given[state.dtype]
+            lr, weight_decay, beta1, rest1, beta2, rest2 = given[state.dtype]
             mean, square, scratch = state["mean"], state["square"], state["scratch"]
             steps = state["steps"] = state["steps"] + 1
-            if self.weight_decay and not self.decoupled:
-                grad = grad + self.weight_decay * data
-            elif self.weight_decay:
-                data *= 1.0 - self.lr * self.weight_decay
+            if weight_decay and not self.decoupled:
+                grad = grad + np.multiply(data, weight_decay, scratch)
             mean *= beta1
             mean += np.multiply(grad, rest1, scratch)
             square *= beta2
-            np.multiply(grad, grad, scratch)
-            square += np.multiply(scratch, rest2, scratch)
+            np.multiply(grad, rest2, scratch)
+            scratch *= grad
+            square += scratch
             short1, short2 = [1.0 - beta**steps for beta in self.betas]  # of 1, as both started from 0
             root = short2**0.5
             np.sqrt(square, scratch)
             scratch += self.eps * root
             np.divide(mean, scratch, scratch)
-            data -= np.multiply(scratch, self.lr * root / short1, scratch)
+            scratch *= self.lr * root / short1
+            if weight_decay and self.decoupled:
+                scratch += data * (lr * weight_decay)
+            data -= scratch
 
 
 # --- the module picograd.nn, out of this same file ---
@@ -3825,7 +3818,7 @@ _ELLIPSE |= {"fillcolor": "#ece3f6", "color": "#6a3fa0", "fontsize": "11"}
 _ENTRIES = {"LR": {1: "w", 2: "nw sw", 3: "nw w sw"}, "TB": {1: "n", 2: "nw ne", 3: "nw n ne"}}
 
 
-def _text(text: Any, limit: int = 80) -> str:
+def _text(text, limit: int = 80) -> str:
     """Text as HTML-like label text: markup and unprintable characters escaped, line breaks kept, cut at the limit."""
     from html import escape
 
@@ -3835,7 +3828,7 @@ def _text(text: Any, limit: int = 80) -> str:
     return "<br/>".join(escape(line).replace("\\", r"\\") for line in lines)  # a single \N would become the node's name
 
 
-def _summary(raw: Any, grad: Any) -> list[str]:
+def _summary(raw, grad) -> list[str]:
     """What a box says of raw data and its gradient: up to four numbers themselves, else shape, dtype and a bound."""
 
     def numbers(x):
@@ -3855,7 +3848,7 @@ def _summary(raw: Any, grad: Any) -> list[str]:
     return lines
 
 
-def _parameter(name: str, x: Any) -> str:
+def _parameter(name: str, x) -> str:
     """One parameter of an operation, in short; an index as Python writes it."""
 
     def short(x):
@@ -3874,7 +3867,7 @@ def _parameter(name: str, x: Any) -> str:
 _DOT_SECONDS = 60.0  # that Graphviz may take, and a second more for each box
 
 
-def _save_picture(graph: Any, path: Any, seconds: float) -> None:
+def _save_picture(graph, path, seconds: float):
     """Renders in memory, then puts the complete file in its place."""
     import subprocess
 
@@ -3903,7 +3896,7 @@ def _save_picture(graph: Any, path: Any, seconds: float) -> None:
     _write_whole(path, lambda file: file.write(done.stdout))
 
 
-def _save_source(content: bytes, path: Any) -> Any:
+def _save_source(content: bytes, path):
     """Writes beside path, ending in .gv, under a name that no other file has."""
     for i in itertools.count():
         source = path.with_suffix(f".{i}.gv" if i else ".gv")
@@ -3927,7 +3920,7 @@ def _direction(values: list[Value], count: int) -> str:
     return "TB" if depth[v] > 4 and count < 3 * depth[v] else "LR"
 
 
-def _empty_graph(rankdir: str) -> Any:
+def _empty_graph(rankdir: str):
     try:
         import graphviz
     except ImportError as error:
@@ -3950,14 +3943,14 @@ class _Picture:
         self.names: dict[int, str] = {}  # of the boxes, by the ids of objects
         self.kinds: list[str] = []  # of the boxes, in order
 
-    def _kind(self, x: Any) -> str:
+    def _kind(self, x) -> str:
         if not isinstance(x, Value):
             return "input" if isinstance(x, Tensor) else "constant"
         if x._prim is None:
             return "leaf"
         return "result" if x is self.root else "intermediate"
 
-    def box(self, x: Any) -> str:
+    def box(self, x) -> str:
         """Adds the box of a Value, Tensor or constant; its name."""
         name, kind, label = f"v{len(self.kinds)}", self._kind(x), _text(getattr(x, "label", None) or "")
         lines = [f'<font point-size="11"><b>{label}</b></font>'] if label else []
@@ -3967,7 +3960,7 @@ class _Picture:
         self.names[id(x)] = name
         return name
 
-    def operation(self, v: Value, name: str) -> None:
+    def operation(self, v: Value, name: str):
         """Adds the operation that made v, whose box has that name, and boxes of operands that have none yet."""
         op, n = f"op_{name}", len(v._args)
         lines = [v._prim.symbol] + [_parameter(k, x) for k, x in v._params.items() if x is not None]
@@ -3983,7 +3976,7 @@ class _Picture:
             # dot draws heavy edges straight: those of the main line, from one result to the next.
             self.graph.edge(self.names[id(x)], op, weight="2" if isinstance(x, Value) and x._prim else "1", **end)
 
-    def legend(self) -> None:
+    def legend(self):
         cell = '<td bgcolor="{fillcolor}" color="{color}">{kind}</td>'.format
         cells = "".join([cell(kind=kind, **look) for kind, look in _BOXES.items() if kind in self.kinds])
         table = f'<table border="0" cellborder="1" cellspacing="4" cellpadding="3"><tr>{cells}</tr></table>'
