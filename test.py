@@ -1922,7 +1922,7 @@ class TestValue(Strict):
                         found["w" if x.label else "loss" if not x.ndim else "inner"] = x
 
                 walk(copied(order))
-                graph = {id(node) for node in picograd._newest_first(found["loss"], everything=True)}
+                graph = {id(node) for node in picograd._newest_first(found["loss"])}
                 self.assertTrue({id(found["w"]), id(found["inner"])} <= graph)
                 np.testing.assert_array_equal(found["inner"].grad.data, inner.grad.data)
                 found["w"].grad = None
