@@ -655,6 +655,10 @@ def _lifted(prim: Primitive, operands: Sequence) -> tuple:
     for i, own in strong:
         if own != dtype and (own.kind == "f" or held) and not isinstance(operands[i], Array):
             operands[i] = operands[i].astype(dtype)
+    if dtype.kind == "f":
+        for i in range(len(operands)) if prim.typed is None else prim.typed:
+            if type(operands[i]) is int:
+                operands[i] = float(operands[i])
     return tuple(operands)
 
 
@@ -1390,7 +1394,8 @@ def _at_home(grads: dict[Value, Any], root: Value) -> dict[Value, Any]:
 
     One pass computes them all, and nothing is changed before it is done.
     """
-    away = [x for x, g in grads.items() if x._prim is None and KINDS[type(g)].lazy and not KINDS[type(x._data)].lazy]
+    foreign = [x for x, g in grads.items() if type(g) not in _PLAIN and KINDS[type(g)].lazy]
+    away = [x for x in foreign if x._prim is None and not KINDS[type(x._data)].lazy]
     if away:
         lazy = KINDS[type(grads[away[0]])]
         with_root = KINDS[type(root._data)] is lazy and not root.ndim
@@ -1412,7 +1417,7 @@ def _deposited(new: dict[Value, Any]) -> dict[Value, Any]:
     for leaf, g in new.items():
         if leaf._grad is not None:
             g = leaf._grad + g
-        elif type(g) is not float and KINDS[type(g)].shared(g):  # a part of a larger array
+        elif KINDS[type(g)].shared(g):  # a part of a larger array
             g = _owned(g)
         result[leaf] = g
     return result
@@ -1548,30 +1553,32 @@ _PLAIN = frozenset((np.ndarray, np.float32, np.float64))  # what needs no kind t
 def _pulled(node: Value, g, symbolic: bool) -> list[tuple[Value, Any]]:
     """The operands of a node that a gradient flows to, each with the gradient that its rule makes of g."""
     prim, args, params, out = node._prim, node._args, node._params, node._data
-    raw = [x._data if isinstance(x, Array) else x for x in args]
-    operands, kind = raw, NUMPY
+    operands, kind, ndarray = [x._data if isinstance(x, Array) else x for x in args], NUMPY, np.ndarray
+    if not (type(out) in _PLAIN and type(g) in _PLAIN):
+        if type(out) is type(g) is float and prim.operands:
+            kind = WEAK
+        else:
+            kind = max([KINDS[type(_raw(x))] for x in (g, out, *operands)] + [NUMPY], key=_get_rank)
     if symbolic:
         # A Tensor becomes a node: what a rule computes from it is recorded, too, and a replay reads it anew.
         operands = [_record(_detach, (x,)) if isinstance(x, Tensor) else x for x in args]
-    if len(args) > 1 and type(out) is np.ndarray:
-        for x in raw:
+    if len(args) > 1 and type(out) is not float:
+        for x in operands:
             if type(x) is not float and getattr(x, "dtype", out.dtype) is not out.dtype:
                 operands = _as_met(prim, operands, out.dtype)
                 break
-    numbers = type(out) is float and type(g) is float and prim.operands is not None
-    if not numbers and (type(out) not in _PLAIN or type(_raw(g)) not in _PLAIN):
-        kind = max([KINDS[type(x)] for x in (_raw(g), out, *raw)] + [NUMPY], key=_get_rank)
     out = node if symbolic else out
     if prim.joint:
         wanted = [isinstance(x, Value) and x._needs for x in args]
-        found = kind.rule(prim, prim.vjps[0])(wanted, g, out, operands, **params)
+        rule = prim.vjps[0] if kind is NUMPY else kind.rule(prim, prim.vjps[0])
+        found = rule(wanted, g, out, operands, **params)
         return [(x, _fitted(h, x, prim)) for x, h, wants in zip(args, found, wanted) if wants and h is not None]
     pairs = []
     for i, x in enumerate(args):
         rule = prim.vjps[i if prim.operands else 0]
         if rule is None or not isinstance(x, Value) or not x._needs:
             continue
-        if numbers:
+        if kind is WEAK:
             pairs.append((x, _on_numbers(rule, g, out, *operands, **params)))
             continue
         if kind is not NUMPY:
@@ -2774,7 +2781,7 @@ TABLE[np.matmul] = primitive(
 
 def _dense_forward(x, w, b, activation=None):
     out = _matmul(x, w)
-    if type(out) is not np.ndarray or np.result_type(out, b) != out.dtype:
+    if type(out) is not np.ndarray or out.dtype is not b.dtype:
         out = out + b
         return activation.forward(out) if activation else out
     out += b
@@ -3512,9 +3519,6 @@ def _layer_input(x, w: Value):
     return x
 
 
-_DENSE_ELEMENTS = 1 << 14  # below, memory is no matter, and a picture of each operation says more
-
-
 class Neuron(Module):
     """activation(x @ w + b), with w of shape (nin,) and b of (). In: (nin,) or (n, nin); out: () or (n,)."""
 
@@ -3541,9 +3545,9 @@ class Layer(Module):
 
     def __call__(self, x: Any) -> Value:
         x, f = _layer_input(x, self.w), self._function
-        if _DENSE_ELEMENTS <= math.prod(x.shape[:-1]) * self.w.shape[1] < HOOK.limit:
-            if f is None or (isinstance(f, Primitive) and f.builtin and f.reads == "out"):
-                return _dense(x, self.w, self.b, activation=f)
+        if f is None or (isinstance(f, Primitive) and f.builtin and f.reads == "out"):
+            if math.prod(x.shape[:-1]) * self.w.shape[1] < HOOK.limit:
+                return _apply(_dense, (x, self.w, self.b), {"activation": f})
         out = x @ self.w + self.b
         return f(out) if f else out
 
@@ -3607,10 +3611,22 @@ def _same_shape(name: str, first: str, second: str, x: Any, y: Any) -> tuple:
     return (x, y) if x.dtype.kind == "f" or y.dtype.kind == "f" else (x.astype(np.float64), y)
 
 
+def _mse_rule(wanted, g, out, operands):
+    x, y = operands
+    slope = (x - y) * (g * (2.0 / max(np.size(x), 1)))
+    return slope, wanted[1] and -slope
+
+
+_mse = primitive(
+    lambda x, y: np.mean(np.square(x - y)), _mse_rule, name="mse", joint=True, samples=[(((2, 3), (2, 3)), {})]
+)
+_mse.builtin = True
+
+
 def mse_loss(prediction: Value, target: Any) -> Value:
     """The mean of (prediction - target)**2, for two of the same shape."""
     prediction, target = _same_shape("mse_loss", "prediction", "target", prediction, target)
-    return np.mean(np.square(prediction - target))
+    return _apply(_mse, (prediction, target), _NO_PARAMS)
 
 
 def _label_mask_forward(labels, k):
@@ -5635,7 +5651,6 @@ _SIMPLER: dict[Primitive, Callable] = {
     TABLE[np.copy]: lambda node, a: a,
     _BROADCAST: lambda node, array, shape: array,
     _as_dtype: lambda node, a, dtype: a,
-    _dense: lambda node, x, w, b, activation=None: activation(x @ w + b) if activation else x @ w + b,
 }
 
 
@@ -6666,11 +6681,20 @@ def _tracing() -> Iterator[None]:
         _mode.tracing = before
 
 
+_PARTS: dict[Primitive, Callable] = {  # what is one operation to save time and memory, as several
+    _dense: lambda x, w, b, activation=None: activation(x @ w + b) if activation else x @ w + b,
+    _mse: lambda x, y: np.mean(np.square(np.subtract(x, y))),
+}
+
+
 def _traced(roots: Sequence[Value]) -> list[Value]:
     """A copy of the graph, with the programs in it written out as the graphs that they were made of."""
     programs: dict[_Program, list[Value]] = {}
 
     def rule(node, args):
+        if node._prim in _PARTS and _regular(node):
+            parts = _PARTS[node._prim](*args, **node._params)
+            return _twin(node, parts._prim, parts._args, parts._params)
         if node._prim is not _program:
             return _twin(node, node._prim, args, node._params)
         program, index = node._params.values()
