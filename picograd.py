@@ -273,8 +273,11 @@ def _recorded(x):
 
 
 def _matmul(x, y):
-    """`np.matmul`; of two matrices by their method dot, which gets to BLAS in half the time."""
-    return x.dot(y) if type(x) is type(y) is np.ndarray and x.ndim == y.ndim == 2 else np.matmul(x, y)
+    """`np.matmul`; of two matrices by their method dot, which gets to BLAS in half the time. But one number times a
+    matrix that does by what skips zeros, and with them nan and infinity."""
+    if type(x) is type(y) is np.ndarray and x.ndim == y.ndim == 2 and x.size > 1 < y.size:
+        return x.dot(y)
+    return np.matmul(x, y)
 
 
 # Python's operators: forward -> (special method, symbol, form on Python floats).
@@ -404,8 +407,16 @@ class _Weak(Kind):
                 return prim.scalar(*raw)
             except (ArithmeticError, ValueError):
                 pass
-        out = _settle(prim.forward(*map(self.hand_out, raw), **params))
-        return out if "dtype" in params or type(out) is np.ndarray else _number(out)
+        raw = [self.hand_out(x) for x in raw]
+        out = prim.forward(*raw, **params)
+        if not prim.builtin:
+            out = _result(prim, out)
+        if "dtype" in params:
+            return _settle(out)
+        if getattr(out, "dtype", None) in (np.float16, np.float32):  # as NumPy has functions of masks
+            out = prim.forward(*map(np.float64, raw), **params)
+        out = _settle(out)
+        return out if type(out) is np.ndarray else _number(out)
 
     def hand_out(self, raw):
         return np.float64(raw) if type(raw) is float else np.asarray(raw)[()]
@@ -728,7 +739,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         out = WEAK.evaluate(prim, raw, params)
     elif plain and dtype.kind == "f":
         out = prim.forward(*raw, **params)  # what `_evaluate` would do for arrays of one dtype, without its questions
-        if type(out) is not ndarray or not out.ndim:
+        if type(out) is not ndarray or not out.ndim or not prim.builtin:
             out = _result(prim, out)
     else:
         constants = any([type(x) is not float and not isinstance(x, Array) for x in operands])
@@ -922,9 +933,10 @@ class Tensor(Array):
         if any(issubclass(kind, Value) for kind in kinds):
             return NotImplemented
         entry = TABLE.get(function)
-        if entry is None or "out" in kwargs or "where" in kwargs or "dtype" in kwargs:
-            return _on_arrays(function, args, kwargs)  # no gradient is needed: NumPy itself will do
-        return entry(*args, **kwargs)
+        if entry is not None and not {"out", "where", "dtype"} & kwargs.keys():
+            with contextlib.suppress(TypeError):  # of what the entry does not take
+                return _call_entry(entry, function, args, kwargs)
+        return _on_arrays(function, args, kwargs)  # no gradient is needed: NumPy itself will do
 
     def __setitem__(self, index, new):
         if not self.ndim:
@@ -989,32 +1001,45 @@ def _restored(cls: type, raw, choice) -> Tensor:
     return tensor
 
 
+def _each(f: Callable, x):
+    """f of everything in an argument, however nested."""
+    if not isinstance(x, (list, tuple)):
+        return f(x)
+    items = [_each(f, i) for i in x]
+    return type(x)(items) if type(x) in (list, tuple) else type(x)(*items)
+
+
 def _on_arrays(function, args, kwargs):
-    """Calls a function of NumPy on the arrays of Tensors, however nested, and wraps the arrays that come out."""
-
-    guard = contextlib.nullcontext()
-
-    def each(f, x):
-        if not isinstance(x, (list, tuple)):
-            return f(x)
-        items = [each(f, i) for i in x]
-        return type(x)(items) if type(x) in (list, tuple) else type(x)(*items)
+    """Calls a function of NumPy on the arrays of Tensors, however nested, and wraps what comes out; dtypes are settled
+    as for a primitive, but for integers, which may be indices, and masks: these only where a ufunc computes."""
+    operands = _members(*args)
+    held = [x for x in operands if isinstance(x, Tensor)]
+    weak = all([type(_raw(x)) in _WEAK_TYPES for x in operands if isinstance(x, (Tensor, np.ndarray))])
+    floats = [x.dtype for x in held if type(x._data) not in _WEAK_TYPES and x.dtype.kind == "f"]
+    settled = "fiub" if isinstance(getattr(function, "__self__", function), np.ufunc) else "f"
+    settled = "" if getattr(function, "__name__", "") in ("at", "reduceat") or not floats else settled
+    lazy = [_raw(x) for x in (*operands, *kwargs.values()) if isinstance(x, Array) and _lazy(x)]
 
     def bare(x):
-        nonlocal guard
-        x = _raw(x)
-        if not isinstance(x, np.ndarray) and _lazy(x):
-            guard = KINDS[type(x)].guard(function.__name__, x)
-        return x
+        raw = _raw(x)
+        strong = type(raw) is np.ndarray and raw.dtype.kind in settled
+        if strong and not (isinstance(x, Tensor) and raw.dtype.kind == "f"):
+            raw = raw.astype(np.result_type(*floats), copy=False)
+        return raw
 
-    args, kwargs = each(bare, args), {name: each(bare, x) for name, x in kwargs.items()}
-    with guard:
-        out = function(*args, **kwargs)
+    def wrapped(x):
+        if getattr(getattr(x, "dtype", None), "kind", "O") not in "fiub":
+            return x
+        x = _settle(x)
+        return _wrap(_number(x) if weak and isinstance(x, np.generic) else x)
+
     target = kwargs.get("out")
-    target = target[0] if isinstance(target, tuple) and len(target) == 1 else target
-    if target is not None:
-        return target
-    return each(lambda x: _wrap(_settle(x)) if getattr(getattr(x, "dtype", None), "kind", "O") in "fiub" else x, out)
+    guard = KINDS[type(lazy[0])].guard(function.__name__, lazy[0]) if lazy else contextlib.nullcontext()
+    with guard:
+        out = function(*_each(bare, args), **{name: _each(_raw, x) for name, x in kwargs.items()})
+    if target is None:
+        return _each(wrapped, out)
+    return target[0] if isinstance(target, tuple) and len(target) == 1 else target
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1182,15 +1207,7 @@ class Value(Array):
         return _entry(ufunc)(*inputs)
 
     def __array_function__(self, function, kinds, args, kwargs):
-        entry = _entry(function)
-        if isinstance(entry, Primitive) and entry.operands:
-            n = len(entry.operands)
-            if len(args) == n and not kwargs:
-                return _apply(entry, args, _NO_PARAMS)
-            # By NumPy's names, in whose order they came; its defaults need no support.
-            given = dict(zip(_argument_names(function)[n:], args[n:])) | kwargs
-            return entry(*args[:n], **{k: x for k, x in given.items() if x is not None or k in entry.params})
-        return entry(*args, **kwargs)
+        return _call_entry(_entry(function), function, args, kwargs)
 
     def __array__(self, dtype=None, copy=None):
         raise TypeError(
@@ -1254,10 +1271,23 @@ class Value(Array):
         return format(self.data, spec) if spec else repr(self)
 
 
+def _call_entry(entry: Callable, function: Callable, args: tuple, kwargs: dict):
+    """Calls the entry for a function of NumPy's with that function's arguments."""
+    if not isinstance(entry, Primitive) or not entry.operands:
+        return entry(*args, **kwargs)
+    n = len(entry.operands)
+    if len(args) == n and not kwargs:
+        return _apply(entry, args, _NO_PARAMS)
+    # By NumPy's names, in whose order they came; its defaults need no support.
+    given = dict(zip(_argument_names(function)[n:], args[n:])) | kwargs
+    return entry(*args[:n], **{k: x for k, x in given.items() if x is not None or k in entry.params})
+
+
 def _entry(function):
     if function not in TABLE:
+        module = (getattr(function, "__module__", None) or "numpy").replace("numpy", "np", 1)
         raise TypeError(
-            f"np.{function.__name__} is not in picograd's table, so it has no gradient: "
+            f"{module}.{function.__name__} is not in picograd's table, so it has no gradient: "
             "add it with picograd.primitive, or call it on .data.data where none is needed"
         )
     return TABLE[function]
@@ -1536,14 +1566,12 @@ def _sweep_numbers(heap: list, grads: dict[Value, Any], retain: bool, since: int
 _NO_ANSWER = (ArithmeticError, ValueError, TypeError)  # where IEEE arithmetic has one
 
 
-def _on_numbers(rule: Callable, *numbers, **params) -> float:
+def _on_numbers(rule: Callable, *numbers, **params) -> float | None:
     """What a rule gives for numbers. Where Python raises, or makes a complex number, NumPy has the IEEE answer."""
-    try:
+    with contextlib.suppress(*_NO_ANSWER):
         h = rule(*numbers, **params)
-        if type(h) is float:
+        if type(h) is float or h is None:
             return h
-    except _NO_ANSWER:
-        pass
     return float(rule(*map(_public, numbers), **params))
 
 
@@ -1553,7 +1581,7 @@ _PLAIN = frozenset((np.ndarray, np.float32, np.float64))  # what needs no kind t
 def _pulled(node: Value, g, symbolic: bool) -> list[tuple[Value, Any]]:
     """The operands of a node that a gradient flows to, each with the gradient that its rule makes of g."""
     prim, args, params, out = node._prim, node._args, node._params, node._data
-    operands, kind, ndarray = [x._data if isinstance(x, Array) else x for x in args], NUMPY, np.ndarray
+    operands, kind = [x._data if isinstance(x, Array) else x for x in args], NUMPY
     if not (type(out) in _PLAIN and type(g) in _PLAIN):
         if type(out) is type(g) is float and prim.operands:
             kind = WEAK
@@ -1579,13 +1607,12 @@ def _pulled(node: Value, g, symbolic: bool) -> list[tuple[Value, Any]]:
         if rule is None or not isinstance(x, Value) or not x._needs:
             continue
         if kind is WEAK:
-            pairs.append((x, _on_numbers(rule, g, out, *operands, **params)))
-            continue
-        if kind is not NUMPY:
-            rule = kind.rule(prim, rule)
-        h = rule(g, out, *operands, **params) if prim.operands else rule(i, g, out, operands, **params)
+            h = _on_numbers(rule, g, out, *operands, **params)
+        else:
+            rule = rule if kind is NUMPY else kind.rule(prim, rule)
+            h = rule(g, out, *operands, **params) if prim.operands else rule(i, g, out, operands, **params)
         if h is not None:
-            pairs.append((x, _fitted(h, x, prim)))
+            pairs.append((x, h if type(h) is float and kind is WEAK else _fitted(h, x, prim)))
     return pairs
 
 
