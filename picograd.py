@@ -3640,7 +3640,7 @@ def _same_shape(name: str, first: str, second: str, x: Any, y: Any) -> tuple:
 
 def _mse_rule(wanted, g, out, operands):
     x, y = operands
-    slope = (x - y) * (g * (2.0 / max(np.size(x), 1)))
+    slope = (x - y) * (g * (2.0 * _share(x, None)))
     return slope, wanted[1] and -slope
 
 
