@@ -3716,7 +3716,10 @@ def _faults_pass() -> bool:
     """
     if contextvars.copy_context() and not _QUIET.issuperset(np.geterr().values()):
         return False
-    return "error" not in map(operator.itemgetter(0), warnings.filters)
+    return "error" not in map(_get_action, warnings.filters)
+
+
+_get_action = operator.itemgetter(0)
 
 
 class _State(dict):
@@ -3780,9 +3783,11 @@ class _Optimizer:
         ValueError if a parameter or its gradient has another shape than at the beginning, or its array is read-only;
         TypeError if it is of another library now. Then, and if a floating-point fault is an error, nothing is changed.
         """
-        scalars = [p for p in self._scalars if p._grad is not None]
-        numbers = [x for p in scalars for x in (p._data, p._grad)]
-        arrays, usual, ndarray = [], _SCALARS.issuperset(map(type, numbers)), np.ndarray
+        arrays, scalars, numbers, usual, ndarray = [], [], [], True, np.ndarray
+        if self._scalars:
+            scalars = [p for p in self._scalars if p._grad is not None]
+            numbers = [x for p in scalars for x in (p._data, p._grad)]
+            usual = _SCALARS.issuperset(map(type, numbers))
         for p, state in self._arrays:
             data, g = p._data, p._grad
             if g is not None:
