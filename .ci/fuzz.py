@@ -906,6 +906,7 @@ REACHED |= {
     "matrix of cofactors",
     "slope of cofactors",
     "dense layer",
+    "mse",
     "tile",
     "label mask",
     "sigmoid entropy",
@@ -1126,7 +1127,14 @@ def filled(table):
     return lambda w, x: w.one(table).format(x=x, y=f"({w.beside(x)})", z=f"({w.beside(x)})")
 
 
-unary, mask, product = filled(UNARY), filled(MASKS), filled(PRODUCTS)
+mask, product = filled(MASKS), filled(PRODUCTS)
+
+
+def unary(w, x) -> str | None:
+    form = w.one(UNARY)
+    if "detach" in form and isinstance(w.raw(x), (bool, np.bool_)):  # a comparison of 0-d Tensors gives NumPy's truth
+        return None
+    return form.format(x=x)
 
 
 def indexing(w, x) -> str:
