@@ -1831,8 +1831,13 @@ def check_gradients(
             weights.append(np.random.default_rng(0).uniform(0.5, 1.5, out.shape))
         return np.sum(out * weights[0]) if out.ndim else out
 
+    def value(i, x):
+        if i not in free:
+            return x
+        return _leaf(float(x) if i in weak else _settle(x.copy()))
+
     def values():
-        return [_leaf(float(x) if i in weak else _settle(x.copy())) if i in free else x for i, x in enumerate(raws)]
+        return [value(i, x) for i, x in enumerate(raws)]
 
     for i in free:
         gradient = np.asarray(grad(total, i)(*values()).data)
