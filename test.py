@@ -140,7 +140,7 @@ class TestPrimitives(Strict):
     def test_gradients_of_every_primitive(self):
         rng = np.random.default_rng(SEED)
         for prim in PRIMITIVES.values():
-            if not any(prim.vjps) or prim.name in ("program", "fused"):
+            if not any(prim.vjps) or prim.name in ("join", "program", "result", "sealed"):
                 continue  # the latter are operations on graphs: see TestOptimizer
             with self.subTest(primitive=prim.name, seed=SEED):
                 self.assertTrue(prim.samples, f"{prim.name} has no samples: give it some, so that its rule is tested")
@@ -2372,7 +2372,7 @@ class TestOptimizer(Strict):
     def test_fold_constants(self):
         x, one = Value(3.0), Value(np.ones(2))
         node = picograd._record(TABLE[np.multiply], (2.0, 3.0))
-        root = self.passed(picograd.fold_constants, x * node * np.sum(one))
+        root = self.passed(picograd._pass(picograd.fold_constants), x * node * np.sum(one))
         self.assertEqual(self.names(root), ["multiply", "multiply", "sum"])
         self.assertEqual(root._args[0]._args[1], 6.0)
 
@@ -2382,7 +2382,7 @@ class TestOptimizer(Strict):
             (x + 0.0, ["add"]),
             (1.0 * x, []),
             (x**1, []),
-            (x / 1.0, ["multiply"]),
+            (x / 1.0, []),
             (np.negative(-x), []),
             (x - (-y), ["add"]),
             (x + (-y), ["subtract"]),
@@ -2399,13 +2399,13 @@ class TestOptimizer(Strict):
             (2.0 * (y * (a + 1.0)), ["add", "multiply", "multiply"]),
         ]:
             with self.subTest(root=repr(root), names=names):
-                self.assertEqual(self.names(self.passed(picograd.simplify, root)), names)
+                self.assertEqual(self.names(self.passed(picograd._pass(picograd.simplify), root)), names)
         self.assertTrue(math.isnan((Value(math.inf) * 0.0).item()))
         self.assertTrue(math.isnan(optimize(Value(math.inf) * 0.0).forward().item()), "x * 0 is not 0 for inf")
 
     def test_merge_common(self):
         x = Value(0.5)
-        root = self.passed(picograd.merge_common, np.tanh(x) * np.tanh(x) + x * 0.0 + x * -0.0)
+        root = self.passed(picograd._pass(picograd.merge_common()), np.tanh(x) * np.tanh(x) + x * 0.0 + x * -0.0)
         self.assertEqual(self.names(root), ["add", "add", "multiply", "multiply", "multiply", "tanh"])
         w = Value(np.ones((3, 3)))
         source = optimize(np.sum(np.tanh(w @ w))).source
@@ -2440,7 +2440,8 @@ class TestOptimizer(Strict):
         w, b = [[Value(0.1 * i + j) for i in range(3)] for j in range(4)], [Value(float(j)) for j in range(4)]
         samples = [[Value(0.3 * n - i) for i in range(3)] for n in range(5)]
         outs = [np.tanh(sum(p * q for p, q in zip(row, x)) + c) for x in samples for row, c in zip(w, b)]
-        root = self.passed(lambda roots: picograd.simplify(picograd.batch(picograd.flatten(roots))), sum(outs))
+        simplify = picograd._pass(picograd.simplify)
+        root = self.passed(lambda roots: simplify(picograd.batch(picograd.flatten(roots))), sum(outs))
         names = self.names(root)
         self.assertEqual((names.count("matmul"), names.count("tanh"), names.count("pack")), (1, 1, 3), names)
         tanh = next(n for n in picograd._oldest_first([root]) if n._prim and n._prim.name == "tanh")
@@ -2462,17 +2463,28 @@ class TestOptimizer(Strict):
             Value(np.random.default_rng(0).normal(size=s), np.float64, n)
             for s, n in [((4, 3), "x"), ((3, 2), "w"), (2, "b")]
         )
-        root = self.passed(picograd.fuse, np.tanh(x @ w + b) * 2.0 - 1.0)
+
+        def fused(root):
+            found = picograd.fuse([root])[0]
+            before = np.array(root.data)
+            np.testing.assert_allclose(found.forward().data, before, rtol=1e-12)
+            return found
+
+        root = fused(np.tanh(x @ w + b) * 2.0 - 1.0)
         self.assertEqual(self.names(root), ["fused"])
-        self.assertEqual(picograd._formula(root._params["chain"]), "tanh(x @ w + b) * 2 - 1")
-        check_gradients(
-            lambda x, w, b: picograd.fuse([np.tanh(x @ w + b) * x[:, :1]])[0], *(v.data.data for v in (x, w, b))
-        )
+        self.assertEqual(picograd._formula(root._params["steps"], root._args), "tanh(x @ w + b) * 2 - 1")
+        for out, formula in [
+            (-(x @ w + b), "-(x @ w + b)"),
+            (np.exp(-np.square(x @ w)) - (x @ w - 1.0), "exp(-square(x @ w)) - (x @ w - 1)"),
+            (x * (x + x) / (x * 2.0), "x * (x + x) / (x * 2)"),
+        ]:
+            root = fused(out)
+            self.assertEqual(picograd._formula(root._params["steps"], root._args), formula)
         self.assertIn("tanh(x @ w + b)", draw(optimize(np.sum(np.tanh(x @ w + b)))).source)
         long = x
         for _ in range(100):
             long = np.sin(long)
-        self.assertEqual(self.names(self.passed(picograd.fuse, long)).count("fused"), 4)
+        self.assertEqual(self.names(fused(long)).count("fused"), 4)
 
     def test_every_primitive(self):
         rng = np.random.default_rng(SEED)
@@ -2692,7 +2704,7 @@ class TestOptimizer(Strict):
             inner = [node for node in picograd._oldest_first(program.traced + program.graph) if node._prim]
             self.assertEqual({node._data is None for node in inner}, {True})
             self.assertLess(len(pickle.dumps(fast)), x.nbytes + 2 * w.nbytes + 10_000)
-            gone = weakref.ref(program.compile(0).forward)
+            gone = weakref.ref(program.code.forward)
             again = optimize(fast * 2.0)
             again.forward().backward()
             del fast, program, inner, again
