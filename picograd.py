@@ -5446,6 +5446,10 @@ def _private(nodes: Sequence, roots: Sequence, fits: Callable) -> set[Value]:
     return {x for x, node in used if uses[x] == 1 and fits(x, node)}
 
 
+def _shape(x) -> tuple[int, ...]:
+    return np.shape(_raw(x))
+
+
 def _alike(x, node: Value) -> bool:
     """Whether x can stand for a node: of its shape and dtype, and weak if it is weak."""
     x, y = _raw(x), node._data
@@ -5488,12 +5492,12 @@ def _simpler_multiply(node, x, y):
             return _twin(node, _NEGATIVE, (_simple(_MULTIPLY, (a._args[0], b)),))
         # (u * c) * (s * x) -> (u * (c * s)) * x saves one product of full size: exact for constants c and s = 2 or 4,
         # and safe where their product is at most 1; so the mean of squares goes backward.
-        if node.ndim and not np.ndim(_raw(a)) and _is(a, _MULTIPLY) and _is(b, _MULTIPLY):
+        if node.ndim and not len(_shape(a)) and _is(a, _MULTIPLY) and _is(b, _MULTIPLY):
             (u, c), (s, rest) = a._args, b._args
             if type(c) is type(s) is float and s in (2.0, 4.0) and abs(c * s) <= 1.0:
                 return _twin(node, _MULTIPLY, (_simple(_MULTIPLY, (u, c * s)), rest))
         # Where operands broadcast anyway, a broadcast one needs no array of its own.
-        if _is(a, _BROADCAST) and np.shape(_raw(b)) == node.shape and node.ndim:
+        if _is(a, _BROADCAST) and _shape(b) == node.shape and node.ndim:
             return _twin(node, _MULTIPLY, (a._args[0], b) if a is x else (b, a._args[0]))
     return _twin(node, _SQUARED, (x,)) if x is y and node.ndim else None
 
@@ -5658,11 +5662,6 @@ _pack = primitive(
 )
 
 
-def _starts_at_zero(node: Value) -> bool:
-    """Whether 0.0 is the last of the terms of a sum of products."""
-    return type(node._args[-1]) is float and node._args[-1] == 0.0
-
-
 class _Batch:
     """What `batch` knows while it rebuilds a graph: which new node, or which place in which stack, an old node became.
 
@@ -5682,22 +5681,20 @@ class _Batch:
         if x not in self.new:
             number, place = self.places[x]
             stack, layout = self.stacks[number]
-            part = stack[tuple(map(int, np.unravel_index(place, layout)))]
-            kind = type(x._data)
+            part, kind = stack[tuple(map(int, np.unravel_index(place, layout)))], type(x._data)
             part = _as_dtype(part, float) if kind in _WEAK_TYPES else part
             self.new[x] = np.not_equal(part, 0.0) if kind is bool else part
         return self.new[x]
 
-    def put(self, members: Sequence, stack, layout: tuple[int, ...]) -> None:
+    def put(self, members: Iterable, stack, layout: tuple[int, ...]) -> None:
         """Notes that the members of a stack stand for these nodes."""
-        number = len(self.stacks)
+        self.places.update([(x, (len(self.stacks), place)) for place, x in enumerate(members)])
         self.stacks.append((stack, layout))
-        self.places.update([(x, (number, place)) for place, x in enumerate(members)])
 
-    def stack(self, members: dict, layout: tuple[int, ...], dtype) -> None:
+    def stack(self, members: dict, layout: tuple[int, ...], dtype=None) -> None:
         """Makes a stack of what is in none yet: constants, or nodes and Tensors, which these names stand for."""
         xs = list(map(self.single, members.values()))
-        shape = np.shape(_raw(xs[0]))
+        shape = _shape(xs[0])
         if not isinstance(xs[0], Array):
             new = np.array(xs, None if shape else dtype)
         elif shape:
@@ -5705,42 +5702,42 @@ class _Batch:
         else:
             dtypes = [{float: np.float64, bool: bool}.get(type(x)) or x.dtype for x in map(_raw, xs)]
             new = _record(_pack, tuple(xs), {"dtype": np.result_type(*dtypes)})
-        self.put(list(members), np.reshape(new, (*layout, *shape)), layout)
+        self.put(members, np.reshape(new, (*layout, *shape)), layout)
 
     def gather(self, xs: list, layout: tuple[int, ...], dtype=None):
         """The operands as one array (*layout, *their shape), or one that broadcasts to it. It is a stack that exists, a
         part or a transpose of one where that will do, and a copy only where not."""
-        shape, n = np.shape(_raw(xs[0])), len(xs)
-        ids = list(map(_key, xs))
-        if len(layout) == 2 and min(layout) > 1:
-            rows, columns = layout
-            if ids == ids[:columns] * rows:
-                return np.reshape(self.gather(xs[:columns], (columns,), dtype), (1, columns, *shape))
-            if ids == [x for x in ids[::columns] for _ in range(columns)]:
-                return np.reshape(self.gather(xs[::columns], (rows,), dtype), (rows, 1, *shape))
-        keys = [x if isinstance(x, Array) else (i, dtype) for x, i in zip(xs, ids)]
+        keys = [x if isinstance(x, Array) else (_key(x), dtype) for x in xs]
         for kind in (True, False):  # what is in no stack yet becomes one, in the order in which it is wanted here
             loose = {k: x for k, x in zip(keys, xs) if k not in self.places and isinstance(x, Array) is kind}
             if loose:
-                self.stack(loose, layout if len(loose) == n else (len(loose),), dtype)
-        found = [self.places[key] for key in keys]
-        stacks = {number: self.stacks[number] for number, _ in found}
-        sizes = [math.prod(own) for _, own in stacks.values()]
-        starts = dict(zip(stacks, itertools.accumulate(sizes, initial=0)))
-        flat = [np.reshape(stack, (size, *shape)) for (stack, _), size in zip(stacks.values(), sizes)]
+                self.stack(loose, layout if len(loose) == len(xs) else (len(loose),), dtype)
+        found, shape = [self.places[key] for key in keys], _shape(xs[0])
+        starts, flat, size = {}, [], 0
+        for number in dict.fromkeys([number for number, _ in found]):
+            stack, own = self.stacks[number]
+            starts[number], size = size, size + math.prod(own)
+            flat.append(np.reshape(stack, (math.prod(own), *shape)))
         joint = flat[0] if len(flat) == 1 else _concatenate(*flat)
         index = np.array([starts[number] + place for number, place in found])
-        step = int(index[1] - index[0]) if n > 1 else 1
-        if step > 0 and np.array_equal(index, np.arange(n) * step + index[0]):
-            if n < sum(sizes):
-                joint = joint[int(index[0]) : int(index[-1]) + 1 : step]
-        elif (
-            len(layout) == 2 and np.array_equal(index, np.arange(n).reshape(layout[::-1]).T.ravel()) and n == sum(sizes)
-        ):
-            return np.swapaxes(np.reshape(joint, (*layout[::-1], *shape)), 0, 1)
-        else:
-            joint = joint[(index,)]
-        return np.reshape(joint, (*layout, *shape))
+        # A grid of rows and columns with the same steps throughout, 0 where it repeats, needs no copy.
+        start, grid = int(index[0]), index.reshape(layout if len(layout) == 2 else (1, -1))
+        rows, columns = grid.shape
+        down = int(grid[1, 0]) - start if rows > 1 else 0
+        across = int(grid[0, 1]) - start if columns > 1 else 0
+        rows, columns = rows if down else 1, columns if across else 1
+        turned = rows > 1 < columns and across == down * rows
+        step = down if turned or not across else across
+        even = np.array_equal(
+            grid, start + np.add.outer(np.arange(len(grid)) * down, np.arange(grid.shape[1]) * across)
+        )
+        if not even or step < 0 or not (turned or 0 in (down, across) or down == across * columns):
+            return np.reshape(joint[(index,)], (*layout, *shape))
+        if rows * columns < size:
+            joint = joint[start : start + (rows * columns - 1) * step + 1 : step or 1]
+        if turned:
+            return np.swapaxes(np.reshape(joint, (columns, rows, *shape)), 0, 1)
+        return np.reshape(joint, (*(rows, columns)[-len(layout) :], *shape))
 
     def operand(self, nodes: list, k: int, layout: tuple[int, ...]):
         """Operand k of all nodes, and whether it is stacked or one that they share."""
@@ -5749,140 +5746,123 @@ class _Batch:
             return self.single(xs[0]), False
         return self.gather(xs, layout), True
 
-    def elementwise(self, nodes: list) -> bool:
-        node, layout = nodes[0], (len(nodes),)
-        for k in range(len(node._args)):  # in the order of a stack that exists, if they can be
-            found = [self.places.get(x) for x in [n._args[k] for n in nodes] if isinstance(x, Value)]
+    def ordered(self, nodes: list) -> tuple[list, tuple[int, ...]]:
+        """Nodes in the order of a stack that has one of their operands, if there is one, and its layout."""
+        for k in range(len(nodes[0]._args)):
+            found = [self.places.get(x) for x in [node._args[k] for node in nodes] if isinstance(x, Value)]
             if len(set(found)) == len(nodes) and None not in found and len({number for number, _ in found}) == 1:
-                nodes = [n for _, n in sorted(zip(found, nodes), key=operator.itemgetter(0))]
-                whole = self.stacks[found[0][0]][1]
-                layout = whole if math.prod(whole) == len(nodes) else layout
-                break
-        raw = list(map(_raw, node._args))
-        strong = [x.dtype for x in raw if getattr(x, "dtype", None) in _FLOATS]
-        operands, any_stacked = [], False
-        for k, x in enumerate(raw):
-            y, stacked = self.operand(nodes, k, layout)
-            if stacked and np.ndim(x) < node.ndim:
-                y = np.reshape(y, np.shape(y)[: len(layout)] + (1,) * (node.ndim - np.ndim(x)) + np.shape(x))
-            if stacked and strong and type(x) is float:  # a number that was weak takes the dtype of those it meets
-                y = y.astype(strong[0])
-            any_stacked |= stacked
-            operands.append(y)
-        if any_stacked:
-            out = _record(node._prim, tuple(operands), node._params)
-            self.put(nodes, np.broadcast_to(out, (*layout, *node.shape)), layout)
-        return any_stacked
-
-    @staticmethod
-    def distinct(rows: list) -> tuple[list, list[int]]:
-        """The different rows, in order of appearance, and which of them each row is."""
-        known: dict = {}
-        keys = list(map(_key, rows))
-        for key, row in zip(keys, rows):
-            known.setdefault(key, (len(known), row))
-        return [row for _, row in known.values()], [known[key][0] for key in keys]
-
-    @staticmethod
-    def rows(nodes: list) -> tuple[list, list, list]:
-        """Of sums of products: the left factors, the right ones, and what is added but for a 0.0 at the end, a row per
-        node."""
-        end, stop = 2 * nodes[0]._params["products"], -1 if _starts_at_zero(nodes[0]) else None
-        cuts = (slice(0, end, 2), slice(1, end, 2), slice(end, stop))
-        return tuple([list(node._args[cut]) for node in nodes] for cut in cuts)
-
-    def reserve(self, nodes: list) -> None:
-        """Stacks leaves as a group of dot products will want them, before smaller groups ask for other orders."""
-        for rows in self.rows(nodes):
-            block = self.distinct(rows)[0]
-            xs = [x for row in block for x in row]
-            loose = all([isinstance(x, Value) and x._prim is None and x not in self.places for x in xs])
-            if xs and loose and len(set(xs)) == len(xs):
-                self.gather(xs, (len(block), len(block[0])))
-
-    def rank(self, pair: Sequence) -> tuple:
-        """An order of terms in which those of one stack follow each other."""
-        x = pair[0]
-        return self.places.get(x, (len(self.stacks), 0)) if isinstance(x, Value) else (len(self.stacks), 0)
-
-    def sums(self, nodes: list) -> None:
-        """Dot products and sums of the same length. Where every one of some left rows meets every one of some right
-        rows, the dot products are a matrix product."""
-        node, layout = nodes[0], (len(nodes),)
-        dtype = np.float64 if type(node._data) is float else node.dtype
-
-        def block(rows):
-            layout = (len(rows), len(rows[0]))
-            stack = self.gather([x for row in rows for x in row], layout, dtype)
-            return np.broadcast_to(stack, (*layout, *node.shape))
-
-        terms, zero = [], _starts_at_zero(node)
-        left, right, rest = self.rows(nodes)
-        if len(nodes) == 1:  # the order of its terms is free: that of the stacks which they are in spares a gather
-            pairs = sorted(zip(left[0], right[0]), key=self.rank)
-            left, right = [[x for x, _ in pairs]], [[y for _, y in pairs]]
-            rest = [[x for (x,) in sorted(zip(rest[0]), key=self.rank)]]
-        if left[0]:
-            (lefts, i), (rights, j) = self.distinct(left), self.distinct(right)
-            if len(lefts) * len(rights) == len(nodes) == len(set(zip(i, j))):
-                order = sorted(range(len(nodes)), key=lambda n: (j[n], i[n]))
-                nodes, rest = [nodes[n] for n in order], [rest[n] for n in order]
-                layout = (len(rights), len(lefts))
-                terms, zero = [np.matmul(block(rights), np.swapaxes(block(lefts), 0, 1))], False  # BLAS starts at 0.0
-            else:
-                terms = [np.sum(block(left) * block(right), axis=1)]
-        if len(rest[0]) > 2:
-            terms.append(np.reshape(np.sum(block(rest), axis=1), (*layout, *node.shape)))
-        else:
-            first = 2 * node._params["products"]
-            terms += [self.operand(nodes, first + k, layout)[0] for k in range(len(rest[0]))]
-        out = functools.reduce(operator.add, terms + [0.0] * zero)
-        self.put(nodes, out if out.dtype == dtype else out.astype(dtype), layout)
-
-    def arrays(self, nodes: list) -> bool:
-        """Other operations on arrays, by their entry in _BATCHED: on stacks, with an axis more at the front."""
-        operands, stacked = zip(*(self.operand(nodes, k, (len(nodes),)) for k in range(len(nodes[0]._args))))
-        out = _BATCHED[nodes[0]._prim](nodes[0], len(nodes), operands, stacked) if any(stacked) else None
-        if out is not None:
-            self.put(nodes, out, (len(nodes),))
-        return out is not None
+                nodes = [node for _, node in sorted(zip(found, nodes), key=operator.itemgetter(0))]
+                layout = self.stacks[found[0][0]][1]
+                return nodes, layout if math.prod(layout) == len(nodes) else (len(nodes),)
+        return nodes, (len(nodes),)
 
     def combine(self, nodes: list) -> bool:
         """Makes one operation of a group, if that can be."""
-        if nodes[0]._prim is not _dot:
-            return self.elementwise(nodes) if nodes[0]._prim.elementwise else self.arrays(nodes)
-        self.sums(nodes)
+        node, prim, layout = nodes[0], nodes[0]._prim, (len(nodes),)
+        if prim is _dot:
+            return self.sums(nodes)
+        if prim.elementwise:
+            nodes, layout = self.ordered(nodes)
+        raw, operands, stacked = list(map(_raw, node._args)), [], []
+        strong = [x.dtype for x in raw if getattr(x, "dtype", None) in _FLOATS]
+        for k, x in enumerate(raw):
+            y, several = self.operand(nodes, k, layout)
+            if several and prim.elementwise and np.ndim(x) < node.ndim:
+                y = np.reshape(y, _shape(y)[: len(layout)] + (1,) * (node.ndim - np.ndim(x)) + np.shape(x))
+            if several and strong and type(x) is float:  # a number that was weak takes the dtype of those it meets
+                y = y.astype(strong[0])
+            operands.append(y)
+            stacked.append(several)
+        if not any(stacked):
+            return False
+        if prim.elementwise:
+            out = np.broadcast_to(_record(prim, tuple(operands), node._params), (*layout, *node.shape))
+        else:
+            out = _BATCHED[prim](node, len(nodes), operands, stacked)
+        if out is not None:
+            self.put(nodes, out, layout)
+        return out is not None
+
+    def reserve(self, nodes: list) -> None:
+        """Stacks leaves as a group of dot products will want them, before smaller groups ask for other orders."""
+        end = 2 * nodes[0]._params["products"]
+        for cut in (slice(0, end, 2), slice(1, end, 2), slice(end, None)):
+            xs = dict.fromkeys([x for node in nodes for x in node._args[cut] if isinstance(x, Value)])
+            if xs and all([x._prim is None and x not in self.places for x in xs]):
+                self.stack(dict(zip(xs, xs)), (len(xs),))
+
+    def rank(self, terms: Sequence) -> tuple[int, int]:
+        """An order of terms in which those of one stack follow each other."""
+        none = len(self.stacks), 0
+        return self.places.get(terms[0], none) if isinstance(terms[0], Value) else none
+
+    def sums(self, nodes: list) -> bool:
+        """Dot products and sums of the same length. Where every one of some left rows meets every one of some right
+        rows, the dot products are a matrix product."""
+        node, layout = nodes[0], (len(nodes),)
+        end, zero = 2 * node._params["products"], _starts_at_zero(node)
+        dtype = np.float64 if type(node._data) is float else node.dtype
+        if len(nodes) == 1:  # the order of its terms is free: that of the stacks which they are in spares a gather
+            pairs = sorted(zip(node._args[:end:2], node._args[1:end:2]), key=self.rank)
+            rest = sorted(zip(node._args[end : len(node._args) - zero]), key=self.rank)
+            nodes = [_twin(node, _dot, tuple(itertools.chain(*pairs, *rest)), node._params)]
+
+        def block(rows):
+            stack = self.gather([x for row in rows for x in row], (len(rows), len(rows[0])), dtype)
+            return np.broadcast_to(stack, (len(rows), len(rows[0]), *node.shape))
+
+        def different(rows):
+            """By key, the number of a row and the row; and the numbers of all rows."""
+            known: dict = {}
+            return known, [known.setdefault(_key(row), (len(known), row))[0] for row in rows]
+
+        terms, n = [], len(node._args) - end - zero
+        if end:
+            left, right = ([one._args[i:end:2] for one in nodes] for i in (0, 1))
+            (lefts, i), (rights, j) = different(left), different(right)
+            if len(lefts) * len(rights) == len(nodes) == len(set(zip(i, j))):
+                nodes = [one for *_, one in sorted(zip(j, i, nodes), key=operator.itemgetter(0, 1))]
+                lefts, rights = ([row for _, row in known.values()] for known in (lefts, rights))
+                layout, zero = (len(rights), len(lefts)), False  # BLAS starts at 0.0
+                terms = [np.matmul(block(rights), np.swapaxes(block(lefts), 0, 1))]
+            else:
+                terms = [np.sum(block(left) * block(right), axis=1)]
+        if n > 2:
+            rest = np.sum(block([one._args[end : end + n] for one in nodes]), axis=1)
+            terms.append(np.reshape(rest, (*layout, *node.shape)))
+        else:
+            terms += [self.operand(nodes, end + k, layout)[0] for k in range(n)]
+        out = functools.reduce(operator.add, terms + [0.0] * zero)
+        self.put(nodes if len(nodes) > 1 else [node], out if out.dtype == dtype else out.astype(dtype), layout)
         return True
 
 
 def _batched_matmul(node, n, operands, stacked):
-    shapes = [np.shape(_raw(x)) for x in node._args]
-    (x, y), (a, b) = operands, map(len, shapes)
-    if stacked == (True, False) and a == 1 and b <= 2:
+    x, y = operands
+    a, b = (np.ndim(_raw(z)) for z in node._args)
+    if stacked == [True, False] and a == 1 and b <= 2:
         return np.matmul(x, y)
-    if stacked == (False, True) and b == 1 and a <= 2:
+    if stacked == [False, True] and b == 1 and a <= 2:
         return np.matmul(y, x.T)
-    # As matrices, and with as many batch axes of their own behind the new one.
-    shapes = [(1,) * (a == 1) + shapes[0], shapes[1] + (1,) * (b == 1)]
-    most = max(map(len, shapes))
-    lead = [(n,) + (1,) * (most - len(shape)) if s else () for s, shape in zip(stacked, shapes)]
-    x, y = (np.reshape(z, first + shape) for z, first, shape in zip(operands, lead, shapes))
+    if max(a, b) > 2:
+        return None
+    x = np.reshape(x, (*_shape(x)[:-1], 1, _shape(x)[-1])) if a == 1 else x
+    y = np.reshape(y, (*_shape(y), 1)) if b == 1 else y
     return np.reshape(np.matmul(x, y), (n, *node.shape))
 
 
 def _batched_axis(node, n, operands, stacked):
-    ndim, params = np.ndim(_raw(node._args[0])), dict(node._params)
-    axis = params.get("axis", -1 if "softmax" in node._prim.name else None)
+    ndim = len(_shape(node._args[0]))
+    axis = node._params.get("axis", -1 if "softmax" in node._prim.name else None)
     axes = range(ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
     shifted = tuple([int(i) % ndim + 1 for i in axes])
-    return _record(node._prim, operands, params | {"axis": shifted[0] if len(shifted) == 1 else shifted})
+    return _record(node._prim, tuple(operands), node._params | {"axis": shifted[0] if len(shifted) == 1 else shifted})
 
 
 def _batched_getitem(node, n, operands, stacked):
     index = node._params["index"]
-    if len(operands) > 1 or any(isinstance(i, np.ndarray) for i in index):
-        return None
-    return _getitem(operands[0], index=(slice(None), *index))
+    plain = len(operands) == 1 and not any([isinstance(i, np.ndarray) for i in index])
+    return _getitem(operands[0], index=(slice(None), *index)) if plain else None
 
 
 _BATCHED: dict[Primitive, Callable] = {
@@ -5895,23 +5875,34 @@ _BATCHED: dict[Primitive, Callable] = {
 }
 
 
-def _group(node: Value, reach: int):
-    """What is equal for nodes that may become one, or the node itself if it stays on its own."""
+def _starts_at_zero(node: Value) -> bool:
+    """Whether 0.0 is the last of the terms of a sum of products."""
+    return type(node._args[-1]) is float and node._args[-1] == 0.0
+
+
+def _group(node: Value, reach: int) -> tuple[Any, int]:
+    """What is equal for nodes that may become one, or the node itself if it stays on its own; and how many of them are
+    worth an operation on arrays."""
     prim, args = node._prim, node._args
-    if not _regular(node) or node.size > _BATCH_SIZE:
-        return node
 
     def kind(x):
         x = _raw(x)
         return type(x) if type(x) in _WEAK_TYPES else (x.shape, x.dtype)
 
+    if not _regular(node) or node.size > _BATCH_SIZE:
+        return node, 1
     if prim is _dot:
-        return prim, node._params["products"], len(args), kind(node), _starts_at_zero(node), reach
+        zero = _starts_at_zero(node)
+        n = len(args) - zero
+        alike = all([_shape(x) == node.shape for x in args[:n]])
+        return (prim, node._params["products"], n, kind(node), zero, reach) if alike else node, 4 * _BATCH_SCALARS / n
     arrays = prim in _BATCHED and all([isinstance(_raw(x), np.ndarray) for x in args])
     if not arrays and not (prim.elementwise and prim.operands and not node._params):
-        return node
+        return node, 1
+    kinds = list(map(kind, args))
     shared = [id(x) for x in args if isinstance(x, Array) and x.ndim > 1 and not getattr(x, "_prim", None)]
-    return prim, _key(tuple(node._params.items())), kind(node), *map(kind, args), *shared, reach
+    key = prim, _key(tuple(node._params.items())), kind(node), *kinds, *shared, reach
+    return key, _BATCH_ARRAYS if any([type(k) is tuple and k[0] for k in kinds]) else _BATCH_SCALARS
 
 
 def batch(roots: Sequence) -> list:
@@ -5923,32 +5914,19 @@ def batch(roots: Sequence) -> list:
     state, depth, reach = _Batch(), {}, _reach(roots)
     levels: dict[int, dict] = collections.defaultdict(lambda: collections.defaultdict(list))
     for node in _oldest_first(roots):
-        if node._prim is None:
-            depth[node] = 0
-            continue
-        depth[node] = level = 1 + max([depth[x] for x in node._args if isinstance(x, Value)], default=0)
-        levels[level][_group(node, reach[node])].append(node)
+        depth[node] = level = 1 + max([depth[x] for x in node._args if isinstance(x, Value)], default=-1)
+        if node._prim is not None:
+            levels[level][_group(node, reach[node])].append(node)
     groups = [nodes for level in levels.values() for nodes in level.values() if len(nodes) > 1]
     for nodes in sorted(groups, key=len, reverse=True):
         if nodes[0]._prim is _dot and not nodes[0].ndim:
             state.reserve(nodes)
     for _, level in sorted(levels.items()):
-        for key, nodes in sorted(level.items(), key=lambda item: -len(item[1])):
-            if key is nodes[0] or not _worth(nodes) or not state.combine(nodes):
+        for (key, enough), nodes in sorted(level.items(), key=lambda item: -len(item[1])):
+            if key is nodes[0] or len(nodes) < enough or not state.combine(nodes):
                 for node in nodes:
                     state.new[node] = _renewed(node, tuple(map(state.single, node._args)))
     return [state.single(root) for root in roots]
-
-
-def _worth(nodes: list) -> bool:
-    """Whether a group is large enough for one operation on arrays."""
-    node = nodes[0]
-    if node._prim is _dot:
-        n = len(node._args) - _starts_at_zero(node)
-        if len(nodes) * n < 4 * _BATCH_SCALARS:
-            return False
-        return all([np.shape(_raw(x)) == node.shape for one in nodes for x in one._args[:n]])
-    return len(nodes) >= (_BATCH_ARRAYS if any([np.ndim(_raw(x)) for x in node._args]) else _BATCH_SCALARS)
 
 
 def _run_steps(*operands, steps):
@@ -6035,9 +6013,9 @@ def reduce_products(node: Value) -> Value:
     if not _is(node, _SUM) or node.ndim or not isinstance(x, Value) or not x.ndim:
         return node
     pair = x._args * 2 if _is(x, _SQUARED) else x._args if _is(x, _MULTIPLY) else ()
-    if not pair or any([np.shape(_raw(y)) != x.shape or np.result_type(_raw(y)) != x.dtype for y in pair]):
+    if not pair or any([_shape(y) != x.shape or np.result_type(_raw(y)) != x.dtype for y in pair]):
         return node
-    flat = [y if np.ndim(_raw(y)) == 1 else _record(_reshape, (y,), {"shape": (x.size,)}) for y in pair]
+    flat = [y if len(_shape(y)) == 1 else _record(_reshape, (y,), {"shape": (x.size,)}) for y in pair]
     product = _record(_PRODUCT, (flat[0], flat[0] if pair[0] is pair[1] else flat[1]))
     return product if _alike(product, node) else node
 
@@ -6109,7 +6087,7 @@ def _number_form(low: _Lowering, node: Value) -> str | None:
 
 
 def _matmul_form(low, node, x, y):
-    return "{0}.dot({1}" + _OUT if np.ndim(_raw(x)) <= 2 >= np.ndim(_raw(y)) else "np.matmul({0}, {1}" + _OUT
+    return "{0}.dot({1}" + _OUT if len(_shape(x)) <= 2 >= len(_shape(y)) else "np.matmul({0}, {1}" + _OUT
 
 
 def _sum_form(low, node, a, axis=None, keepdims=False):
@@ -6128,7 +6106,7 @@ def _places(index: tuple, shape: tuple) -> np.ndarray | None:
 
 
 def _getitem_form(low, node, a, index):
-    places = _places(index, np.shape(_raw(a)))
+    places = _places(index, _shape(a))
     if places is None:
         return ""
     return f"np.take({{0}}, {low.bind('c', places)}, 0, {{out}}, 'clip')"  # with 'raise', take would make a copy
