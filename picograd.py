@@ -5398,7 +5398,7 @@ def _renewed(node: Value, args: tuple) -> Value:
 
 
 def _pass(*rules: Callable) -> Callable:
-    """One walk over a graph for several rules: each takes a node whose operands are new, and the next what that gave."""
+    """One walk over a graph for several rules: each takes a node whose operands are new, the next what that gave."""
 
     def rule(node, args):
         node = _renewed(node, args)
@@ -6007,19 +6007,6 @@ def _formula(steps: tuple, operands: Sequence) -> str:
     return texts[-1][0]
 
 
-def reduce_products(node: Value) -> Value:
-    """Writes the sum of a product as a dot product, which needs no array for the product: sum(d * d) -> d @ d."""
-    x = node._args[0]
-    if not _is(node, _SUM) or node.ndim or not isinstance(x, Value) or not x.ndim:
-        return node
-    pair = x._args * 2 if _is(x, _SQUARED) else x._args if _is(x, _MULTIPLY) else ()
-    if not pair or any([_shape(y) != x.shape or np.result_type(_raw(y)) != x.dtype for y in pair]):
-        return node
-    flat = [y if len(_shape(y)) == 1 else _record(_reshape, (y,), {"shape": (x.size,)}) for y in pair]
-    product = _record(_PRODUCT, (flat[0], flat[0] if pair[0] is pair[1] else flat[1]))
-    return product if _alike(product, node) else node
-
-
 # --- what users' primitives do is not traced, but done anew ---
 
 
@@ -6121,7 +6108,7 @@ def _scatter_form(low, node, a, *parts, shape, index):
 
 
 def _pack_form(low, node, *numbers, dtype):
-    if all([_is_input(x) and type(x._data) is float for x in numbers]):
+    if _are_leaves(numbers) and type(numbers[0]._data) is float:
         return f"{{out}}[:] = [x._data for x in {low.bind('c', numbers)}]"  # their data is read here, not as inputs
     return "{out}[:] = {all}"
 
@@ -6155,15 +6142,15 @@ _FORMS: dict[Primitive, str | Callable] = {
 class _Lowering:
     """Writes the functions `forward` and `backward` of a graph: a line or two per node, in the order of the graph.
 
-    sweeps: (the seeds, the gradients) of each sweep; there is a function `backward` for each. What several of them need
-        is computed by `forward`, and stays as it is, so that they may run in any order.
+    sweeps: (seeds, gradients, whose they are) of each sweep; there is a function `backward` for each. What several of
+        them need is computed by `forward`, and stays as it is, so that they may run in any order.
 
     Arrays go to buffers that are made once, and shared by results that are not needed at the same time; views of
     buffers are made once, too; numbers are local variables. A name is an input x, a buffer or view of one b, a constant
     c, a function f, a local t, or out for an array that a leaf gets as its gradient. User's strings are never names.
     """
 
-    def __init__(self, roots: Sequence[Value], sweeps: Sequence[tuple[Sequence, Sequence]]):
+    def __init__(self, roots, sweeps):
         self.space: dict[str, Any] = {"np": np, "math": math, "_evaluate": _evaluate, "_as_before": _as_before}
         self.space |= {"_array": np.ndarray, "_checked": _checked, "_blocks": run_blocks}
         self.names: dict[Any, str] = {}  # of nodes, Tensors, and, by id, of other objects
@@ -6176,13 +6163,14 @@ class _Lowering:
         self.early: set[str] = set()  # the locals that forward makes
         self.saved: dict[str, None] = {}  # those of them that a backward needs, in order
         self.number = itertools.count()
-        later = [_oldest_first(gradients) for _, gradients in sweeps]
+        self.roots, self.sweeps = roots, sweeps
+        later = [_oldest_first(gradients) for _, gradients, _ in sweeps]
         often = [x for x, n in collections.Counter(itertools.chain(*later)).items() if n > 1]
         first = dict.fromkeys(sorted({*_oldest_first(roots), *often}, key=_get_number))
         sections = [list(first)] + [[x for x in nodes if x not in first] for nodes in later]
-        for seeds, _ in sweeps:
+        for seeds, *_ in sweeps:
             self.names.update((seed, f"seed{i}") for i, seed in enumerate(seeds))
-        self.plan(sections, roots, [g for _, gradients in sweeps for g in gradients])
+        self.plan(sections)
         self.place = -1
         for nodes in sections:
             self.lines.append([])
@@ -6194,9 +6182,8 @@ class _Lowering:
                     if dead in self.buffers:
                         buffer = self.buffers.pop(dead)
                         self.spare[buffer.dtype, buffer.size].append(buffer)
-        self.finish(roots, sweeps)
 
-    def plan(self, sections, roots, gradients):
+    def plan(self, sections):
         """When the data of each node is needed last. What may be a view of an operand keeps that operand alive."""
         nodes = [node for section in sections for node in section]
         self.forms = {node: self.form(node) for node in nodes}
@@ -6204,7 +6191,8 @@ class _Lowering:
         for i, node in enumerate(nodes):
             last[node] = i
             last.update([(x, i) for x in node._args if isinstance(x, Value)])
-        last.update(dict.fromkeys([*roots, *gradients], math.inf))
+        owned = [pair for _, gradients, owners in self.sweeps for pair in zip(gradients, owners)]
+        last.update(dict.fromkeys([*self.roots, *(g for g, _ in owned)], math.inf))
         if len(sections) > 2:
             last.update((x, math.inf) for x in sections[0] if last[x] >= len(sections[0]))
         for node in reversed(nodes):
@@ -6216,8 +6204,8 @@ class _Lowering:
         self.dying = collections.defaultdict(list)
         for node, i in last.items():
             self.dying[i].append(node)
-        counts = collections.Counter(gradients)
-        self.handed_out = {g for g in gradients if counts[g] == 1}.difference(sections[0])
+        counts = collections.Counter([g for g, _ in owned])
+        self.handed_out = {g for g, own in owned if counts[g] == 1 and _alike(g, own[0])}.difference(sections[0])
 
     # --- names ---
 
@@ -6343,21 +6331,22 @@ class _Lowering:
             return f"_as_before({call}, {node.shape}, {self.bind('c', node.dtype)})"
         return call
 
-    def finish(self, roots, sweeps):
+    def finish(self):
         """Heads and tails of the functions, their source, and the functions."""
         handed: list[str] = []
         tails = []
-        for _, gradients in sweeps:
-            tail = []
-            for g in gradients:
+        for _, gradients, owners in self.sweeps:
+            handed_now = len(handed)
+            for g, own in zip(gradients, owners):
                 name = self.name(g)
-                if type(g._data) is np.ndarray and (name not in self.outputs or name in handed):
+                if not _alike(g, own[0]):  # the numbers of a pack
+                    name = f"*{name}.tolist()" if type(own[0]._data) is float else f"*{name}"
+                elif type(g._data) is np.ndarray and (name not in self.outputs or name in handed):
                     name = f"np.array({name})"  # a leaf owns its gradient
                 handed.append(name)
-                tail.append(name)
-            tails.append(f"return [{', '.join(tail)}]")
+            tails.append(f"return [{', '.join(handed[handed_now:])}]")
         saved = "".join(f"{name}, " for name in self.saved)
-        results = [f"np.array({self.name(r)})" if type(r._data) is np.ndarray else self.name(r) for r in roots]
+        results = [f"np.array({self.name(r)})" if type(r._data) is np.ndarray else self.name(r) for r in self.roots]
         head = []
         for name, x in self.inputs.items():
             source = self.bind("i", x)
@@ -6368,16 +6357,16 @@ class _Lowering:
             elif isinstance(x._data, np.generic):
                 head.append(f"if {name}.shape != (): _checked({source}, ())")
         bodies = {"forward()": [*head, *self.lines[0], f"return ({''.join(f'{r}, ' for r in results)}), ({saved})"]}
-        for i, (seeds, _) in enumerate(sweeps):
-            seeds = "".join([f", {self.names[seed]}" for seed in seeds])
-            unpacked = [f"{saved[:-1]} = saved"] if saved else []
-            bodies[f"backward{i or ''}(saved{seeds})"] = [*unpacked, *self.lines[i + 1], tails[i]]
-        self.source = "\n\n".join(
-            [f"def {head}:\n" + "".join([f"    {line}\n" for line in lines]) for head, lines in bodies.items()]
-        )
-        exec(compile(self.source, "<optimized>", "exec"), self.space)
+        for i, ((seeds, *_), lines, tail) in enumerate(zip(self.sweeps, self.lines[1:], tails)):
+            arguments = ", ".join(["saved", *map(self.names.get, seeds)])
+            bodies[f"backward{i or ''}({arguments})"] = [f"{saved[:-1]} = saved"] * bool(saved) + [*lines, tail]
+        parts = [f"def {head}:\n" + "".join([f"    {line}\n" for line in lines]) for head, lines in bodies.items()]
+        source = "\n\n".join(parts)
+        exec(compile(source, "<optimized>", "exec"), self.space)
         # Out of the namespace, which they hold: nothing is in a cycle, and a program that is dropped is gone.
-        self.functions = [self.space.pop(head.partition("(")[0]) for head in bodies]
+        forward, *backward = [self.space.pop(head.partition("(")[0]) for head in bodies]
+        leaves = [list(itertools.chain(*owners)) for *_, owners in self.sweeps]
+        return types.SimpleNamespace(forward=forward, backward=backward, source=source, leaves=leaves)
 
 
 class _Resized(Exception):
@@ -6411,33 +6400,18 @@ def _checked(x: Array, shape: tuple) -> np.ndarray:
 
 # --- programs ---
 
-PASSES = (
-    lambda roots: _pass(fold_constants, merge_common(swept=False))(roots),
-    flatten,
-    batch,
-    lambda roots: _pass(simplify, merge_common(swept=False))(roots),
-)
-
 
 @contextlib.contextmanager
-def _recording() -> Iterator[None]:
-    """The opposite of `no_grad`: a program is made, and goes on, as otherwise."""
-    before, _mode.recording = _mode.recording, True
+def _recording(tracing: bool = False) -> Iterator[None]:
+    """The opposite of `no_grad`: a program is made, and goes on, as otherwise. While a graph is rewritten (`tracing`),
+    arrays are plain in this thread, and arithmetic on examples warns of nothing."""
+    before = _mode.recording, _mode.tracing
+    _mode.recording, _mode.tracing = True, tracing or _mode.tracing
     try:
-        yield
-    finally:
-        _mode.recording = before
-
-
-@contextlib.contextmanager
-def _tracing() -> Iterator[None]:
-    """While a graph is rewritten: arrays are plain in this thread, and arithmetic on examples warns of nothing."""
-    before, _mode.tracing = _mode.tracing, True
-    try:
-        with _recording(), np.errstate(all="ignore"):
+        with np.errstate(all="ignore") if tracing else contextlib.nullcontext():
             yield
     finally:
-        _mode.tracing = before
+        _mode.recording, _mode.tracing = before
 
 
 def _traced(roots: Sequence[Value]) -> list[Value]:
@@ -6457,8 +6431,10 @@ def _as_nodes(graph: Sequence) -> list[Value]:
     return [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
 
 
-def _is_input(x) -> bool:
-    return isinstance(x, Tensor) or (isinstance(x, Value) and x._prim is None)
+def _are_leaves(xs) -> bool:
+    """Whether they are leaves and Tensors, and numbers of one type."""
+    kinds = {type(x._data) if isinstance(x, Tensor) or getattr(x, "_args", None) == () else None for x in xs}
+    return len(kinds) == 1 and None not in kinds
 
 
 class _Parts(dict):
@@ -6472,39 +6448,6 @@ class _Parts(dict):
         for i, g in other.items():
             both[i] = both[i] + g if i in both else g
         return both
-
-
-@dataclass(frozen=True, slots=True)
-class _Compiled:
-    """The code of a program, and for each sweep what its gradients belong to: a leaf, or the numbers of a pack that are
-    leaves, their places in it, and whether they are weak."""
-
-    forward: Callable
-    backward: list[Callable]
-    source: str
-    targets: list[list]
-
-    def gradients(self, k: int, saved: tuple, seeds: Iterable) -> list[tuple[Value, Any]]:
-        """The pairs of leaf and gradient of a sweep, which are to be added up."""
-        pairs: list = []
-        for target, g in zip(self.targets[k], self.backward[k](saved, *seeds)):
-            if isinstance(target, Value):
-                pairs.append((target, g))
-                continue
-            leaves, places, weak = target
-            g = g[places]
-            pairs += zip(leaves, g.tolist()) if weak else [(x, _fit(h, x._data)) for x, h in zip(leaves, g)]
-        return pairs
-
-
-def _owners(x: Value, reached: set):
-    """What the gradient of a leaf or a pack of leaves belongs to: see `_Compiled`."""
-    if x in reached:
-        return x
-    places = [i for i, leaf in enumerate(x._args) if leaf in reached]
-    leaves = [x._args[i] for i in places]
-    weak = all([type(leaf._data) is float for leaf in leaves])
-    return leaves, slice(None) if len(places) == len(x._args) else places, weak
 
 
 class _Program:
@@ -6522,17 +6465,16 @@ class _Program:
 
     def __init__(self, roots: Sequence[Value]):
         self.lock = threading.RLock()
-        with _tracing():
-            graph = self.traced = _traced(roots)
+        with _recording(tracing=True):
+            self.traced = _traced(roots)
             nodes = _oldest_first(self.traced)
             for node in nodes:
                 for x in (node, *node._args):
                     if isinstance(x, Array) and type(x._data) is Chunked:
                         x._data = x._data.expose()  # the passes look at arrays
             self.foreign = self.replays = any([_lazy(node._data) for node in nodes])
-            for apply in PASSES:
-                graph = apply(graph)
-            self.graph = _as_nodes(graph)
+            graph = batch(flatten(_pass(fold_constants, merge_common(swept=False))(self.traced)))
+            self.graph = _as_nodes(_pass(simplify, merge_common(swept=False))(graph))
         reach = _reach(self.traced)
         self.leaves = [node for node in nodes if node._prim is None]
         self.reached = [{x for x in self.leaves if reach[x] >> i & 1} for i in range(len(roots))]
@@ -6547,32 +6489,43 @@ class _Program:
         for node in {*nodes, *_oldest_first(self.graph)}.difference(self.leaves):
             node._data = None
 
-    def compiled(self, graph: Sequence[Value]) -> _Compiled | None:
+    def compiled(self, graph):
         """The code for the sweeps; None if there is to be none."""
         if self.replays or len(_oldest_first(graph)) > _MAX_LINES:
             return None
-        with _tracing():
+        with _recording(tracing=True):
             graph = _pass(seal)(graph)
-            packs = {x for x in _oldest_first(graph) if x._prim is _pack and all(map(_is_input, x._args))}
-            joint, sweeps, targets = list(graph), [], []
-            for which in self.sweeps:
-                reached = set().union(*[self.reached[i] for i in which])
-                seeds = {i: _leaf(_filled_like(graph[i]._data, 1)) for i in which}
-                try:
-                    found = _backpropagate(_joined(graph), _Parts(seeds), packs, False, True)
-                except Exception:  # a rule fails on these data, as it would in eager mode: in `backward`, if called
-                    return None
-                found = {x: g for x, g in found.items() if x in reached or x in packs}
-                targets.append([_owners(x, reached) for x in found])
-                sweeps.append((seeds.values(), slice(len(joint), len(joint) + len(found))))
-                joint += found.values()
-            joint = _pass(fold_constants, simplify, merge_common(), reduce_products)(joint)
+            try:
+                sweeps = [self.swept(graph, which) for which in self.sweeps]
+            except Exception:  # a rule fails on these data, as it would in eager mode: in `backward`, if that is called
+                return None
+            joint = itertools.chain(graph, *[gradients for _, gradients, _ in sweeps])
+            joint = _pass(fold_constants, simplify, merge_common())([*joint])
             if _config.enabled:
                 joint = fuse(joint, _config.min_elements_for_parallel, products=False)
-            joint = _as_nodes(joint)
-            low = _Lowering(joint[: len(graph)], [(seeds, joint[part]) for seeds, part in sweeps])
-        forward, *backward = low.functions
-        return _Compiled(forward, backward, low.source, targets)
+            joint = iter(_as_nodes(joint))
+            graph, *gradients = [
+                list(itertools.islice(joint, len(part))) for part in (graph, *(g for _, g, _ in sweeps))
+            ]
+            sweeps = [(seeds, own, owners) for (seeds, _, owners), own in zip(sweeps, gradients)]
+            return _Lowering(graph, sweeps).finish()
+
+    def swept(self, graph, which: tuple[int, ...]) -> tuple[list, list, list]:
+        """A sweep as a graph: the seeds, the gradients, and whose they are: a leaf's, or those of numbers in a pack."""
+        packs = {x for x in _oldest_first(graph) if x._prim is _pack and _are_leaves(x._args)}
+        reached, seeds = self.leaves_of(which), {i: _leaf(_filled_like(graph[i]._data, 1)) for i in which}
+        gradients, owners = [], []
+        for x, g in _backpropagate(_joined(graph), _Parts(seeds), packs, False, True).items():
+            leaves = x._args if x in packs else (x,)
+            places = [i for i, leaf in enumerate(leaves) if leaf in reached]
+            if places:
+                gradients.append(g if len(places) == len(leaves) else _getitem(g, index=(np.array(places),)))
+                owners.append([leaves[i] for i in places])
+        return list(seeds.values()), gradients, owners
+
+    def leaves_of(self, which: Iterable[int]) -> set[Value]:
+        """The leaves that get a gradient from one of those roots."""
+        return set().union(*[self.reached[i] for i in which])
 
     def run(self) -> tuple[Sequence, Any]:
         """The results from the current data of leaves and Tensors, and what gradients need: locals of the code, as a
@@ -6621,14 +6574,15 @@ class _Program:
             if type(saved) is tuple:
                 raw = [seeds[i].expose() if type(seeds[i]) is Chunked else seeds[i] for i in which]
                 try:
-                    return self.code.gradients(self.sweeps.index(which), saved, raw)
+                    k = self.sweeps.index(which)
+                    return [*zip(self.code.leaves[k], self.code.backward[k](saved, *raw))]
                 except (ArithmeticError, ValueError, _Resized):
                     saved = self.replay()[1]
             self.saved = None
             found = _at_home(_backpropagate(_joined(saved), _Parts(seeds), retain=False), saved[which[0]])
             if self.foreign:  # the root may be computed by now
                 self.show([root._data for root in saved])
-            reached = set().union(*[self.reached[i] for i in which])
+            reached = self.leaves_of(which)
             return {x: g for x, g in found.items() if x in reached}
 
     def gradients(self, g: _Parts) -> dict[Value, Any]:
@@ -6653,7 +6607,7 @@ class _Program:
 
     def picture(self, index: int) -> Value:
         """What the graph of a root became, with its current data, to be drawn."""
-        with self.lock, _tracing():
+        with self.lock, _recording(tracing=True):
             root = _rewrite(fuse([_replayed(self.graph)[index]]), _pictured)[0]
             return _twin(root, root._prim, root._args, root._params)
 
@@ -6721,9 +6675,7 @@ def _pictured(node: Value, args: tuple) -> Value:
         return leaf
     if node._prim is not _fused:
         return _renewed(node, args)
-    named = Primitive()
-    for slot in Primitive.__slots__:
-        setattr(named, slot, getattr(_fused, slot))
+    named = types.SimpleNamespace(**{slot: getattr(_fused, slot) for slot in Primitive.__slots__})
     named.symbol = _formula(node._params["steps"], args)
     named.forward = functools.partial(_run_steps, **node._params)
     return _twin(node, named, args)
