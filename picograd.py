@@ -5328,7 +5328,7 @@ def _sort(x):
     return bool if x.dtype.kind == "b" else x.dtype if x.dtype in _FLOATS else None
 
 
-def _regular(node: Value) -> bool:
+def _regular(node):
     """The one guard: whether a rewrite may fire on a node, and whether a plain call of NumPy's computes it.
 
     A primitive of this file made it; its operands are numbers, or arrays of one floating dtype, which it has, too, none
@@ -5356,7 +5356,7 @@ def _regular(node: Value) -> bool:
     return out is not None and (dtype in (None, out) or prim is _as_dtype or prim is _pack)
 
 
-def _twin(node: Value, prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
+def _twin(node, prim, args, params=_NO_PARAMS):
     """A node with the data of another."""
     new = _node(node._data, prim, args, params)
     new.label = node.label
@@ -5366,21 +5366,21 @@ def _twin(node: Value, prim: Primitive, args: tuple, params: dict = _NO_PARAMS) 
 _join = primitive(lambda *roots: 0.0, lambda i, g, out, roots: g.get(i), name="join", variadic=True, typed=())
 
 
-def _joined(roots: Sequence) -> Value:
+def _joined(roots):
     """A node on top of several, from which one walk or one sweep, with `_Parts` for a gradient, reaches all of them."""
     top = _leaf(0.0)
     top._prim, top._args = _join, tuple(roots)
     return top
 
 
-def _oldest_first(roots: Sequence) -> list[Value]:
+def _oldest_first(roots):
     """Every node that the roots depend on, operands before what is made of them."""
     return _newest_first(_joined(roots), everything=True)[:0:-1]
 
 
-def _rewrite(roots: Sequence, rule: Callable) -> list:
+def _rewrite(roots, rule):
     """Rebuilds a graph from the leaves up: rule(node, its new operands) is the new node, or a constant."""
-    new: dict[Value, Any] = {}
+    new = {}
     for node in _oldest_first(roots):
         if node._prim is None:
             new[node] = node
@@ -5389,7 +5389,7 @@ def _rewrite(roots: Sequence, rule: Callable) -> list:
     return [new[root] if isinstance(root, Value) else root for root in roots]
 
 
-def _renewed(node: Value, args: tuple) -> Value:
+def _renewed(node, args):
     """The node, or its twin if an operand is another one now."""
     for x, y in zip(args, node._args):
         if x is not y:
@@ -5397,7 +5397,7 @@ def _renewed(node: Value, args: tuple) -> Value:
     return node
 
 
-def _pass(*rules: Callable) -> Callable:
+def _pass(*rules):
     """One walk over a graph for several rules: each takes a node whose operands are new, the next what that gave."""
 
     def rule(node, args):
@@ -5411,7 +5411,7 @@ def _pass(*rules: Callable) -> Callable:
     return lambda roots: _rewrite(roots, rule)
 
 
-def _replayed(roots: Sequence) -> list[Value]:
+def _replayed(roots):
     """The graph anew, computed from the current data of its leaves and Tensors by the code of eager mode."""
 
     def rule(node, args):
@@ -5423,9 +5423,9 @@ def _replayed(roots: Sequence) -> list[Value]:
         return _rewrite(roots, rule)
 
 
-def _reach(roots: Sequence) -> dict[Value, int]:
+def _reach(roots):
     """By node, the roots that send it a gradient, as a bit for each."""
-    reach: dict[Value, int] = collections.defaultdict(int)
+    reach = collections.defaultdict(int)
     for i, root in enumerate(roots):
         if isinstance(root, Value) and root._needs:
             reach[root] |= 1 << i
@@ -5439,29 +5439,29 @@ def _reach(roots: Sequence) -> dict[Value, int]:
     return reach
 
 
-def _private(nodes: Sequence, roots: Sequence, fits: Callable) -> set[Value]:
+def _private(nodes, roots, fits):
     """The nodes that one other needs, once, and nobody else, if fits(node, that other)."""
     used = [(x, node) for node in nodes for x in node._args if isinstance(x, Value)]
     uses = collections.Counter([x for x, _ in used] + [root for root in roots if isinstance(root, Value)] * 2)
     return {x for x, node in used if uses[x] == 1 and fits(x, node)}
 
 
-def _shape(x) -> tuple[int, ...]:
+def _shape(x):
     return np.shape(_raw(x))
 
 
-def _alike(x, node: Value) -> bool:
+def _alike(x, node):
     """Whether x can stand for a node: of its shape and dtype, and weak if it is weak."""
     x, y = _raw(x), node._data
     return type(x) is type(y) and (type(x) in _WEAK_TYPES or (x.shape, x.dtype) == (y.shape, y.dtype))
 
 
-def _is(x, prim: Primitive) -> bool:
+def _is(x, prim):
     """Whether x is a node made by that primitive, on which a rewrite may fire."""
     return isinstance(x, Value) and x._prim is prim and _regular(x)
 
 
-def _permutation(node: Value) -> list[int]:
+def _permutation(node):
     """The axes of a transpose, none of them negative."""
     axes = node._params.get("axes")
     return [*range(node.ndim)][::-1] if axes is None else [int(i) % node.ndim for i in axes]
@@ -5559,7 +5559,7 @@ def simplify(node: Value) -> Value:
     return node
 
 
-def _simple(prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
+def _simple(prim, args, params=_NO_PARAMS):
     return simplify(_record(prim, args, params))
 
 
@@ -5583,7 +5583,7 @@ def merge_common(swept: bool = True) -> Callable:
 
     Before the sweep only what has no gradient: a node that is two sends two gradients, and 0 * inf + 1 * inf is nan,
     where (0 + 1) * inf is not."""
-    known: dict[Any, Value] = {}
+    known = {}
 
     def rule(node):
         if not node._prim.builtin or (node._needs and not swept):
@@ -5614,12 +5614,12 @@ def flatten(roots: Sequence) -> list:
     nodes = _oldest_first(roots)
     sums = {node for node in nodes if _is(node, _ADD)}
     private = _private(nodes, roots, lambda x, node: node in sums and _alike(x, node))
-    waiting: dict[Value, list] = {}  # the terms of a sum that only another such sum needs
+    waiting = {}  # the terms of a sum that only another such sum needs
 
     def rule(node, args):
         if node not in sums:
             return _renewed(node, args)
-        terms: list = []
+        terms = []
         for old, x in zip(node._args, args):
             alone = isinstance(old, Value) and old in private
             more = waiting.pop(old) if alone and old in sums else [(alone, x)]
@@ -5634,11 +5634,11 @@ def flatten(roots: Sequence) -> list:
     return _rewrite(roots, rule)
 
 
-def _sum_of(node: Value, terms: list) -> Value:
+def _sum_of(node, terms):
     """One node for a sum of terms, each with whether nobody else needs it."""
-    products: list = []
-    rest: list = []
-    zero: list = []  # where sum() starts: it makes -0.0 a 0.0, and comes last
+    products = []
+    rest = []
+    zero = []  # where sum() starts: it makes -0.0 a 0.0, and comes last
     for alone, x in terms:
         factors: tuple = ()
         if alone and not node.ndim:
@@ -5670,9 +5670,9 @@ class _Batch:
     """
 
     def __init__(self):
-        self.new: dict[Value, Any] = {}
-        self.stacks: list[tuple[Any, tuple[int, ...]]] = []  # with their layouts
-        self.places: dict[Any, tuple[int, int]] = {}
+        self.new = {}
+        self.stacks = []  # with their layouts
+        self.places = {}
 
     def single(self, x):
         """The new form of an operand, on its own."""
@@ -5686,12 +5686,12 @@ class _Batch:
             self.new[x] = np.not_equal(part, 0.0) if kind is bool else part
         return self.new[x]
 
-    def put(self, members: Iterable, stack, layout: tuple[int, ...]) -> None:
+    def put(self, members, stack, layout):
         """Notes that the members of a stack stand for these nodes."""
         self.places.update([(x, (len(self.stacks), place)) for place, x in enumerate(members)])
         self.stacks.append((stack, layout))
 
-    def stack(self, members: dict, layout: tuple[int, ...], dtype=None) -> None:
+    def stack(self, members, layout, dtype=None):
         """Makes a stack of what is in none yet: constants, or nodes and Tensors, which these names stand for."""
         xs = list(map(self.single, members.values()))
         shape = _shape(xs[0])
@@ -5704,7 +5704,7 @@ class _Batch:
             new = _record(_pack, tuple(xs), {"dtype": np.result_type(*dtypes)})
         self.put(members, np.reshape(new, (*layout, *shape)), layout)
 
-    def gather(self, xs: list, layout: tuple[int, ...], dtype=None):
+    def gather(self, xs, layout, dtype=None):
         """The operands as one array (*layout, *their shape), or one that broadcasts to it. It is a stack that exists, a
         part or a transpose of one where that will do, and a copy only where not."""
         keys = [x if isinstance(x, Array) else (_key(x), dtype) for x in xs]
@@ -5739,14 +5739,14 @@ class _Batch:
             return np.swapaxes(np.reshape(joint, (columns, rows, *shape)), 0, 1)
         return np.reshape(joint, (*(rows, columns)[-len(layout) :], *shape))
 
-    def operand(self, nodes: list, k: int, layout: tuple[int, ...]):
+    def operand(self, nodes, k, layout):
         """Operand k of all nodes, and whether it is stacked or one that they share."""
         xs = [node._args[k] for node in nodes]
         if len(set(map(_key, xs))) == 1:
             return self.single(xs[0]), False
         return self.gather(xs, layout), True
 
-    def ordered(self, nodes: list) -> tuple[list, tuple[int, ...]]:
+    def ordered(self, nodes):
         """Nodes in the order of a stack that has one of their operands, if there is one, and its layout."""
         for k in range(len(nodes[0]._args)):
             found = [self.places.get(x) for x in [node._args[k] for node in nodes] if isinstance(x, Value)]
@@ -5756,7 +5756,7 @@ class _Batch:
                 return nodes, layout if math.prod(layout) == len(nodes) else (len(nodes),)
         return nodes, (len(nodes),)
 
-    def combine(self, nodes: list) -> bool:
+    def combine(self, nodes):
         """Makes one operation of a group, if that can be."""
         node, prim, layout = nodes[0], nodes[0]._prim, (len(nodes),)
         if prim is _dot:
@@ -5783,7 +5783,7 @@ class _Batch:
             self.put(nodes, out, layout)
         return out is not None
 
-    def reserve(self, nodes: list) -> None:
+    def reserve(self, nodes):
         """Stacks leaves as a group of dot products will want them, before smaller groups ask for other orders."""
         end = 2 * nodes[0]._params["products"]
         for cut in (slice(0, end, 2), slice(1, end, 2), slice(end, None)):
@@ -5791,12 +5791,12 @@ class _Batch:
             if xs and all([x._prim is None and x not in self.places for x in xs]):
                 self.stack(dict(zip(xs, xs)), (len(xs),))
 
-    def rank(self, terms: Sequence) -> tuple[int, int]:
+    def rank(self, terms):
         """An order of terms in which those of one stack follow each other."""
         none = len(self.stacks), 0
         return self.places.get(terms[0], none) if isinstance(terms[0], Value) else none
 
-    def sums(self, nodes: list) -> bool:
+    def sums(self, nodes):
         """Dot products and sums of the same length. Where every one of some left rows meets every one of some right
         rows, the dot products are a matrix product."""
         node, layout = nodes[0], (len(nodes),)
@@ -5813,7 +5813,7 @@ class _Batch:
 
         def different(rows):
             """By key, the number of a row and the row; and the numbers of all rows."""
-            known: dict = {}
+            known = {}
             return known, [known.setdefault(_key(row), (len(known), row))[0] for row in rows]
 
         terms, n = [], len(node._args) - end - zero
@@ -5875,12 +5875,12 @@ _BATCHED: dict[Primitive, Callable] = {
 }
 
 
-def _starts_at_zero(node: Value) -> bool:
+def _starts_at_zero(node):
     """Whether 0.0 is the last of the terms of a sum of products."""
     return type(node._args[-1]) is float and node._args[-1] == 0.0
 
 
-def _group(node: Value, reach: int) -> tuple[Any, int]:
+def _group(node, reach):
     """What is equal for nodes that may become one, or the node itself if it stays on its own; and how many of them are
     worth an operation on arrays."""
     prim, args = node._prim, node._args
@@ -5912,7 +5912,7 @@ def batch(roots: Sequence) -> list:
 
     Only what sends its gradients to the same roots goes together: where one has none, 0 * inf would make it nan."""
     state, depth, reach = _Batch(), {}, _reach(roots)
-    levels: dict[int, dict] = collections.defaultdict(lambda: collections.defaultdict(list))
+    levels = collections.defaultdict(lambda: collections.defaultdict(list))
     for node in _oldest_first(roots):
         depth[node] = level = 1 + max([depth[x] for x in node._args if isinstance(x, Value)], default=-1)
         if node._prim is not None:
@@ -5954,7 +5954,7 @@ def fuse(roots: Sequence, smallest: int = 1, products: bool = True) -> list:
         return x.shape == node.shape and plain(node) and (plain(x) or (products and _is(x, _PRODUCT)))
 
     private = _private(_oldest_first(roots), roots, fits)
-    waiting: dict[Value, list] = {}
+    waiting = {}
 
     def close(chain):
         """Operations, the oldest first, as one node."""
@@ -5965,7 +5965,7 @@ def fuse(roots: Sequence, smallest: int = 1, products: bool = True) -> list:
         return _twin(chain[-1], _fused, tuple(outside.values()), {"steps": steps}) if len(chain) > 1 else chain[0]
 
     def rule(node, args):
-        chain: list = []
+        chain = []
         for x in node._args:
             if isinstance(x, Value) and x in waiting:
                 more = waiting.pop(x)
@@ -5982,7 +5982,7 @@ def fuse(roots: Sequence, smallest: int = 1, products: bool = True) -> list:
     return _rewrite(roots, rule)
 
 
-def _formula(steps: tuple, operands: Sequence) -> str:
+def _formula(steps, operands):
     """A block program as Python would write it; what has no label is called by a letter."""
     labels = [getattr(x, "label", "") for x in operands]
     letters = (c for c in "xyzabcdefghijklmnopqrstuv" if c not in labels)
@@ -6032,7 +6032,7 @@ _sealed = primitive(
 )
 
 
-def seal(node: Value) -> Value:
+def seal(node):
     """Makes the rule of a user's primitive a node, when a sweep comes by."""
     if node._prim.builtin or not any(node._prim.vjps):
         return node
@@ -6049,7 +6049,7 @@ _INFIX |= {np.greater: "{0} > {1}", np.less: "{0} < {1}", np.square: "{0} * {0}"
 _MAX_LINES = 300_000  # of a program; Python takes 6 us to compile a line. Larger graphs are replayed node by node.
 
 
-def _number_form(low: _Lowering, node: Value) -> str | None:
+def _number_form(low, node):
     """Of a 0-d result: plain arithmetic where Python's is that of the engine."""
     prim, params, kinds = node._prim, node._params, {type(_raw(x)) for x in node._args}
     if prim is _detach:
@@ -6085,7 +6085,7 @@ def _sum_form(low, node, a, axis=None, keepdims=False):
     return f"np.add.reduce({{0}}, {axis}, None, {{out}}, {bool(keepdims)})"
 
 
-def _places(index: tuple, shape: tuple) -> np.ndarray | None:
+def _places(index, shape):
     """The places along the first axis that an index names, if it does nothing else; none of them negative."""
     if len(index) != 1 or not isinstance(index[0], np.ndarray) or index[0].dtype.kind != "i":
         return None
@@ -6151,17 +6151,17 @@ class _Lowering:
     """
 
     def __init__(self, roots, sweeps):
-        self.space: dict[str, Any] = {"np": np, "math": math, "_evaluate": _evaluate, "_as_before": _as_before}
+        self.space = {"np": np, "math": math, "_evaluate": _evaluate, "_as_before": _as_before}
         self.space |= {"_array": np.ndarray, "_checked": _checked, "_blocks": run_blocks}
-        self.names: dict[Any, str] = {}  # of nodes, Tensors, and, by id, of other objects
-        self.fixed: dict[str, np.ndarray] = {}  # by name: what is the same array in every run
-        self.buffers: dict[Value, np.ndarray] = {}  # a node's own buffer, until its last use
-        self.spare: dict[tuple, list[np.ndarray]] = collections.defaultdict(list)
-        self.inputs: dict[str, Array] = {}
-        self.outputs: set[str] = set()  # arrays that leaves get as their gradients
-        self.lines: list[list[str]] = []  # of forward, then of each backward
-        self.early: set[str] = set()  # the locals that forward makes
-        self.saved: dict[str, None] = {}  # those of them that a backward needs, in order
+        self.names = {}  # of nodes, Tensors, and, by id, of other objects
+        self.fixed = {}  # by name: what is the same array in every run
+        self.buffers = {}  # a node's own buffer, until its last use
+        self.spare = collections.defaultdict(list)
+        self.inputs = {}
+        self.outputs = set()  # arrays that leaves get as their gradients
+        self.lines = []  # of forward, then of each backward
+        self.early = set()  # the locals that forward makes
+        self.saved = {}  # those of them that a backward needs, in order
         self.number = itertools.count()
         self.roots, self.sweeps = roots, sweeps
         later = [_oldest_first(gradients) for _, gradients, _ in sweeps]
@@ -6187,7 +6187,7 @@ class _Lowering:
         """When the data of each node is needed last. What may be a view of an operand keeps that operand alive."""
         nodes = [node for section in sections for node in section]
         self.forms = {node: self.form(node) for node in nodes}
-        last: dict[Value, float] = {}
+        last = {}
         for i, node in enumerate(nodes):
             last[node] = i
             last.update([(x, i) for x in node._args if isinstance(x, Value)])
@@ -6209,7 +6209,7 @@ class _Lowering:
 
     # --- names ---
 
-    def bind(self, prefix: str, x) -> str:
+    def bind(self, prefix, x):
         """A new name for something that stays."""
         name = f"{prefix}{next(self.number)}"
         self.space[name] = x
@@ -6217,7 +6217,7 @@ class _Lowering:
             self.fixed[name] = x
         return name
 
-    def name(self, x) -> str:
+    def name(self, x):
         """How the source calls an operand."""
         if type(x) is bool or (type(x) is float and math.isfinite(x)):
             return repr(x) if x >= 0 else f"({x!r})"
@@ -6234,7 +6234,7 @@ class _Lowering:
             self.saved[name] = None
         return name
 
-    def function(self, f: Callable) -> str:
+    def function(self, f):
         for module, prefix in ((np, "np"), (math, "math")):
             if getattr(module, getattr(f, "__name__", ""), None) is f:
                 return f"{prefix}.{f.__name__}"
@@ -6242,20 +6242,20 @@ class _Lowering:
             self.names[id(f)] = self.bind("f", f)
         return self.names[id(f)]
 
-    def local(self, node: Value, expression: str) -> None:
+    def local(self, node, expression):
         name = self.names[node] = f"t{next(self.number)}"
         if len(self.lines) == 1:
             self.early.add(name)
         self.lines[-1].append(f"{name} = {expression}")
 
-    def output(self, node: Value, expression: str) -> str:
+    def output(self, node, expression):
         """An array that is new in every run."""
         name = self.names[node] = f"out{len(self.outputs)}"
         self.outputs.add(name)
         self.lines[-1].append(f"{name} = {expression}")
         return name
 
-    def target(self, node: Value, reuse: Sequence) -> str:
+    def target(self, node, reuse):
         """The buffer for a node's result: that of an operand whose last use this is, a spare or a new one."""
         shape, dtype = node.shape, node.dtype
         if node in self.handed_out:
@@ -6271,7 +6271,7 @@ class _Lowering:
 
     # --- lines ---
 
-    def form(self, node: Value) -> str | None:
+    def form(self, node):
         """How a result comes about by NumPy's calls or Python's arithmetic; None if `_evaluate` does it."""
         prim, params = node._prim, node._params
         if prim is None or not _regular(node):
@@ -6285,7 +6285,7 @@ class _Lowering:
             return f"{self.function(prim.forward)}({{all}}{_OUT}"
         return found(self, node, *node._args, **params) if callable(found) else found
 
-    def emit(self, node: Value) -> None:
+    def emit(self, node):
         form = self.forms[node]
         if form is not None and node._prim in _VIEWS and self.viewed(node):
             return
@@ -6305,7 +6305,7 @@ class _Lowering:
             reuse = () if node._prim in _FORMS else node._args
             self.lines[-1].append(fill(form, *names, out=self.target(node, reuse)))
 
-    def viewed(self, node: Value) -> bool:
+    def viewed(self, node):
         """Whether it is a view of what is always the same array: made now, it costs nothing in a run."""
         base = self.fixed.get(self.name(node._args[0]))
         if base is None or "{out}" in self.forms[node] or type(node._data) is not np.ndarray:
@@ -6315,7 +6315,7 @@ class _Lowering:
             self.names[node] = self.bind("b", view)
         return node in self.names
 
-    def call(self, node: Value) -> str:
+    def call(self, node):
         """The forward of a primitive on whatever operands and parameters it has."""
         prim, params, names = node._prim, node._params, [self.name(x) for x in node._args]
         if not prim.builtin:  # code that is not ours may keep what it gets
@@ -6333,7 +6333,7 @@ class _Lowering:
 
     def finish(self):
         """Heads and tails of the functions, their source, and the functions."""
-        handed: list[str] = []
+        handed = []
         tails = []
         for _, gradients, owners in self.sweeps:
             handed_now = len(handed)
@@ -6346,7 +6346,7 @@ class _Lowering:
                 handed.append(name)
             tails.append(f"return [{', '.join(handed[handed_now:])}]")
         saved = "".join(f"{name}, " for name in self.saved)
-        results = [f"np.array({self.name(r)})" if type(r._data) is np.ndarray else self.name(r) for r in self.roots]
+        results = "".join([f"{self.name(root)}, " for root in self.roots])
         head = []
         for name, x in self.inputs.items():
             source = self.bind("i", x)
@@ -6356,7 +6356,7 @@ class _Lowering:
                 head.append(f"if {wrong}: {name} = _checked({source}, {x.shape})")
             elif isinstance(x._data, np.generic):
                 head.append(f"if {name}.shape != (): _checked({source}, ())")
-        bodies = {"forward()": [*head, *self.lines[0], f"return ({''.join(f'{r}, ' for r in results)}), ({saved})"]}
+        bodies = {"forward()": [*head, *self.lines[0], f"return ({results}), ({saved})"]}
         for i, ((seeds, *_), lines, tail) in enumerate(zip(self.sweeps, self.lines[1:], tails)):
             arguments = ", ".join(["saved", *map(self.names.get, seeds)])
             bodies[f"backward{i or ''}({arguments})"] = [f"{saved[:-1]} = saved"] * bool(saved) + [*lines, tail]
@@ -6373,7 +6373,7 @@ class _Resized(Exception):
     """What a program was made for has another shape or type now; the graph that was traced has none to be wrong."""
 
 
-def _as_before(x, shape: tuple, dtype: np.dtype) -> np.ndarray:
+def _as_before(x, shape, dtype):
     """A result whose shape may depend on data, if it has the one that it had."""
     if type(x) is not np.ndarray or x.shape != shape or x.dtype != dtype:
         raise _Resized
@@ -6384,7 +6384,7 @@ class _ShapeChanged(ValueError):
     """A leaf's data no longer has the shape that a program was made for."""
 
 
-def _checked(x: Array, shape: tuple) -> np.ndarray:
+def _checked(x, shape):
     """The array of an input, which must have the shape that it had."""
     if x.shape != shape:
         label = f" {x.label!r}" if getattr(x, "label", "") else ""
@@ -6402,7 +6402,7 @@ def _checked(x: Array, shape: tuple) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _recording(tracing: bool = False) -> Iterator[None]:
+def _recording(tracing=False):
     """The opposite of `no_grad`: a program is made, and goes on, as otherwise. While a graph is rewritten (`tracing`),
     arrays are plain in this thread, and arithmetic on examples warns of nothing."""
     before = _mode.recording, _mode.tracing
@@ -6414,7 +6414,7 @@ def _recording(tracing: bool = False) -> Iterator[None]:
         _mode.recording, _mode.tracing = before
 
 
-def _traced(roots: Sequence[Value]) -> list[Value]:
+def _traced(roots):
     """A copy of the graph, with the programs in it written out as the graphs that they were made of."""
 
     def rule(node, args):
@@ -6427,11 +6427,11 @@ def _traced(roots: Sequence[Value]) -> list[Value]:
     return _rewrite(roots, rule)
 
 
-def _as_nodes(graph: Sequence) -> list[Value]:
+def _as_nodes(graph):
     return [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
 
 
-def _are_leaves(xs) -> bool:
+def _are_leaves(xs):
     """Whether they are leaves and Tensors, and numbers of one type."""
     kinds = {type(x._data) if isinstance(x, Tensor) or getattr(x, "_args", None) == () else None for x in xs}
     return len(kinds) == 1 and None not in kinds
@@ -6443,7 +6443,7 @@ class _Parts(dict):
     shape, dtype = (), None
     found: dict[Value, Any] | None = None  # the gradients of a program's leaves that come of them
 
-    def __add__(self, other: dict) -> _Parts:
+    def __add__(self, other):
         both = _Parts(self)
         for i, g in other.items():
             both[i] = both[i] + g if i in both else g
@@ -6463,7 +6463,7 @@ class _Program:
 
     shape, dtype = (), None
 
-    def __init__(self, roots: Sequence[Value]):
+    def __init__(self, roots):
         self.lock = threading.RLock()
         with _recording(tracing=True):
             self.traced = _traced(roots)
@@ -6478,12 +6478,12 @@ class _Program:
         reach = _reach(self.traced)
         self.leaves = [node for node in nodes if node._prim is None]
         self.reached = [{x for x in self.leaves if reach[x] >> i & 1} for i in range(len(roots))]
-        self.results = [_settle(np.array(x)) if isinstance(x, np.ndarray) else x for x in (r._data for r in roots)]
-        self.nodes: list[weakref.ref] = []  # the Values that show the results
-        self.hub: weakref.ref = lambda: None  # and the node that they are made of
-        self.saved: Any = None  # what backward needs of the last forward
+        self.nodes = []  # the Values that show the results
+        self.show([root._data for root in roots])
+        self.hub = lambda: None  # and the node that they are made of
+        self.saved = None  # what backward needs of the last forward
         first = next((i for i, root in enumerate(self.graph) if root._needs), 0)
-        self.sweeps: list[tuple[int, ...]] = [(first,)]  # the roots of each sweep that is compiled: at first a guess
+        self.sweeps = [(first,)]  # the roots of each sweep that is compiled: at first a guess
         self.guess = True
         self.code = self.compiled(self.graph)
         for node in {*nodes, *_oldest_first(self.graph)}.difference(self.leaves):
@@ -6510,7 +6510,7 @@ class _Program:
             sweeps = [(seeds, own, owners) for (seeds, _, owners), own in zip(sweeps, gradients)]
             return _Lowering(graph, sweeps).finish()
 
-    def swept(self, graph, which: tuple[int, ...]) -> tuple[list, list, list]:
+    def swept(self, graph, which):
         """A sweep as a graph: the seeds, the gradients, and whose they are: a leaf's, or those of numbers in a pack."""
         packs = {x for x in _oldest_first(graph) if x._prim is _pack and _are_leaves(x._args)}
         reached, seeds = self.leaves_of(which), {i: _leaf(_filled_like(graph[i]._data, 1)) for i in which}
@@ -6523,11 +6523,11 @@ class _Program:
                 owners.append([leaves[i] for i in places])
         return list(seeds.values()), gradients, owners
 
-    def leaves_of(self, which: Iterable[int]) -> set[Value]:
+    def leaves_of(self, which):
         """The leaves that get a gradient from one of those roots."""
         return set().union(*[self.reached[i] for i in which])
 
-    def run(self) -> tuple[Sequence, Any]:
+    def run(self):
         """The results from the current data of leaves and Tensors, and what gradients need: locals of the code, as a
         tuple, or the graph with its data."""
         if self.code is not None:
@@ -6541,13 +6541,13 @@ class _Program:
                 pass
         return self.replay()
 
-    def replay(self) -> tuple[Sequence, Sequence[Value]]:
+    def replay(self):
         for node in _oldest_first(self.graph):
             if node._prim is not None:
                 _recompute(node)
         return [root._data for root in self.graph], self.graph
 
-    def forward(self) -> _Program:
+    def forward(self):
         """Computes the roots from the current data of leaves and Tensors."""
         with self.lock:
             self.saved = None
@@ -6555,13 +6555,13 @@ class _Program:
             self.show(results)
         return self
 
-    def show(self, results: Sequence) -> None:
-        self.results = results
+    def show(self, results):
+        self.results = list(map(_owned, results))
         for ref in self.nodes:
             if (node := ref()) is not None:
-                node._data = results[node._params["index"]]
+                node._data = self.results[node._params["index"]]
 
-    def backward(self, seeds: dict[int, Any]) -> list[tuple[Value, Any]] | dict[Value, Any]:
+    def backward(self, seeds):
         """The gradients of leaves: of code as pairs, to be added up; of a replay as a dict. Results do not change."""
         which = tuple(sorted(seeds))
         with self.lock:
@@ -6585,7 +6585,7 @@ class _Program:
             reached = self.leaves_of(which)
             return {x: g for x, g in found.items() if x in reached}
 
-    def gradients(self, g: _Parts) -> dict[Value, Any]:
+    def gradients(self, g):
         """The gradients of leaves, as numbers and arrays, or as Values by the graph that was traced."""
         if any([isinstance(x, Value) for x in g.values()]):
             return _backpropagate(_joined(_replayed(self.traced)), g, set(self.leaves), False, True)
@@ -6594,7 +6594,7 @@ class _Program:
             found[x] = found[x] + h if x in found else h
         return found
 
-    def node(self) -> Value:
+    def node(self):
         """What stands for the program in other graphs."""
         node = self.hub()
         if node is None:
@@ -6605,7 +6605,7 @@ class _Program:
             self.hub = weakref.ref(node)
         return node
 
-    def picture(self, index: int) -> Value:
+    def picture(self, index):
         """What the graph of a root became, with its current data, to be drawn."""
         with self.lock, _recording(tracing=True):
             root = _rewrite(fuse([_replayed(self.graph)[index]]), _pictured)[0]
@@ -6618,12 +6618,12 @@ class _Program:
         return f"program of {len(self.results)} results"
 
     @property
-    def source(self) -> str:
+    def source(self):
         why = "its arrays are computed by another library" if self.foreign else "not to be compiled"
         return self.code.source if self.code else f"# {why}: replayed node by node\n"
 
 
-def _retraced(roots) -> _Program:
+def _retraced(roots):
     return _Program([root.forward() for root in roots])
 
 
@@ -6667,7 +6667,7 @@ for _prim in (_join, _dot, _pack, _fused, _program, _root):
     _prim.builtin = True
 
 
-def _pictured(node: Value, args: tuple) -> Value:
+def _pictured(node, args):
     """A node as it is drawn: numbers that were packed are one leaf, and a fused chain is called by its formula."""
     if node._prim is _pack:
         leaf = _leaf(node._data)
@@ -6727,7 +6727,7 @@ class Optimized(Value):
         return _optimized, (*self._params.values(), self._grad, self.label)
 
 
-def _optimized(program: _Program, index: int, grad=None, label: str = "") -> Optimized:
+def _optimized(program, index, grad=None, label=""):
     node = _new(Optimized)
     node._data, node._grad, node._prim, node._args = program.results[index], grad, _root, (program.node(),)
     node._params = {"program": program, "index": index}
