@@ -6007,6 +6007,17 @@ def _formula(steps, operands):
     return texts[-1][0]
 
 
+def reduce_squares(node: Value) -> Value:
+    """Writes a sum of squares as a dot product, which needs no array for the squares: sum(d * d) -> d @ d. Not where
+    BLAS would share the work among its threads, which takes long while the cores are busy."""
+    x = node._args[0]
+    if node.ndim or not _is(node, _SUM) or not _is(x, _SQUARED) or not 0 < len(x.shape) <= x.size <= 10_000:
+        return node
+    flat = _simple(_reshape, x._args, {"shape": (x.size,)})
+    product = _record(_PRODUCT, (flat, flat))
+    return product if _alike(product, node) else node
+
+
 # --- what users' primitives do is not traced, but done anew ---
 
 
@@ -6046,7 +6057,7 @@ def seal(node):
 _OUT = ", out={out})"
 _INFIX = {np.add: "{0} + {1}", np.subtract: "{0} - {1}", np.multiply: "{0} * {1}", np.divide: "{0} / {1}"}
 _INFIX |= {np.greater: "{0} > {1}", np.less: "{0} < {1}", np.square: "{0} * {0}", np.negative: "-{0}"}
-_MAX_LINES = 300_000  # of a program; Python takes 6 us to compile a line. Larger graphs are replayed node by node.
+_MAX_LINES = 30_000  # of a forward: compiling takes 0.2 ms a line with its gradient. Larger graphs are replayed.
 
 
 def _number_form(low, node):
@@ -6500,7 +6511,7 @@ class _Program:
             except Exception:  # a rule fails on these data, as it would in eager mode: in `backward`, if that is called
                 return None
             joint = itertools.chain(graph, *[gradients for _, gradients, _ in sweeps])
-            joint = _pass(fold_constants, simplify, merge_common())([*joint])
+            joint = _pass(fold_constants, simplify, merge_common(), reduce_squares)([*joint])
             if _config.enabled:
                 joint = fuse(joint, _config.min_elements_for_parallel, products=False)
             joint = iter(_as_nodes(joint))
@@ -6561,9 +6572,8 @@ class _Program:
             if (node := ref()) is not None:
                 node._data = self.results[node._params["index"]]
 
-    def backward(self, seeds):
-        """The gradients of leaves: of code as pairs, to be added up; of a replay as a dict. Results do not change."""
-        which = tuple(sorted(seeds))
+    def backward(self, which, seeds):
+        """Pairs of leaf and gradient, to be added up, for the seeds of those roots. Results do not change."""
         with self.lock:
             if which not in self.sweeps and self.code is not None:
                 self.sweeps = [which] if self.guess else [*self.sweeps, which]
@@ -6572,25 +6582,25 @@ class _Program:
             saved = self.run()[1] if self.saved is None else self.saved
             self.saved = saved if len(self.sweeps) > 1 else None  # the only sweep uses buffers up
             if type(saved) is tuple:
-                raw = [seeds[i].expose() if type(seeds[i]) is Chunked else seeds[i] for i in which]
+                seeds = [g.expose() if type(g) is Chunked else g for g in seeds]
+                k = self.sweeps.index(which)
                 try:
-                    k = self.sweeps.index(which)
-                    return [*zip(self.code.leaves[k], self.code.backward[k](saved, *raw))]
+                    return zip(self.code.leaves[k], self.code.backward[k](saved, *seeds))
                 except (ArithmeticError, ValueError, _Resized):
                     saved = self.replay()[1]
             self.saved = None
-            found = _at_home(_backpropagate(_joined(saved), _Parts(seeds), retain=False), saved[which[0]])
+            found = _at_home(_backpropagate(_joined(saved), _Parts(zip(which, seeds)), retain=False), saved[which[0]])
             if self.foreign:  # the root may be computed by now
                 self.show([root._data for root in saved])
             reached = self.leaves_of(which)
-            return {x: g for x, g in found.items() if x in reached}
+            return [(x, _owned(g)) for x, g in found.items() if x in reached]
 
     def gradients(self, g):
         """The gradients of leaves, as numbers and arrays, or as Values by the graph that was traced."""
         if any([isinstance(x, Value) for x in g.values()]):
             return _backpropagate(_joined(_replayed(self.traced)), g, set(self.leaves), False, True)
-        new, found = self.backward(g), {}
-        for x, h in new.items() if type(new) is dict else new:
+        found = {}
+        for x, h in self.backward(*zip(*sorted(g.items()))):
             found[x] = found[x] + h if x in found else h
         return found
 
@@ -6699,13 +6709,8 @@ class Optimized(Value):
         """Adds the gradient of this Value to the `.grad` of the leaves; see `Value.backward`."""
         seed = self._seed(gradient)
         program, index = self._params.values()
-        new = program.backward({index: seed})
-        if type(new) is dict:
-            for x, g in _deposited(new, {self: seed}).items():
-                x._grad = g
-        else:  # what code makes is no other's
-            for x, g in new:
-                x._grad = g if x._grad is None else x._grad + g
+        for x, g in program.backward((index,), [seed]):
+            x._grad = g if x._grad is None else x._grad + g
         self._grad = seed if retain_grads else None
 
     def _picture(self) -> Value:
