@@ -5486,16 +5486,8 @@ def _simpler_multiply(node, x, y):
     for a, b in ((x, y), (y, x)):
         if type(b) is float and b == 1.0:
             return a
-        if type(b) is float and b == -1.0 and _alike(a, node):
-            return _twin(node, _NEGATIVE, (a,))
         if _is(a, _NEGATIVE):
             return _twin(node, _NEGATIVE, (_simple(_MULTIPLY, (a._args[0], b)),))
-        # (u * c) * (s * x) -> (u * (c * s)) * x saves one product of full size: exact for constants c and s = 2 or 4,
-        # and safe where their product is at most 1; so the mean of squares goes backward.
-        if node.ndim and not len(_shape(a)) and _is(a, _MULTIPLY) and _is(b, _MULTIPLY):
-            (u, c), (s, rest) = a._args, b._args
-            if type(c) is type(s) is float and s in (2.0, 4.0) and abs(c * s) <= 1.0:
-                return _twin(node, _MULTIPLY, (_simple(_MULTIPLY, (u, c * s)), rest))
         # Where operands broadcast anyway, a broadcast one needs no array of its own.
         if _is(a, _BROADCAST) and _shape(b) == node.shape and node.ndim:
             return _twin(node, _MULTIPLY, (a._args[0], b) if a is x else (b, a._args[0]))
@@ -5746,23 +5738,11 @@ class _Batch:
             return self.single(xs[0]), False
         return self.gather(xs, layout), True
 
-    def ordered(self, nodes):
-        """Nodes in the order of a stack that has one of their operands, if there is one, and its layout."""
-        for k in range(len(nodes[0]._args)):
-            found = [self.places.get(x) for x in [node._args[k] for node in nodes] if isinstance(x, Value)]
-            if len(set(found)) == len(nodes) and None not in found and len({number for number, _ in found}) == 1:
-                nodes = [node for _, node in sorted(zip(found, nodes), key=operator.itemgetter(0))]
-                layout = self.stacks[found[0][0]][1]
-                return nodes, layout if math.prod(layout) == len(nodes) else (len(nodes),)
-        return nodes, (len(nodes),)
-
     def combine(self, nodes):
         """Makes one operation of a group, if that can be."""
         node, prim, layout = nodes[0], nodes[0]._prim, (len(nodes),)
         if prim is _dot:
             return self.sums(nodes)
-        if prim.elementwise:
-            nodes, layout = self.ordered(nodes)
         raw, operands, stacked = list(map(_raw, node._args)), [], []
         strong = [x.dtype for x in raw if getattr(x, "dtype", None) in _FLOATS]
         for k, x in enumerate(raw):
@@ -5783,29 +5763,12 @@ class _Batch:
             self.put(nodes, out, layout)
         return out is not None
 
-    def reserve(self, nodes):
-        """Stacks leaves as a group of dot products will want them, before smaller groups ask for other orders."""
-        end = 2 * nodes[0]._params["products"]
-        for cut in (slice(0, end, 2), slice(1, end, 2), slice(end, None)):
-            xs = dict.fromkeys([x for node in nodes for x in node._args[cut] if isinstance(x, Value)])
-            if xs and all([x._prim is None and x not in self.places for x in xs]):
-                self.stack(dict(zip(xs, xs)), (len(xs),))
-
-    def rank(self, terms):
-        """An order of terms in which those of one stack follow each other."""
-        none = len(self.stacks), 0
-        return self.places.get(terms[0], none) if isinstance(terms[0], Value) else none
-
     def sums(self, nodes):
         """Dot products and sums of the same length. Where every one of some left rows meets every one of some right
         rows, the dot products are a matrix product."""
         node, layout = nodes[0], (len(nodes),)
         end, zero = 2 * node._params["products"], _starts_at_zero(node)
         dtype = np.float64 if type(node._data) is float else node.dtype
-        if len(nodes) == 1:  # the order of its terms is free: that of the stacks which they are in spares a gather
-            pairs = sorted(zip(node._args[:end:2], node._args[1:end:2]), key=self.rank)
-            rest = sorted(zip(node._args[end : len(node._args) - zero]), key=self.rank)
-            nodes = [_twin(node, _dot, tuple(itertools.chain(*pairs, *rest)), node._params)]
 
         def block(rows):
             stack = self.gather([x for row in rows for x in row], (len(rows), len(rows[0])), dtype)
@@ -5833,7 +5796,7 @@ class _Batch:
         else:
             terms += [self.operand(nodes, end + k, layout)[0] for k in range(n)]
         out = functools.reduce(operator.add, terms + [0.0] * zero)
-        self.put(nodes if len(nodes) > 1 else [node], out if out.dtype == dtype else out.astype(dtype), layout)
+        self.put(nodes, out if out.dtype == dtype else out.astype(dtype), layout)
         return True
 
 
@@ -5917,10 +5880,6 @@ def batch(roots: Sequence) -> list:
         depth[node] = level = 1 + max([depth[x] for x in node._args if isinstance(x, Value)], default=-1)
         if node._prim is not None:
             levels[level][_group(node, reach[node])].append(node)
-    groups = [nodes for level in levels.values() for nodes in level.values() if len(nodes) > 1]
-    for nodes in sorted(groups, key=len, reverse=True):
-        if nodes[0]._prim is _dot and not nodes[0].ndim:
-            state.reserve(nodes)
     for _, level in sorted(levels.items()):
         for (key, enough), nodes in sorted(level.items(), key=lambda item: -len(item[1])):
             if key is nodes[0] or len(nodes) < enough or not state.combine(nodes):
