@@ -6316,7 +6316,8 @@ class _Lowering:
                 handed.append(name)
             tails.append(f"return [{', '.join(handed[handed_now:])}]")
         saved = "".join(f"{name}, " for name in self.saved)
-        results = "".join([f"{self.name(root)}, " for root in self.roots])
+        results = [self.name(root) for root in self.roots]
+        results = [f"np.array({x})" if type(r._data) is np.ndarray else x for x, r in zip(results, self.roots)]
         head = []
         for name, x in self.inputs.items():
             source = self.bind("i", x)
@@ -6326,7 +6327,7 @@ class _Lowering:
                 head.append(f"if {wrong}: {name} = _checked({source}, {x.shape})")
             elif isinstance(x._data, np.generic):
                 head.append(f"if {name}.shape != (): _checked({source}, ())")
-        bodies = {"forward()": [*head, *self.lines[0], f"return ({results}), ({saved})"]}
+        bodies = {"forward()": [*head, *self.lines[0], f"return [{', '.join(results)}], ({saved})"]}
         for i, ((seeds, *_), lines, tail) in enumerate(zip(self.sweeps, self.lines[1:], tails)):
             arguments = ", ".join(["saved", *map(self.names.get, seeds)])
             bodies[f"backward{i or ''}({arguments})"] = [f"{saved[:-1]} = saved"] * bool(saved) + [*lines, tail]
@@ -6336,7 +6337,7 @@ class _Lowering:
         # Out of the namespace, which they hold: nothing is in a cycle, and a program that is dropped is gone.
         forward, *backward = [self.space.pop(head.partition("(")[0]) for head in bodies]
         leaves = [list(itertools.chain(*owners)) for *_, owners in self.sweeps]
-        return types.SimpleNamespace(forward=forward, backward=backward, source=source, leaves=leaves)
+        return types.SimpleNamespace(forward=forward, backward=[*zip(leaves, backward)], source=source)
 
 
 class _Resized(Exception):
@@ -6448,8 +6449,8 @@ class _Program:
         reach = _reach(self.traced)
         self.leaves = [node for node in nodes if node._prim is None]
         self.reached = [{x for x in self.leaves if reach[x] >> i & 1} for i in range(len(roots))]
-        self.nodes = []  # the Values that show the results
-        self.show([root._data for root in roots])
+        self.nodes = []  # the Values that show the results, and which
+        self.show([_owned(root._data) for root in roots])
         self.hub = lambda: None  # and the node that they are made of
         self.saved = None  # what backward needs of the last forward
         first = next((i for i, root in enumerate(self.graph) if root._needs), 0)
@@ -6515,7 +6516,7 @@ class _Program:
         for node in _oldest_first(self.graph):
             if node._prim is not None:
                 _recompute(node)
-        return [root._data for root in self.graph], self.graph
+        return [_owned(root._data) for root in self.graph], self.graph
 
     def forward(self):
         """Computes the roots from the current data of leaves and Tensors."""
@@ -6526,10 +6527,10 @@ class _Program:
         return self
 
     def show(self, results):
-        self.results = list(map(_owned, results))
-        for ref in self.nodes:
+        self.results = results
+        for ref, index in self.nodes:
             if (node := ref()) is not None:
-                node._data = self.results[node._params["index"]]
+                node._data = results[index]
 
     def backward(self, which, seeds):
         """Pairs of leaf and gradient, to be added up, for the seeds of those roots. Results do not change."""
@@ -6541,10 +6542,11 @@ class _Program:
             saved = self.run()[1] if self.saved is None else self.saved
             self.saved = saved if len(self.sweeps) > 1 else None  # the only sweep uses buffers up
             if type(saved) is tuple:
-                seeds = [g.expose() if type(g) is Chunked else g for g in seeds]
-                k = self.sweeps.index(which)
+                if Chunked in map(type, seeds):
+                    seeds = [g.expose() if type(g) is Chunked else g for g in seeds]
+                leaves, sweep = self.code.backward[self.sweeps.index(which)]
                 try:
-                    return zip(self.code.leaves[k], self.code.backward[k](saved, *seeds))
+                    return zip(leaves, sweep(saved, *seeds))
                 except (ArithmeticError, ValueError, _Resized):
                     saved = self.replay()[1]
             self.saved = None
@@ -6696,7 +6698,7 @@ def _optimized(program, index, grad=None, label=""):
     node._data, node._grad, node._prim, node._args = program.results[index], grad, _root, (program.node(),)
     node._params = {"program": program, "index": index}
     node._needs, node._number, node.label = program.traced[index]._needs, _next_number(), label
-    program.nodes.append(weakref.ref(node))
+    program.nodes.append((weakref.ref(node), index))
     return node
 
 
