@@ -6004,9 +6004,8 @@ _sealed = primitive(
 
 def seal(node):
     """Makes the rule of a user's primitive a node, when a sweep comes by."""
-    if node._prim.builtin or not any(node._prim.vjps):
-        return node
-    return _twin(node, _sealed, node._args, {"prim": node._prim, "params": node._params})
+    params = {"prim": node._prim, "params": node._params}
+    return node if node._prim.builtin else _twin(node, _sealed, node._args, params)
 
 
 # --- lowering: the joint graph of values and gradients as straight-line Python ---
@@ -6121,8 +6120,8 @@ class _Lowering:
     """
 
     def __init__(self, roots, sweeps):
-        self.space = {"np": np, "math": math, "_evaluate": _evaluate, "_as_before": _as_before}
-        self.space |= {"_array": np.ndarray, "_checked": _checked, "_blocks": run_blocks}
+        self.space = {"np": np, "math": math, "_array": np.ndarray, "_evaluate": _evaluate, "_blocks": run_blocks}
+        self.space |= {"_as_before": _as_before, "_checked": _checked}
         self.names = {}  # of nodes, Tensors, and, by id, of other objects
         self.fixed = {}  # by name: what is the same array in every run
         self.buffers = {}  # a node's own buffer, until its last use
@@ -6192,14 +6191,12 @@ class _Lowering:
         if type(x) is bool or (type(x) is float and math.isfinite(x)):
             return repr(x) if x >= 0 else f"({x!r})"
         key = x if isinstance(x, Array) else id(x)
-        if key not in self.names:
+        name = self.names.get(key)
+        if name is None:
+            name = self.names[key] = f"x{len(self.inputs)}" if isinstance(x, Array) else self.bind("c", x)
             if isinstance(x, Array):
-                name = self.names[key] = f"x{len(self.inputs)}"
                 self.inputs[name] = x
                 self.early.add(name)
-            else:
-                self.names[key] = self.bind("c", x)
-        name = self.names[key]
         if len(self.lines) > 1 and name in self.early:
             self.saved[name] = None
         return name
@@ -6291,30 +6288,27 @@ class _Lowering:
         if not prim.builtin:  # code that is not ours may keep what it gets
             names = [f"{name}.copy()" if name in self.fixed and name.startswith("b") else name for name in names]
         names = "".join([f"{name}, " for name in names])
-        if prim is _rule:
-            return f"{self.bind('f', functools.partial(_run_rule, **params))}({names})"
-        own = prim.builtin
-        if prim is _sealed:
-            prim, params = params.values()
-        call = f"_evaluate({self.bind('f', prim)}, ({names}), {self.bind('c', params)})"
-        if type(node._data) is np.ndarray and (prim is _getitem or not own):  # its shape may be another
+        if prim.builtin:
+            call = f"_evaluate({self.bind('f', prim)}, ({names}), {self.bind('c', params)})"
+        else:
+            call = f"{self.bind('f', functools.partial(prim.forward, **params))}({names})"
+        if type(node._data) is np.ndarray and (prim is _getitem or not prim.builtin):  # its shape may be another
             return f"_as_before({call}, {node.shape}, {self.bind('c', node.dtype)})"
         return call
 
     def finish(self):
         """Heads and tails of the functions, their source, and the functions."""
-        handed = []
-        tails = []
+        handed, tails = set(), []
         for _, gradients, owners in self.sweeps:
-            handed_now = len(handed)
-            for g, own in zip(gradients, owners):
-                name = self.name(g)
+            names = list(map(self.name, gradients))
+            for i, (g, own) in enumerate(zip(gradients, owners)):
+                name = names[i]
                 if not _alike(g, own[0]):  # the numbers of a pack
-                    name = f"*{name}.tolist()" if type(own[0]._data) is float else f"*{name}"
+                    names[i] = f"*{name}.tolist()" if type(own[0]._data) is float else f"*{name}"
                 elif type(g._data) is np.ndarray and (name not in self.outputs or name in handed):
-                    name = f"np.array({name})"  # a leaf owns its gradient
-                handed.append(name)
-            tails.append(f"return [{', '.join(handed[handed_now:])}]")
+                    names[i] = f"np.array({name})"  # a leaf owns its gradient
+                handed.add(name)
+            tails.append(f"return [{', '.join(names)}]")
         saved = "".join(f"{name}, " for name in self.saved)
         results = [self.name(root) for root in self.roots]
         results = [f"np.array({x})" if type(r._data) is np.ndarray else x for x, r in zip(results, self.roots)]
