@@ -5368,9 +5368,7 @@ _join = primitive(lambda *roots: 0.0, lambda i, g, out, roots: g.get(i), name="j
 
 def _joined(roots):
     """A node on top of several, from which one walk or one sweep, with `_Parts` for a gradient, reaches all of them."""
-    top = _leaf(0.0)
-    top._prim, top._args = _join, tuple(roots)
-    return top
+    return _rebuild(Value, (), None, _join, tuple(roots), _NO_PARAMS, True, 0.0, None, "")
 
 
 def _oldest_first(roots):
@@ -6563,10 +6561,9 @@ class _Program:
         """What stands for the program in other graphs."""
         node = self.hub()
         if node is None:
-            node = _new(_Hub)
-            node._data, node._grad, node._prim, node._args = self, None, _program, (*self.leaves, self)
-            node._params, node._number, node.label = _NO_PARAMS, _next_number(), ""
-            node._needs = any([root._needs for root in self.traced])
+            needs = any([root._needs for root in self.traced])
+            args = (*self.leaves, self)
+            node = _rebuild(_Hub, (), None, _program, args, _NO_PARAMS, needs, self, None, "")
             self.hub = weakref.ref(node)
         return node
 
@@ -6688,10 +6685,9 @@ class Optimized(Value):
 
 
 def _optimized(program, index, grad=None, label=""):
-    node = _new(Optimized)
-    node._data, node._grad, node._prim, node._args = program.results[index], grad, _root, (program.node(),)
-    node._params = {"program": program, "index": index}
-    node._needs, node._number, node.label = program.traced[index]._needs, _next_number(), label
+    args, params = (program.node(),), {"program": program, "index": index}
+    made = _root, args, params, program.traced[index]._needs, program.results[index], grad, label
+    node = _rebuild(Optimized, (), None, *made)
     program.nodes.append((weakref.ref(node), index))
     return node
 
