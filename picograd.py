@@ -5448,10 +5448,15 @@ def _shape(x):
     return np.shape(_raw(x))
 
 
+def _kind(x):
+    """Shape and dtype; of what is weak, its type."""
+    x = _raw(x)
+    return type(x) if type(x) in _WEAK_TYPES else (x.shape, x.dtype)
+
+
 def _alike(x, node):
     """Whether x can stand for a node: of its shape and dtype, and weak if it is weak."""
-    x, y = _raw(x), node._data
-    return type(x) is type(y) and (type(x) in _WEAK_TYPES or (x.shape, x.dtype) == (y.shape, y.dtype))
+    return _kind(x) == _kind(node)
 
 
 def _is(x, prim):
@@ -5556,10 +5561,8 @@ def _simple(prim, args, params=_NO_PARAMS):
 def _key(x):
     """Something hashable that is equal for interchangeable operands and parameters."""
     kind = type(x)
-    if kind is float:
-        return (x, math.copysign(1.0, x)) if x == x else "nan"
-    if kind is int or kind is str:
-        return kind, x
+    if kind in (float, int, str):
+        return kind, repr(x)  # which tells -0.0 from 0.0
     if kind is tuple or kind is list:
         return tuple(map(_key, x))
     if kind is slice:
@@ -5844,26 +5847,21 @@ def _starts_at_zero(node):
 def _group(node, reach):
     """What is equal for nodes that may become one, or the node itself if it stays on its own; and how many of them are
     worth an operation on arrays."""
-    prim, args = node._prim, node._args
-
-    def kind(x):
-        x = _raw(x)
-        return type(x) if type(x) in _WEAK_TYPES else (x.shape, x.dtype)
-
-    if not _regular(node) or node.size > _BATCH_SIZE:
-        return node, 1
+    prim, args, zero = node._prim, node._args, False
+    kinds = list(map(_kind, (node, *args)))
+    enough = _BATCH_ARRAYS if any([_shape(x) for x in args]) else _BATCH_SCALARS
     if prim is _dot:
         zero = _starts_at_zero(node)
-        n = len(args) - zero
-        alike = all([_shape(x) == node.shape for x in args[:n]])
-        return (prim, node._params["products"], n, kind(node), zero, reach) if alike else node, 4 * _BATCH_SCALARS / n
-    arrays = prim in _BATCHED and all([isinstance(_raw(x), np.ndarray) for x in args])
-    if not arrays and not (prim.elementwise and prim.operands and not node._params):
+        enough = 4 * _BATCH_SCALARS / (len(args) - zero)
+        fits = all([_shape(x) == node.shape for x in args[: len(args) - zero]])
+    elif prim in _BATCHED:
+        fits = all([isinstance(_raw(x), np.ndarray) for x in args])
+    else:
+        fits = prim.elementwise and prim.operands and not node._params
+    if not fits or node.size > _BATCH_SIZE or not _regular(node):
         return node, 1
-    kinds = list(map(kind, args))
     shared = [id(x) for x in args if isinstance(x, Array) and x.ndim > 1 and not getattr(x, "_prim", None)]
-    key = prim, _key(tuple(node._params.items())), kind(node), *kinds, *shared, reach
-    return key, _BATCH_ARRAYS if any([type(k) is tuple and k[0] for k in kinds]) else _BATCH_SCALARS
+    return (prim, _key(tuple(node._params.items())), *kinds, *shared, zero, reach), enough
 
 
 def batch(roots: Sequence) -> list:
@@ -6200,9 +6198,8 @@ class _Lowering:
         return name
 
     def function(self, f):
-        for module, prefix in ((np, "np"), (math, "math")):
-            if getattr(module, getattr(f, "__name__", ""), None) is f:
-                return f"{prefix}.{f.__name__}"
+        if isinstance(f, np.ufunc) or f.__module__ == "math":
+            return f"{'np' if isinstance(f, np.ufunc) else 'math'}.{f.__name__}"
         if id(f) not in self.names:
             self.names[id(f)] = self.bind("f", f)
         return self.names[id(f)]
