@@ -5715,21 +5715,14 @@ class _Batch:
         index = np.array([starts[number] + place for number, place in found])
         # A grid of rows and columns with the same steps throughout, 0 where it repeats, needs no copy.
         start, grid = int(index[0]), index.reshape(layout if len(layout) == 2 else (1, -1))
-        rows, columns = grid.shape
-        down = int(grid[1, 0]) - start if rows > 1 else 0
-        across = int(grid[0, 1]) - start if columns > 1 else 0
-        rows, columns = rows if down else 1, columns if across else 1
-        turned = rows > 1 < columns and across == down * rows
-        step = down if turned or not across else across
-        even = np.array_equal(
-            grid, start + np.add.outer(np.arange(len(grid)) * down, np.arange(grid.shape[1]) * across)
-        )
-        if not even or step < 0 or not (turned or 0 in (down, across) or down == across * columns):
+        n, m = grid.shape
+        down, across = int(grid[-1, 0] - start) // max(1, n - 1), int(grid[0, -1] - start) // max(1, m - 1)
+        rows, columns, step = n if down else 1, m if across else 1, across or down or 1
+        even = np.array_equal(grid, start + np.add.outer(np.arange(n) * down, np.arange(m) * across))
+        if not even or step < 0 or (down and across and down != across * m):
             return np.reshape(joint[(index,)], (*layout, *shape))
         if rows * columns < size:
-            joint = joint[start : start + (rows * columns - 1) * step + 1 : step or 1]
-        if turned:
-            return np.swapaxes(np.reshape(joint, (columns, rows, *shape)), 0, 1)
+            joint = joint[start : start + (rows * columns - 1) * step + 1 : step]
         return np.reshape(joint, (*(rows, columns)[-len(layout) :], *shape))
 
     def operand(self, nodes, k, layout):
