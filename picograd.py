@@ -5430,11 +5430,14 @@ def _mean(x: _Buffer, axes: tuple, count: int, dtype: np.dtype) -> np.ndarray:
 # 9. Optimizer
 #
 # In: the roots of a graph of Values. Out: Values over the same leaves whose `forward` and `backward` run one short
-# straight-line program. First PASSES rewrite the forward graph; its backward sweep is then traced with the primitives'
+# straight-line program. First passes rewrite the forward graph; its backward sweep is then traced with the primitives'
 # own rules, as Values, so that the passes see both; at last `_Lowering` writes the joint graph down as Python.
-# A pass is a function of roots to roots. Nodes are never changed: a pass makes new ones where something is new, and
-# they take over the data of the old, so that shapes and dtypes are known throughout. What may be rewritten, and what is
-# written as plain calls of NumPy's, `_regular` decides, and nothing else.
+# A pass is a function of roots to roots, or a rule of node to node, of which `_pass` takes several in one walk. Nodes
+# are never changed: a pass makes new ones where something is new, and they take over the data of the old, so that
+# shapes and dtypes are known throughout. What may be rewritten, and what is written as plain calls of NumPy's,
+# `_regular` decides, and nothing else.
+# Throughout, a `node` is a Value and `prim` its primitive; `roots` are Values, or constants where passes found some;
+# `args` are the operands of a node that is made anew, and x, y or a are operands: Values, Tensors or constants.
 # Invariant: the roots that a pass returns have the value, the shape and the dtype of those it was given.
 #
 #     >>> a, b = Value(2.0, label="a"), Value(3.0, label="b")
@@ -5445,7 +5448,7 @@ def _mean(x: _Buffer, axes: tuple, count: int, dtype: np.dtype) -> np.ndarray:
 #         t0 = x0 * x1
 #         t1 = x0 * x0
 #         t2 = t0 + t1
-#         return (t2, ), (x0, x1, )
+#         return [t2], (x0, x1, )
 # ---------------------------------------------------------------------------------------------------------------------
 
 __all__ += ["optimize"]
@@ -6728,7 +6731,7 @@ class _Program:
         return _retraced, (self.traced,)
 
     def __repr__(self):
-        return f"program of {len(self.results)} results"
+        return "a program"
 
     @property
     def source(self):

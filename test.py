@@ -2771,6 +2771,95 @@ class TestOptimizer(Strict):
         y.grad *= 0.5
         self.assertEqual((y.grad.tolist(), z.grad.tolist()), ([0.5] * 3, [1] * 3), "also in a replay")
 
+    def test_roots_in_one_expression_are_swept_at_once(self):
+        """Each on its own, 0 * inf + 1 * inf would be nan, where (0 + 1) * inf is not."""
+        inf = math.inf
+        slopes = [(np.sqrt, 0.0), (np.log, 0.0), (lambda x: 1.0 / x, 0.0), (lambda x: x * inf, 0.5), (np.exp, inf)]
+        uses = {
+            "sum": lambda a, b: np.sum(a) + np.sum(b),
+            "one of them twice": lambda a, b: np.sum(a) * 1.5 + np.sum(b) + np.sum(a),
+            "copied": lambda a, b: np.sum(copy.copy(a)) + np.sum(b) + np.sum(a),
+            "nested": lambda a, b: optimize(np.sum(a) + np.sum(b), np.sum(a))[0] * 2.0,
+            "pickled": lambda a, b: operator.add(*map(np.sum, copy.deepcopy((a, b)))),
+        }
+        for (f, start), shape, (name, use) in itertools.product(slopes, ((), (2, 3)), uses.items()):
+            for p, q in [(0.0, 1.0), (1.0, -1.0), (2.0, 0.5)]:
+                with self.subTest(name, f=f, shape=shape, p=p, q=q), np.errstate(all="ignore"):
+                    found = []
+                    for make in (lambda *roots: roots, optimize):
+                        x = Value(np.full(shape, start) if shape else start, np.float64 if shape else None)
+                        y = f(x)
+                        out = use(*make(y * p, y * q))
+                        for _ in range(2):
+                            out.forward()
+                            out.backward()
+                        if name != "pickled":  # whose leaf is another
+                            found.append(np.array(x.grad.data))
+                        found.append(np.array(out.data.data))
+                    half = len(found) // 2
+                    for eager, ours in zip(found[:half], found[half:]):
+                        np.testing.assert_allclose(ours, eager)
+        x = Value(0.5)
+        a, b = optimize(np.tanh(x), np.tanh(x) * x)
+        second = grad(grad(lambda t: (a * t + b * t) * t))(2.0)
+        self.assertAlmostEqual(second, 2 * (a.item() + b.item()))
+        first = picograd._backpropagate(a * b, Value(1.0), {x}, False, True)[x]
+        t = math.tanh(0.5)
+        self.assertAlmostEqual(first.item(), 2 * t * (1 - t * t) * 0.5 + t * t)
+        self.assertTrue(first._needs, "a gradient that is a graph")
+
+    def test_roots_swept_in_turn_share_a_forward(self):
+        rng = np.random.default_rng(SEED)
+        x, w, v = Tensor(rng.normal(size=(9, 4))), Value(rng.normal(size=(4, 3))), Value(rng.normal(size=3))
+        hidden = np.tanh(x @ w + v)
+        eager = [np.mean(hidden**2), np.sum(np.exp(hidden) * hidden), np.mean(hidden @ w.T), hidden * v]
+        fast = optimize(*eager)
+        calls = []
+        for step in range(30):
+            if step % 3 == 0:
+                w.data = w.data.data * 0.9
+                fast[step % 4].forward()
+                for root in eager:
+                    root.forward()
+            for i in rng.integers(4, size=3):
+                grads = []
+                for root in (eager[i], fast[i]):
+                    w.grad = v.grad = None
+                    root.backward(None if not root.ndim else np.ones(root.shape))
+                    grads.append([np.array(w.grad.data), np.array(v.grad.data)])
+                for ours, expected in zip(*grads[::-1]):
+                    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-6)
+            np.testing.assert_allclose(fast[1].data, eager[1].data, rtol=1e-5)
+        code = fast[0]._params["program"].code
+        forward, code.forward = code.forward, lambda: calls.append(0) or forward()
+        fast[0].forward()
+        for root in fast[:3]:
+            root.backward()
+        self.assertEqual(len(calls), 1, "what all need is computed once")
+
+    def test_results_are_nobody_elses(self):
+        """Not the data of the graph that was optimized, nor that of a leaf: however they come about."""
+        in_blocks = {"enabled": True, "min_elements_for_parallel": 1}
+        small = mock.patch.multiple(picograd, _BLOCK_BYTES=64, _FEW_BLOCKS=0)
+        for lines, config, make in itertools.product(
+            (30_000, 0),
+            ({}, in_blocks),
+            (lambda v: v, lambda v: v * 2.0, lambda v: v.detach(), lambda v: v[1:], lambda v: np.reshape(v, (2, -1))),
+        ):
+            with small, mock.patch.object(picograd, "_MAX_LINES", lines), distributed_config(**config):
+                v = Value(np.ones(300))
+                out = make(v)
+                fast, other = optimize(out, out)
+                for step in range(3):
+                    with self.subTest(lines=lines, config=config, step=step):
+                        expected = np.array(fast.data.data)
+                        for x in (out, v, other):
+                            kept = x.data.data.copy()
+                            x.data.data[...] = 9.0
+                            np.testing.assert_array_equal(fast.data.data, expected)
+                            x.data.data[...] = kept
+                        fast.forward()
+
     def test_programs_are_spliced_in(self):
         w, x = Value(np.ones((3, 2))), Tensor(np.ones((4, 3)))
         hidden, norm = optimize(np.tanh(x @ w), np.sum(w * w))
