@@ -5813,13 +5813,13 @@ _pack = primitive(
 class _Batch:
     """What `batch` knows while it rebuilds a graph: which new node, or which place in which stack, an old node became.
 
-    A stack has the shape (*layout, *shape of its members); a place is (number of the stack, flat place in the layout).
-    Constants have places, too, by their keys.
+    A stack has its members along the first axis; a place is (number of the stack, place in it). Constants have places,
+    too, by their keys.
     """
 
     def __init__(self):
         self.new = {}
-        self.stacks = []  # with their layouts
+        self.stacks = []
         self.places = {}
 
     def single(self, x):
@@ -5828,18 +5828,17 @@ class _Batch:
             return x
         if x not in self.new:
             number, place = self.places[x]
-            stack, layout = self.stacks[number]
-            part, kind = stack[tuple(map(int, np.unravel_index(place, layout)))], type(x._data)
+            part, kind = self.stacks[number][place], type(x._data)
             part = _as_dtype(part, float) if kind in _WEAK_TYPES else part
             self.new[x] = np.not_equal(part, 0.0) if kind is bool else part
         return self.new[x]
 
-    def put(self, members, stack, layout):
+    def put(self, members, stack):
         """Notes that the members of a stack stand for these nodes."""
         self.places.update([(x, (len(self.stacks), place)) for place, x in enumerate(members)])
-        self.stacks.append((stack, layout))
+        self.stacks.append(stack)
 
-    def stack(self, members, layout, dtype=None):
+    def stack(self, members, dtype):
         """Makes a stack of what is in none yet: constants, or nodes and Tensors, which these names stand for."""
         xs = list(map(self.single, members.values()))
         shape = _shape(xs[0])
@@ -5850,7 +5849,7 @@ class _Batch:
         else:
             dtypes = [{float: np.float64, bool: bool}.get(type(x)) or x.dtype for x in map(_raw, xs)]
             new = _record(_pack, tuple(xs), {"dtype": np.result_type(*dtypes)})
-        self.put(members, np.reshape(new, (*layout, *shape)), layout)
+        self.put(members, new)
 
     def gather(self, xs, layout, dtype=None):
         """The operands as one array (*layout, *their shape), or one that broadcasts to it. It is a stack that exists, a
@@ -5859,14 +5858,12 @@ class _Batch:
         for kind in (True, False):  # what is in no stack yet becomes one, in the order in which it is wanted here
             loose = {k: x for k, x in zip(keys, xs) if k not in self.places and isinstance(x, Array) is kind}
             if loose:
-                self.stack(loose, layout if len(loose) == len(xs) else (len(loose),), dtype)
+                self.stack(loose, dtype)
         found, shape = [self.places[key] for key in keys], _shape(xs[0])
-        starts, flat, size = {}, [], 0
+        starts, size = {}, 0
         for number in dict.fromkeys([number for number, _ in found]):
-            stack, own = self.stacks[number]
-            starts[number], size = size, size + math.prod(own)
-            flat.append(np.reshape(stack, (math.prod(own), *shape)))
-        joint = flat[0] if len(flat) == 1 else _concatenate(*flat)
+            starts[number], size = size, size + _shape(self.stacks[number])[0]
+        joint = self.stacks[found[0][0]] if len(starts) == 1 else _concatenate(*map(self.stacks.__getitem__, starts))
         index = np.array([starts[number] + place for number, place in found])
         # A grid of rows and columns with the same steps throughout, 0 where it repeats, needs no copy.
         start, grid = int(index[0]), index.reshape(layout if len(layout) == 2 else (1, -1))
@@ -5897,7 +5894,7 @@ class _Batch:
         for k, x in enumerate(raw):
             y, several = self.operand(nodes, k, layout)
             if several and prim.elementwise and np.ndim(x) < node.ndim:
-                y = np.reshape(y, _shape(y)[: len(layout)] + (1,) * (node.ndim - np.ndim(x)) + np.shape(x))
+                y = np.reshape(y, _shape(y)[:1] + (1,) * (node.ndim - np.ndim(x)) + np.shape(x))
             if several and strong and type(x) is float:  # a number that was weak takes the dtype of those it meets
                 y = y.astype(strong[0])
             operands.append(y)
@@ -5909,7 +5906,7 @@ class _Batch:
         else:
             out = _BATCHED[prim](node, len(nodes), operands, stacked)
         if out is not None:
-            self.put(nodes, out, layout)
+            self.put(nodes, out)
         return out is not None
 
     def sums(self, nodes):
@@ -5945,7 +5942,8 @@ class _Batch:
         else:
             terms += [self.operand(nodes, end + k, layout)[0] for k in range(n)]
         out = functools.reduce(operator.add, terms + [0.0] * zero)
-        self.put(nodes, out if out.dtype == dtype else out.astype(dtype), layout)
+        out = np.reshape(out, (len(nodes), *node.shape))
+        self.put(nodes, out if out.dtype == dtype else out.astype(dtype))
         return True
 
 
