@@ -5817,7 +5817,8 @@ class _Batch:
     too, by their keys.
     """
 
-    def __init__(self):
+    def __init__(self, reach):
+        self.reach = reach
         self.new = {}
         self.stacks = []
         self.places = {}
@@ -5855,10 +5856,12 @@ class _Batch:
         """The operands as one array (*layout, *their shape), or one that broadcasts to it. It is a stack that exists, a
         part or a transpose of one where that will do, and a copy only where not."""
         keys = [x if isinstance(x, Array) else (_key(x), dtype) for x in xs]
-        for kind in (True, False):  # what is in no stack yet becomes one, in the order in which it is wanted here
-            loose = {k: x for k, x in zip(keys, xs) if k not in self.places and isinstance(x, Array) is kind}
-            if loose:
-                self.stack(loose, dtype)
+        # What is in no stack yet becomes one, in the order in which it is wanted here; a stack has either constants, or
+        # what sends its gradients to the same roots: a zero from one to which others send none would make inf nan.
+        loose = {k: x for k, x in zip(keys, xs) if k not in self.places}
+        kinds = {k: self.reach.get(x, 0) if isinstance(x, Array) else None for k, x in loose.items()}
+        for kind in dict.fromkeys(kinds.values()):
+            self.stack({k: x for k, x in loose.items() if kinds[k] == kind}, dtype)
         found, shape = [self.places[key] for key in keys], _shape(xs[0])
         starts, size = {}, 0
         for number in dict.fromkeys([number for number, _ in found]):
@@ -5932,7 +5935,7 @@ class _Batch:
             if len(lefts) * len(rights) == len(nodes) == len(set(zip(i, j))):
                 nodes = [one for *_, one in sorted(zip(j, i, nodes), key=operator.itemgetter(0, 1))]
                 lefts, rights = ([row for _, row in known.values()] for known in (lefts, rights))
-                layout, zero = (len(rights), len(lefts)), False  # BLAS starts at 0.0
+                layout, zero = (len(rights), len(lefts)), False  # BLAS starts at 0.0, so that no sum of it is -0.0
                 terms = [np.matmul(block(rights), np.swapaxes(block(lefts), 0, 1))]
             else:
                 terms = [np.sum(block(left) * block(right), axis=1)]
@@ -6016,7 +6019,8 @@ def batch(roots: Sequence) -> list:
     some rows with all of some others becomes a matrix product.
 
     Only what sends its gradients to the same roots goes together: where one has none, 0 * inf would make it nan."""
-    state, depth, reach = _Batch(), {}, _reach(roots)
+    depth, reach = {}, _reach(roots)
+    state = _Batch(reach)
     levels = collections.defaultdict(lambda: collections.defaultdict(list))
     for node in _oldest_first(roots):
         depth[node] = level = 1 + max([depth[x] for x in node._args if isinstance(x, Value)], default=-1)
@@ -6181,11 +6185,15 @@ def _number_form(low, node):
         return None
     if prim is _getitem and all([type(i) is int for i in params["index"]]):
         return f"{{0}}[{', '.join(map(str, params['index']))}]"
-    return {_SUM: "np.add.reduce({0}, None)", _PRODUCT: "{0}.dot({1})", _reshape: "{0}.reshape(())[()]"}.get(prim)
+    if prim is _PRODUCT and _shape(node._args[0]) != (1,):
+        return "{0}.dot({1})"
+    return {_SUM: "np.add.reduce({0}, None)", _reshape: "{0}.reshape(())[()]"}.get(prim)
 
 
 def _matmul_form(low, node, x, y):
-    return "{0}.dot({1}" + _OUT if len(_shape(x)) <= 2 >= len(_shape(y)) else "np.matmul({0}, {1}" + _OUT
+    shapes = [_shape(x), _shape(y)]
+    dots = all([len(shape) <= 2 and math.prod(shape) > 1 for shape in shapes])  # of one element, it drops nan and inf
+    return ("{0}.dot({1}" if dots else "np.matmul({0}, {1}") + _OUT
 
 
 def _sum_form(low, node, a, axis=None, keepdims=False):
@@ -6589,9 +6597,9 @@ class _Program:
             self.foreign = self.replays = any([_lazy(node._data) for node in nodes])
             graph = batch(flatten(_pass(fold_constants, merge_common(swept=False))(self.traced)))
             self.graph = _as_nodes(_pass(simplify, merge_common(swept=False))(graph))
-        reach = _reach(self.traced)
         self.leaves = [node for node in nodes if node._prim is None]
-        self.reached = [{x for x in self.leaves if reach[x] >> i & 1} for i in range(len(roots))]
+        reach = _reach(self.traced)
+        self.reach = {x: reach[x] for x in self.leaves}
         self.nodes = []  # the Values that show the results, and which
         self.show([_owned(root._data) for root in roots])
         self.hub = lambda: None  # and the node that they are made of
@@ -6639,7 +6647,8 @@ class _Program:
 
     def leaves_of(self, which):
         """The leaves that get a gradient from one of those roots."""
-        return set().union(*[self.reached[i] for i in which])
+        mask = sum([1 << i for i in which])
+        return {x for x, roots in self.reach.items() if roots & mask}
 
     def run(self):
         """The results from the current data of leaves and Tensors, and what gradients need: locals of the code, as a
@@ -6651,15 +6660,18 @@ class _Program:
                 raise
             except _Resized:
                 self.graph, self.code, self.replays = self.traced, None, True
+            except RuntimeWarning:  # where warnings are errors, only those of eager mode are
+                return self.replay(self.traced)
             except (ArithmeticError, ValueError):
                 pass
-        return self.replay()
+        return self.replay(self.graph)
 
-    def replay(self):
-        for node in _oldest_first(self.graph):
+    def replay(self, graph):
+        """The results and the graph, by the code of eager mode."""
+        for node in _oldest_first(graph):
             if node._prim is not None:
                 _recompute(node)
-        return [_owned(root._data) for root in self.graph], self.graph
+        return [_owned(root._data) for root in graph], graph
 
     def forward(self):
         """Computes the roots from the current data of leaves and Tensors."""
@@ -6690,8 +6702,8 @@ class _Program:
                 leaves, sweep = self.code.backward[self.sweeps.index(which)]
                 try:
                     return zip(leaves, sweep(saved, *seeds))
-                except (ArithmeticError, ValueError, _Resized):
-                    saved = self.replay()[1]
+                except (ArithmeticError, ValueError, RuntimeWarning, _Resized):
+                    saved = self.replay(self.traced)[1]
             self.saved = None
             found = _at_home(_backpropagate(_joined(saved), _Parts(zip(which, seeds)), retain=False), saved[which[0]])
             if self.foreign:  # the root may be computed by now

@@ -2837,6 +2837,70 @@ class TestOptimizer(Strict):
             root.backward()
         self.assertEqual(len(calls), 1, "what all need is computed once")
 
+    def test_roots_keep_their_kind_in_a_replay(self):
+        w, s = Value([1.0, 2.0]), Value(0.5)
+        loss, number, mask = optimize((w * w).sum(), s * s, s > 0)
+        for total in (w * number, w * loss, number * 2.0, w * mask, loss * number):
+            before = total.dtype, type(total._data)
+            self.assertEqual((total.forward().dtype, type(total._data)), before)
+
+    def test_products_of_one_element(self):
+        """BLAS skips a factor that is 0, and so loses nan and inf."""
+        for shapes in (
+            ((1, 1), (1, 3)),
+            ((3, 1), (1, 1)),
+            ((1,), (1,)),
+            ((1,), (1, 3)),
+            ((1, 1), (1,)),
+            ((3, 1), (1,)),
+        ):
+            for start in (0.0, math.inf, math.nan, 2.0):
+                with self.subTest(shapes=shapes, start=start), np.errstate(all="ignore"):
+                    x, y = (Value(np.full(shape, z), np.float64) for shape, z in zip(shapes, (0.0, start)))
+                    for out in ((x * 1.0) @ (y * 1.0), (y.T * 1.0) @ (x.T * 1.0)):
+                        self.compare(out, [x, y], lambda: None)
+
+    def test_zeros_reach_nothing_that_gets_no_gradient(self):
+        """A stack of what has gradients and what has none would send 0 to the latter, and 0 * inf is nan."""
+        for t, shape in itertools.product((Tensor(math.inf), Tensor(2.0)), ((), (3,))):
+            w = Value(np.ones(shape), np.float64) if shape else Value(1.0)
+            v = [Value(np.full(shape, 0.1 * i + 0.5), np.float64) if shape else Value(0.1 * i + 0.5) for i in range(16)]
+            a = [np.sin(x) if i % 2 else np.cos(x) for i, x in enumerate(v)]
+            masks = [x > 0 for x in [w * t, *a]]
+            out = np.sum(masks[0] * w + sum(k * x for k, x in zip(masks[1:], a)))
+            with self.subTest(shape=shape, t=t), np.errstate(all="ignore"):
+                self.compare(out, [w, *v], lambda: None)
+                first, last = optimize(np.sum(w * t) * 0.0, out)
+                w.grad = None
+                last.backward()
+                np.testing.assert_array_equal(w.grad, np.ones(shape))
+
+    def test_many_roots_and_no_cycles(self):
+        w, xs = Value(0.5), [Value(0.001 * i) for i in range(2000)]
+        start = time.perf_counter()
+        roots = optimize(*[np.tanh(x * w) for x in xs])
+        self.assertLess(time.perf_counter() - start, 10)
+        roots[7].backward()
+        self.assertEqual([i for i, x in enumerate(xs) if x._grad is not None], [7])
+        gc.collect()
+        gc.disable()
+        try:
+            fast = optimize(np.sum(np.tanh(Value(np.ones((3, 2))) @ Value(np.ones(2)) * 2.0 - 1.0)))
+            self.assertEqual(fast.graph.shape, ())
+            (fast * 2.0).backward()
+            del fast
+            self.assertEqual(gc.collect(), 0)
+        finally:
+            gc.enable()
+
+    def test_warnings_as_errors_come_where_eager_has_them(self):
+        numbers = [Value(1e200 * (i + 1)) for i in range(20)]
+        fast = optimize(sum(np.tanh(x * x) for x in numbers))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.assertEqual(fast.forward().item(), 20.0)
+            fast.backward()
+
     def test_results_are_nobody_elses(self):
         """Not the data of the graph that was optimized, nor that of a leaf: however they come about."""
         in_blocks = {"enabled": True, "min_elements_for_parallel": 1}
