@@ -5475,7 +5475,9 @@ def _sort(x):
         return type(x)
     if not isinstance(x, (np.ndarray, np.generic)) or not x.size:
         return None
-    return bool if x.dtype.kind == "b" else x.dtype if x.dtype in _FLOATS else None
+    if x.dtype.kind == "b":
+        return bool
+    return x.dtype if x.dtype in _FLOATS else None
 
 
 def _regular(node):
@@ -5788,9 +5790,9 @@ def _sum_of(node, terms):
     rest = []
     zero = []  # where sum() starts: it makes -0.0 a 0.0, and comes last
     for alone, x in terms:
-        factors: tuple = ()
-        if alone and not node.ndim:
-            factors = x._args if _is(x, _MULTIPLY) else x._args * 2 if _is(x, _SQUARED) else ()
+        factors = ()
+        if alone and not node.ndim and (_is(x, _MULTIPLY) or _is(x, _SQUARED)):
+            factors = (x._args * 2)[:2]  # of a square, its operand twice
         if type(x) is float and x == 0.0:
             zero = [x] if math.copysign(1.0, x) > 0 else zero
         elif factors and not any([_sort(_raw(y)) is bool for y in factors]):
@@ -5967,8 +5969,8 @@ def _batched_matmul(node, n, operands, stacked):
 def _batched_axis(node, n, operands, stacked):
     ndim = len(_shape(node._args[0]))
     axis = node._params.get("axis", -1 if "softmax" in node._prim.name else None)
-    axes = range(ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    shifted = tuple([int(i) % ndim + 1 for i in axes])
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    shifted = tuple([int(i) % ndim + 1 for i in (range(ndim) if axis is None else axes)])
     return _record(node._prim, tuple(operands), node._params | {"axis": shifted[0] if len(shifted) == 1 else shifted})
 
 
@@ -6200,7 +6202,8 @@ def _sum_form(low, node, a, axis=None, keepdims=False):
     a = _raw(a)
     if np.ndim(a) == 2 and axis in (0, (0,)) and not keepdims:
         return f"{low.bind('c', _ones(np.shape(a)[0], node.dtype))}.dot({{0}}{_OUT}"  # BLAS sums rows faster than NumPy
-    axis = tuple(map(int, axis)) if isinstance(axis, tuple) else axis if axis is None else int(axis)
+    if axis is not None:
+        axis = tuple(map(int, axis)) if isinstance(axis, tuple) else int(axis)
     return f"np.add.reduce({{0}}, {axis}, None, {{out}}, {bool(keepdims)})"
 
 
@@ -6577,7 +6580,7 @@ class _Program:
 
     `traced` is a copy of the graph it was made of, and `graph` what the passes made of that; both without data. `graph`
     is replayed where arithmetic on Python floats raises though IEEE arithmetic has an answer, and where there is too
-    much of it to be compiled; `traced`, once sizes turn out to depend on data.
+    much of it to be compiled; `traced`, once sizes turn out to depend on data, and where the code of a backward fails.
 
     In other graphs it is the data of one node, made of the leaves, and its roots are made of that: so one sweep serves
     all roots, as in the graph that they came from, and one replay.
