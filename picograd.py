@@ -5534,10 +5534,11 @@ def _oldest_first(roots):
     return _newest_first(_joined(roots))[:0:-1]
 
 
-def _rewrite(roots, rule):
-    """Rebuilds a graph from the leaves up: rule(node, its new operands) is the new node, or a constant."""
+def _rewrite(roots, rule, nodes=None):
+    """Rebuilds a graph from the leaves up: rule(node, its new operands) is the new node, or a constant. `nodes`: all of
+    them, oldest first, if they are known."""
     new = {}
-    for node in _oldest_first(roots):
+    for node in nodes or _oldest_first(roots):
         if node._prim is None:
             new[node] = node
         else:
@@ -5579,13 +5580,13 @@ def _replayed(roots):
         return _rewrite(roots, rule)
 
 
-def _reach(roots):
-    """By node, the roots that send it a gradient, as a bit for each."""
+def _reach(roots, nodes):
+    """By node, the roots that send it a gradient, as a bit for each; of all nodes, oldest first."""
     reach = collections.defaultdict(int)
     for i, root in enumerate(roots):
         if isinstance(root, Value) and root._needs:
             reach[root] |= 1 << i
-    for node in reversed(_oldest_first(roots)):
+    for node in reversed(nodes):
         prim = node._prim
         if prim is None or node not in reach:
             continue
@@ -5781,7 +5782,7 @@ def flatten(roots: Sequence) -> list:
             return node  # a place holder
         return _sum_of(node, terms) if len(terms) > 2 else _renewed(node, args)
 
-    return _rewrite(roots, rule)
+    return _rewrite(roots, rule, nodes)
 
 
 def _sum_of(node, terms):
@@ -6021,17 +6022,18 @@ def batch(roots: Sequence) -> list:
     some rows with all of some others becomes a matrix product.
 
     Only what sends its gradients to the same roots goes together: where one has none, 0 * inf would make it nan."""
-    depth, reach = {}, _reach(roots)
+    nodes, depth = _oldest_first(roots), {}
+    reach = _reach(roots, nodes)
     state = _Batch(reach)
     levels = collections.defaultdict(lambda: collections.defaultdict(list))
-    for node in _oldest_first(roots):
+    for node in nodes:
         depth[node] = level = 1 + max([depth[x] for x in node._args if isinstance(x, Value)], default=-1)
         if node._prim is not None:
             levels[level][_group(node, reach[node])].append(node)
     for _, level in sorted(levels.items()):
-        for (key, enough), nodes in sorted(level.items(), key=lambda item: -len(item[1])):
-            if key is nodes[0] or len(nodes) < enough or not state.combine(nodes):
-                for node in nodes:
+        for (key, enough), group in sorted(level.items(), key=lambda item: -len(item[1])):
+            if key is group[0] or len(group) < enough or not state.combine(group):
+                for node in group:
                     state.new[node] = _renewed(node, tuple(map(state.single, node._args)))
     return [state.single(root) for root in roots]
 
@@ -6060,7 +6062,8 @@ def fuse(roots: Sequence, smallest: int = 1, products: bool = True) -> list:
     def fits(x, node):
         return x.shape == node.shape and plain(node) and (plain(x) or (products and _is(x, _PRODUCT)))
 
-    private = _private(_oldest_first(roots), roots, fits)
+    nodes = _oldest_first(roots)
+    private = _private(nodes, roots, fits)
     waiting = {}
 
     def close(chain):
@@ -6086,7 +6089,7 @@ def fuse(roots: Sequence, smallest: int = 1, products: bool = True) -> list:
             return chain[-1]
         return close(chain)
 
-    return _rewrite(roots, rule)
+    return _rewrite(roots, rule, nodes)
 
 
 def _formula(steps, operands):
@@ -6601,7 +6604,7 @@ class _Program:
             graph = batch(flatten(_pass(fold_constants, merge_common(swept=False))(self.traced)))
             self.graph = _as_nodes(_pass(simplify, merge_common(swept=False))(graph))
         self.leaves = [node for node in nodes if node._prim is None]
-        reach = _reach(self.traced)
+        reach = _reach(self.traced, nodes)
         self.reach = {x: reach[x] for x in self.leaves}
         self.nodes = []  # the Values that show the results, and which
         self.show([_owned(root._data) for root in roots])
