@@ -5489,11 +5489,14 @@ def _mean(x: _Buffer, axes: tuple, count: int, dtype: np.dtype) -> np.ndarray:
 # 9. Optimizer
 #
 # In: the roots of a graph of Values. Out: Values over the same leaves whose `forward` and `backward` run one short
-# straight-line program. First PASSES rewrite the forward graph; its backward sweep is then traced with the primitives'
+# straight-line program. First passes rewrite the forward graph; its backward sweep is then traced with the primitives'
 # own rules, as Values, so that the passes see both; at last `_Lowering` writes the joint graph down as Python.
-# A pass is a function of roots to roots. Nodes are never changed: a pass makes new ones where something is new, and
-# they take over the data of the old, so that shapes and dtypes are known throughout. What may be rewritten, and what is
-# written as plain calls of NumPy's, `_regular` decides, and nothing else.
+# A pass is a function of roots to roots, or a rule of node to node, of which `_pass` takes several in one walk. Nodes
+# are never changed: a pass makes new ones where something is new, and they take over the data of the old, so that
+# shapes and dtypes are known throughout. What may be rewritten, and what is written as plain calls of NumPy's,
+# `_regular` decides, and nothing else.
+# Throughout, a `node` is a Value and `prim` its primitive; `roots` are Values, or constants where passes found some;
+# `args` are the operands of a node that is made anew, and x, y or a are operands: Values, Tensors or constants.
 # Invariant: the roots that a pass returns have the value, the shape and the dtype of those it was given.
 #
 #     >>> a, b = Value(2.0, label="a"), Value(3.0, label="b")
@@ -5504,7 +5507,7 @@ def _mean(x: _Buffer, axes: tuple, count: int, dtype: np.dtype) -> np.ndarray:
 #         t0 = x0 * x1
 #         t1 = x0 * x0
 #         t2 = t0 + t1
-#         return (t2, ), (x0, x1, )
+#         return [t2], (x0, x1, )
 # ---------------------------------------------------------------------------------------------------------------------
 
 __all__ += ["optimize"]
@@ -5516,22 +5519,27 @@ _ADD, _SUBTRACT, _MULTIPLY, _WHERE = (TABLE[f] for f in (np.add, np.subtract, np
 _NEGATIVE, _SQUARED, _TRANSPOSE, _BROADCAST = (
     TABLE[f] for f in (np.negative, np.square, np.transpose, np.broadcast_to)
 )
+_PRODUCT, _SUM = TABLE[np.matmul], PRIMITIVES["sum"]
 _VIEWS = (_reshape, _TRANSPOSE, _BROADCAST, _getitem)
 # Operands that may be masks: where's condition, a mask times a float (micrograd's relu), masks made of masks.
-_MASKS = (
-    {_WHERE: (0,), _MULTIPLY: (0, 1)}
-    | dict.fromkeys(_VIEWS, (0,))
-    | dict.fromkeys((TABLE[f] for f in (np.logical_and, np.logical_or, np.logical_xor, np.logical_not)), (0, 1))
-)
-_MASKS |= dict.fromkeys((TABLE[f] for f in (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.invert)), (0, 1))
+_LOGICAL = (np.logical_and, np.logical_or, np.logical_xor, np.logical_not)
+_LOGICAL += (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.invert)
+_MASKS = {_WHERE: (0,), _MULTIPLY: (0, 1)} | dict.fromkeys(_VIEWS, (0,)) | {TABLE[f]: (0, 1) for f in _LOGICAL}
 
 
-def _is_mask(x) -> bool:
-    raw = _raw(x)
-    return type(raw) is bool or (hasattr(raw, "dtype") and raw.dtype.kind == "b")
+def _sort(x):
+    """What a rewrite sees in a raw value: `float` for a weak number, `bool` for a mask, a dtype of _FLOATS; else, and
+    if it is empty, None."""
+    if type(x) is float or type(x) is bool:
+        return type(x)
+    if not isinstance(x, (np.ndarray, np.generic)) or not x.size:
+        return None
+    if x.dtype.kind == "b":
+        return bool
+    return x.dtype if x.dtype in _FLOATS else None
 
 
-def _regular(node: Value) -> bool:
+def _regular(node):
     """The one guard: whether a rewrite may fire on a node, and whether a plain call of NumPy's computes it.
 
     A primitive of this file made it; its operands are numbers, or arrays of one floating dtype, which it has, too, none
@@ -5540,66 +5548,64 @@ def _regular(node: Value) -> bool:
     prim, dtype = node._prim, None
     if prim in _AS_THEY_ARE or not prim.builtin:
         return prim in _AS_THEY_ARE
-    masks = _MASKS.get(prim, ())
     for i, x in enumerate(node._args):
-        x = x._data if isinstance(x, Array) else x
-        if i in masks and type(x) is not float and _is_mask(x) and 0 not in np.shape(x):
-            continue
-        if prim is _WHERE and i == 0:
+        sort = _sort(x._data if isinstance(x, Array) else x)
+        if sort is bool:
+            if i not in _MASKS.get(prim, ()):
+                return False
+        elif sort is None or (prim is _WHERE and i == 0):
             return False
-        if type(x) is float:
-            continue
-        if not isinstance(x, (np.ndarray, np.generic)) or not x.size:
-            return False
-        if x.dtype not in _FLOATS or dtype not in (None, x.dtype):
-            return False
-        dtype = x.dtype
-    out = node._data
-    if type(out) is float:
+        elif sort is not float:
+            if dtype not in (None, sort):
+                return False
+            dtype = sort
+    out = _sort(node._data)
+    if out is bool:
+        return prim.vjps[0] is None or prim in _VIEWS
+    if out is float:
         return dtype is None or prim is _as_dtype
-    if _is_mask(out):
-        return (prim.vjps[0] is None or prim in _VIEWS) and 0 not in np.shape(out)
-    if not isinstance(out, (np.ndarray, np.generic)) or not out.size or out.dtype not in _FLOATS:
-        return False
-    return dtype is None or dtype == out.dtype or prim is _as_dtype or prim is _pack
+    return out is not None and (dtype in (None, out) or prim is _as_dtype or prim is _pack)
 
 
-def _twin(node: Value, prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
+def _twin(node, prim, args, params=_NO_PARAMS):
     """A node with the data of another."""
     new = _node(node._data, prim, args, params)
     new.label = node.label
     return new
 
 
-def _oldest_first(roots: Sequence) -> list[Value]:
+_join = primitive(
+    lambda *roots: 0.0,
+    lambda wanted, g, out, roots: [g.get(i) for i in range(len(roots))],
+    name="join",
+    joint=True,
+    typed=(),
+)
+
+
+def _joined(roots):
+    """A node on top of several, from which one walk or one sweep, with `_Parts` for a gradient, reaches all of them."""
+    return _rebuild(Value, (), None, _join, tuple(roots), _NO_PARAMS, True, 0.0, None, "")
+
+
+def _oldest_first(roots):
     """Every node that the roots depend on, operands before what is made of them."""
-    seen = {root for root in roots if isinstance(root, Value)}
-    nodes = list(seen)
-    for node in nodes:  # the list grows as it is walked
-        for x in node._args:
-            if isinstance(x, Value) and x not in seen:
-                seen.add(x)
-                nodes.append(x)
-    nodes.sort(key=_get_number)
-    return nodes
+    return _newest_first(_joined(roots))[:0:-1]
 
 
-def _rewrite(roots: Sequence, rule: Callable, regular: bool = False) -> list:
-    """Rebuilds a graph from the leaves up: rule(node, its new operands) is the new node, or a constant.
-
-    With `regular`, nodes that `_regular` refuses stay as they are.
-    """
-    new: dict[Value, Any] = {}
-    for node in _oldest_first(roots):
+def _rewrite(roots, rule, nodes=None):
+    """Rebuilds a graph from the leaves up: rule(node, its new operands) is the new node, or a constant. `nodes`: all of
+    them, oldest first, if they are known."""
+    new = {}
+    for node in nodes or _oldest_first(roots):
         if node._prim is None:
             new[node] = node
         else:
-            args = tuple([new[x] if isinstance(x, Value) else x for x in node._args])
-            new[node] = rule(node, args) if not regular or _regular(node) else _renewed(node, args)
+            new[node] = rule(node, tuple([new[x] if isinstance(x, Value) else x for x in node._args]))
     return [new[root] if isinstance(root, Value) else root for root in roots]
 
 
-def _renewed(node: Value, args: tuple) -> Value:
+def _renewed(node, args):
     """The node, or its twin if an operand is another one now."""
     for x, y in zip(args, node._args):
         if x is not y:
@@ -5607,25 +5613,39 @@ def _renewed(node: Value, args: tuple) -> Value:
     return node
 
 
-def _replayed(roots: Sequence) -> list[Value]:
+def _pass(*rules):
+    """One walk over a graph for several rules: each takes a node whose operands are new, the next what that gave."""
+
+    def rule(node, args):
+        node = _renewed(node, args)
+        for each in rules:
+            node = each(node)
+            if not isinstance(node, Value) or node._prim is None:
+                break
+        return node
+
+    return lambda roots: _rewrite(roots, rule)
+
+
+def _replayed(roots):
     """The graph anew, computed from the current data of its leaves and Tensors by the code of eager mode."""
 
     def rule(node, args):
         new = _twin(node, node._prim, args, node._params)
-        new._data = _evaluate(node._prim, [_raw(x) for x in args], node._params)
+        _recompute(new)
         return new
 
     with _recording():
         return _rewrite(roots, rule)
 
 
-def _reach(roots: Sequence) -> dict[Value, int]:
-    """By node, the roots that send it a gradient, as a bit for each."""
-    reach: dict[Value, int] = collections.defaultdict(int)
+def _reach(roots, nodes):
+    """By node, the roots that send it a gradient, as a bit for each; of all nodes, oldest first."""
+    reach = collections.defaultdict(int)
     for i, root in enumerate(roots):
         if isinstance(root, Value) and root._needs:
             reach[root] |= 1 << i
-    for node in reversed(_oldest_first(roots)):
+    for node in reversed(nodes):
         prim = node._prim
         if prim is None or node not in reach:
             continue
@@ -5635,30 +5655,45 @@ def _reach(roots: Sequence) -> dict[Value, int]:
     return reach
 
 
-def _alike(x, node: Value) -> bool:
+def _private(nodes, roots, fits):
+    """The nodes that one other needs, once, and nobody else, if fits(node, that other)."""
+    used = [(x, node) for node in nodes for x in node._args if isinstance(x, Value)]
+    uses = collections.Counter([x for x, _ in used] + [root for root in roots if isinstance(root, Value)] * 2)
+    return {x for x, node in used if uses[x] == 1 and fits(x, node)}
+
+
+def _shape(x):
+    return np.shape(_raw(x))
+
+
+def _kind(x):
+    """Shape and dtype; of what is weak, its type."""
+    x = _raw(x)
+    return type(x) if type(x) in _WEAK_TYPES else (x.shape, x.dtype)
+
+
+def _alike(x, node):
     """Whether x can stand for a node: of its shape and dtype, and weak if it is weak."""
-    x, y = _raw(x), node._data
-    return type(x) is type(y) and (type(x) in _WEAK_TYPES or (x.shape, x.dtype) == (y.shape, y.dtype))
+    return _kind(x) == _kind(node)
 
 
-def _is(x, prim: Primitive) -> bool:
+def _is(x, prim):
     """Whether x is a node made by that primitive, on which a rewrite may fire."""
     return isinstance(x, Value) and x._prim is prim and _regular(x)
+
+
+def _permutation(node):
+    """The axes of a transpose, none of them negative."""
+    axes = node._params.get("axes")
+    return [*range(node.ndim)][::-1] if axes is None else [int(i) % node.ndim for i in axes]
 
 
 # --- the passes ---
 
 
-def fold_constants(roots: Sequence) -> list:
+def fold_constants(node: Value):
     """Computes what depends on constants only: x * (2 * 3) -> x * 6. Leaves and Tensors are variables."""
-
-    def rule(node, args):
-        for x in args:
-            if isinstance(x, Array):
-                return _renewed(node, args)
-        return node._data
-
-    return _rewrite(roots, rule)
+    return node if any([isinstance(x, Array) for x in node._args]) else node._data
 
 
 def _simpler_add(node, x, y):
@@ -5668,26 +5703,14 @@ def _simpler_add(node, x, y):
     return None
 
 
-def _simpler_subtract(node, x, y):
-    return _twin(node, _ADD, (x, y._args[0])) if _is(y, _NEGATIVE) else None
-
-
 def _simpler_multiply(node, x, y):
     for a, b in ((x, y), (y, x)):
         if type(b) is float and b == 1.0:
             return a
-        if type(b) is float and b == -1.0 and _alike(a, node):
-            return _twin(node, _NEGATIVE, (a,))
         if _is(a, _NEGATIVE):
-            return _twin(node, _NEGATIVE, (_record(_MULTIPLY, (a._args[0], b)),))
-        # (u * c) * (s * x) -> (u * (c * s)) * x saves one product of full size: exact for constants c and s = 2 or 4,
-        # and safe where their product is at most 1; so the mean of squares goes backward.
-        if node.ndim and not np.ndim(_raw(a)) and _is(a, _MULTIPLY) and _is(b, _MULTIPLY):
-            (u, c), (s, rest) = a._args, b._args
-            if type(c) is type(s) is float and s in (2.0, 4.0) and abs(c * s) <= 1.0:
-                return _twin(node, _MULTIPLY, (_record(_MULTIPLY, (u, c * s)), rest))
+            return _twin(node, _NEGATIVE, (_simple(_MULTIPLY, (a._args[0], b)),))
         # Where operands broadcast anyway, a broadcast one needs no array of its own.
-        if _is(a, _BROADCAST) and np.shape(_raw(b)) == node.shape and node.ndim:
+        if _is(a, _BROADCAST) and _shape(b) == node.shape and node.ndim:
             return _twin(node, _MULTIPLY, (a._args[0], b) if a is x else (b, a._args[0]))
     return _twin(node, _SQUARED, (x,)) if x is y and node.ndim else None
 
@@ -5705,8 +5728,7 @@ def _simpler_power(node, x, y):
 
 
 def _simpler_mean(node, a, **params):
-    n = np.size(_raw(a))
-    return _twin(node, _MULTIPLY, (_record(PRIMITIVES["sum"], (a,), params), node.size / n))
+    return _twin(node, _MULTIPLY, (_simple(_SUM, (a,), params), node.size / np.size(_raw(a))))
 
 
 def _simpler_reshape(node, x, shape):
@@ -5717,15 +5739,13 @@ def _simpler_reshape(node, x, shape):
 
 
 def _simpler_transpose(node, x, axes=None):
-    if not _is(x, _TRANSPOSE):
-        return None
-    outer, inner = ([*range(node.ndim)][::-1] if a is None else list(a) for a in (axes, x._params.get("axes")))
-    return x._args[0] if [inner[i] % node.ndim for i in outer] == list(range(node.ndim)) else None
+    undone = _is(x, _TRANSPOSE) and [_permutation(x)[i] for i in _permutation(node)] == [*range(node.ndim)]
+    return x._args[0] if undone else None
 
 
 _SIMPLER: dict[Primitive, Callable] = {
     _ADD: _simpler_add,
-    _SUBTRACT: _simpler_subtract,
+    _SUBTRACT: lambda node, x, y: _twin(node, _ADD, (x, y._args[0])) if _is(y, _NEGATIVE) else None,
     _MULTIPLY: _simpler_multiply,
     TABLE[np.divide]: _simpler_divide,
     TABLE[np.power]: _simpler_power,
@@ -5740,25 +5760,26 @@ _SIMPLER: dict[Primitive, Callable] = {
 }
 
 
-def simplify(roots: Sequence) -> list:
+def simplify(node: Value) -> Value:
     """Algebra that is exact, also for inf, nan and -0.0: x * 1 -> x, x**2 -> square(x), a - -b -> a + b, x / 4 ->
     x * 0.25."""
+    while (simpler := _SIMPLER.get(node._prim)) and _regular(node):
+        new = simpler(node, *node._args, **node._params)
+        if not isinstance(new, Value) or not _alike(new, node):
+            break
+        node = new
+    return node
 
-    def rule(node, args):
-        simpler = _SIMPLER.get(node._prim)
-        new = simpler(node, *args, **node._params) if simpler else None
-        return new if isinstance(new, Value) and _alike(new, node) else _renewed(node, args)
 
-    return _rewrite(roots, rule, regular=True)
+def _simple(prim, args, params=_NO_PARAMS):
+    return simplify(_record(prim, args, params))
 
 
 def _key(x):
     """Something hashable that is equal for interchangeable operands and parameters."""
     kind = type(x)
-    if kind is float:
-        return (x, math.copysign(1.0, x)) if x == x else "nan"
-    if kind is int or kind is str:
-        return kind, x
+    if kind in (float, int, str):
+        return kind, repr(x)  # which tells -0.0 from 0.0
     if kind is tuple or kind is list:
         return tuple(map(_key, x))
     if kind is slice:
@@ -5766,27 +5787,21 @@ def _key(x):
     return id(x)  # arrays and nodes, what there is one of, and what we know nothing about
 
 
-def merge_common(roots: Sequence, swept: bool = True) -> list:
+def merge_common(swept: bool = True) -> Callable:
     """Makes equal operations on the same operands one node: tanh(x) * tanh(x) -> t * t with one tanh. What a user's
     primitive does is its own affair: it may draw random numbers.
 
     Before the sweep only what has no gradient: a node that is two sends two gradients, and 0 * inf + 1 * inf is nan,
     where (0 + 1) * inf is not."""
-    known: dict[Any, Value] = {}
+    known = {}
 
-    def rule(node, args):
-        prim, params = node._prim, node._params
-        if not prim.builtin or (node._needs and not swept):
-            return _renewed(node, args)
-        key: Any = (prim, tuple(map(_key, args)))
-        if params:
-            key += tuple([(name, _key(params[name])) for name in sorted(params)])
-        found = known.get(key)
-        if found is None:
-            found = known[key] = _renewed(node, args)
-        return found
+    def rule(node):
+        if not node._prim.builtin or (node._needs and not swept):
+            return node
+        key = node._prim, _key(node._args), *[(name, _key(x)) for name, x in sorted(node._params.items())]
+        return known.setdefault(key, node)
 
-    return _rewrite(roots, rule)
+    return rule
 
 
 def _sum_of_products(*terms, products):
@@ -5807,310 +5822,257 @@ _dot = primitive(
 def flatten(roots: Sequence) -> list:
     """Makes chains of + one sum, and sums of products of numbers a dot product: a*b + c*d + e -> dot(a, b, c, d, e)."""
     nodes = _oldest_first(roots)
-    uses = collections.Counter([x for node in nodes for x in node._args if isinstance(x, Value)])
-    uses.update(root for root in roots if isinstance(root, Value))
     sums = {node for node in nodes if _is(node, _ADD)}
-    # The terms of a sum that only another such sum needs wait here for that.
-    used = ((x, node) for node in sums for x in node._args if isinstance(x, Value))
-    inner = {x for x, node in used if x in sums and uses[x] == 1 and _alike(x, node)}
-    inner.difference_update(roots)
-    waiting: dict[Value, list] = {}
+    private = _private(nodes, roots, lambda x, node: node in sums and _alike(x, node))
+    waiting = {}  # the terms of a sum that only another such sum needs
 
     def rule(node, args):
         if node not in sums:
             return _renewed(node, args)
-        terms: list = []
+        terms = []
         for old, x in zip(node._args, args):
-            more = waiting.pop(old) if isinstance(old, Value) and old in inner else [(old, x)]
+            alone = isinstance(old, Value) and old in private
+            more = waiting.pop(old) if alone and old in sums else [(alone, x)]
             if len(more) > len(terms):
                 terms, more = more, terms
             terms += more
-        if node in inner:
+        if node in private:
             waiting[node] = terms
             return node  # a place holder
-        if len(terms) < 3:
-            return _renewed(node, args)
-        products: list = []
-        rest: list = []
-        zero: list = []  # where sum() starts: it makes -0.0 a 0.0, and comes last
-        for old, x in terms:
-            factors: tuple = ()
-            if not node.ndim and isinstance(old, Value) and uses[old] == 1 and _alike(x, node):
-                factors = x._args if _is(x, _MULTIPLY) else x._args * 2 if _is(x, _SQUARED) else ()
-            if type(x) is float and x == 0.0:
-                zero = [x] if math.copysign(1.0, x) > 0 else zero
-            elif factors and not any(map(_is_mask, factors)):
-                products += factors
-            else:
-                rest.append(x)
-        return _twin(node, _dot, (*products, *rest, *zero), {"products": len(products) // 2})
+        return _sum_of(node, terms) if len(terms) > 2 else _renewed(node, args)
 
-    return _rewrite(roots, rule)
+    return _rewrite(roots, rule, nodes)
+
+
+def _sum_of(node, terms):
+    """One node for a sum of terms, each with whether nobody else needs it."""
+    products = []
+    rest = []
+    zero = []  # where sum() starts: it makes -0.0 a 0.0, and comes last
+    for alone, x in terms:
+        factors = ()
+        if alone and not node.ndim and (_is(x, _MULTIPLY) or _is(x, _SQUARED)):
+            factors = (x._args * 2)[:2]  # of a square, its operand twice
+        if type(x) is float and x == 0.0:
+            zero = [x] if math.copysign(1.0, x) > 0 else zero
+        elif factors and not any([_sort(_raw(y)) is bool for y in factors]):
+            products += factors
+        else:
+            rest.append(x)
+    return _twin(node, _dot, (*products, *rest, *zero), {"products": len(products) // 2})
 
 
 # Numbers of a graph as one array: how `batch` takes up leaves, and nodes that it left alone.
 _pack = primitive(
-    lambda *numbers, shape, dtype: np.array(numbers, dtype).reshape(shape),
-    lambda i, g, out, numbers, shape, dtype: g[tuple(map(int, np.unravel_index(i, shape)))],
+    lambda *numbers, dtype: np.array(numbers, dtype),
+    lambda i, g, out, numbers, dtype: g[i],
     name="pack",
     variadic=True,
-    samples=[(((), (), ()), {"shape": (3,), "dtype": np.float64})],
+    samples=[(((), (), ()), {"dtype": np.float64})],
 )
-
-
-def _starts_at_zero(node: Value) -> bool:
-    """Whether 0.0 is the last of the terms of a sum of products."""
-    return type(node._args[-1]) is float and node._args[-1] == 0.0
 
 
 class _Batch:
     """What `batch` knows while it rebuilds a graph: which new node, or which place in which stack, an old node became.
 
-    A stack has the shape (*layout, *shape of its members); a place is the flat number of a member in the layout.
+    A stack has its members along the first axis; a place is (number of the stack, place in it). Constants have places,
+    too, by their keys.
     """
 
-    def __init__(self):
-        self.new: dict[Value, Any] = {}
-        self.places: dict[Any, tuple[Any, int]] = {}
-        self.layouts: dict[int, tuple[int, ...]] = {}  # by the stack's id, as it may be an ndarray of constants
+    def __init__(self, reach):
+        self.reach = reach
+        self.new = {}
+        self.stacks = []
+        self.places = {}
 
     def single(self, x):
         """The new form of an operand, on its own."""
-        if not isinstance(x, Value):
+        if not isinstance(x, Value) or x._prim is None:
             return x
         if x not in self.new:
-            if x._prim is None:
-                self.new[x] = x
-            else:
-                stack, place = self.places[x]
-                part = stack[tuple(map(int, np.unravel_index(place, self.layouts[id(stack)])))]
-                weak = type(x._data) is float or type(x._data) is bool
-                self.new[x] = _as_dtype(part, float) if weak else part
-                if type(x._data) is bool:
-                    self.new[x] = np.not_equal(self.new[x], 0.0)
+            number, place = self.places[x]
+            part, kind = self.stacks[number][place], type(x._data)
+            part = _as_dtype(part, float) if kind in _WEAK_TYPES else part
+            self.new[x] = np.not_equal(part, 0.0) if kind is bool else part
         return self.new[x]
 
-    def rank(self, xs: Sequence) -> tuple:
-        """An order of operands in which those of one stack follow each other."""
-        stack, place = self.places.get(xs[0], (None, 0)) if isinstance(xs[0], Value) else (None, 0)
-        return [*self.layouts].index(id(stack)) if stack is not None else len(self.layouts), place
-
-    def put(self, members: Sequence, stack, layout: tuple[int, ...], places: dict) -> None:
+    def put(self, members, stack):
         """Notes that the members of a stack stand for these nodes."""
-        self.layouts[id(stack)] = layout
-        for place, x in enumerate(members):
-            places[x] = stack, place
+        self.places.update([(x, (len(self.stacks), place)) for place, x in enumerate(members)])
+        self.stacks.append(stack)
 
-    def gather(self, xs: list, layout: tuple[int, ...], dtype=None):
+    def stack(self, members, dtype):
+        """Makes a stack of what is in none yet: constants, or nodes and Tensors, which these names stand for."""
+        xs = list(map(self.single, members.values()))
+        shape = _shape(xs[0])
+        if not isinstance(xs[0], Array):
+            new = np.array(xs, None if shape else dtype)
+        elif shape:
+            new = _record(_stack, tuple(xs), {"axis": 0})
+        else:
+            dtypes = [{float: np.float64, bool: bool}.get(type(x)) or x.dtype for x in map(_raw, xs)]
+            new = _record(_pack, tuple(xs), {"dtype": np.result_type(*dtypes)})
+        self.put(members, new)
+
+    def gather(self, xs, layout, dtype=None):
         """The operands as one array (*layout, *their shape), or one that broadcasts to it. It is a stack that exists, a
         part or a transpose of one where that will do, and a copy only where not."""
-        shape = np.shape(_raw(xs[0]))
-        keys = list(map(_key, xs))
-        if len(layout) == 2 and min(layout) > 1:
-            rows, columns = layout
-            if all(keys[i * columns : (i + 1) * columns] == keys[:columns] for i in range(1, rows)):
-                return np.reshape(self.gather(xs[:columns], (columns,), dtype), (1, columns, *shape))
-            if all(keys[i] == keys[i - i % columns] for i in range(len(keys))):
-                return np.reshape(self.gather(xs[::columns], (rows,), dtype), (rows, 1, *shape))
-        whole = (*layout, *shape)
-        if not any(isinstance(x, Array) for x in xs):
-            return np.array(xs, None if shape else dtype).reshape(whole)
-        places = self.places
-        if shape:
-            if not all(isinstance(x, Array) and x in places for x in xs):
-                return np.reshape(_record(_stack, tuple(map(self.single, xs)), {"axis": 0}), whole)
-        else:  # numbers that are in no stack yet become one, in the order in which they are wanted here
-            loose = list(dict.fromkeys([x for x in xs if isinstance(x, Array) and x not in places]))
-            if loose:
-                own = layout if len(loose) == len(xs) else (len(loose),)
-                kinds = {float: np.float64, bool: bool}  # what numbers of Python's become
-                dtypes = [kinds.get(type(x._data)) or x._data.dtype for x in loose]
-                params = {"shape": own, "dtype": np.result_type(*dtypes)}
-                self.put(loose, _record(_pack, tuple(map(self.single, loose)), params), own, places)
-            constants = {_key(x): x for x in xs if not isinstance(x, Array)}
-            if constants:
-                places = collections.ChainMap({}, places)
-                self.put(list(constants), np.array([*constants.values()], dtype), (len(constants),), places)
-        found = [places[x if isinstance(x, Array) else _key(x)] for x in xs]
-        starts, flat, start = {}, [], 0
-        for stack, _ in found:
-            if id(stack) not in starts:
-                n = math.prod(self.layouts[id(stack)])
-                starts[id(stack)], start = start, start + n
-                flat.append(np.reshape(stack, (n, *shape)))
-        joint = flat[0] if len(flat) == 1 else _concatenate(*flat)
-        index = np.array([starts[id(stack)] + place for stack, place in found])
-        step = int(index[1] - index[0]) if len(index) > 1 else 1
-        if step > 0 and np.array_equal(index, np.arange(len(index)) * step + index[0]):
-            if len(index) < start:
-                joint = joint[int(index[0]) : int(index[-1]) + 1 : step]
-        elif (
-            len(layout) == 2
-            and len(index) == start
-            and np.array_equal(index.reshape(layout), np.arange(start).reshape(layout[::-1]).T)
-        ):
-            return np.swapaxes(np.reshape(joint, (*layout[::-1], *shape)), 0, 1)
-        else:
-            joint = joint[(index,)]
-        return np.reshape(joint, whole)
+        keys = [x if isinstance(x, Array) else (_key(x), dtype) for x in xs]
+        # What is in no stack yet becomes one, in the order in which it is wanted here; a stack has either constants, or
+        # what sends its gradients to the same roots: a zero from one to which others send none would make inf nan.
+        loose = {k: x for k, x in zip(keys, xs) if k not in self.places}
+        kinds = {k: self.reach.get(x, 0) if isinstance(x, Array) else None for k, x in loose.items()}
+        for kind in dict.fromkeys(kinds.values()):
+            self.stack({k: x for k, x in loose.items() if kinds[k] == kind}, dtype)
+        found, shape = [self.places[key] for key in keys], _shape(xs[0])
+        starts, size = {}, 0
+        for number in dict.fromkeys([number for number, _ in found]):
+            starts[number], size = size, size + _shape(self.stacks[number])[0]
+        joint = self.stacks[found[0][0]] if len(starts) == 1 else _concatenate(*map(self.stacks.__getitem__, starts))
+        index = np.array([starts[number] + place for number, place in found])
+        # A grid of rows and columns with the same steps throughout, 0 where it repeats, needs no copy.
+        start, grid = int(index[0]), index.reshape(layout if len(layout) == 2 else (1, -1))
+        n, m = grid.shape
+        down, across = int(grid[-1, 0] - start) // max(1, n - 1), int(grid[0, -1] - start) // max(1, m - 1)
+        rows, columns, step = n if down else 1, m if across else 1, across or down or 1
+        even = np.array_equal(grid, start + np.add.outer(np.arange(n) * down, np.arange(m) * across))
+        if not even or step < 0 or (down and across and down != across * m):
+            return np.reshape(joint[(index,)], (*layout, *shape))
+        if rows * columns < size:
+            joint = joint[start : start + (rows * columns - 1) * step + 1 : step]
+        return np.reshape(joint, (*(rows, columns)[-len(layout) :], *shape))
 
-    def operand(self, nodes: list, k: int, layout: tuple[int, ...]):
+    def operand(self, nodes, k, layout):
         """Operand k of all nodes, and whether it is stacked or one that they share."""
         xs = [node._args[k] for node in nodes]
         if len(set(map(_key, xs))) == 1:
             return self.single(xs[0]), False
         return self.gather(xs, layout), True
 
-    @staticmethod
-    def rows(nodes: list) -> tuple[list, list, list]:
-        """Of sums of products: the left factors, the right ones, and what is added but for a 0.0 at the end, a row per
-        node."""
-        end, stop = 2 * nodes[0]._params["products"], -1 if _starts_at_zero(nodes[0]) else None
-        return tuple(
-            [node._args[cut] for node in nodes] for cut in (slice(0, end, 2), slice(1, end, 2), slice(end, stop))
-        )
-
-    @staticmethod
-    def distinct(rows: list) -> tuple[list, list[int]]:
-        """The different rows, in order of appearance, and which of them each row is."""
-        numbers: dict = {}
-        keys = [_key(row) for row in rows]
-        of_row = [numbers.setdefault(key, len(numbers)) for key in keys]
-        return list({i: row for i, row in reversed([*zip(of_row, rows)])}.values())[::-1], of_row
-
-    def reserve(self, nodes: list) -> None:
-        """Stacks leaves as a group of dot products will want them, before smaller groups ask for other orders."""
-        left, right, rest = self.rows(nodes)
-        for rows in (left, right, rest):
-            block = self.distinct(rows)[0]
-            xs = [x for row in block for x in row]
-            loose = all(isinstance(x, Value) and x._prim is None and x not in self.places for x in xs)
-            if xs and loose and len(set(xs)) == len(xs):
-                self.gather(xs, (len(block), len(block[0])))
-
-    def elementwise(self, nodes: list) -> bool:
-        node, layout = nodes[0], (len(nodes),)
-        for k in range(len(node._args)):  # in the order of a stack that exists, if they can be
-            found = [self.places.get(node._args[k]) for node in nodes if isinstance(node._args[k], Value)]
-            if len(found) == len(nodes) and None not in found and len({id(stack) for stack, _ in found}) == 1:
-                places = [place for _, place in found]
-                if len(set(places)) == len(places):
-                    nodes = [node for _, node in sorted(zip(places, nodes), key=operator.itemgetter(0))]
-                    whole = self.layouts[id(found[0][0])]
-                    layout = whole if math.prod(whole) == len(nodes) else layout
-                    break
-        strong = [x.dtype for x in map(_raw, node._args) if getattr(x, "dtype", None) in _FLOATS]
-        operands, any_stacked = [], False
-        for k, x in enumerate(map(_raw, node._args)):
-            y, stacked = self.operand(nodes, k, layout)
-            if stacked and np.ndim(x) < node.ndim:
-                y = np.reshape(y, np.shape(y)[: len(layout)] + (1,) * (node.ndim - np.ndim(x)) + np.shape(x))
-            if stacked and strong and type(x) is float:  # a number that was weak takes the dtype of those it meets
+    def combine(self, nodes):
+        """Makes one operation of a group, if that can be."""
+        node, prim, layout = nodes[0], nodes[0]._prim, (len(nodes),)
+        if prim is _dot:
+            return self.sums(nodes)
+        raw, operands, stacked = list(map(_raw, node._args)), [], []
+        strong = [x.dtype for x in raw if getattr(x, "dtype", None) in _FLOATS]
+        for k, x in enumerate(raw):
+            y, several = self.operand(nodes, k, layout)
+            if several and prim.elementwise and np.ndim(x) < node.ndim:
+                y = np.reshape(y, _shape(y)[:1] + (1,) * (node.ndim - np.ndim(x)) + np.shape(x))
+            if several and strong and type(x) is float:  # a number that was weak takes the dtype of those it meets
                 y = y.astype(strong[0])
-            any_stacked |= stacked
             operands.append(y)
-        if not any_stacked:
+            stacked.append(several)
+        if not any(stacked):
             return False
-        out = np.broadcast_to(_record(node._prim, tuple(operands), node._params), (*layout, *node.shape))
-        self.put(nodes, out, layout, self.places)
-        return True
+        if prim.elementwise:
+            out = np.broadcast_to(_record(prim, tuple(operands), node._params), (*layout, *node.shape))
+        else:
+            out = _BATCHED[prim](node, len(nodes), operands, stacked)
+        if out is not None:
+            self.put(nodes, out)
+        return out is not None
 
-    def sums(self, nodes: list) -> bool:
+    def sums(self, nodes):
         """Dot products and sums of the same length. Where every one of some left rows meets every one of some right
         rows, the dot products are a matrix product."""
-        node, products, layout = nodes[0], nodes[0]._params["products"], (len(nodes),)
+        node, layout = nodes[0], (len(nodes),)
+        end, zero = 2 * node._params["products"], _starts_at_zero(node)
         dtype = np.float64 if type(node._data) is float else node.dtype
 
         def block(rows):
-            layout = (len(rows), len(rows[0]))
-            stack = self.gather([x for row in rows for x in row], layout, dtype)
-            return np.broadcast_to(stack, (*layout, *node.shape))
+            stack = self.gather([x for row in rows for x in row], (len(rows), len(rows[0])), dtype)
+            return np.broadcast_to(stack, (len(rows), len(rows[0]), *node.shape))
 
-        out, zero = None, _starts_at_zero(node)
-        left, right, rest = self.rows(nodes)
-        if len(nodes) == 1:  # the order of its terms is free: that of the stacks which they are in spares a gather
-            left, right = (
-                ([list(row)] for row in zip(*sorted(zip(left[0], right[0]), key=self.rank)))
-                if products
-                else (left, right)
-            )
-            rest = [sorted(rest[0], key=lambda x: self.rank((x,)))]
-        if products:
-            (lefts, i), (rights, j) = self.distinct(left), self.distinct(right)
+        def different(rows):
+            """By key, the number of a row and the row; and the numbers of all rows."""
+            known = {}
+            return known, [known.setdefault(_key(row), (len(known), row))[0] for row in rows]
+
+        terms, n = [], len(node._args) - end - zero
+        if end:
+            left, right = ([one._args[i:end:2] for one in nodes] for i in (0, 1))
+            (lefts, i), (rights, j) = different(left), different(right)
             if len(lefts) * len(rights) == len(nodes) == len(set(zip(i, j))):
-                order = sorted(range(len(nodes)), key=lambda n: (j[n], i[n]))
-                nodes, layout = [nodes[n] for n in order], (len(rights), len(lefts))
-                out, zero = np.matmul(block(rights), np.swapaxes(block(lefts), 0, 1)), False  # BLAS starts at 0.0
+                nodes = [one for *_, one in sorted(zip(j, i, nodes), key=operator.itemgetter(0, 1))]
+                lefts, rights = ([row for _, row in known.values()] for known in (lefts, rights))
+                layout, zero = (len(rights), len(lefts)), False  # BLAS starts at 0.0, so that no sum of it is -0.0
+                terms = [np.matmul(block(rights), np.swapaxes(block(lefts), 0, 1))]
             else:
-                out = np.sum(block(left) * block(right), axis=1)
-        if len(rest[0]) > 2:
-            total = np.reshape(np.sum(block(rest), axis=1), (*layout, *node.shape))
-            out = total if out is None else out + total
+                terms = [np.sum(block(left) * block(right), axis=1)]
+        if n > 2:
+            rest = np.sum(block([one._args[end : end + n] for one in nodes]), axis=1)
+            terms.append(np.reshape(rest, (*layout, *node.shape)))
         else:
-            for k in range(2 * products, 2 * products + len(rest[0])):
-                term = self.operand(nodes, k, layout)[0]
-                out = term if out is None else out + term
-        out = out + 0.0 if zero else out
-        if out.dtype != dtype:
-            out = out.astype(dtype)
-        self.put(nodes, out, layout, self.places)
-        return True
-
-    def arrays(self, nodes: list) -> bool:
-        """Other operations on arrays, by their entry in _BATCHED: on stacks, with an axis more at the front."""
-        operands, stacked = zip(*(self.operand(nodes, k, (len(nodes),)) for k in range(len(nodes[0]._args))))
-        out = _BATCHED[nodes[0]._prim](nodes[0], len(nodes), operands, stacked) if any(stacked) else None
-        if out is None:
-            return False
-        self.put(nodes, out, (len(nodes),), self.places)
+            terms += [self.operand(nodes, end + k, layout)[0] for k in range(n)]
+        out = functools.reduce(operator.add, terms + [0.0] * zero)
+        out = np.reshape(out, (len(nodes), *node.shape))
+        self.put(nodes, out if out.dtype == dtype else out.astype(dtype))
         return True
 
 
 def _batched_matmul(node, n, operands, stacked):
-    (x, y), (a, b) = operands, (np.ndim(_raw(z)) for z in node._args)
-    if stacked == (True, False) and a == 1 and b <= 2:
+    x, y = operands
+    a, b = (np.ndim(_raw(z)) for z in node._args)
+    if stacked == [True, False] and a == 1 and b <= 2:
         return np.matmul(x, y)
-    if stacked == (False, True) and b == 1 and a <= 2:
+    if stacked == [False, True] and b == 1 and a <= 2:
         return np.matmul(y, x.T)
-    lead = [(n,) if s else () for s in stacked]
-    shapes = [np.shape(_raw(z)) for z in node._args]
-    x = np.reshape(x, (*lead[0], 1, *shapes[0])) if a == 1 else x
-    y = np.reshape(y, (*lead[1], *shapes[1], 1)) if b == 1 else y
-    for k, s in enumerate(stacked):  # batch axes of the operands themselves line up behind the new one
-        missing = max(a, b, 2) - max((a, b)[k], 2)
-        if s and missing:
-            z = (x, y)[k]
-            z = np.reshape(z, (n,) + (1,) * missing + np.shape(z)[1:])
-            x, y = (z, y) if k == 0 else (x, z)
+    if max(a, b) > 2:
+        return None
+    x = np.reshape(x, (*_shape(x)[:-1], 1, _shape(x)[-1])) if a == 1 else x
+    y = np.reshape(y, (*_shape(y), 1)) if b == 1 else y
     return np.reshape(np.matmul(x, y), (n, *node.shape))
 
 
 def _batched_axis(node, n, operands, stacked):
-    ndim, params = np.ndim(_raw(node._args[0])), dict(node._params)
-    axis = params.get("axis", -1 if "softmax" in node._prim.name else None)
-    axes = range(ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    shifted = tuple(int(i) % ndim + 1 for i in axes)
-    params["axis"] = shifted[0] if len(shifted) == 1 else shifted
-    return _record(node._prim, operands, params)
+    ndim = len(_shape(node._args[0]))
+    axis = node._params.get("axis", -1 if "softmax" in node._prim.name else None)
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    shifted = tuple([int(i) % ndim + 1 for i in (range(ndim) if axis is None else axes)])
+    return _record(node._prim, tuple(operands), node._params | {"axis": shifted[0] if len(shifted) == 1 else shifted})
 
 
 def _batched_getitem(node, n, operands, stacked):
     index = node._params["index"]
-    if len(operands) > 1 or any(isinstance(i, np.ndarray) for i in index):
-        return None
-    return _getitem(operands[0], index=(slice(None), *index))
+    plain = len(operands) == 1 and not any([isinstance(i, np.ndarray) for i in index])
+    return _getitem(operands[0], index=(slice(None), *index)) if plain else None
 
 
 _BATCHED: dict[Primitive, Callable] = {
     **{PRIMITIVES[name]: _batched_axis for name in ("sum", "mean", "prod", "max", "min", "var", "std", "norm")},
     **dict.fromkeys((logsumexp, softmax, log_softmax), _batched_axis),
-    TABLE[np.matmul]: _batched_matmul,
+    _PRODUCT: _batched_matmul,
     _getitem: _batched_getitem,
     _reshape: lambda node, n, operands, stacked: np.reshape(operands[0], (n, *node.shape)),
-    _TRANSPOSE: lambda node, n, operands, stacked: np.transpose(
-        operands[0], (0, *(i % node.ndim + 1 for i in node._params.get("axes") or range(node.ndim)[::-1]))
-    ),
+    _TRANSPOSE: lambda node, n, operands, stacked: np.transpose(operands[0], (0, *[i + 1 for i in _permutation(node)])),
 }
+
+
+def _starts_at_zero(node):
+    """Whether 0.0 is the last of the terms of a sum of products."""
+    return type(node._args[-1]) is float and node._args[-1] == 0.0
+
+
+def _group(node, reach):
+    """What is equal for nodes that may become one, or the node itself if it stays on its own; and how many of them are
+    worth an operation on arrays."""
+    prim, args, zero = node._prim, node._args, False
+    kinds = list(map(_kind, (node, *args)))
+    enough = _BATCH_ARRAYS if any([_shape(x) for x in args]) else _BATCH_SCALARS
+    if prim is _dot:
+        zero = _starts_at_zero(node)
+        enough = 4 * _BATCH_SCALARS / (len(args) - zero)
+        fits = all([_shape(x) == node.shape for x in args[: len(args) - zero]])
+    elif prim in _BATCHED:
+        fits = all([isinstance(_raw(x), np.ndarray) for x in args])
+    else:
+        fits = prim.elementwise and prim.operands and not node._params
+    if not fits or node.size > _BATCH_SIZE or not _regular(node):
+        return node, 1
+    shared = [id(x) for x in args if isinstance(x, Array) and x.ndim > 1 and not getattr(x, "_prim", None)]
+    return (prim, _key(tuple(node._params.items())), *kinds, *shared, zero, reach), enough
 
 
 def batch(roots: Sequence) -> list:
@@ -6119,182 +6081,113 @@ def batch(roots: Sequence) -> list:
     some rows with all of some others becomes a matrix product.
 
     Only what sends its gradients to the same roots goes together: where one has none, 0 * inf would make it nan."""
-    state, depth, reach = _Batch(), {}, _reach(roots)
-    levels: dict[int, dict] = collections.defaultdict(lambda: collections.defaultdict(list))
-
-    def kind(x):
-        x = _raw(x)
-        return type(x) if type(x) in (float, bool, int) else (x.shape, x.dtype)
-
-    for node in _oldest_first(roots):
-        prim = node._prim
-        if prim is None:
-            depth[node] = 0
-            continue
-        depth[node] = 1 + max((depth[x] for x in node._args if isinstance(x, Value)), default=0)
-        key: Any = node  # on its own
-        if prim is _dot and _regular(node):
-            key = (prim, node._params["products"], len(node._args), kind(node), _starts_at_zero(node), reach[node])
-        elif _regular(node) and node.size <= _BATCH_SIZE:
-            arrays = prim in _BATCHED and all([isinstance(_raw(x), np.ndarray) for x in node._args])
-            if arrays or (prim.elementwise and prim.operands and not node._params):
-                shared = [
-                    id(x) for x in node._args if isinstance(x, Array) and x.ndim > 1 and not getattr(x, "_prim", None)
-                ]
-                key = (
-                    prim,
-                    _key(tuple(node._params.items())),
-                    kind(node),
-                    *map(kind, node._args),
-                    *shared,
-                    reach[node],
-                )
-        levels[depth[node]][key].append(node)
-    groups = [nodes for level in levels.values() for nodes in level.values() if len(nodes) > 1]
-    for nodes in sorted(groups, key=len, reverse=True):
-        if nodes[0]._prim is _dot and not nodes[0].ndim:
-            state.reserve(nodes)
-    for level in sorted(levels):
-        for key, nodes in sorted(levels[level].items(), key=lambda item: -len(item[1])):
-            node, done = nodes[0], False
-            if key is not node:
-                if node._prim is _dot:
-                    terms = node._args[:-1] if _starts_at_zero(node) else node._args
-                    if len(nodes) * len(terms) >= 4 * _BATCH_SCALARS and all(
-                        np.shape(_raw(x)) == node.shape for n in nodes for x in n._args[: len(terms)]
-                    ):
-                        done = state.sums(nodes)
-                elif len(nodes) >= (_BATCH_ARRAYS if any(np.ndim(_raw(x)) for x in node._args) else _BATCH_SCALARS):
-                    done = state.elementwise(nodes) if node._prim.elementwise else state.arrays(nodes)
-            if not done:
-                for node in nodes:
-                    state.new[node] = _renewed(node, tuple([state.single(x) for x in node._args]))
+    nodes, depth = _oldest_first(roots), {}
+    reach = _reach(roots, nodes)
+    state = _Batch(reach)
+    levels = collections.defaultdict(lambda: collections.defaultdict(list))
+    for node in nodes:
+        depth[node] = level = 1 + max([depth[x] for x in node._args if isinstance(x, Value)], default=-1)
+        if node._prim is not None:
+            levels[level][_group(node, reach[node])].append(node)
+    for _, level in sorted(levels.items()):
+        for (key, enough), group in sorted(level.items(), key=lambda item: -len(item[1])):
+            if key is group[0] or len(group) < enough or not state.combine(group):
+                for node in group:
+                    state.new[node] = _renewed(node, tuple(map(state.single, node._args)))
     return [state.single(root) for root in roots]
 
 
-def _run_chain(*operands, chain):
-    values = dict(zip(_outside(chain), operands))
-    for node in chain:
-        values[node] = _evaluate(
-            node._prim, [values.get(x, x) if isinstance(x, Array) else x for x in node._args], node._params
-        )
-    return values[chain[-1]]
+def _run_steps(*operands, steps):
+    values = list(operands)
+    for prim, places, dtype in steps:
+        params = {"dtype": dtype} if prim is _as_dtype else _NO_PARAMS
+        values.append(_evaluate(prim, [values[i] for i in places], params))
+    return values[-1]
 
 
-def _outside(chain: tuple, kinds: type = Array) -> list:
-    """What a chain of nodes takes from elsewhere, each object once: Values and Tensors, or any `object`."""
-    inside = set(map(id, chain))
-    taken = {id(x): x for n in chain for x in n._args if isinstance(x, kinds)}
-    return [x for i, x in taken.items() if i not in inside]
-
-
-def _chain_i(i, g, out, operands, chain):
-    inputs = [np.positive(x) if isinstance(x, Value) else _leaf(x) for x in operands]
-    values: dict = dict(zip(_outside(chain), inputs))
-    for node in chain:
-        values[node] = node._prim(
-            *[values.get(x, x) if isinstance(x, Array) else x for x in node._args], **node._params
-        )
-    return _backpropagate(values[chain[-1]], g, set(inputs), False, isinstance(g, Value)).get(inputs[i])
-
-
-_fused = primitive(_run_chain, _chain_i, name="fused", variadic=True)
+_fused = primitive(_run_steps, None, name="fused", variadic=True)  # of a block program: see room 8
 _MAX_CHAIN = 32
 _AS_THEY_ARE = {_detach, _fused}  # what is right on any operands
-for _prim in (_dot, _pack, _fused):
-    _prim.builtin = True
 
 
-def fuse(roots: Sequence) -> list:
-    """Makes a matrix product and the element-wise operations after it, or those alone, one node, where nothing else
-    needs what lies between: t = x @ w; u = t + b; tanh(u) -> tanh(x @ w + b). Its parts are `chain`, oldest first."""
-    nodes = _oldest_first(roots)
-    uses = collections.Counter([x for node in nodes for x in node._args if isinstance(x, Value)])
-    uses.update(root for root in roots if isinstance(root, Value))
+def fuse(roots: Sequence, smallest: int = 1, products: bool = True) -> list:
+    """Makes element-wise operations, where nothing else needs what lies between, one node: a block program. They have
+    the smallest size or more. With `products`, also a matrix product before them: tanh(x @ w + b)."""
+
+    def plain(x):
+        part = x._prim is not None and x._prim.elementwise and (not x._params or x._prim is _as_dtype)
+        return part and type(x._data) is np.ndarray and x._data.size >= smallest and _regular(x)
 
     def fits(x, node):
-        part = x._prim is not None and (x._prim.elementwise or x._prim is TABLE[np.matmul]) and _regular(x)
-        return part and uses[x] == 1 and isinstance(x._data, np.ndarray) and x.shape == node.shape
+        return x.shape == node.shape and plain(node) and (plain(x) or (products and _is(x, _PRODUCT)))
 
-    inner = {
-        x
-        for node in nodes
-        if node._prim and node._prim.elementwise and _regular(node)
-        for x in node._args
-        if isinstance(x, Value) and fits(x, node)
-    }
-    inner.difference_update(root for root in roots if isinstance(root, Value))
-    waiting: dict[Value, tuple] = {}
+    nodes = _oldest_first(roots)
+    private = _private(nodes, roots, fits)
+    waiting = {}
 
-    def close(node, chain):
-        if len(chain) == 1:
-            return node
-        return _twin(node, _fused, tuple(_outside(chain)), {"chain": chain})
+    def close(chain):
+        """Operations, the oldest first, as one node."""
+        inside = set(map(id, chain))
+        outside = {id(x): x for node in chain for x in node._args if id(x) not in inside}
+        places = {x: i for i, x in enumerate([*outside, *map(id, chain)])}
+        steps = tuple([(node._prim, tuple([places[id(x)] for x in node._args]), node.dtype) for node in chain])
+        return _twin(chain[-1], _fused, tuple(outside.values()), {"steps": steps}) if len(chain) > 1 else chain[0]
 
     def rule(node, args):
-        chain: tuple = ()
-        for old in node._args:
-            if isinstance(old, Value) and old in waiting:
-                more = waiting.pop(old)
+        chain = []
+        for x in node._args:
+            if isinstance(x, Value) and x in waiting:
+                more = waiting.pop(x)
                 if len(chain) + len(more) < _MAX_CHAIN:
                     chain += more
                 else:
-                    args = tuple([close(more[-1], more) if x is more[-1] else x for x in args])
-        new = _renewed(node, args)
-        chain += (new,)
-        if node in inner:
+                    args = tuple([close(more) if y is more[-1] else y for y in args])
+        chain.append(_renewed(node, args))
+        if node in private:
             waiting[node] = chain
-            return new
-        return close(new, chain)
+            return chain[-1]
+        return close(chain)
 
-    return _rewrite(roots, rule)
+    return _rewrite(roots, rule, nodes)
 
 
-def _formula(chain: tuple) -> str:
-    """A chain as Python would write it; what has no label is called by a letter."""
-    letters = (c for c in "xyzabcdefghijklmnopqrstuv" if c not in {getattr(x, "label", "") for x in _outside(chain)})
-    names = {x: getattr(x, "label", "") or next(letters, "·") for x in _outside(chain)}
+def _formula(steps, operands):
+    """A block program as Python would write it; what has no label is called by a letter."""
+    labels = [getattr(x, "label", "") for x in operands]
+    letters = (c for c in "xyzabcdefghijklmnopqrstuv" if c not in labels)
     ranks = {"+": 1, "-": 1, "*": 2, "/": 2, "@": 2}
 
-    def text(x, rank):
-        if not isinstance(x, Array):
-            return f"{x:g}" if isinstance(x, float) else "c"
-        if x not in inside:
-            return names[x]
-        symbol, args = x._prim.symbol, x._args
+    def name(x, label):
+        if isinstance(x, Array):
+            return label or next(letters, "·")
+        return f"{x:g}" if isinstance(x, float) else "c"
+
+    texts = [(name(x, label), 4) for x, label in zip(operands, labels)]  # with how tightly they bind
+    for prim, places, _ in steps:
+        symbol, args = prim.symbol, [texts[i] for i in places]
         own = ranks.get(symbol)
-        if own is None or len(args) == 1:
-            inner = ", ".join([text(y, 0) for y in args])
-            return f"-{text(args[0], 3)}" if symbol == "-" else f"{symbol}({inner})"
-        written = f"{text(args[0], own)} {symbol} {text(args[1], own + 1)}"
-        return f"({written})" if own < rank else written
-
-    inside = set(chain)
-    return text(chain[-1], 0)
-
-
-# --- lowering: the joint graph of values and gradients as straight-line Python ---
-
-_INFIX = {np.add: "{} + {}", np.subtract: "{} - {}", np.multiply: "{} * {}", np.divide: "{} / {}", np.negative: "-{}"}
-_INFIX |= {np.greater: "{} > {}", np.less: "{} < {}", np.square: "{0} * {0}"}
-_MAX_LINES = 300_000  # of a program; Python takes 6 us to compile a line. Larger graphs are replayed node by node.
+        if own is not None and len(args) == 2:
+            left, right = (f"({text})" if rank < least else text for (text, rank), least in zip(args, (own, own + 1)))
+            texts.append((f"{left} {symbol} {right}", own))
+        elif symbol == "-":
+            texts.append((f"-({args[0][0]})" if args[0][1] < 3 else f"-{args[0][0]}", 3))
+        else:
+            texts.append((f"{symbol}({', '.join([text for text, _ in args])})", 4))
+    return texts[-1][0]
 
 
-def reduce_products(roots: Sequence) -> list:
-    """Writes the sum of a product as a dot product, which needs no array for the product: sum(d * d) -> d @ d."""
+def reduce_squares(node: Value) -> Value:
+    """Writes a sum of squares as a dot product, which needs no array for the squares: sum(d * d) -> d @ d. Not where
+    BLAS would share the work among its threads, which takes long while the cores are busy."""
+    x = node._args[0]
+    if node.ndim or not _is(node, _SUM) or not _is(x, _SQUARED) or not 0 < len(x.shape) <= x.size <= 10_000:
+        return node
+    flat = _simple(_reshape, x._args, {"shape": (x.size,)})
+    product = _record(_PRODUCT, (flat, flat))
+    return product if _alike(product, node) else node
 
-    def rule(node, args):
-        x = args[0]
-        if _is(node, PRIMITIVES["sum"]) and node.ndim == 0 and isinstance(x, Value) and x.ndim:
-            pair = x._args * 2 if _is(x, _SQUARED) else x._args if _is(x, _MULTIPLY) else ()
-            if pair and all(np.shape(_raw(y)) == x.shape and np.result_type(_raw(y)) == x.dtype for y in pair):
-                flat = [y if np.ndim(_raw(y)) == 1 else _record(_reshape, (y,), {"shape": (x.size,)}) for y in pair]
-                flat[1] = flat[0] if pair[0] is pair[1] else flat[1]
-                if _alike(product := _record(TABLE[np.matmul], tuple(flat)), node):
-                    return product
-        return _renewed(node, args)
 
-    return _rewrite(roots, rule, regular=True)
+# --- what users' primitives do is not traced, but done anew ---
 
 
 def _run_rule(g, out, *operands, prim, i, params):
@@ -6306,92 +6199,188 @@ def _run_rule(g, out, *operands, prim, i, params):
     return _filled_like(operands[i], 0) if h is None else h
 
 
-def _unregistered(name: str, forward: Callable, vjps: tuple, like: Primitive) -> Primitive:
-    """A primitive that is in no table."""
-    new = Primitive()
-    for slot in Primitive.__slots__:
-        setattr(new, slot, getattr(like, slot))
-    new.name, new.forward, new.vjps, new.builtin = name, forward, vjps, False
-    return new
+def _sealed_i(i, g, out, operands, prim, params):
+    if prim.vjps[0 if prim.operands is None else i] is None:
+        return None
+    args, params = (g, out, *operands), {"prim": prim, "i": i, "params": params}
+    return _node(_run_rule(*map(_raw, args), **params), _rule, args, params)
 
 
-_rule = _unregistered("rule", _run_rule, (None,), like=_dot)  # its parameters: primitive, place and parameters
+_rule = primitive(_run_rule, None, name="rule", variadic=True)
+_sealed = primitive(
+    lambda *operands, prim, params: _evaluate(prim, operands, params), _sealed_i, name="sealed", variadic=True
+)
 
 
-def seal(roots: Sequence) -> list:
-    """Makes the rules of users' primitives nodes, when a sweep comes by: what they do is not traced, but done anew."""
-    sealed: dict[Primitive, Primitive] = {}
+def seal(node):
+    """Makes the rule of a user's primitive a node, when a sweep comes by."""
+    params = {"prim": node._prim, "params": node._params}
+    return node if node._prim.builtin else _twin(node, _sealed, node._args, params)
 
-    def rule_of(prim, i):
-        def rule(g, out, *operands, **params):
-            params = {"prim": prim, "i": i, "params": params}
-            return _node(_run_rule(*map(_raw, (g, out, *operands)), **params), _rule, (g, out, *operands), params)
 
-        return rule
+# --- lowering: the joint graph of values and gradients as straight-line Python ---
 
-    def rule(node, args):
-        prim = node._prim
-        if prim.builtin or not any(prim.vjps):
-            return _renewed(node, args)
-        if prim not in sealed:
-            rules = tuple([f and rule_of(prim, i) for i, f in enumerate(prim.vjps)])
-            if prim.operands is None:
-                rules = (lambda i, g, out, operands, **params: rule_of(prim, i)(g, out, *operands, **params),)
-            sealed[prim] = _unregistered(prim.name, prim.forward, rules, prim)
-        return _twin(node, sealed[prim], args, node._params)
+# How NumPy or Python computes a result: {0} stands for the first operand, {all} for all of them; {out} for an array to
+# write to, and what ends in _OUT can do without.
+_OUT = ", out={out})"
+_INFIX = {np.add: "{0} + {1}", np.subtract: "{0} - {1}", np.multiply: "{0} * {1}", np.divide: "{0} / {1}"}
+_INFIX |= {np.greater: "{0} > {1}", np.less: "{0} < {1}", np.square: "{0} * {0}", np.negative: "-{0}"}
+_MAX_LINES = 30_000  # of a forward: compiling takes 0.2 ms a line with its gradient. Larger graphs are replayed.
 
-    return _rewrite(roots, rule)
+
+def _number_form(low, node):
+    """Of a 0-d result: plain arithmetic where Python's is that of the engine."""
+    prim, params, kinds = node._prim, node._params, {type(_raw(x)) for x in node._args}
+    if prim is _detach:
+        return "{0}"
+    if prim is _dot and len(node._args) < 100:
+        end = 2 * params["products"]
+        terms = [f"{{{i}}} * {{{i + 1}}}" for i in range(0, end, 2)]
+        return " + ".join(terms + [f"{{{i}}}" for i in range(end, len(node._args))])
+    if not params and np.ndarray not in kinds:
+        if prim.forward in _INFIX:
+            return _INFIX[prim.forward]
+        f = prim.forward if prim.ufunc and isinstance(node._data, np.generic) else None
+        f = prim.scalar if kinds == {float} and prim.scalar else f
+        return f and f"{low.function(f)}({{all}})"
+    if prim is _as_dtype:
+        return "float({0})" if params["dtype"] is float else None
+    if kinds != {np.ndarray}:
+        return None
+    if prim is _getitem and all([type(i) is int for i in params["index"]]):
+        return f"{{0}}[{', '.join(map(str, params['index']))}]"
+    if prim is _PRODUCT and _shape(node._args[0]) != (1,):
+        return "{0}.dot({1})"
+    return {_SUM: "np.add.reduce({0}, None)", _reshape: "{0}.reshape(())[()]"}.get(prim)
+
+
+def _matmul_form(low, node, x, y):
+    shapes = [_shape(x), _shape(y)]
+    dots = all([len(shape) <= 2 and math.prod(shape) > 1 for shape in shapes])  # of one element, it drops nan and inf
+    return ("{0}.dot({1}" if dots else "np.matmul({0}, {1}") + _OUT
+
+
+def _sum_form(low, node, a, axis=None, keepdims=False):
+    a = _raw(a)
+    if np.ndim(a) == 2 and axis in (0, (0,)) and not keepdims:
+        return f"{low.bind('c', _ones(np.shape(a)[0], node.dtype))}.dot({{0}}{_OUT}"  # BLAS sums rows faster than NumPy
+    if axis is not None:
+        axis = tuple(map(int, axis)) if isinstance(axis, tuple) else int(axis)
+    return f"np.add.reduce({{0}}, {axis}, None, {{out}}, {bool(keepdims)})"
+
+
+def _places(index, shape):
+    """The places along the first axis that an index names, if it does nothing else; none of them negative."""
+    if len(index) != 1 or not isinstance(index[0], np.ndarray) or index[0].dtype.kind != "i":
+        return None
+    return np.where(index[0] < 0, index[0] + shape[0], index[0])
+
+
+def _getitem_form(low, node, a, index):
+    places = _places(index, _shape(a))
+    if places is None:
+        return ""
+    return f"np.take({{0}}, {low.bind('c', places)}, 0, {{out}}, 'clip')"  # with 'raise', take would make a copy
+
+
+def _scatter_form(low, node, a, *parts, shape, index):
+    places = _places(index, shape)
+    unique = all([i is None or i is Ellipsis or type(i) is int or isinstance(i, slice) for i in index])
+    if not unique and (parts or places is None or len(np.unique(places)) < places.size):
+        return None
+    return f"{{out}}.fill(0); {{out}}[{low.bind('c', index)}] = {{0}}"
+
+
+def _pack_form(low, node, *numbers, dtype):
+    if _are_leaves(numbers) and type(numbers[0]._data) is float:
+        return f"{{out}}[:] = [x._data for x in {low.bind('c', numbers)}]"  # their data is read here, not as inputs
+    return "{out}[:] = {all}"
+
+
+def _dot_form(low, node, *terms, products):
+    more = [f"; np.add({{out}}, {{{i}}}{_OUT}" for i in range(2, len(terms))]
+    return None if products else f"np.add({{0}}, {{1}}{_OUT}{''.join(more)}"
+
+
+def _fused_form(low, node, *operands, steps):
+    last = len(operands) + len(steps) - 1
+    return f"_blocks({low.bind('c', steps)}, [{{all}}], {node.shape}, [{last}], None, [{{out}}])"
+
+
+def _joined_form(low, node, *arrays, axis=0):
+    return f"np.{node._prim.name}([{{all}}], {int(axis)}, {{out}})"
+
+
+# Of arrays; "" for a view, where that can be made once.
+_FORMS: dict[Primitive, str | Callable] = {
+    **{_PRODUCT: _matmul_form, _SUM: _sum_form, _scatter: _scatter_form, _pack: _pack_form, _dot: _dot_form},
+    **{_fused: _fused_form, _detach: "{0}", _concatenate: _joined_form, _stack: _joined_form, _getitem: _getitem_form},
+    **dict.fromkeys((_as_dtype, TABLE[np.copy]), "np.copyto({out}, {0}, 'unsafe')"),
+    _WHERE: "np.copyto({out}, {2}, 'unsafe'); np.copyto({out}, {1}, 'unsafe', {0})",
+    _reshape: lambda low, node, a, shape: f"{{0}}.reshape({node.shape})",
+    _TRANSPOSE: lambda low, node, a, axes=None: f"{{0}}.transpose({', '.join(map(str, _permutation(node)))})",
+    _BROADCAST: lambda low, node, array, shape: f"np.broadcast_to({{0}}, {node.shape})",
+}
 
 
 class _Lowering:
     """Writes the functions `forward` and `backward` of a graph: a line or two per node, in the order of the graph.
+
+    sweeps: (seeds, gradients, whose they are) of each sweep; there is a function `backward` for each. What several of
+        them need is computed by `forward`, and stays as it is, so that they may run in any order.
 
     Arrays go to buffers that are made once, and shared by results that are not needed at the same time; views of
     buffers are made once, too; numbers are local variables. A name is an input x, a buffer or view of one b, a constant
     c, a function f, a local t, or out for an array that a leaf gets as its gradient. User's strings are never names.
     """
 
-    def __init__(self, roots: Sequence[Value], seed: Value, gradients: Sequence[Value]):
-        self.space: dict[str, Any] = {"np": np, "math": math, "_evaluate": _evaluate, "_as_before": _as_before}
-        self.names: dict[Any, str] = {}  # of nodes, Tensors, and, by id, of other objects
-        self.fixed: dict[str, np.ndarray] = {}  # by name: what is the same array in every run
-        self.buffers: dict[Value, np.ndarray] = {}  # a node's own buffer, until its last use
-        self.spare: dict[tuple, list[np.ndarray]] = collections.defaultdict(list)
-        self.inputs: dict[str, Array] = {}
-        self.outputs: set[str] = set()  # arrays that leaves get as their gradients
-        self.section, self.lines = 0, ([], [])
-        self.sections = {"seed": 1}  # of a local: 0 if made by forward, 1 by backward
-        self.saved: dict[str, None] = {}  # locals of forward that backward needs, in order
+    def __init__(self, roots, sweeps):
+        self.space = {"np": np, "math": math, "_array": np.ndarray, "_evaluate": _evaluate, "_blocks": run_blocks}
+        self.space |= {"_as_before": _as_before, "_checked": _checked}
+        self.names = {}  # of nodes, Tensors, and, by id, of other objects
+        self.fixed = {}  # by name: what is the same array in every run
+        self.buffers = {}  # a node's own buffer, until its last use
+        self.spare = collections.defaultdict(list)
+        self.inputs = {}
+        self.outputs = set()  # arrays that leaves get as their gradients
+        self.lines = []  # of forward, then of each backward
+        self.early = set()  # the locals that forward makes
+        self.saved = {}  # those of them that a backward needs, in order
         self.number = itertools.count()
-        first = _oldest_first(roots)
-        before = set(first)
-        later = [node for node in _oldest_first(gradients) if node not in before]
-        first, later = ([part for node in nodes for part in self.parts(node)] for nodes in (first, later))
-        before.update(first)
-        nodes = first + later
-        self.names[seed] = "seed"
-        self.plan(nodes, roots, gradients)
-        for self.place, node in enumerate(nodes):
-            self.section = int(node not in before)
-            if node._prim is not None:
-                self.emit(node)
-            for dead in self.dying.get(self.place, ()):
-                if dead in self.buffers:
-                    buffer = self.buffers.pop(dead)
-                    self.spare[buffer.dtype, buffer.size].append(buffer)
-        self.finish(roots, gradients)
+        self.roots, self.sweeps = roots, sweeps
+        later = [_oldest_first(gradients) for _, gradients, _ in sweeps]
+        often = [x for x, n in collections.Counter(itertools.chain(*later)).items() if n > 1]
+        first = dict.fromkeys(sorted({*_oldest_first(roots), *often}, key=_get_number))
+        sections = [list(first)] + [[x for x in nodes if x not in first] for nodes in later]
+        for seeds, *_ in sweeps:
+            self.names.update((seed, f"seed{i}") for i, seed in enumerate(seeds))
+        self.plan(sections)
+        self.place = -1
+        for nodes in sections:
+            self.lines.append([])
+            for node in nodes:
+                self.place += 1
+                if node._prim is not None:
+                    self.emit(node)
+                for dead in self.dying.get(self.place, ()):
+                    if dead in self.buffers:
+                        buffer = self.buffers.pop(dead)
+                        self.spare[buffer.dtype, buffer.size].append(buffer)
 
-    def plan(self, nodes, roots, gradients):
+    def plan(self, sections):
         """When the data of each node is needed last. What may be a view of an operand keeps that operand alive."""
-        last: dict[Value, float] = {}
+        nodes = [node for section in sections for node in section]
+        self.forms = {node: self.form(node) for node in nodes}
+        last = {}
         for i, node in enumerate(nodes):
             last[node] = i
-            last.update((x, i) for x in node._args if isinstance(x, Value))
-        last.update(dict.fromkeys([*roots, *gradients], math.inf))
+            last.update([(x, i) for x in node._args if isinstance(x, Value)])
+        owned = [pair for _, gradients, owners in self.sweeps for pair in zip(gradients, owners)]
+        last.update(dict.fromkeys([*self.roots, *(g for g, _ in owned)], math.inf))
+        if len(sections) > 2:
+            last.update((x, math.inf) for x in sections[0] if last[x] >= len(sections[0]))
         for node in reversed(nodes):
-            if node._prim is _fused and not self.blocked(node):
-                last[node._params["chain"][-1]] = last[node]
-            if type(node._data) is np.ndarray and not self.fills(node):
+            if type(node._data) is np.ndarray and "{out}" not in (self.forms[node] or ""):
                 for x in node._args:
                     if isinstance(x, Value):
                         last[x] = max(last[x], last[node])
@@ -6399,12 +6388,12 @@ class _Lowering:
         self.dying = collections.defaultdict(list)
         for node, i in last.items():
             self.dying[i].append(node)
-        counts = collections.Counter(gradients)
-        self.handed_out = {g for g in gradients if counts[g] == 1} - set(roots)
+        counts = collections.Counter([g for g, _ in owned])
+        self.handed_out = {g for g, own in owned if counts[g] == 1 and _alike(g, own[0])}.difference(sections[0])
 
     # --- names ---
 
-    def bind(self, prefix: str, x) -> str:
+    def bind(self, prefix, x):
         """A new name for something that stays."""
         name = f"{prefix}{next(self.number)}"
         self.space[name] = x
@@ -6412,278 +6401,131 @@ class _Lowering:
             self.fixed[name] = x
         return name
 
-    def name(self, x) -> str:
+    def name(self, x):
         """How the source calls an operand."""
         if type(x) is bool or (type(x) is float and math.isfinite(x)):
             return repr(x) if x >= 0 else f"({x!r})"
         key = x if isinstance(x, Array) else id(x)
-        if key not in self.names:
+        name = self.names.get(key)
+        if name is None:
+            name = self.names[key] = f"x{len(self.inputs)}" if isinstance(x, Array) else self.bind("c", x)
             if isinstance(x, Array):
-                name = self.names[key] = f"x{len(self.inputs)}"
-                self.inputs[name], self.sections[name] = x, 0
-            else:
-                self.names[key] = self.bind("c", x)
-        name = self.names[key]
-        if self.section == 1 and self.sections.get(name) == 0:
+                self.inputs[name] = x
+                self.early.add(name)
+        if len(self.lines) > 1 and name in self.early:
             self.saved[name] = None
         return name
 
-    def function(self, f: Callable) -> str:
-        for module, prefix in ((np, "np"), (math, "math")):
-            if getattr(module, getattr(f, "__name__", ""), None) is f:
-                return f"{prefix}.{f.__name__}"
+    def function(self, f):
+        if isinstance(f, np.ufunc) or f.__module__ == "math":
+            return f"{'np' if isinstance(f, np.ufunc) else 'math'}.{f.__name__}"
         if id(f) not in self.names:
             self.names[id(f)] = self.bind("f", f)
         return self.names[id(f)]
 
-    def line(self, text: str) -> None:
-        self.lines[self.section].append(text)
-
-    def local(self, node: Value, expression: str) -> None:
+    def local(self, node, expression):
         name = self.names[node] = f"t{next(self.number)}"
-        self.sections[name] = self.section
-        self.line(f"{name} = {expression}")
+        if len(self.lines) == 1:
+            self.early.add(name)
+        self.lines[-1].append(f"{name} = {expression}")
 
-    def target(self, node: Value, reuse: Sequence = ()) -> str:
+    def output(self, node, expression):
+        """An array that is new in every run."""
+        name = self.names[node] = f"out{len(self.outputs)}"
+        self.outputs.add(name)
+        self.lines[-1].append(f"{name} = {expression}")
+        return name
+
+    def target(self, node, reuse):
         """The buffer for a node's result: that of an operand whose last use this is, a spare or a new one."""
         shape, dtype = node.shape, node.dtype
         if node in self.handed_out:
-            name = self.output(node)
-            self.line(f"{name} = np.empty({shape}, np.{dtype.name})")
-            return name
+            return self.output(node, f"np.empty({shape}, np.{dtype.name})")
         for x in reuse:
-            if isinstance(x, Value) and x in self.buffers and self.last[x] == self.place:
-                if (x.shape, x.dtype) == (shape, dtype):
-                    self.names[node], self.buffers[node] = self.names[x], self.buffers.pop(x)
-                    return self.names[node]
+            if isinstance(x, Value) and x in self.buffers and self.last[x] == self.place and _alike(x, node):
+                self.names[node], self.buffers[node] = self.names[x], self.buffers.pop(x)
+                return self.names[node]
         spare = self.spare[dtype, node.size]
         buffer = spare.pop() if spare else np.empty(node.size, dtype)
         self.names[node], self.buffers[node] = self.bind("b", buffer.reshape(shape)), buffer
         return self.names[node]
 
-    def output(self, node: Value) -> str:
-        """The name of an array that is new in every run."""
-        name = self.names[node] = f"out{len(self.outputs)}"
-        self.outputs.add(name)
-        self.sections[name] = 1
-        return name
-
-    def write(self, node: Value, call: str, keyword: str = "", reuse: Sequence = ()) -> None:
-        """A call, its last bracket open, into the node's buffer; what a leaf gets as its gradient is made anew."""
-        if node in self.handed_out:
-            self.line(f"{self.output(node)} = {call})")
-        else:
-            self.line(f"{call}, {keyword}{self.target(node, reuse)})")
-
     # --- lines ---
 
-    @staticmethod
-    def blocked(node: Value) -> bool:
-        """Whether a fused chain is large enough to run in blocks, on all cores."""
-        return (
-            _config.enabled
-            and node.size >= _config.min_elements_for_parallel
-            and all([n._prim.builtin and n._prim.elementwise for n in node._params["chain"]])
-            and all([not n._params and n.shape == node.shape for n in node._params["chain"]])
-        )
-
-    def parts(self, node: Value) -> tuple:
-        """A fused chain is written out, unless it runs in blocks."""
-        return (*node._params["chain"], node) if node._prim is _fused and not self.blocked(node) else (node,)
-
-    def fused(self, node, *outside, chain):
-        if not self.blocked(node):
-            self.names[node] = self.names[chain[-1]]
-            return
-        outside = _outside(chain, object)
-        places = {id(x): i for i, x in enumerate([*outside, *chain])}
-        steps = tuple([(n._prim, tuple([places[id(x)] for x in n._args]), n.dtype) for n in chain])
-        names = ", ".join([self.name(x) for x in outside])
-        last = len(outside) + len(chain) - 1
-        self.line(f"_blocks({self.bind('c', steps)}, [{names}], {node.shape}, [{last}], None, [{self.target(node)}])")
-
-    def emitter(self, node: Value) -> Callable | None:
-        """How an array comes about by calls of NumPy's: a method of this class, or None for `_evaluate`."""
-        prim, a = node._prim, _raw(node._args[0])
-        if type(node._data) is not np.ndarray or not _regular(node):
+    def form(self, node):
+        """How a result comes about by NumPy's calls or Python's arithmetic; None if `_evaluate` does it."""
+        prim, params = node._prim, node._params
+        if prim is None or not _regular(node):
             return None
-        if prim in _VIEWS and (not hasattr(a, "dtype") or (prim is _getitem and len(node._args) > 1)):
-            return None
-        found = self.EMITTERS.get(prim)
-        plain = prim.elementwise and not node._params and (isinstance(prim.forward, np.ufunc) or prim.reads == "out")
-        return found or (_Lowering.plain if plain else None)
-
-    def fills(self, node: Value) -> bool:
-        """Whether an array is written to a buffer of its own; what other primitives return may be a view."""
-        prim = node._prim
-        if prim is None or self.emitter(node) is None or prim is _detach:
-            return False
-        if prim is _fused:
-            return self.blocked(node)
-        return prim not in _VIEWS or (prim is _getitem and self.takes(node) is not None)
-
-    @staticmethod
-    def takes(node: Value) -> np.ndarray | None:
-        """The places along the first axis that an index names, if it does nothing else; none of them negative."""
-        index, shape = node._params["index"], node._params.get("shape") or np.shape(_raw(node._args[0]))
-        if len(index) != 1 or not isinstance(index[0], np.ndarray) or index[0].dtype.kind != "i":
-            return None
-        return np.where(index[0] < 0, index[0] + shape[0], index[0])
-
-    def emit(self, node: Value) -> None:
-        emitter = self.emitter(node)
         if type(node._data) is not np.ndarray:
-            self.local(node, self.number_of(node))
-        elif emitter is None or emitter(self, node, *node._args, **node._params) is False:
+            return _number_form(self, node)
+        if prim in _VIEWS and (not hasattr(_raw(node._args[0]), "dtype") or len(node._args) > 1):
+            return None
+        found = _FORMS.get(prim)
+        if found is None and prim.elementwise and not params and (prim.ufunc or prim.reads == "out"):
+            return f"{self.function(prim.forward)}({{all}}{_OUT}"
+        return found(self, node, *node._args, **params) if callable(found) else found
+
+    def emit(self, node):
+        form = self.forms[node]
+        if form is not None and node._prim in _VIEWS and self.viewed(node):
+            return
+        if not form:
             self.local(node, self.call(node))
+            return
+        names = [self.name(x) for x in node._args] if "{0}" in form or "{all}" in form else []
+        if form == "{0}":
+            self.names[node] = names[0]
+            return
+        fill = functools.partial(str.format, all=", ".join(names))
+        if "{out}" not in form:
+            self.local(node, fill(form, *names))
+        elif node in self.handed_out and form.endswith(_OUT) and form.count("{out}") == 1:
+            self.output(node, fill(form.removesuffix(_OUT) + ")", *names))
+        else:
+            reuse = () if node._prim in _FORMS else node._args
+            self.lines[-1].append(fill(form, *names, out=self.target(node, reuse)))
 
-    def plain(self, node, *args):
-        names = [self.name(x) for x in args]
-        self.write(node, f"{self.function(node._prim.forward)}({', '.join(names)}", "out=", args)
+    def viewed(self, node):
+        """Whether it is a view of what is always the same array: made now, it costs nothing in a run."""
+        base = self.fixed.get(self.name(node._args[0]))
+        if base is None or "{out}" in self.forms[node] or type(node._data) is not np.ndarray:
+            return False
+        view = node._prim.forward(base, **node._params)
+        if np.may_share_memory(view, base):
+            self.names[node] = self.bind("b", view)
+        return node in self.names
 
-    def call(self, node: Value) -> str:
+    def call(self, node):
         """The forward of a primitive on whatever operands and parameters it has."""
-        prim, names = node._prim, [self.name(x) for x in node._args]
+        prim, params, names = node._prim, node._params, [self.name(x) for x in node._args]
         if not prim.builtin:  # code that is not ours may keep what it gets
             names = [f"{name}.copy()" if name in self.fixed and name.startswith("b") else name for name in names]
         names = "".join([f"{name}, " for name in names])
-        if prim is _rule:
-            return f"{self.bind('f', functools.partial(_rule.forward, **node._params))}({names})"
-        call = f"_evaluate({self.bind('f', prim)}, ({names}), {self.bind('c', node._params)})"
+        if prim.builtin:
+            call = f"_evaluate({self.bind('f', prim)}, ({names}), {self.bind('c', params)})"
+        else:
+            call = f"{self.bind('f', functools.partial(prim.forward, **params))}({names})"
         if type(node._data) is np.ndarray and (prim is _getitem or not prim.builtin):  # its shape may be another
             return f"_as_before({call}, {node.shape}, {self.bind('c', node.dtype)})"
         return call
 
-    def number_of(self, node: Value) -> str:
-        """An expression for a 0-d result: plain arithmetic where Python's is that of the engine."""
-        prim, args, params = node._prim, node._args, node._params
-        if not _regular(node):
-            return self.call(node)
-        kinds, names = {type(_raw(x)) for x in args}, list(map(self.name, args))
-        if prim is _dot and len(args) < 100:
-            end = 2 * params["products"]
-            return " + ".join([*map("{} * {}".format, names[:end:2], names[1:end:2]), *names[end:]])
-        if not params and np.ndarray not in kinds:
-            if prim.forward in _INFIX:
-                return _INFIX[prim.forward].format(*names)
-            if kinds == {float} and prim.scalar:
-                return f"{self.function(prim.scalar)}({', '.join(names)})"
-            if isinstance(node._data, np.generic) and isinstance(prim.forward, np.ufunc):
-                return f"{self.function(prim.forward)}({', '.join(names)})"
-        if prim is _as_dtype and params["dtype"] is float:
-            return f"float({names[0]})"
-        if prim is _detach:
-            return names[0]
-        if kinds == {np.ndarray}:
-            if prim is PRIMITIVES["sum"]:
-                return f"np.add.reduce({names[0]}, None)"
-            if prim is TABLE[np.matmul]:
-                return f"{names[0]}.dot({names[1]})"
-            if prim is _reshape:
-                return f"{names[0]}.reshape(())[()]"
-            if prim is _getitem and all(type(i) is int for i in params["index"]):
-                return f"{names[0]}[{', '.join(map(str, params['index']))}]"
-        return self.call(node)
-
-    def view(self, node, a, **params):
-        """A view of what is always the same array is made now, and costs nothing in a run."""
-        prim, name = node._prim, self.name(a)
-        base = self.fixed.get(name)
-        if base is not None:
-            view = prim.forward(base, **params)
-            if np.may_share_memory(view, base):
-                self.names[node] = self.bind("b", view)
-                return None
-        if prim is _reshape:
-            return self.local(node, f"{name}.reshape({node.shape})")
-        if prim is _TRANSPOSE:
-            axes = params.get("axes")
-            axes = range(node.ndim)[::-1] if axes is None else [int(i) % node.ndim for i in axes]
-            return self.local(node, f"{name}.transpose({', '.join(map(str, axes))})")
-        return False if prim is _getitem else self.local(node, f"np.broadcast_to({name}, {node.shape})")
-
-    def getitem(self, node, a, index):
-        if (places := self.takes(node)) is None:
-            return self.view(node, a, index=index)
-        a, c = self.name(a), self.bind("c", places)
-        self.line(f"np.take({a}, {c}, 0, {self.target(node)}, 'clip')")  # with 'raise', take would make a copy
-
-    def detach(self, node, a):
-        self.names[node] = self.name(a)
-
-    def matmul(self, node, x, y):
-        matrices = np.ndim(_raw(x)) <= 2 >= np.ndim(_raw(y))
-        x, y = self.name(x), self.name(y)
-        self.write(node, f"{x}.dot({y}" if matrices else f"np.matmul({x}, {y}")
-
-    def sum(self, node, a, axis=None, keepdims=False):
-        name = self.name(a)
-        if np.ndim(_raw(a)) == 2 and axis in (0, (0,)) and not keepdims:
-            ones = self.name(_ones(np.shape(_raw(a))[0], node.dtype))
-            self.write(node, f"{ones}.dot({name}")  # BLAS sums rows faster than NumPy's reduce
-        else:
-            axis = tuple(map(int, axis)) if isinstance(axis, tuple) else axis if axis is None else int(axis)
-            self.line(f"np.add.reduce({name}, {axis}, None, {self.target(node)}, {bool(keepdims)})")
-
-    def where(self, node, condition, x, y):
-        names = [self.name(a) for a in (condition, x, y)]
-        out = self.target(node)
-        self.line(f"np.copyto({out}, {names[2]}, 'unsafe'); np.copyto({out}, {names[1]}, 'unsafe', {names[0]})")
-
-    def astype(self, node, a, dtype):
-        a = self.name(a)
-        self.line(f"np.copyto({self.target(node)}, {a}, 'unsafe')")
-
-    def joined(self, node, *arrays, axis=0):
-        names = "".join([f"{self.name(a)}, " for a in arrays])
-        self.line(f"np.{node._prim.name}(({names}), {int(axis)}, {self.target(node)})")
-
-    def pack(self, node, *numbers, shape, dtype):
-        if all(_is_input(x) and type(x._data) is float for x in numbers):
-            values = f"[x._data for x in {self.bind('c', numbers)}]"  # their data is read here, not as inputs
-        else:
-            values = ", ".join([self.name(x) for x in numbers])
-        name = self.target(node)
-        flat = self.bind("b", self.fixed[name].reshape(-1)) if name in self.fixed else name
-        self.line(f"{flat}[:] = {values}")
-
-    def scatter(self, node, a, *parts, shape, index):
-        places = self.takes(node)
-        unique = all(i is None or i is Ellipsis or type(i) is int or isinstance(i, slice) for i in index)
-        if not unique and (parts or places is None or len(np.unique(places)) < places.size):
-            return False
-        a, out = self.name(a), self.target(node)
-        self.line(f"{out}.fill(0)")
-        self.line(f"{out}[{self.bind('c', index)}] = {a}")
-
-    def dot(self, node, *terms, products):
-        if products:
-            return False
-        names = [self.name(x) for x in terms]
-        out = self.target(node)
-        self.line(f"np.add({names[0]}, {names[1]}, out={out})")
-        for name in names[2:]:
-            self.line(f"np.add({out}, {name}, out={out})")
-
-    EMITTERS = {
-        **dict.fromkeys((_reshape, _TRANSPOSE, _BROADCAST), view),
-        **dict.fromkeys((_concatenate, _stack), joined),
-        **{_getitem: getitem, _detach: detach, _scatter: scatter, _pack: pack, _dot: dot, _fused: fused},
-        **{TABLE[np.matmul]: matmul, PRIMITIVES["sum"]: sum, _WHERE: where, _as_dtype: astype},
-        TABLE[np.copy]: lambda self, node, a: self.astype(node, a, None),
-    }
-
-    def finish(self, roots, gradients):
-        """Heads and tails of the two functions, their source, and the functions."""
-        self.section = 1
-        handed = []
-        for g in gradients:
-            name = self.name(g)
-            if type(g._data) is np.ndarray and (name not in self.outputs or name in handed):
-                name = f"np.array({name})"  # a leaf owns its gradient
-            handed.append(name)
-        self.section = 0
-        results = [f"np.array({self.name(r)})" if type(r._data) is np.ndarray else self.name(r) for r in roots]
+    def finish(self):
+        """Heads and tails of the functions, their source, and the functions."""
+        handed, tails = set(), []
+        for _, gradients, owners in self.sweeps:
+            names = list(map(self.name, gradients))
+            for i, (g, own) in enumerate(zip(gradients, owners)):
+                name = names[i]
+                if not _alike(g, own[0]):  # the numbers of a pack
+                    names[i] = f"*{name}.tolist()" if type(own[0]._data) is float else f"*{name}"
+                elif type(g._data) is np.ndarray and (name not in self.outputs or name in handed):
+                    names[i] = f"np.array({name})"  # a leaf owns its gradient
+                handed.add(name)
+            tails.append(f"return [{', '.join(names)}]")
+        saved = "".join(f"{name}, " for name in self.saved)
+        results = [self.name(root) for root in self.roots]
+        results = [f"np.array({x})" if type(r._data) is np.ndarray else x for x, r in zip(results, self.roots)]
         head = []
         for name, x in self.inputs.items():
             source = self.bind("i", x)
@@ -6693,28 +6535,24 @@ class _Lowering:
                 head.append(f"if {wrong}: {name} = _checked({source}, {x.shape})")
             elif isinstance(x._data, np.generic):
                 head.append(f"if {name}.shape != (): _checked({source}, ())")
-        self.space |= {"_array": np.ndarray, "_checked": _checked, "_blocks": run_blocks}
-        saved = "".join(f"{name}, " for name in self.saved)
-
-        def body(lines):
-            return "".join(f"    {line}\n" for line in lines)
-
-        self.source = (
-            f"def forward():\n{body(head)}{body(self.lines[0])}"
-            f"    return ({''.join(f'{r}, ' for r in results)}), ({saved})\n\n\n"
-            f"def backward(seed, saved):\n{body([f'{saved[:-1]} = saved'] if saved else [])}"
-            f"{body(self.lines[1])}    return [{', '.join(handed)}]\n"
-        )
-        exec(compile(self.source, "<optimized>", "exec"), self.space)
+        bodies = {"forward()": [*head, *self.lines[0], f"return [{', '.join(results)}], ({saved})"]}
+        for i, ((seeds, *_), lines, tail) in enumerate(zip(self.sweeps, self.lines[1:], tails)):
+            arguments = ", ".join(["saved", *map(self.names.get, seeds)])
+            bodies[f"backward{i or ''}({arguments})"] = [f"{saved[:-1]} = saved"] * bool(saved) + [*lines, tail]
+        parts = [f"def {head}:\n" + "".join([f"    {line}\n" for line in lines]) for head, lines in bodies.items()]
+        source = "\n\n".join(parts)
+        exec(compile(source, "<optimized>", "exec"), self.space)
         # Out of the namespace, which they hold: nothing is in a cycle, and a program that is dropped is gone.
-        self.functions = self.space.pop("forward"), self.space.pop("backward")
+        forward, *backward = [self.space.pop(head.partition("(")[0]) for head in bodies]
+        leaves = [list(itertools.chain(*owners)) for *_, owners in self.sweeps]
+        return types.SimpleNamespace(forward=forward, backward=[*zip(leaves, backward)], source=source)
 
 
 class _Resized(Exception):
     """What a program was made for has another shape or type now; the graph that was traced has none to be wrong."""
 
 
-def _as_before(x, shape: tuple, dtype: np.dtype) -> np.ndarray:
+def _as_before(x, shape, dtype):
     """A result whose shape may depend on data, if it has the one that it had."""
     if type(x) is not np.ndarray or x.shape != shape or x.dtype != dtype:
         raise _Resized
@@ -6725,7 +6563,7 @@ class _ShapeChanged(ValueError):
     """A leaf's data no longer has the shape that a program was made for."""
 
 
-def _checked(x: Array, shape: tuple) -> np.ndarray:
+def _checked(x, shape):
     """The array of an input, which must have the shape that it had."""
     if x.shape != shape:
         label = f" {x.label!r}" if getattr(x, "label", "") else ""
@@ -6741,257 +6579,285 @@ def _checked(x: Array, shape: tuple) -> np.ndarray:
 
 # --- programs ---
 
-_merge_masks = functools.partial(merge_common, swept=False)  # and what else has no gradient, before the sweep
-PASSES = (fold_constants, _merge_masks, flatten, batch, simplify, _merge_masks)
-JOINT_PASSES = (fold_constants, simplify, simplify, merge_common, reduce_products)  # of values and gradients together
-
 
 @contextlib.contextmanager
-def _recording() -> Iterator[None]:
-    """The opposite of `no_grad`: a program is made, and goes on, as otherwise."""
-    before, _mode.recording = _mode.recording, True
+def _recording(tracing=False):
+    """The opposite of `no_grad`: a program is made, and goes on, as otherwise. While a graph is rewritten (`tracing`),
+    arrays are plain in this thread, and arithmetic on examples warns of nothing."""
+    before = _mode.recording, _mode.tracing
+    _mode.recording, _mode.tracing = True, tracing or _mode.tracing
     try:
-        yield
-    finally:
-        _mode.recording = before
-
-
-@contextlib.contextmanager
-def _tracing() -> Iterator[None]:
-    """While a graph is rewritten: arrays are plain in this thread, and arithmetic on examples warns of nothing."""
-    before, _mode.tracing = _mode.tracing, True
-    try:
-        with _recording(), np.errstate(all="ignore"):
+        with np.errstate(all="ignore") if tracing else contextlib.nullcontext():
             yield
     finally:
-        _mode.tracing = before
+        _mode.recording, _mode.tracing = before
 
 
-_PARTS: dict[Primitive, Callable] = {  # what is one operation to save time and memory, as several
+_WHOLE: dict[Primitive, Callable] = {  # what is one operation to save time and memory, as several
     _dense: lambda x, w, b, activation=None: activation(x @ w + b) if activation else x @ w + b,
     _mse: lambda x, y: np.mean(np.square(np.subtract(x, y))),
 }
 
 
-def _traced(roots: Sequence[Value]) -> list[Value]:
+def _traced(roots):
     """A copy of the graph, with the programs in it written out as the graphs that they were made of."""
-    programs: dict[_Program, list[Value]] = {}
 
     def rule(node, args):
-        if node._prim in _PARTS and _regular(node):
-            parts = _PARTS[node._prim](*args, **node._params)
-            return _twin(node, parts._prim, parts._args, parts._params)
-        if node._prim is not _program:
-            return _twin(node, node._prim, args, node._params)
-        program, index = node._params.values()
-        if program not in programs:
-            programs[program] = _replayed(program.traced)
-        return programs[program][index]
+        if node._prim in _WHOLE and _regular(node):
+            whole = _WHOLE[node._prim](*args, **node._params)
+            return _twin(node, whole._prim, whole._args, whole._params)
+        if node._prim is _program:
+            return _replayed(args[-1].traced)
+        if node._prim is _root:
+            return args[0][node._params["index"]]
+        return _twin(node, node._prim, args, node._params)
 
     return _rewrite(roots, rule)
 
 
+def _as_nodes(graph):
+    return [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
+
+
+def _are_leaves(xs):
+    """Whether they are leaves and Tensors, and numbers of one type."""
+    kinds = {type(x._data) if isinstance(x, Tensor) or getattr(x, "_args", None) == () else None for x in xs}
+    return len(kinds) == 1 and None not in kinds
+
+
+class _Parts(dict):
+    """The gradients of roots, by their places: what a sweep sends through a node that stands for all of them."""
+
+    shape, dtype = (), None
+
+    def __add__(self, other):
+        both = _Parts(self)
+        for i, g in other.items():
+            both[i] = both[i] + g if i in both else g
+        return both
+
+
 class _Program:
-    """A graph made to run again and again: its values by `forward`, then the gradients of one root by `backward`.
+    """A graph made to run again and again: its values by `forward`, then the gradients of some roots by `backward`.
 
     `traced` is a copy of the graph it was made of, and `graph` what the passes made of that; both without data. `graph`
     is replayed where arithmetic on Python floats raises though IEEE arithmetic has an answer, and where there is too
-    much of it to be compiled; `traced`, once sizes turn out to depend on data.
+    much of it to be compiled; `traced`, once sizes turn out to depend on data, and where the code of a backward fails.
+
+    In other graphs it is the data of one node, made of the leaves, and its roots are made of that: so one sweep serves
+    all roots, as in the graph that they came from, and one replay.
     """
 
-    def __init__(self, roots: Sequence[Value]):
+    shape, dtype = (), None
+
+    def __init__(self, roots):
         self.lock = threading.RLock()
-        with _tracing():
-            graph = self.traced = _traced(roots)
+        with _recording(tracing=True):
+            self.traced = _traced(roots)
             nodes = _oldest_first(self.traced)
             for node in nodes:
                 for x in (node, *node._args):
                     if isinstance(x, Array) and type(x._data) is Chunked:
                         x._data = x._data.expose()  # the passes look at arrays
-            self.foreign = any(_lazy(node._data) for node in nodes)
-            for apply in PASSES:
-                graph = apply(graph)
-            self.graph = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
-        reach, leaves = _reach(self.traced), [node for node in nodes if node._prim is None]
-        # By root: the leaves that get a gradient from it, and all leaves, those first.
-        self.reached = [{x for x in leaves if reach[x] >> i & 1} for i in range(len(roots))]
-        self.leaves = [sorted(leaves, key=lambda x, reached=reached: x not in reached) for reached in self.reached]
-        self.results = [_settle(np.array(x)) if isinstance(x, np.ndarray) else x for x in (r._data for r in roots)]
-        self.compiled: dict[int, _Compiled | None] = {}  # by root
-        self.state: tuple | None = None  # (root, what its backward needs) of the last forward
-        self.swept: dict[tuple, dict] = {}  # gradients that an eager sweep is about to fetch, by root and thread
-        self.nodes: list[weakref.ref] = []  # the Values that show the results
-        self.current = next((i for i, root in enumerate(self.graph) if root._needs), 0)
-        self.compile(self.current, self.graph)
-        for node in {*nodes, *_oldest_first(self.graph)}.difference(leaves):
+            self.foreign = self.replays = any([_lazy(node._data) for node in nodes])
+            graph = batch(flatten(_pass(fold_constants, merge_common(swept=False))(self.traced)))
+            self.graph = _as_nodes(_pass(simplify, merge_common(swept=False))(graph))
+        self.leaves = [node for node in nodes if node._prim is None]
+        reach = _reach(self.traced, nodes)
+        self.reach = {x: reach[x] for x in self.leaves}
+        self.nodes = []  # the Values that show the results, and which
+        self.show([_owned(root._data) for root in roots])
+        self.hub = lambda: None  # and the node that they are made of
+        self.saved = None  # what backward needs of the last forward
+        first = next((i for i, root in enumerate(self.graph) if root._needs), 0)
+        self.sweeps = [(first,)]  # the roots of each sweep that is compiled: at first a guess
+        self.guess = True
+        self.code = self.compiled(self.graph)
+        for node in {*nodes, *_oldest_first(self.graph)}.difference(self.leaves):
             node._data = None
 
-    def compile(self, index: int, graph: Sequence | None = None) -> _Compiled | None:
-        """The code for the gradients of one root; None if it is to be replayed."""
-        if index not in self.compiled:
-            graph = graph or _replayed(self.graph)  # the rules run on real data: an inverse of zeros would fail
-            self.compiled[index] = self.lowered(graph, index)
-        return self.compiled[index]
-
-    def lowered(self, graph: Sequence, index: int) -> _Compiled | None:
-        nodes, reached = _oldest_first(graph), self.reached[index]
-        if self.foreign or len(nodes) > _MAX_LINES:
+    def compiled(self, graph):
+        """The code for the sweeps; None if there is to be none."""
+        if self.replays or len(_oldest_first(graph)) > _MAX_LINES:
             return None
-        with _tracing():
-            graph = seal(graph)
-            root, nodes = graph[index], _oldest_first(graph)
-            seed = _leaf(_filled_like(root._data, 1))
-            packs = {node for node in nodes if node._prim is _pack and all(_is_input(x) for x in node._args)}
+        with _recording(tracing=True):
+            graph = _pass(seal)(graph)
             try:
-                gradients = _backpropagate(root, seed, packs, False, True) if root._needs else {}
+                sweeps = [self.swept(graph, which) for which in self.sweeps]
             except Exception:  # a rule fails on these data, as it would in eager mode: in `backward`, if that is called
                 return None
-            targets = [x for x in gradients if x is not seed and (x in reached or x in packs)]
-            joint = [*graph, *(gradients[x] for x in targets)]
-            for apply in JOINT_PASSES:
-                joint = apply(joint)
+            joint = itertools.chain(graph, *[gradients for _, gradients, _ in sweeps])
+            joint = _pass(fold_constants, simplify, merge_common(), reduce_squares)([*joint])
             if _config.enabled:
-                joint = fuse(joint)
-            joint = [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in joint]
-            lowering = _Lowering(joint[: len(graph)], seed, joint[len(graph) :])
-        targets = [x if x in reached else _Packed(x._args, reached) for x in targets]
-        return _Compiled(*lowering.functions, lowering.source, targets)
+                joint = fuse(joint, _config.min_elements_for_parallel, products=False)
+            joint = iter(_as_nodes(joint))
+            graph, *gradients = [
+                list(itertools.islice(joint, len(part))) for part in (graph, *(g for _, g, _ in sweeps))
+            ]
+            sweeps = [(seeds, own, owners) for (seeds, _, owners), own in zip(sweeps, gradients)]
+            return _Lowering(graph, sweeps).finish()
 
-    def run(self, index: int) -> tuple:
-        """The results from the current data of leaves and Tensors, and what the gradients of one root need: locals of
-        the code, or the graph with its data."""
-        code = self.compiled.get(index) or self.compile(index)
-        if code is not None:
+    def swept(self, graph, which):
+        """A sweep as a graph: the seeds, the gradients, and whose they are: a leaf's, or those of numbers in a pack."""
+        packs = {x for x in _oldest_first(graph) if x._prim is _pack and _are_leaves(x._args)}
+        reached, seeds = self.leaves_of(which), {i: _leaf(_filled_like(graph[i]._data, 1)) for i in which}
+        gradients, owners = [], []
+        for x, g in _backpropagate(_joined(graph), _Parts(seeds), packs, False, True).items():
+            leaves = x._args if x in packs else (x,)
+            places = [i for i, leaf in enumerate(leaves) if leaf in reached]
+            if places:
+                gradients.append(g if len(places) == len(leaves) else _getitem(g, index=(np.array(places),)))
+                owners.append([leaves[i] for i in places])
+        return list(seeds.values()), gradients, owners
+
+    def leaves_of(self, which):
+        """The leaves that get a gradient from one of those roots."""
+        mask = sum([1 << i for i in which])
+        return {x for x, roots in self.reach.items() if roots & mask}
+
+    def run(self):
+        """The results from the current data of leaves and Tensors, and what gradients need: locals of the code, as a
+        tuple, or the graph with its data."""
+        if self.code is not None:
             try:
-                return code.forward()
-            except _Resized:
-                self.graph = self.traced
-                self.compiled = dict.fromkeys(range(len(self.graph)))
+                return self.code.forward()
             except _ShapeChanged:
                 raise
+            except _Resized:
+                self.graph, self.code, self.replays = self.traced, None, True
+            except RuntimeWarning:  # where warnings are errors, only those of eager mode are
+                return self.replay(self.traced)
             except (ArithmeticError, ValueError):
                 pass
-        graph = _replayed(self.graph)
-        return [root._data for root in graph], graph
+        return self.replay(self.graph)
 
-    def forward(self) -> None:
+    def replay(self, graph):
+        """The results and the graph, by the code of eager mode."""
+        for node in _oldest_first(graph):
+            if node._prim is not None:
+                _recompute(node)
+        return [_owned(root._data) for root in graph], graph
+
+    def forward(self):
         """Computes the roots from the current data of leaves and Tensors."""
         with self.lock:
-            self.state = None
-            results, saved = self.run(self.current)
-            self.state = self.current, saved
+            self.saved = None
+            results, self.saved = self.run()
             self.show(results)
+        return self
 
-    def show(self, results: Sequence) -> None:
+    def show(self, results):
         self.results = results
-        for ref in self.nodes:
+        for ref, index in self.nodes:
             if (node := ref()) is not None:
-                node._data = results[node._params["index"]]
+                node._data = results[index]
 
-    def backward(self, index: int, seed) -> list[tuple[Value, Any]] | dict[Value, Any]:
-        """The gradients of leaves: of code as pairs, to be added up; of a replay as a dict. Results do not change."""
+    def backward(self, which, seeds):
+        """Pairs of leaf and gradient, to be added up, for the seeds of those roots. Results do not change."""
         with self.lock:
-            state, self.state, self.current = self.state, None, index  # buffers are used up
-            saved = state[1] if state is not None and state[0] == index else self.run(index)[1]
+            if which not in self.sweeps and self.code is not None:
+                self.sweeps = [which] if self.guess else [*self.sweeps, which]
+                self.saved, self.code = None, self.compiled(_replayed(self.graph))
+            self.guess = False
+            saved = self.run()[1] if self.saved is None else self.saved
+            self.saved = saved if len(self.sweeps) > 1 else None  # the only sweep uses buffers up
             if type(saved) is tuple:
-                code, seed = self.compiled[index], seed.expose() if type(seed) is Chunked else seed
+                if Chunked in map(type, seeds):
+                    seeds = [g.expose() if type(g) is Chunked else g for g in seeds]
+                leaves, sweep = self.code.backward[self.sweeps.index(which)]
                 try:
-                    return _unpacked(code.targets, code.backward(seed, saved))
-                except (ArithmeticError, ValueError, _Resized):
-                    saved = _replayed(self.graph)
-            root = saved[index]
-            found = _at_home(_backpropagate(root, seed, retain=False), root)
+                    return zip(leaves, sweep(saved, *seeds))
+                except (ArithmeticError, ValueError, RuntimeWarning, _Resized):
+                    saved = self.replay(self.traced)[1]
+            self.saved = None
+            found = _at_home(_backpropagate(_joined(saved), _Parts(zip(which, seeds)), retain=False), saved[which[0]])
             if self.foreign:  # the root may be computed by now
                 self.show([root._data for root in saved])
-            return {node: g for node, g in found.items() if node in self.reached[index]}
+            reached = self.leaves_of(which)
+            return [(x, _owned(g)) for x, g in found.items() if x in reached]
 
-    def gradients(self, index: int, g) -> dict[Value, Any]:
-        """The gradients of a root's leaves, as numbers and arrays, or as Values by the graph that was traced."""
-        if isinstance(g, Value):
-            return _backpropagate(_replayed(self.traced)[index], g, self.reached[index], False, True)
-        new, found = self.backward(index, g), {}
-        for x, h in new.items() if type(new) is dict else new:
-            found[x] = found[x] + h if x in found else h
-        return found
+    def gradients(self, g):
+        """The gradients of the leaves, as numbers and arrays, or as Values by the graph that was traced."""
+        found = {}
+        if any([isinstance(x, Value) for x in g.values()]):
+            found = _backpropagate(_joined(_replayed(self.traced)), g, set(self.leaves), False, True)
+        else:
+            for x, h in self.backward(*zip(*sorted(g.items()))):
+                found[x] = found[x] + h if x in found else h
+        return list(map(found.get, self.leaves))
 
-    def picture(self, index: int) -> Value:
+    def node(self):
+        """What stands for the program in other graphs."""
+        node = self.hub()
+        if node is None:
+            needs = any([root._needs for root in self.traced])
+            args = (*self.leaves, self)
+            node = _rebuild(_Hub, (), None, _program, args, _NO_PARAMS, needs, self, None, "")
+            self.hub = weakref.ref(node)
+        return node
+
+    def picture(self, index):
         """What the graph of a root became, with its current data, to be drawn."""
-        with self.lock, _tracing():
+        with self.lock, _recording(tracing=True):
             root = _rewrite(fuse([_replayed(self.graph)[index]]), _pictured)[0]
             return _twin(root, root._prim, root._args, root._params)
 
     def __reduce__(self):
         return _retraced, (self.traced,)
 
+    def __repr__(self):
+        return "a program"
+
     @property
-    def source(self) -> str:
-        code = self.compile(self.current)
+    def source(self):
         why = "its arrays are computed by another library" if self.foreign else "not to be compiled"
-        return code.source if code else f"# {why}: replayed node by node\n"
+        return self.code.source if self.code else f"# {why}: replayed node by node\n"
 
 
-@dataclass(frozen=True, slots=True)
-class _Compiled:
-    """The code of a program, and what its gradients belong to: leaves, and numbers in one array."""
-
-    forward: Callable
-    backward: Callable
-    source: str
-    targets: list
-
-
-def _retraced(roots) -> _Program:
+def _retraced(roots):
     return _Program([root.forward() for root in roots])
 
 
-def _unpacked(targets: Sequence, gradients: Sequence) -> list[tuple[Value, Any]]:
-    """The pairs of leaf and gradient, one for each number of a pack that is a leaf's."""
-    pairs: list = []
-    for target, g in zip(targets, gradients):
-        if isinstance(target, Value):
-            pairs.append((target, g))
-        elif target.weak:
-            pairs += zip(target.leaves, g.reshape(-1)[target.places].tolist())
-        else:
-            pairs += [(x, _fit(h, x._data)) for x, h in zip(target.leaves, g.reshape(-1)[target.places])]
-    return pairs
+class _Hub(Value):
+    """The node that stands for a program."""
+
+    __slots__ = ()
+
+    def __reduce__(self):
+        return _Program.node, (self._data,)
 
 
-class _Packed:
-    """Leaves that are numbers of a pack, and their places in it."""
+class _AsTheyAre(Kind):
+    """Programs, and gradients of their roots: nobody but they themselves knows how to compute with them."""
 
-    def __init__(self, numbers: Sequence, reached: set):
-        self.places = [i for i, x in enumerate(numbers) if x in reached]
-        self.leaves = [numbers[i] for i in self.places]
-        self.weak = all(type(x._data) is float for x in self.leaves)
-        if len(self.places) == len(numbers):
-            self.places = slice(None)
+    rank = 100
+
+    def evaluate(self, prim, raw, params):
+        return prim.forward(*raw, **params)
 
 
-def _is_input(x) -> bool:
-    return isinstance(x, Tensor) or (isinstance(x, Value) and x._prim is None)
+KINDS |= dict.fromkeys((_Program, _Parts), _AsTheyAre())
 
 
-def _program_i(i, g, out, leaves, program, index):
-    key, n = (index, threading.get_ident()), len(program.reached[index])
-    if i >= n:
-        return None
-    if i == 0:  # one sweep serves all leaves
-        program.swept[key] = program.gradients(index, g)
-    found = program.swept.pop(key) if i == n - 1 else program.swept[key]
-    return found.get(program.leaves[index][i])
+_program = primitive(
+    lambda *operands: operands[-1].forward(),
+    lambda wanted, g, out, operands: operands[-1].gradients(g),
+    name="program",
+    joint=True,
+    typed=(),
+)
+_root = primitive(
+    lambda hub, program, index: program.results[index],
+    lambda i, g, out, operands, program, index: _Parts({index: g}),
+    name="result",
+    variadic=True,
+    typed=(),
+)
+for _prim in (_join, _dot, _pack, _fused, _program, _root):
+    _prim.builtin = True
 
 
-def _program_forward(*leaves, program, index):
-    program.forward()
-    return program.results[index]
-
-
-_program = primitive(_program_forward, _program_i, name="program", variadic=True)
-_program.builtin = True
-
-
-def _pictured(node: Value, args: tuple) -> Value:
+def _pictured(node, args):
     """A node as it is drawn: numbers that were packed are one leaf, and a fused chain is called by its formula."""
     if node._prim is _pack:
         leaf = _leaf(node._data)
@@ -6999,8 +6865,9 @@ def _pictured(node: Value, args: tuple) -> Value:
         return leaf
     if node._prim is not _fused:
         return _renewed(node, args)
-    named = _unregistered("fused", _run_chain, (_chain_i,), _fused)
-    named.symbol = _formula(node._params["chain"])
+    named = types.SimpleNamespace(**{slot: getattr(_fused, slot) for slot in Primitive.__slots__})
+    named.symbol = _formula(node._params["steps"], args)
+    named.forward = functools.partial(_run_steps, **node._params)
     return _twin(node, named, args)
 
 
@@ -7022,13 +6889,8 @@ class Optimized(Value):
         """Adds the gradient of this Value to the `.grad` of the leaves; see `Value.backward`."""
         seed = self._seed(gradient)
         program, index = self._params.values()
-        new = program.backward(index, seed)
-        if type(new) is dict:
-            for x, g in _deposited(new).items():
-                x._grad = g
-        else:  # what code makes is no other's
-            for x, g in new:
-                x._grad = g if x._grad is None else x._grad + g
+        for x, g in program.backward((index,), [seed]):
+            x._grad = g if x._grad is None else x._grad + g
         self._grad = seed if retain_grads else None
 
     def _picture(self) -> Value:
@@ -7050,14 +6912,11 @@ class Optimized(Value):
         return _optimized, (*self._params.values(), self._grad, self.label)
 
 
-def _optimized(program: _Program, index: int, grad=None, label: str = "") -> Optimized:
-    node, data = _new(Optimized), program.results[index]
-    # In a graph, an empty array beside leaves that are numbers: so its result is taken as it is, and not for a number.
-    strong = () if type(data) in _WEAK_TYPES else (np.empty(0, np.float32),)
-    node._data, node._grad, node._prim = data, grad, _program
-    node._x, node._y = (*program.leaves[index], *strong), {"program": program, "index": index}
-    node._needs, node._number, node.label = program.traced[index]._needs, _next_number(), label
-    program.nodes.append(weakref.ref(node))
+def _optimized(program, index, grad=None, label=""):
+    args, params = (program.node(),), {"program": program, "index": index}
+    made = _root, args, params, program.traced[index]._needs, program.results[index], grad, label
+    node = _rebuild(Optimized, (), None, *made)
+    program.nodes.append((weakref.ref(node), index))
     return node
 
 

@@ -151,7 +151,7 @@ class TestPrimitives(Strict):
     def test_gradients_of_every_primitive(self):
         rng = np.random.default_rng(SEED)
         for prim in PRIMITIVES.values():
-            if not any(prim.vjps) or prim.name in ("program", "fused"):
+            if not any(prim.vjps) or prim.name in ("join", "program", "result", "sealed"):
                 continue  # the latter are operations on graphs: see TestOptimizer
             with self.subTest(primitive=prim.name, seed=SEED):
                 self.assertTrue(prim.samples, f"{prim.name} has no samples: give it some, so that its rule is tested")
@@ -2533,7 +2533,7 @@ class TestOptimizer(Strict):
     def test_fold_constants(self):
         x, one = Value(3.0), Value(np.ones(2))
         node = picograd._record(TABLE[np.multiply], (2.0, 3.0))
-        root = self.passed(picograd.fold_constants, x * node * np.sum(one))
+        root = self.passed(picograd._pass(picograd.fold_constants), x * node * np.sum(one))
         self.assertEqual(self.names(root), ["multiply", "multiply", "sum"])
         self.assertEqual(root._args[0]._args[1], 6.0)
 
@@ -2543,7 +2543,7 @@ class TestOptimizer(Strict):
             (x + 0.0, ["add"]),
             (1.0 * x, []),
             (x**1, []),
-            (x / 1.0, ["multiply"]),
+            (x / 1.0, []),
             (np.negative(-x), []),
             (x - (-y), ["add"]),
             (x + (-y), ["subtract"]),
@@ -2560,13 +2560,13 @@ class TestOptimizer(Strict):
             (2.0 * (y * (a + 1.0)), ["add", "multiply", "multiply"]),
         ]:
             with self.subTest(root=repr(root), names=names):
-                self.assertEqual(self.names(self.passed(picograd.simplify, root)), names)
+                self.assertEqual(self.names(self.passed(picograd._pass(picograd.simplify), root)), names)
         self.assertTrue(math.isnan((Value(math.inf) * 0.0).item()))
         self.assertTrue(math.isnan(optimize(Value(math.inf) * 0.0).forward().item()), "x * 0 is not 0 for inf")
 
     def test_merge_common(self):
         x = Value(0.5)
-        root = self.passed(picograd.merge_common, np.tanh(x) * np.tanh(x) + x * 0.0 + x * -0.0)
+        root = self.passed(picograd._pass(picograd.merge_common()), np.tanh(x) * np.tanh(x) + x * 0.0 + x * -0.0)
         self.assertEqual(self.names(root), ["add", "add", "multiply", "multiply", "multiply", "tanh"])
         w = Value(np.ones((3, 3)))
         source = optimize(np.sum(np.tanh(w @ w))).source
@@ -2601,11 +2601,12 @@ class TestOptimizer(Strict):
         w, b = [[Value(0.1 * i + j) for i in range(3)] for j in range(4)], [Value(float(j)) for j in range(4)]
         samples = [[Value(0.3 * n - i) for i in range(3)] for n in range(5)]
         outs = [np.tanh(sum(p * q for p, q in zip(row, x)) + c) for x in samples for row, c in zip(w, b)]
-        root = self.passed(lambda roots: picograd.simplify(picograd.batch(picograd.flatten(roots))), sum(outs))
+        simplify = picograd._pass(picograd.simplify)
+        root = self.passed(lambda roots: simplify(picograd.batch(picograd.flatten(roots))), sum(outs))
         names = self.names(root)
         self.assertEqual((names.count("matmul"), names.count("tanh"), names.count("pack")), (1, 1, 3), names)
         tanh = next(n for n in picograd._oldest_first([root]) if n._prim and n._prim.name == "tanh")
-        self.assertEqual(tanh.shape, (5, 4))
+        self.assertEqual(tanh.size, 20)
 
     def test_batch_of_arrays(self):
         model, rng = MLP(3, [5, 2], seed=0, dtype=np.float64), np.random.default_rng(SEED)
@@ -2623,17 +2624,28 @@ class TestOptimizer(Strict):
             Value(np.random.default_rng(0).normal(size=s), np.float64, n)
             for s, n in [((4, 3), "x"), ((3, 2), "w"), (2, "b")]
         )
-        root = self.passed(picograd.fuse, np.tanh(x @ w + b) * 2.0 - 1.0)
+
+        def fused(root):
+            found = picograd.fuse([root])[0]
+            before = np.array(root.data)
+            np.testing.assert_allclose(found.forward().data, before, rtol=1e-12)
+            return found
+
+        root = fused(np.tanh(x @ w + b) * 2.0 - 1.0)
         self.assertEqual(self.names(root), ["fused"])
-        self.assertEqual(picograd._formula(root._params["chain"]), "tanh(x @ w + b) * 2 - 1")
-        check_gradients(
-            lambda x, w, b: picograd.fuse([np.tanh(x @ w + b) * x[:, :1]])[0], *(v.data.data for v in (x, w, b))
-        )
+        self.assertEqual(picograd._formula(root._params["steps"], root._args), "tanh(x @ w + b) * 2 - 1")
+        for out, formula in [
+            (-(x @ w + b), "-(x @ w + b)"),
+            (np.exp(-np.square(x @ w)) - (x @ w - 1.0), "exp(-square(x @ w)) - (x @ w - 1)"),
+            (x * (x + x) / (x * 2.0), "x * (x + x) / (x * 2)"),
+        ]:
+            root = fused(out)
+            self.assertEqual(picograd._formula(root._params["steps"], root._args), formula)
         self.assertIn("tanh(x @ w + b)", draw(optimize(np.sum(np.tanh(x @ w + b)))).source)
         long = x
         for _ in range(100):
             long = np.sin(long)
-        self.assertEqual(self.names(self.passed(picograd.fuse, long)).count("fused"), 4)
+        self.assertEqual(self.names(fused(long)).count("fused"), 4)
 
     def test_every_primitive(self):
         rng = np.random.default_rng(SEED)
@@ -2811,6 +2823,159 @@ class TestOptimizer(Strict):
         y.grad *= 0.5
         self.assertEqual((y.grad.tolist(), z.grad.tolist()), ([0.5] * 3, [1] * 3), "also in a replay")
 
+    def test_roots_in_one_expression_are_swept_at_once(self):
+        """Each on its own, 0 * inf + 1 * inf would be nan, where (0 + 1) * inf is not."""
+        inf = math.inf
+        slopes = [(np.sqrt, 0.0), (np.log, 0.0), (lambda x: 1.0 / x, 0.0), (lambda x: x * inf, 0.5), (np.exp, inf)]
+        uses = {
+            "sum": lambda a, b: np.sum(a) + np.sum(b),
+            "one of them twice": lambda a, b: np.sum(a) * 1.5 + np.sum(b) + np.sum(a),
+            "copied": lambda a, b: np.sum(copy.copy(a)) + np.sum(b) + np.sum(a),
+            "nested": lambda a, b: optimize(np.sum(a) + np.sum(b), np.sum(a))[0] * 2.0,
+            "pickled": lambda a, b: operator.add(*map(np.sum, copy.deepcopy((a, b)))),
+        }
+        for (f, start), shape, (name, use) in itertools.product(slopes, ((), (2, 3)), uses.items()):
+            for p, q in [(0.0, 1.0), (1.0, -1.0), (2.0, 0.5)]:
+                with self.subTest(name, f=f, shape=shape, p=p, q=q), np.errstate(all="ignore"):
+                    found = []
+                    for make in (lambda *roots: roots, optimize):
+                        x = Value(np.full(shape, start) if shape else start, np.float64 if shape else None)
+                        y = f(x)
+                        out = use(*make(y * p, y * q))
+                        for _ in range(2):
+                            out.forward()
+                            out.backward()
+                        if name != "pickled":  # whose leaf is another
+                            found.append(np.array(x.grad.data))
+                        found.append(np.array(out.data.data))
+                    half = len(found) // 2
+                    for eager, ours in zip(found[:half], found[half:]):
+                        np.testing.assert_allclose(ours, eager)
+        x = Value(0.5)
+        a, b = optimize(np.tanh(x), np.tanh(x) * x)
+        second = grad(grad(lambda t: (a * t + b * t) * t))(2.0)
+        self.assertAlmostEqual(second, 2 * (a.item() + b.item()))
+        first = picograd._backpropagate(a * b, Value(1.0), {x}, False, True)[x]
+        t = math.tanh(0.5)
+        self.assertAlmostEqual(first.item(), 2 * t * (1 - t * t) * 0.5 + t * t)
+        self.assertTrue(first._needs, "a gradient that is a graph")
+
+    def test_roots_swept_in_turn_share_a_forward(self):
+        rng = np.random.default_rng(SEED)
+        x, w, v = Tensor(rng.normal(size=(9, 4))), Value(rng.normal(size=(4, 3))), Value(rng.normal(size=3))
+        hidden = np.tanh(x @ w + v)
+        eager = [np.mean(hidden**2), np.sum(np.exp(hidden) * hidden), np.mean(hidden @ w.T), hidden * v]
+        fast = optimize(*eager)
+        calls = []
+        for step in range(30):
+            if step % 3 == 0:
+                w.data = w.data.data * 0.9
+                fast[step % 4].forward()
+                for root in eager:
+                    root.forward()
+            for i in rng.integers(4, size=3):
+                grads = []
+                for root in (eager[i], fast[i]):
+                    w.grad = v.grad = None
+                    root.backward(None if not root.ndim else np.ones(root.shape))
+                    grads.append([np.array(w.grad.data), np.array(v.grad.data)])
+                for ours, expected in zip(*grads[::-1]):
+                    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-6)
+            np.testing.assert_allclose(fast[1].data, eager[1].data, rtol=1e-5)
+        code = fast[0]._params["program"].code
+        forward, code.forward = code.forward, lambda: calls.append(0) or forward()
+        fast[0].forward()
+        for root in fast[:3]:
+            root.backward()
+        self.assertEqual(len(calls), 1, "what all need is computed once")
+
+    def test_roots_keep_their_kind_in_a_replay(self):
+        w, s = Value([1.0, 2.0]), Value(0.5)
+        loss, number, mask = optimize((w * w).sum(), s * s, s > 0)
+        for total in (w * number, w * loss, number * 2.0, w * mask, loss * number):
+            before = total.dtype, type(total._data)
+            self.assertEqual((total.forward().dtype, type(total._data)), before)
+
+    def test_products_of_one_element(self):
+        """BLAS skips a factor that is 0, and so loses nan and inf."""
+        for shapes in (
+            ((1, 1), (1, 3)),
+            ((3, 1), (1, 1)),
+            ((1,), (1,)),
+            ((1,), (1, 3)),
+            ((1, 1), (1,)),
+            ((3, 1), (1,)),
+        ):
+            for start in (0.0, math.inf, math.nan, 2.0):
+                with self.subTest(shapes=shapes, start=start), np.errstate(all="ignore"):
+                    x, y = (Value(np.full(shape, z), np.float64) for shape, z in zip(shapes, (0.0, start)))
+                    for out in ((x * 1.0) @ (y * 1.0), (y.T * 1.0) @ (x.T * 1.0)):
+                        self.compare(out, [x, y], lambda: None)
+
+    def test_zeros_reach_nothing_that_gets_no_gradient(self):
+        """A stack of what has gradients and what has none would send 0 to the latter, and 0 * inf is nan."""
+        for t, shape in itertools.product((Tensor(math.inf), Tensor(2.0)), ((), (3,))):
+            w = Value(np.ones(shape), np.float64) if shape else Value(1.0)
+            v = [Value(np.full(shape, 0.1 * i + 0.5), np.float64) if shape else Value(0.1 * i + 0.5) for i in range(16)]
+            a = [np.sin(x) if i % 2 else np.cos(x) for i, x in enumerate(v)]
+            masks = [x > 0 for x in [w * t, *a]]
+            out = np.sum(masks[0] * w + sum(k * x for k, x in zip(masks[1:], a)))
+            with self.subTest(shape=shape, t=t), np.errstate(all="ignore"):
+                self.compare(out, [w, *v], lambda: None)
+                first, last = optimize(np.sum(w * t) * 0.0, out)
+                w.grad = None
+                last.backward()
+                np.testing.assert_array_equal(w.grad, np.ones(shape))
+
+    def test_many_roots_and_no_cycles(self):
+        w, xs = Value(0.5), [Value(0.001 * i) for i in range(2000)]
+        start = time.perf_counter()
+        roots = optimize(*[np.tanh(x * w) for x in xs])
+        self.assertLess(time.perf_counter() - start, 10)
+        roots[7].backward()
+        self.assertEqual([i for i, x in enumerate(xs) if x._grad is not None], [7])
+        gc.collect()
+        gc.disable()
+        try:
+            fast = optimize(np.sum(np.tanh(Value(np.ones((3, 2))) @ Value(np.ones(2)) * 2.0 - 1.0)))
+            self.assertEqual(fast.graph.shape, ())
+            (fast * 2.0).backward()
+            del fast
+            self.assertEqual(gc.collect(), 0)
+        finally:
+            gc.enable()
+
+    def test_warnings_as_errors_come_where_eager_has_them(self):
+        numbers = [Value(1e200 * (i + 1)) for i in range(20)]
+        fast = optimize(sum(np.tanh(x * x) for x in numbers))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.assertEqual(fast.forward().item(), 20.0)
+            fast.backward()
+
+    def test_results_are_nobody_elses(self):
+        """Not the data of the graph that was optimized, nor that of a leaf: however they come about."""
+        in_blocks = {"enabled": True, "min_elements_for_parallel": 1}
+        small = mock.patch.multiple(picograd, _BLOCK_BYTES=64, _FEW_BLOCKS=0)
+        for lines, config, make in itertools.product(
+            (30_000, 0),
+            ({}, in_blocks),
+            (lambda v: v, lambda v: v * 2.0, lambda v: v.detach(), lambda v: v[1:], lambda v: np.reshape(v, (2, -1))),
+        ):
+            with small, mock.patch.object(picograd, "_MAX_LINES", lines), distributed_config(**config):
+                v = Value(np.ones(300))
+                out = make(v)
+                fast, other = optimize(out, out)
+                for step in range(3):
+                    with self.subTest(lines=lines, config=config, step=step):
+                        expected = np.array(fast.data.data)
+                        for x in (out, v, other):
+                            kept = x.data.data.copy()
+                            x.data.data[...] = 9.0
+                            np.testing.assert_array_equal(fast.data.data, expected)
+                            x.data.data[...] = kept
+                        fast.forward()
+
     def test_programs_are_spliced_in(self):
         w, x = Value(np.ones((3, 2))), Tensor(np.ones((4, 3)))
         hidden, norm = optimize(np.tanh(x @ w), np.sum(w * w))
@@ -2853,7 +3018,7 @@ class TestOptimizer(Strict):
             inner = [node for node in picograd._oldest_first(program.traced + program.graph) if node._prim]
             self.assertEqual({node._data is None for node in inner}, {True})
             self.assertLess(len(pickle.dumps(fast)), x.nbytes + 2 * w.nbytes + 10_000)
-            gone = weakref.ref(program.compile(0).forward)
+            gone = weakref.ref(program.code.forward)
             again = optimize(fast * 2.0)
             again.forward().backward()
             del fast, program, inner, again

@@ -901,6 +901,7 @@ ARGUMENTS = {
 # Primitives that have no name to call: they are reached through others, or through syntax.
 REACHED = {"reshape", "concatenate", "stack", "getitem", "scatter", "astype", "einsum", "norm", "clip", "matmul", "sum"}
 REACHED |= {"sliding_window_view", "logabsdet", "signdet", "detach", "dot", "pack", "fused", "program", "mean"}
+REACHED |= {"join", "result", "rule", "sealed"}
 REACHED |= {
     "weights of logsumexp",
     "matrix of cofactors",
