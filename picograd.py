@@ -265,8 +265,8 @@ def _recorded(x):
 
 
 def _matmul(x, y):
-    """`np.matmul`; with a matrix on the right by the method dot, which gets to BLAS in half the time, and which makes one
-    product of that with a batch."""
+    """`np.matmul`; with a matrix on the right by the method dot, which gets to BLAS in half the time, and with all of a
+    batch at once."""
     if not (type(x) is type(y) is np.ndarray and y.ndim == 2 <= x.ndim):
         return np.matmul(x, y)
     if x.ndim == 2:
@@ -1883,26 +1883,22 @@ def _masked(mask, g):
     return (g.view(f"i{g.itemsize}") & -mask.view(np.int8)).view(g.dtype)
 
 
-def _contest(ufunc, beats, loses, skips_nan):
-    """Enters maximum or one of its kin: of two operands, the one that `beats` the other gets the gradient, ties share
-    it. Of nan and a number, that gets it which NumPy takes; of two nans the first."""
-
-    def rule(g, mine, other, first):
-        if isinstance(other, (int, float)) and other == other:  # the usual np.maximum(x, 0): only mine may be nan
-            wins = beats(mine, other) if skips_nan else ~loses(mine, other)
-        else:
-            taken, rest = (other, mine) if skips_nan else (mine, other)  # mine is the result if `taken` is nan
-            nan = np.isnan(taken) if first else np.isnan(taken) & ~np.isnan(rest)
-            wins = beats(mine, other) | nan
-        return np.where(mine == other, 0.5 * g, _masked(wins, g))
-
-    primitive(ufunc, lambda g, out, x, y: rule(g, x, y, True), lambda g, out, x, y: rule(g, y, x, False))
+def _share_of(g, out, mine, other, first):
+    """What an operand of maximum or one of its kin gets: all where it is the result, half of it in a tie. Of nan and a
+    number, that is it which NumPy takes; of two nans the first."""
+    if isinstance(other, (int, float)) and other == other:  # the usual np.maximum(x, 0): only mine may be nan
+        wins = out != other
+    else:
+        wins = (mine == out) | (np.isnan(out) & (np.isnan(mine) if first else ~np.isnan(other)))
+    return np.where(mine == other, 0.5 * g, _masked(wins, g))
 
 
-_contest(np.maximum, np.greater, np.less_equal, False)
-_contest(np.minimum, np.less, np.greater_equal, False)
-_contest(np.fmax, np.greater, np.less_equal, True)
-_contest(np.fmin, np.less, np.greater_equal, True)
+for _function in (np.maximum, np.minimum, np.fmax, np.fmin):
+    primitive(
+        _function,
+        lambda g, out, x, y: _share_of(g, out, x, y, True),
+        lambda g, out, x, y: _share_of(g, out, y, x, False),
+    )
 primitive(
     np.where,
     None,
@@ -1934,18 +1930,18 @@ _not_below, _not_above = _bound(np.maximum, np.less, "at least"), _bound(np.mini
 def clip(a, a_min=None, a_max=None, *, min=None, max=None):
     """`np.clip`; the gradient passes at the bounds, as in PyTorch. Where the lower bound is above, the upper one is
     the result, and gets the gradient."""
-    if isinstance(a, (int, np.integer)):
-        a = np.asarray(a)  # as NumPy does: it need not fit in the dtype of its bounds
     low, high = (a_min if min is None else min), (a_max if max is None else max)
-    raws = [np.asarray(x) if isinstance(x, list) else x for x in map(_raw, (a, low, high)) if x is not None]
-    dtype = np.result_type(*[getattr(x, "dtype", x) for x in raws])
-    if dtype.kind in "iu":  # as in NumPy, what is beyond all that the dtype holds is no bound
-        low = None if type(low) is int and low < np.iinfo(dtype).min else low
-        high = None if type(high) is int and high > np.iinfo(dtype).max else high
     if low is high is None:
         return np.copy(a)
-    a = a if low is None else _not_below(a, low)
-    return a if high is None else _not_above(a, high)
+    if isinstance(a, (int, np.integer, list)):
+        a = np.asarray(a)  # as NumPy does: it need not fit in the dtype of its bounds
+    for bound, side, beyond, end in ((low, _not_below, operator.lt, "min"), (high, _not_above, operator.gt, "max")):
+        dtype = np.result_type(_raw(a))
+        # As in NumPy, a whole number that is beyond all that the dtype holds is no bound.
+        if type(bound) is int and dtype.kind in "iu" and beyond(bound, getattr(np.iinfo(dtype), end)):
+            continue
+        a = a if bound is None else side(a, bound)
+    return a
 
 
 # --- activations that NumPy has no name for: functions of picograd, found in the table under themselves ---
@@ -2020,8 +2016,10 @@ def _unreduce(g, a, axis, keepdims):
 
 
 def _axes(a, axis) -> tuple:
-    """The axes that a reduction takes together."""
-    return tuple(range(np.ndim(a))) if axis is None or not np.ndim(a) else tuple(np.atleast_1d(axis).tolist())
+    """The axes of a that an argument names, counted from 0: one, several, or with None all."""
+    if axis is None or not np.ndim(a):
+        return tuple(range(np.ndim(a)))
+    return np.lib.array_utils.normalize_axis_tuple(axis, np.ndim(a), allow_duplicate=True)
 
 
 def _share(a, axis, ddof=0):
@@ -2059,15 +2057,11 @@ def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
 
 
 def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
-    # Of equal numbers it is 0, though their mean may be rounded, and then this is not. An array is looked at first:
-    # it rarely has a deviation so small that rounding explains it.
+    # Of equal numbers it is 0, but their mean may be rounded, and then this is not. Less the first of them, they are 0.
+    axes = _axes(a, axis)
+    a = a - a[tuple([slice(0, 1) if i in axes else slice(None) for i in range(np.ndim(a))])]
     g, out = (_unreduce(x, a, axis, keepdims) for x in (g, out))
-    mean, size = np.mean(a, axis=axis, keepdims=True), math.prod(np.shape(a))
-    noise = size * np.finfo(a.dtype).eps if type(a) is np.ndarray else math.inf
-    if size and not (noise < 1.0 and np.all(out > noise * np.abs(mean))):
-        low, high = (f(a, axis=axis, keepdims=True) for f in (np.min, np.max))
-        out = np.where(low == high, 0.0, out)
-    return _over(0.5 * g, out) * (a - mean) * (2.0 * _share(a, axis, ddof))
+    return _var_a(_over(0.5 * g, out), out, a, axis, ddof, True)
 
 
 def _extremum_a(g, out, a, axis=None, keepdims=False):
@@ -2187,9 +2181,9 @@ def average(a, axis=None, weights=None, *, keepdims=False):
     if weights is None:
         return np.mean(a, axis=axis, keepdims=keepdims)
     if np.ndim(weights) == 1 and np.ndim(a) > 1:
-        lengths = np.shape(weights), np.shape(a)[axis]
-        if lengths[0][0] != lengths[1]:
-            raise ValueError(f"average: weights have length {lengths[0][0]}, axis {axis} has {lengths[1]}")
+        n = np.shape(a)[axis]
+        if np.shape(weights) != (n,):
+            raise ValueError(f"average: axis {axis} takes {n} weights, got {np.shape(weights)[0]}")
         weights = np.reshape(weights, [-1 if i == axis % np.ndim(a) else 1 for i in range(np.ndim(a))])
     weights = weights * np.ones_like(a)  # summed in the precision of both
     return np.sum(a * weights, axis=axis, keepdims=keepdims) / np.sum(weights, axis=axis, keepdims=keepdims)
@@ -2449,11 +2443,9 @@ def sort(a, axis=-1, kind=None, order=None, *, stable=None):
 
 
 def _tile_x(g, out, A, reps):
-    reps = tuple(np.atleast_1d(reps).tolist())
-    ndim = max(len(reps), np.ndim(A))
-    reps, shape = ((1,) * (ndim - len(x)) + x for x in (reps, np.shape(A)))
-    spread = np.reshape(g, tuple([n for pair in zip(reps, shape) for n in pair]))
-    return np.reshape(np.sum(spread, axis=tuple(range(0, 2 * ndim, 2))), np.shape(A))
+    lengths = list(zip((1,) * (np.ndim(g) - np.ndim(A)) + np.shape(A), np.shape(g)))
+    spread = np.reshape(g, tuple([k for n, total in lengths for k in (total // max(n, 1), n)]))
+    return np.reshape(np.sum(spread, axis=tuple(range(0, 2 * len(lengths), 2))), np.shape(A))
 
 
 # Of these, the gradient is the same movement backwards.
@@ -2461,8 +2453,6 @@ primitive(np.tile, _tile_x)
 primitive(np.flip, lambda g, out, m, axis=None: np.flip(g, axis))
 primitive(np.roll, lambda g, out, a, shift, axis=None: np.roll(g, np.negative(shift).tolist(), axis))
 primitive(np.rot90, lambda g, out, m, k=1, axes=(0, 1): np.rot90(g, -k, axes))
-primitive(np.fft.fftshift, lambda g, out, x, axes=None: np.fft.ifftshift(g, axes))
-primitive(np.fft.ifftshift, lambda g, out, x, axes=None: np.fft.fftshift(g, axes))
 primitive(np.triu, lambda g, out, m, k=0: np.triu(g, k))
 primitive(np.tril, lambda g, out, m, k=0: np.tril(g, k))
 composed(np.fliplr)(lambda m: np.flip(m, 1))
@@ -2495,7 +2485,16 @@ def _origins(function):
     return rule
 
 
-for _function in (np.repeat, np.diagonal, np.diag, np.diagflat, np.resize, np.delete):
+for _function in (
+    np.repeat,
+    np.diagonal,
+    np.diag,
+    np.diagflat,
+    np.resize,
+    np.delete,
+    np.fft.fftshift,
+    np.fft.ifftshift,
+):
     primitive(_function, _origins(_function))
 
 
@@ -2521,23 +2520,16 @@ _pad_back = _origins(np.pad)
 TABLE[np.pad] = primitive(_pad, _pad_x, name="pad")
 
 
-def _window_x(g, out, x, window_shape, axis):
-    total = 0.0
-    for offset in np.ndindex(*window_shape):  # one shifted copy of g per place in the window
-        starts = [sum(start for i, start in zip(axis, offset) if i == j) for j in range(np.ndim(x))]
+def _window_x(g, out, x, window_shape, axis=None):
+    total, axes = 0.0, _axes(x, axis)
+    for offset in np.ndindex(*np.shape(g)[np.ndim(x) :]):  # one shifted copy of g per place in the window
+        starts = [sum(start for i, start in zip(axes, offset) if i == j) for j in range(np.ndim(x))]
         index = [slice(start, start + n) for start, n in zip(starts, np.shape(g))]
         total = total + _scatter(g[(Ellipsis,) + offset], shape=np.shape(x), index=tuple(index))
     return total
 
 
-_window = primitive(np.lib.stride_tricks.sliding_window_view, _window_x)
-
-
-@composed(np.lib.stride_tricks.sliding_window_view)
-def sliding_window_view(x, window_shape, axis=None):
-    window_shape = tuple(window_shape) if isinstance(window_shape, Iterable) else (window_shape,)
-    axes = range(np.ndim(x)) if axis is None else axis if isinstance(axis, Iterable) else (axis,)
-    return _window(x, window_shape, tuple(i % np.ndim(x) for i in axes))
+primitive(np.lib.stride_tricks.sliding_window_view, _window_x)
 
 
 @composed(np.diff)
@@ -2548,9 +2540,9 @@ def diff(a, n=1, axis=-1, prepend=None, append=None):
         return a  # without the ends: so it is in NumPy
     axis, one = _axis(axis, a), list(np.shape(a))
     one[axis] = 1
-    if prepend is not None or append is not None:
-        parts = _together([x for x in (prepend, a, append) if x is not None])
-        a = _concatenate(*[x if np.ndim(x) else np.broadcast_to(x, tuple(one)) for x in parts], axis=axis)
+    parts = [x for x in (prepend, a, append) if x is not None]
+    if len(parts) > 1:
+        a = _concatenate(*[x if np.ndim(x) else np.broadcast_to(x, tuple(one)) for x in _together(parts)], axis=axis)
     lead, change = _lead(axis, a), np.not_equal if a.dtype == bool else np.subtract
     for _ in range(n):
         a = change(a[lead + (slice(1, None),)], a[lead + (slice(None, -1),)])
@@ -2622,8 +2614,8 @@ def _contract(x, s, y, t, out):
     >>> _contract(a, "ij", b, "kj", "ik")  # a @ b.T
     """
     lengths = dict(zip((*s, *t), np.shape(x) + np.shape(y)))
-    batch, depth = [c for c in s if c in t and c in out], [c for c in s if c in t and c not in out]
-    rows, columns = [c for c in s if c in out and c not in t], [c for c in t if c in out and c not in s]
+    batch, depth = [c for c in out if c in s and c in t], [c for c in s if c in t and c not in out]
+    rows, columns = [c for c in out if c not in t], [c for c in out if c not in s]
 
     def shaped(z, *axes):
         """z with axes of letters, and axes of several letters, or of none."""
@@ -2644,11 +2636,10 @@ def tensordot(a, b, axes=2):
     a, b = _together((a, b))
     if not isinstance(axes, Iterable):
         axes = (range(np.ndim(a) - axes, np.ndim(a)), range(axes))
-    left, right = ([_axis(i, x) for i in (s if isinstance(s, Iterable) else (s,))] for x, s in zip((a, b), axes))
-    if [np.shape(a)[i] for i in left] != [np.shape(b)[i] for i in right]:
-        raise ValueError(f"tensordot: axes {axes} do not match in shapes {np.shape(a)} and {np.shape(b)}")
     s, t = string.ascii_letters[: np.ndim(a)], [*string.ascii_letters[::-1][: np.ndim(b)]]
-    for i, j in zip(left, right):
+    for i, j in zip(*map(_axes, (a, b), axes), strict=True):
+        if np.shape(a)[i] != np.shape(b)[j]:
+            raise ValueError(f"tensordot: axes {axes} do not match in shapes {np.shape(a)} and {np.shape(b)}")
         t[j] = s[i]
     return _contract(a, s, b, t, [c for c in (*s, *t) if (c in s) != (c in t)])
 
@@ -2669,8 +2660,7 @@ def inner(a, b):
 def vdot(a, b):
     if np.ndim(a) == np.ndim(b) == 0:
         return a * b
-    a, b = _together((a, b))
-    return np.matmul(np.ravel(a), np.ravel(b))
+    return np.matmul(*map(np.ravel, _together((a, b))))
 
 
 @composed(np.outer, np.linalg.outer)
@@ -2682,11 +2672,12 @@ def outer(a, b):
 @composed(np.kron)
 def kron(a, b):
     if not (np.ndim(a) and np.ndim(b)):
-        return np.multiply(a, b)
+        return a * b
     ndim = max(np.ndim(a), np.ndim(b))
-    s, t = ((1,) * (ndim - np.ndim(x)) + np.shape(x) for x in (a, b))
-    product = _reshape(a, tuple(n for i in s for n in (i, 1))) * _reshape(b, tuple(n for j in t for n in (1, j)))
-    return _reshape(product, tuple(i * j for i, j in zip(s, t)))
+    a, b = (_reshape(x, (1,) * (ndim - np.ndim(x)) + np.shape(x)) for x in (a, b))
+    s, t = string.ascii_letters[:ndim], string.ascii_letters[ndim : 2 * ndim]
+    product = _contract(a, s, b, t, [c for pair in zip(s, t) for c in pair])
+    return _reshape(product, tuple(map(operator.mul, np.shape(a), np.shape(b))))
 
 
 def _spelled_out(subscripts, operands) -> tuple[list[str], str]:
@@ -2695,36 +2686,23 @@ def _spelled_out(subscripts, operands) -> tuple[list[str], str]:
     inputs = left.split(",")
     if len(inputs) != len(operands):
         raise ValueError(f"einsum: {len(inputs)} subscripts for {len(operands)} operands")
-    free = [c for c in string.ascii_letters if c not in subscripts]
-    hidden = [max(0, np.ndim(x) - len(s.replace("...", ""))) if "..." in s else 0 for s, x in zip(inputs, operands)]
-    dots = "".join(free[: max(hidden)])
+    hidden = [np.ndim(x) - len(s.replace("...", "")) for s, x in zip(inputs, operands)]  # axes behind an ellipsis
+    for s, n, x in zip(inputs, hidden, operands):
+        if n < 0 or (n and "..." not in s):
+            raise ValueError(f"einsum: subscripts {s!r} for an operand of shape {np.shape(x)}")
+    dots = "".join([c for c in string.ascii_letters if c not in subscripts][: max(hidden)])
     inputs = [s.replace("...", dots[len(dots) - n :]) for s, n in zip(inputs, hidden)]
-    letters = "".join(inputs)
     if not arrow:
-        output = dots + "".join(sorted(c for c in set(letters) if letters.count(c) == 1 and c not in dots))
-    for k, (s, x) in enumerate(zip(inputs, operands)):
-        if len(s) != np.ndim(x):
-            raise ValueError(f"einsum: subscripts {s!r} for operand {k} of shape {np.shape(x)}")
+        letters = "".join(inputs)
+        output = "..." + "".join(sorted(c for c in {*letters} - {*dots} if letters.count(c) == 1))
     return inputs, output.replace("...", dots)
 
 
-def _contracted(operands: list, inputs: list, output):
-    """An einsum without repeated letters, and whose letters have one length each: two operands at a time, in the order
-    that NumPy finds best."""
-    picks = [range(len(operands))]
-    if len(operands) > 2:
-        like = [np.broadcast_to(0.0, np.shape(x)) for x in operands]
-        picks = np.einsum_path(f"{','.join(inputs)}->{output}", *like, optimize="greedy")[0][1:]
-    for picked in picks:
-        (x, s), *rest = [(operands.pop(i), inputs.pop(i)) for i in sorted(picked, reverse=True)]
-        while rest:
-            y, t = rest.pop()
-            needed = {*output}.union(*inputs, *[letters for _, letters in rest])
-            out = "".join([c for c in dict.fromkeys(t + s) if c in needed])
-            x, s = _contract(y, t, x, s, out), out
-        operands.append(x)
-        inputs.append(s)
-    return _alone(operands[0], inputs[0], output)
+def _unrepeated(x, subscripts):
+    return np.einsum(subscripts, x)
+
+
+_diagonals = primitive(_unrepeated, _origins(_unrepeated), name="einsum")  # of an axis letter that is there twice
 
 
 @composed(np.einsum)
@@ -2734,20 +2712,24 @@ def einsum(subscripts, *operands, optimize=True):
         raise TypeError(f"einsum: subscripts must be a string on a Value or Tensor, got {type(subscripts).__name__}")
     (inputs, output), operands = _spelled_out(subscripts, operands), _together(operands)
     for k, s in enumerate(inputs):
-        for c in sorted(set(s)):
-            while s.count(c) > 1:  # a repeated letter is a diagonal
-                i, j = s.index(c), s.rindex(c)
-                if np.shape(operands[k])[i] != np.shape(operands[k])[j]:
-                    raise ValueError(f"einsum: {c!r} names axes of different lengths in operand {k}")
-                operands[k] = np.diagonal(operands[k], 0, i, j)
-                s = s[:i] + s[i + 1 : j] + s[j + 1 :] + c
-        inputs[k] = s
+        inputs[k] = "".join(dict.fromkeys(s))
+        if inputs[k] != s:
+            operands[k] = _diagonals(operands[k], f"{s}->{inputs[k]}")
     long = {c for s, x in zip(inputs, operands) for c, n in zip(s, np.shape(x)) if n != 1}
     for k, s in enumerate(inputs):  # lengths of 1 broadcast: drop them, another operand has the length
         short = tuple([i for i, n in enumerate(np.shape(operands[k])) if n == 1 and s[i] in long])
         operands[k] = np.squeeze(operands[k], short) if short else operands[k]
         inputs[k] = "".join([c for i, c in enumerate(s) if i not in short])
-    return _contracted(operands, inputs, output)
+    x, s = operands.pop(0), inputs.pop(0)
+    while operands:
+        k = next(
+            (k for k, t in enumerate(inputs) if set(s) & set(t)), 0
+        )  # what shares a letter, before what shares none
+        y, t = operands.pop(k), inputs.pop(k)
+        needed = {*output}.union(*inputs)
+        out = "".join([c for c in dict.fromkeys(s + t) if c in needed])
+        x, s = _contract(x, s, y, t, out), out
+    return _alone(x, s, output)
 
 
 # --- linear algebra; batches of matrices as NumPy has them ---
@@ -2757,15 +2739,18 @@ def _t(a):
     return np.swapaxes(a, -1, -2)
 
 
-def _solve_a(g, out, a, b):
-    x = _solve_b(g, out, a, b)
-    return -(np.expand_dims(x, -1) * np.expand_dims(out, -2)) if np.ndim(b) == 1 else -np.matmul(x, _t(out))
+_solve = primitive(
+    lambda a, b: np.linalg.solve(a, b),
+    lambda g, out, a, b: -np.matmul(_solve(_t(a), g), _t(out)),
+    lambda g, out, a, b: _solve(_t(a), g),
+    name="solve",
+)
 
 
-def _solve_b(g, out, a, b):
-    if np.ndim(b) > 1:
-        return np.linalg.solve(_t(a), g)
-    return np.linalg.solve(_t(a), np.expand_dims(g, -1))[..., 0]  # also where one vector b meets a batch of matrices
+@composed(np.linalg.solve)
+def solve(a, b):
+    """`np.linalg.solve`; a vector b, which may meet a batch of matrices, is a column."""
+    return _solve(a, np.reshape(b, (-1, 1)))[..., 0] if np.ndim(b) == 1 else _solve(a, b)
 
 
 def _cholesky_a(g, out, a):
@@ -2776,7 +2761,6 @@ def _cholesky_a(g, out, a):
 
 
 primitive(np.linalg.inv, lambda g, out, a: -np.matmul(_t(out), np.matmul(g, _t(out))))
-primitive(np.linalg.solve, _solve_a, _solve_b)
 primitive(np.linalg.cholesky, _cholesky_a)
 
 
@@ -2813,16 +2797,16 @@ def _cofactors_slope(h, a):
 
 
 def _cofactors_slope_a(g, out, h, a):
-    # The third derivative of det, from det(a) * (tr(x) * tr(y) - tr(x @ y)), the second. Only of invertible matrices.
-    b = np.linalg.inv(a)
-    x, y = np.matmul(b, h), np.matmul(b, g)
-    tx, ty, txy, d = (np.expand_dims(z, (-1, -2)) for z in (*map(_traces, (x, y, np.matmul(x, y))), np.linalg.det(a)))
-    both = np.matmul(x, y) + np.matmul(y, x) - ty * x - tx * y
-    return d * _t((tx * ty - txy) * b + np.matmul(both, b))
+    """The third derivative of det, from the second, which is det(a) * (tr(x) * tr(y) - tr(x @ y)). Only of invertible
+    matrices."""
 
+    def second(a):
+        b = np.linalg.inv(a)
+        x, y = np.matmul(b, h), np.matmul(b, g)
+        x, y, both = (np.trace(z, 0, -2, -1) for z in (x, y, np.matmul(x, y)))
+        return np.sum(np.linalg.det(a) * (x * y - both))
 
-def _traces(a):
-    return np.trace(a, 0, -2, -1)
+    return grad(second)(a)
 
 
 _cofactor = primitive(_cofactors, lambda g, out, a: _slope_of_cofactors(g, a), name="matrix of cofactors")
@@ -2839,13 +2823,6 @@ _logdet = primitive(
     name="logabsdet",
 )
 _signdet = primitive(lambda a: np.linalg.slogdet(a)[0], None, name="signdet")
-_norm = primitive(
-    lambda x, axis=None, keepdims=False: np.sqrt(np.sum(x * x, axis=axis, keepdims=bool(keepdims))),
-    lambda g, out, x, axis=None, keepdims=False: (
-        _unreduce(g, x, axis, keepdims) * _over(x, _unreduce(out, x, axis, keepdims))
-    ),
-    name="norm",
-)
 
 
 @composed(np.linalg.slogdet)
@@ -2853,19 +2830,25 @@ def slogdet(a):
     return type(np.linalg.slogdet(np.eye(1)))(_signdet(a), _logdet(a))
 
 
-@composed(np.linalg.norm)
-def norm(x, ord=None, axis=None, keepdims=False):
-    """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices; its gradient at 0 is 0."""
-    if x.dtype.kind != "f":
-        x = x.astype(np.float64)  # as NumPy does, before integers overflow
-    vector = np.ndim(x) == 1 if axis is None else not isinstance(axis, Iterable)
+def _norm(x, ord=None, axis=None, keepdims=False):
+    """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices."""
+    x, vector = _floating(x), np.ndim(x) == 1 if axis is None else not np.ndim(axis)
     if ord is None or ord == (2 if vector else "fro"):
-        return _norm(x, axis=axis if not isinstance(axis, list) else tuple(axis), keepdims=keepdims)
-    reduce = {1: np.sum, np.inf: np.max, -np.inf: np.min}.get(ord) if vector else None
-    if reduce is None:
+        return np.sqrt(np.sum(x * x, axis=axis, keepdims=bool(keepdims)))
+    if not vector or ord not in (1, np.inf, -np.inf):
         kind = "vectors" if vector else "matrices"
         raise TypeError(f"norm: ord={ord!r} is not supported for {kind} on a Value or Tensor")
-    return reduce(np.abs(x), axis=axis, keepdims=keepdims)
+    return np.linalg.norm(x, ord, axis, keepdims)
+
+
+def _norm_x(g, out, x, ord=None, axis=None, keepdims=False):
+    if ord in (np.inf, -np.inf):
+        return np.sign(x) * _extremum_a(g, out, np.abs(x), axis, keepdims)
+    g, out = (_unreduce(z, x, axis, keepdims) for z in (g, out))
+    return g * (np.sign(x) if ord == 1 else _over(x, out))
+
+
+TABLE[np.linalg.norm] = primitive(_norm, _norm_x, name="norm")
 
 
 # --- no gradient: nodes all the same, so that a replay recomputes them ---
@@ -2879,15 +2862,11 @@ primitive(np.isclose, None, None, elementwise=True)
 _detach = primitive(lambda a: a, None, name="detach", elementwise=True)
 
 
-@composed(np.nan_to_num)
-def nan_to_num(x, copy=True, nan=0.0, posinf=None, neginf=None):
-    """`np.nan_to_num`; replaced elements have no gradient."""
-    if x.dtype.kind != "f":
-        return np.copy(x)
-    info = np.finfo(x.dtype)
-    high, low = (info.max if posinf is None else posinf), (info.min if neginf is None else neginf)
-    x = np.where(np.isnan(x), float(nan), x)
-    return np.where(x == np.inf, float(high), np.where(x == -np.inf, float(low), x))
+TABLE[np.nan_to_num] = primitive(  # replaced elements have no gradient; and nothing is done in place
+    lambda x, copy=True, **values: np.nan_to_num(x, **values),
+    lambda g, out, x, copy=True, nan=0.0, posinf=None, neginf=None: _masked(np.isfinite(x), g),
+    name="nan_to_num",
+)
 
 
 def _on_data(function):
@@ -2930,7 +2909,7 @@ def _value_operator(prim: Primitive, swapped=False):
 
     def method(self, other):
         x, kind = self._data, type(other)
-        if kind is int and (type(x) is float or x.dtype.kind == "f"):
+        if kind is int and (type(x) is float or self.dtype.kind == "f"):
             other, kind = float(other), float
         y = other._data if kind is cls else other
         args = (other, self) if swapped else (self, other)
