@@ -1876,11 +1876,9 @@ primitive(np.sinc, _sinc_x, elementwise=True)
 
 def _masked(mask, g):
     """`np.where(mask, g, 0.0)`; of large arrays by their bits: branches that nothing foresees take ten times longer."""
-    if type(g) is not np.ndarray or type(mask) is not np.ndarray or mask.size <= _LITTLE:
-        return np.where(mask, g, 0.0)
-    if mask.dtype.kind != "b" or g.dtype.itemsize > 8:
-        return np.where(mask, g, 0.0)
-    return (g.view(f"i{g.itemsize}") & -mask.view(np.int8)).view(g.dtype)
+    if type(g) is type(mask) is np.ndarray and mask.size > _LITTLE and mask.dtype == bool and g.dtype.itemsize <= 8:
+        return (g.view(f"i{g.itemsize}") & -mask.view(np.int8)).view(g.dtype)
+    return np.where(mask, g, 0.0)
 
 
 def _share_of(g, out, mine, other, first):
@@ -2181,10 +2179,9 @@ def average(a, axis=None, weights=None, *, keepdims=False):
     if weights is None:
         return np.mean(a, axis=axis, keepdims=keepdims)
     if np.ndim(weights) == 1 and np.ndim(a) > 1:
-        n = np.shape(a)[axis]
-        if np.shape(weights) != (n,):
-            raise ValueError(f"average: axis {axis} takes {n} weights, got {np.shape(weights)[0]}")
-        weights = np.reshape(weights, [-1 if i == axis % np.ndim(a) else 1 for i in range(np.ndim(a))])
+        if len(weights) != np.shape(a)[axis]:
+            raise ValueError(f"average: weights have length {len(weights)}, axis {axis} has {np.shape(a)[axis]}")
+        weights = np.reshape(weights, (-1,) + (1,) * (np.ndim(a) - 1 - _axis(axis, a)))
     weights = weights * np.ones_like(a)  # summed in the precision of both
     return np.sum(a * weights, axis=axis, keepdims=keepdims) / np.sum(weights, axis=axis, keepdims=keepdims)
 
@@ -2202,9 +2199,9 @@ def _axis(axis, a) -> int:
     return np.lib.array_utils.normalize_axis_index(axis, np.ndim(a))
 
 
-def _lead(axis, a) -> tuple:
-    """The part of an index before that axis."""
-    return (slice(None),) * _axis(axis, a)
+def _along(a, axis, part):
+    """The part of a that an index of that axis gives."""
+    return a[(slice(None),) * _axis(axis, a) + (part,)]
 
 
 def _shaped(a, shape):
@@ -2273,7 +2270,7 @@ for _ndim, _function in enumerate((np.atleast_1d, np.atleast_2d, np.atleast_3d),
 
 def _concatenate_i(i, g, out, arrays, axis=0):
     start = sum(np.shape(a)[axis] for a in arrays[:i])
-    return g[_lead(axis, g) + (slice(start, start + np.shape(arrays[i])[axis]),)]
+    return _along(g, axis, slice(start, start + np.shape(arrays[i])[axis]))
 
 
 _concatenate = primitive(
@@ -2281,7 +2278,7 @@ _concatenate = primitive(
 )
 _stack = primitive(
     lambda *arrays, axis=0: np.stack(arrays, axis),
-    lambda i, g, out, arrays, axis=0: g[_lead(axis, g) + (i,)],
+    lambda i, g, out, arrays, axis=0: _along(g, axis, i),
     name="stack",
     variadic=True,
 )
@@ -2355,8 +2352,8 @@ def _splitting(function):
     """A function that splits along an axis: into slices, at the places where it splits the numbers from 0 on."""
 
     def split(ary, indices_or_sections, axis=0):
-        parts, lead = function(np.arange(np.shape(ary)[axis]), indices_or_sections), _lead(axis, ary)
-        return [ary[lead + (slice(p[0], p[-1] + 1) if len(p) else slice(0),)] for p in parts]
+        parts = function(np.arange(np.shape(ary)[axis]), indices_or_sections)
+        return [_along(ary, axis, slice(p[0], p[-1] + 1) if len(p) else slice(0)) for p in parts]
 
     return split
 
@@ -2422,7 +2419,7 @@ def take(a, indices, axis=None):
     if getattr(getattr(indices, "dtype", None), "kind", "i") == "b":
         raise TypeError("take: indices must be integers, got booleans")
     a = ravel(a) if axis is None or not np.ndim(a) else a
-    return a[_lead(axis or 0, a) + (indices,)]
+    return _along(a, axis or 0, indices)
 
 
 @composed(np.take_along_axis)
@@ -2543,9 +2540,9 @@ def diff(a, n=1, axis=-1, prepend=None, append=None):
     parts = [x for x in (prepend, a, append) if x is not None]
     if len(parts) > 1:
         a = _concatenate(*[x if np.ndim(x) else np.broadcast_to(x, tuple(one)) for x in _together(parts)], axis=axis)
-    lead, change = _lead(axis, a), np.not_equal if a.dtype == bool else np.subtract
+    change = np.not_equal if a.dtype == bool else np.subtract
     for _ in range(n):
-        a = change(a[lead + (slice(1, None),)], a[lead + (slice(None, -1),)])
+        a = change(_along(a, axis, slice(1, None)), _along(a, axis, slice(None, -1)))
     return a
 
 
@@ -2563,10 +2560,9 @@ def _matmul_x(g, out, x, y):
 def _matmul_y(g, out, x, y):
     if x.ndim == 1:
         return x * g if y.ndim == 1 else np.expand_dims(x, -1) * np.expand_dims(g, -2)
-    if y.ndim == 1:
-        return np.matmul(x.swapaxes(-1, -2), np.expand_dims(g, -1))[..., 0]
-    if y.ndim == 2 and x.ndim > 2:  # one product over the whole batch instead of a batch of products to sum
-        x, g = (np.reshape(a, (math.prod(np.shape(a)[:-1]), np.shape(a)[-1])) for a in (x, g))
+    if y.ndim <= 2 < x.ndim:  # one product over the whole batch instead of a batch of products to sum
+        rows = math.prod(np.shape(x)[:-1])
+        x, g = np.reshape(x, (rows, np.shape(x)[-1])), np.reshape(g, (rows, *np.shape(y)[1:]))
     return _matmul(x.swapaxes(-1, -2), g)
 
 
@@ -2575,11 +2571,9 @@ TABLE[np.matmul] = primitive(_matmul, _matmul_x, _matmul_y, name="matmul", reads
 
 def _dense_forward(x, w, b, activation=None):
     out = _matmul(x, w)
-    if type(out) is not np.ndarray or np.result_type(out, b) != out.dtype:
-        out = out + b
-        return activation.forward(out) if activation else out
-    out += b
-    return activation.forward(out, out=out) if activation else out
+    buffer = out if type(out) is np.ndarray and np.result_type(out, b) == out.dtype else None
+    out = np.add(out, b, out=buffer)
+    return activation.forward(out, out=buffer) if activation else out
 
 
 def _dense_g(g, out, activation):
@@ -2595,53 +2589,6 @@ _dense = primitive(
     lambda g, out, x, w, b, activation=None: _dense_g(g, out, activation),
     name="dense layer",
 )
-
-
-def _alone(x, letters, out):
-    """x, whose axes have those letters, with the axes `out` in that order: the sum over all others."""
-    gone = tuple([i for i, c in enumerate(letters) if c not in out])
-    if gone:
-        dtype, x = x.dtype, np.sum(x, axis=gone)
-        x = x if dtype.kind == "f" else _as_dtype(x, dtype)  # here, sums of integers are as narrow as they are
-    letters = [c for c in letters if c in out]
-    order = tuple([letters.index(c) for c in out])
-    return x if order == tuple(range(len(order))) else np.transpose(x, order)
-
-
-def _contract(x, s, y, t, out):
-    """The einsum "s,t->out" of x and y: a matrix product, batched or not, where they share letters to be summed over.
-
-    >>> _contract(a, "ij", b, "kj", "ik")  # a @ b.T
-    """
-    lengths = dict(zip((*s, *t), np.shape(x) + np.shape(y)))
-    batch, depth = [c for c in out if c in s and c in t], [c for c in s if c in t and c not in out]
-    rows, columns = [c for c in out if c not in t], [c for c in out if c not in s]
-
-    def shaped(z, *axes):
-        """z with axes of letters, and axes of several letters, or of none."""
-        shape = tuple([math.prod([lengths[c] for c in axis]) for axis in axes])
-        return z if np.shape(z) == shape else _reshape(z, shape)
-
-    x, y = _alone(x, s, batch + rows + depth), _alone(y, t, batch + depth + columns)
-    if depth and (rows or columns or not batch):
-        product = np.matmul(shaped(x, *batch, rows, depth), shaped(y, *batch, depth, columns))
-        return _alone(shaped(product, *batch, *rows, *columns), batch + rows + columns, out)
-    x = shaped(x, *batch, *rows, *[""] * len(columns), *depth)
-    y = shaped(y, *batch, *[""] * len(rows), *columns, *depth)
-    return _alone(x * y, batch + rows + columns + depth, out)
-
-
-@composed(np.tensordot)
-def tensordot(a, b, axes=2):
-    a, b = _together((a, b))
-    if not isinstance(axes, Iterable):
-        axes = (range(np.ndim(a) - axes, np.ndim(a)), range(axes))
-    s, t = string.ascii_letters[: np.ndim(a)], [*string.ascii_letters[::-1][: np.ndim(b)]]
-    for i, j in zip(*map(_axes, (a, b), axes), strict=True):
-        if np.shape(a)[i] != np.shape(b)[j]:
-            raise ValueError(f"tensordot: axes {axes} do not match in shapes {np.shape(a)} and {np.shape(b)}")
-        t[j] = s[i]
-    return _contract(a, s, b, t, [c for c in (*s, *t) if (c in s) != (c in t)])
 
 
 @composed(np.dot)
@@ -2675,34 +2622,38 @@ def kron(a, b):
         return a * b
     ndim = max(np.ndim(a), np.ndim(b))
     a, b = (_reshape(x, (1,) * (ndim - np.ndim(x)) + np.shape(x)) for x in (a, b))
-    s, t = string.ascii_letters[:ndim], string.ascii_letters[ndim : 2 * ndim]
-    product = _contract(a, s, b, t, [c for pair in zip(s, t) for c in pair])
+    odd, even = (tuple(range(i, 2 * ndim, 2)) for i in (1, 0))
+    product = np.expand_dims(a, odd) * np.expand_dims(b, even)
     return _reshape(product, tuple(map(operator.mul, np.shape(a), np.shape(b))))
 
 
-def _spelled_out(subscripts, operands) -> tuple[list[str], str]:
-    """The subscripts of einsum's operands and of its result, with letters for ellipses and for what is implied."""
-    left, arrow, output = subscripts.replace(" ", "").partition("->")
-    inputs = left.split(",")
-    if len(inputs) != len(operands):
-        raise ValueError(f"einsum: {len(inputs)} subscripts for {len(operands)} operands")
-    hidden = [np.ndim(x) - len(s.replace("...", "")) for s, x in zip(inputs, operands)]  # axes behind an ellipsis
-    for s, n, x in zip(inputs, hidden, operands):
-        if n < 0 or (n and "..." not in s):
-            raise ValueError(f"einsum: subscripts {s!r} for an operand of shape {np.shape(x)}")
-    dots = "".join([c for c in string.ascii_letters if c not in subscripts][: max(hidden)])
-    inputs = [s.replace("...", dots[len(dots) - n :]) for s, n in zip(inputs, hidden)]
-    if not arrow:
-        letters = "".join(inputs)
-        output = "..." + "".join(sorted(c for c in {*letters} - {*dots} if letters.count(c) == 1))
-    return inputs, output.replace("...", dots)
+def _einsum_forward(*operands, subscripts):
+    """`np.einsum`; with the plan that gets to BLAS, which takes a while, where numbers are used many times over."""
+    lengths = dict(zip(subscripts.replace(",", ""), itertools.chain(*map(np.shape, operands))))
+    work = math.prod(lengths.values())
+    size = max([math.prod([lengths[c] for c in s]) for s in subscripts.replace("->", ",").split(",")])
+    return np.einsum(subscripts, *operands, optimize=len(operands) > 2 or work > max(8 * size, 1 << 14))
 
 
-def _unrepeated(x, subscripts):
+def _einsum_i(i, g, out, operands, subscripts):
+    # The gradient of operand i is an einsum of g and the other operands; letters that only operand i has were summed
+    # over, so their gradient is broadcast.
+    inputs, output = subscripts.split("->")
+    inputs = inputs.split(",")
+    mine, others = inputs.pop(i), [output, *inputs]
+    known = "".join([c for c in mine if any(c in other for other in others)])
+    rest = (*operands[:i], *operands[i + 1 :])
+    part = _einsum(g, *rest, subscripts=",".join(others) + "->" + known)
+    shape = np.shape(operands[i])
+    return np.broadcast_to(np.reshape(part, tuple([n if c in known else 1 for c, n in zip(mine, shape)])), shape)
+
+
+def _diagonal_of(x, subscripts):
     return np.einsum(subscripts, x)
 
 
-_diagonals = primitive(_unrepeated, _origins(_unrepeated), name="einsum")  # of an axis letter that is there twice
+_einsum = primitive(_einsum_forward, _einsum_i, name="einsum", variadic=True)
+_diagonals = primitive(_diagonal_of, _origins(_diagonal_of), name="diagonals")  # of axes that have the same letter
 
 
 @composed(np.einsum)
@@ -2710,26 +2661,39 @@ def einsum(subscripts, *operands, optimize=True):
     """`np.einsum` with a subscript string: explicit or implicit, with ellipses and repeated letters."""
     if not isinstance(subscripts, str):
         raise TypeError(f"einsum: subscripts must be a string on a Value or Tensor, got {type(subscripts).__name__}")
-    (inputs, output), operands = _spelled_out(subscripts, operands), _together(operands)
-    for k, s in enumerate(inputs):
+    left, arrow, output = subscripts.replace(" ", "").partition("->")
+    inputs, operands = left.split(","), list(operands)
+    if len(inputs) != len(operands):
+        raise ValueError(f"einsum: {len(inputs)} subscripts for {len(operands)} operands")
+    free, long = "".join([c for c in string.ascii_letters if c not in subscripts]), set()
+    if not arrow:
+        output = "..." + "".join(sorted(c for c in {*left} - {*",."} if left.count(c) == 1))
+    for k, (s, x) in enumerate(zip(inputs, operands)):
+        n = np.ndim(x) - len(s.replace("...", ""))
+        if n < 0 or (n and "..." not in s):
+            raise ValueError(f"einsum: subscripts {s!r} for operand {k} of shape {np.shape(x)}")
+        s = s.replace("...", free[len(free) - n :])  # an ellipsis is some letters from the end of the free ones
         inputs[k] = "".join(dict.fromkeys(s))
-        if inputs[k] != s:
-            operands[k] = _diagonals(operands[k], f"{s}->{inputs[k]}")
-    long = {c for s, x in zip(inputs, operands) for c, n in zip(s, np.shape(x)) if n != 1}
+        operands[k] = x if s == inputs[k] else _diagonals(x, f"{s}->{inputs[k]}")
+        long.update(c for c, n in zip(inputs[k], np.shape(operands[k])) if n != 1)
+    output = output.replace("...", "".join([c for c in free if any(c in s for s in inputs)]))
     for k, s in enumerate(inputs):  # lengths of 1 broadcast: drop them, another operand has the length
         short = tuple([i for i, n in enumerate(np.shape(operands[k])) if n == 1 and s[i] in long])
         operands[k] = np.squeeze(operands[k], short) if short else operands[k]
         inputs[k] = "".join([c for i, c in enumerate(s) if i not in short])
-    x, s = operands.pop(0), inputs.pop(0)
-    while operands:
-        k = next(
-            (k for k, t in enumerate(inputs) if set(s) & set(t)), 0
-        )  # what shares a letter, before what shares none
-        y, t = operands.pop(k), inputs.pop(k)
-        needed = {*output}.union(*inputs)
-        out = "".join([c for c in dict.fromkeys(s + t) if c in needed])
-        x, s = _contract(x, s, y, t, out), out
-    return _alone(x, s, output)
+    return _einsum(*operands, subscripts=",".join(inputs) + "->" + output)
+
+
+@composed(np.tensordot)
+def tensordot(a, b, axes=2):
+    axes = axes if isinstance(axes, Iterable) else (range(-axes, 0), range(axes))
+    s, t = [*string.ascii_letters[: np.ndim(a)]], [*string.ascii_letters[::-1][: np.ndim(b)]]
+    for i, j in zip(*map(_axes, (a, b), axes), strict=True):
+        if np.shape(a)[i] != np.shape(b)[j]:
+            raise ValueError(f"tensordot: axes {axes} do not match in shapes {np.shape(a)} and {np.shape(b)}")
+        t[j] = s[i]
+    out = [c for c in s + t if (c in s) != (c in t)]
+    return _einsum(a, b, subscripts="".join([*s, ",", *t, "->", *out]))
 
 
 # --- linear algebra; batches of matrices as NumPy has them ---
@@ -2945,13 +2909,13 @@ def _tensor_operator(prim: Primitive, swapped=False):
             return NotImplemented
         if type(x) is ndarray and x.size < HOOK.limit:
             # What `_apply` would do for small arrays, spelled out: there, its checks cost more than the arithmetic.
-            y, fits = other, kind is float
-            if kind is Tensor:
+            if kind is int and x.dtype.kind == "f":
+                other, kind = float(other), float
+            y, alike = other, kind is float
+            if kind is Tensor and other._choice is self._choice:
                 y = other._data
-                fits = type(y) is ndarray and y.dtype is x.dtype and y.size <= x.size and other._choice is self._choice
-            elif kind is int and x.dtype.kind == "f":
-                y, fits = float(other), True
-            if fits:
+                alike = type(y) is ndarray and y.dtype is x.dtype and y.size <= x.size
+            if alike:
                 return _wrap(forward(y, x) if swapped else forward(x, y), self._choice)
         if not _is_operand(other):
             return NotImplemented
@@ -3010,16 +2974,16 @@ def _put_in(cls: type, name: str, method: Callable, like: str) -> None:
 
 
 for _forward, (_name, _, _) in _OPERATORS.items():
-    _prim = TABLE[_forward]
+    _prim, _in_place = TABLE[_forward], f"__i{_name}__"
     if len(_prim.vjps) == 1:
         _put_in(Array, f"__{_name}__", _method(_prim), _prim.name)
         continue
     for _class, _operator in ((Value, _value_operator), (Tensor, _tensor_operator)):
         _put_in(_class, f"__{_name}__", _operator(_prim), _prim.name)
-        if hasattr(operator, f"__i{_name}__"):
+        if hasattr(operator, _in_place):
             _put_in(_class, f"__r{_name}__", _operator(_prim, swapped=True), _prim.name)
-    if hasattr(operator, f"__i{_name}__"):
-        _put_in(Tensor, f"__i{_name}__", _in_place_operator(_prim), _prim.name)
+    if hasattr(operator, _in_place):
+        _put_in(Tensor, _in_place, _in_place_operator(_prim), _prim.name)
 
 for _prim in PRIMITIVES.values():
     _prim.builtin = True

@@ -132,7 +132,12 @@ SAMPLES = {
     "norm": [
         (((2, 3, 4),), params) for params in [*AXES, *({"axis": 1, "ord": ord} for ord in (1, 2, np.inf, -np.inf))]
     ],
-    "einsum": [(((3, 3, 2),), {"subscripts": "iij->ij"})],
+    "einsum": [
+        (((2, 3), (3, 4)), {"subscripts": "ij,jk->ki"}),
+        (((2, 3), (3,), (4,)), {"subscripts": "ij,j,k->i"}),
+        (((2, 3),), {"subscripts": "ij->"}),
+    ],
+    "diagonals": [(((3, 3, 2),), {"subscripts": "iij->ij"})],
     "nan_to_num": [(((2, 3),), {})],
     "scatter": [(((2,),), {"shape": (3, 4), "index": (1, slice(1, 3))})],
     "tile": [(((2, 3),), {"reps": (2, 2)}), (((3,),), {"reps": (2, 1, 3)}), (((2, 1, 2),), {"reps": 3})],
