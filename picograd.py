@@ -815,7 +815,7 @@ class Array:
         return np.reshape(self, shape[0] if len(shape) == 1 else shape)
 
     def transpose(self, *axes):
-        return np.transpose(self, (axes[0] if isinstance(axes[0], (tuple, list)) else axes) if axes else None)
+        return np.transpose(self, (axes if isinstance(axes[0], int) else axes[0]) if axes else None)
 
     def flatten(self):
         """A copy in one dimension; `ravel` is a view where it can be."""
@@ -1772,13 +1772,15 @@ def check_gradients(
 #     [0.5, 0.0, 0.5]
 # ---------------------------------------------------------------------------------------------------------------------
 
+_elementwise = functools.partial(primitive, elementwise=True)
 
 # --- arithmetic ---
 
 
 def _power_x(g, out, x, y):
     if not isinstance(y, (int, float)):
-        return g * np.where(y == 0, 0.0, y * x ** np.where(y == 0, 1.0, y - 1.0))
+        pole = (y == 0) & (np.abs(x) < np.finfo(np.result_type(_raw(out))).tiny)  # 0 * x**-1, which may be infinite
+        return g * np.where(pole, 0.0, y * np.where(pole, 1.0, x) ** (y - 1.0))
     slope = x ** (y - 1.0) if type(x) is float else _pow(x, y - 1.0)  # the usual x**2: no masks needed
     return g * (y * slope) if y else g * 0.0
 
@@ -1792,7 +1794,7 @@ primitive(np.add, lambda g, out, x, y: g, lambda g, out, x, y: g, reads="")
 primitive(np.subtract, lambda g, out, x, y: g, lambda g, out, x, y: -g)
 primitive(np.multiply, lambda g, out, x, y: g * y, lambda g, out, x, y: g * x)
 primitive(np.divide, lambda g, out, x, y: g / y, lambda g, out, x, y: -g * out / y)
-_pow = TABLE[np.power] = primitive(_power, _power_x, _power_y, name="power", elementwise=True)
+_pow = TABLE[np.power] = _elementwise(_power, _power_x, _power_y, name="power")
 _pow.ufunc = True  # to all that asks: it takes out=, and numbers without a dtype
 # With the quotient that NumPy takes: x / y may round up to the next integer.
 primitive(np.remainder, lambda g, out, x, y: g, lambda g, out, x, y: -g * np.floor_divide(x, y))
@@ -1869,7 +1871,7 @@ for _ufunc, _rule_of in {
     primitive(_ufunc, _rule_of, scalar=getattr(math, _ufunc.__name__.replace("arc", "a"), None))
 # g * (1 - out**2), in the order of operations in which NumPy needs one temporary array only.
 primitive(np.tanh, lambda g, out, x: -out * out * g + g, scalar=math.tanh, reads="out")
-primitive(np.sinc, _sinc_x, elementwise=True)
+_elementwise(np.sinc, _sinc_x)
 
 # --- selection ---
 
@@ -1897,12 +1899,11 @@ for _function in (np.maximum, np.minimum, np.fmax, np.fmin):
         lambda g, out, x, y: _share_of(g, out, x, y, True),
         lambda g, out, x, y: _share_of(g, out, y, x, False),
     )
-primitive(
+_elementwise(
     np.where,
     None,
     lambda g, out, condition, x, y: _masked(condition, g),
     lambda g, out, condition, x, y: _masked(np.logical_not(condition), g),
-    elementwise=True,
 )
 
 
@@ -1912,26 +1913,25 @@ def _bound(ufunc, beyond, name):
     def taken(x, y):
         return beyond(x, y) | np.isnan(y)
 
-    return primitive(
+    return _elementwise(
         lambda x, y: ufunc(x, y),
         lambda g, out, x, y: _masked(~taken(x, y), g),
         lambda g, out, x, y: _masked(taken(x, y), g),
         name=name,
-        elementwise=True,
     )
 
 
 _not_below, _not_above = _bound(np.maximum, np.less, "at least"), _bound(np.minimum, np.greater, "at most")
 
 
-@composed(np.clip)
+@composed(np.clip, np._core.umath.clip)
 def clip(a, a_min=None, a_max=None, *, min=None, max=None):
     """`np.clip`; the gradient passes at the bounds, as in PyTorch. Where the lower bound is above, the upper one is
     the result, and gets the gradient."""
     low, high = (a_min if min is None else min), (a_max if max is None else max)
     if low is high is None:
         return np.copy(a)
-    if isinstance(a, (int, np.integer, list)):
+    if isinstance(a, (int, list)) and np.result_type(*[_raw(x) for x in (low, high) if x is not None]).kind != "f":
         a = np.asarray(a)  # as NumPy does: it need not fit in the dtype of its bounds
     for bound, side, beyond, end in ((low, _not_below, operator.lt, "min"), (high, _not_above, operator.gt, "max")):
         dtype = np.result_type(_raw(a))
@@ -1973,23 +1973,21 @@ def _gelu_x(g, out, x):
     return g * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * (_GELU * (1.0 + 0.134145 * (x * x))))
 
 
-relu = primitive(
+relu = _elementwise(
     lambda x, out=None: np.maximum(x, 0.0, out=out),
     lambda g, out, x: g * (out > 0),  # 0 at the kink
     name="relu",
     reads="out",
     scalar=lambda x: 0.0 if x <= 0.0 else x,
-    elementwise=True,
 )
-sigmoid = primitive(_sigmoid, lambda g, out, x: g * (out * (1.0 - out)), name="sigmoid", elementwise=True, reads="out")
-softplus = primitive(
+sigmoid = _elementwise(_sigmoid, lambda g, out, x: g * (out * (1.0 - out)), name="sigmoid", reads="out")
+softplus = _elementwise(
     lambda x: np.maximum(x, 0.0) + np.log1p(np.exp(-np.abs(_floating(x)))),  # log(1 + exp(x)) without overflow
     lambda g, out, x: g * sigmoid(x),
     name="softplus",
-    elementwise=True,
 )
-gelu = primitive(  # the tanh form: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2
-    lambda x: 0.5 * x * (1.0 + _gelu_tanh(_floating(x))[1]), _gelu_x, name="gelu", elementwise=True
+gelu = _elementwise(  # the tanh form: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2
+    lambda x: 0.5 * x * (1.0 + _gelu_tanh(_floating(x))[1]), _gelu_x, name="gelu"
 )
 
 # --- reductions; axis may be None, an int (also negative) or a tuple ---
@@ -2055,9 +2053,8 @@ def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
 
 
 def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
-    # Of equal numbers it is 0, but their mean may be rounded, and then this is not. Less the first of them, they are 0.
-    axes = _axes(a, axis)
-    a = a - a[tuple([slice(0, 1) if i in axes else slice(None) for i in range(np.ndim(a))])]
+    # Of equal numbers it is 0, but their mean may be rounded, and then this is not. Less the largest, they are 0.
+    a = a - _peak(a, axis)
     g, out = (_unreduce(x, a, axis, keepdims) for x in (g, out))
     return _var_a(_over(0.5 * g, out), out, a, axis, ddof, True)
 
@@ -2075,12 +2072,15 @@ def _flip_cumsum(g, axis):
 
 
 def _cumsum_a(g, out, a, axis=None):
-    return np.reshape(_flip_cumsum(g, 0), np.shape(a)) if axis is None else _flip_cumsum(g, axis)
+    if axis is None or not np.ndim(a):
+        return np.reshape(_flip_cumsum(g, 0), np.shape(a))
+    return _flip_cumsum(g, axis)
 
 
 def _cumprod_a(g, out, a, axis=None):
     # With x the input, dL/dx_i = (x_0 ... x_{i-1}) * S_i where S_i = g_i + x_{i+1} * S_{i+1}. The recurrence is a
     # composition of affine maps, done by doubling (Hillis and Steele 1986); no division, so zeros are exact.
+    axis = axis if np.ndim(a) else None
     x, shift = (np.ravel(z) if axis is None else np.moveaxis(z, axis, -1) for z in (a, g))
     n, step = np.shape(x)[-1], 1
     if not n:
@@ -2175,13 +2175,16 @@ log_softmax = primitive(_log_softmax, _log_softmax_a, name="log_softmax")
 
 @composed(np.average)
 def average(a, axis=None, weights=None, *, keepdims=False):
-    """`np.average`, also with differentiable weights of a's shape or, with an int axis, of that axis' length."""
+    """`np.average`, also with differentiable weights: of a's shape, or of its lengths along the axes."""
     if weights is None:
         return np.mean(a, axis=axis, keepdims=keepdims)
-    if np.ndim(weights) == 1 and np.ndim(a) > 1:
-        if len(weights) != np.shape(a)[axis]:
-            raise ValueError(f"average: weights have length {len(weights)}, axis {axis} has {np.shape(a)[axis]}")
-        weights = np.reshape(weights, (-1,) + (1,) * (np.ndim(a) - 1 - _axis(axis, a)))
+    a, weights = _together((a, weights))
+    if np.shape(weights) != np.shape(a):
+        axes = _axes(a, axis)
+        if axis is None or np.shape(weights) != tuple([np.shape(a)[i] for i in axes]):
+            raise ValueError(f"average: weights of shape {np.shape(weights)} for axis {axis} of {np.shape(a)}")
+        lengths = tuple([n if i in axes else 1 for i, n in enumerate(np.shape(a))])
+        weights = np.reshape(np.transpose(weights, tuple(np.argsort(axes))), lengths)
     weights = weights * np.ones_like(a)  # summed in the precision of both
     return np.sum(a * weights, axis=axis, keepdims=keepdims) / np.sum(weights, axis=axis, keepdims=keepdims)
 
@@ -2212,13 +2215,12 @@ def _shaped(a, shape):
 _reshape = primitive(_shaped, lambda g, out, a, shape: _shaped(g, np.shape(a)), name="reshape")
 primitive(np.transpose, lambda g, out, a, axes=None: np.transpose(g, _inverse(axes)))
 primitive(np.broadcast_to, lambda g, out, array, shape: g)
-_as_dtype = primitive(  # `float` stands for Python's own: a weak scalar
+_as_dtype = _elementwise(  # `float` stands for Python's own: a weak scalar
     lambda a, dtype: float(a) if dtype is float else (a if hasattr(a, "astype") else np.asarray(a)).astype(dtype),
     lambda g, out, a, dtype: g,
     name="astype",
-    elementwise=True,
 )
-primitive(np.copy, lambda g, out, a: g, elementwise=True)
+_elementwise(np.copy, lambda g, out, a: g)
 
 
 @composed(np.reshape)
@@ -2335,17 +2337,17 @@ def block(arrays):
     def shaped(x):
         return [shaped(part) for part in x] if isinstance(x, list) else np.empty(np.shape(x), bool)
 
-    def joined(x, axis):
+    def joined(x):
+        """A part, with all axes, and how many lists deep it is."""
         if isinstance(x, list):
-            return _concatenate(*[joined(part, axis + 1) for part in x], axis=axis)
+            inner, depths = zip(*map(joined, x))
+            return _concatenate(*inner, axis=-1 - depths[0]), 1 + depths[0]
         part = next(parts)
-        return _reshape(part, (1,) * (ndim - np.ndim(part)) + np.shape(part))
+        return _reshape(part, (1,) * (ndim - np.ndim(part)) + np.shape(part)), 0
 
-    ndim, depth, first = np.block(shaped(arrays)).ndim, 0, arrays  # with NumPy's own checks and errors
-    while isinstance(first, list):
-        first, depth = first[0], depth + 1
+    ndim = np.block(shaped(arrays)).ndim  # with NumPy's own checks and errors
     parts = iter(_together(_members(arrays)))
-    return joined(arrays, -depth)
+    return joined(arrays)[0]
 
 
 def _splitting(function):
@@ -2424,8 +2426,9 @@ def take(a, indices, axis=None):
 
 @composed(np.take_along_axis)
 def take_along_axis(arr, indices, axis=-1):
-    if axis is None:
-        return ravel(arr)[indices]
+    arr, axis = (np.ravel(arr), 0) if axis is None else (arr, _axis(axis, arr))
+    if np.ndim(indices) != np.ndim(arr):
+        raise ValueError(f"take_along_axis: indices of shape {np.shape(indices)} for {np.shape(arr)}")
     where = list(np.ogrid[tuple(slice(n) for n in np.shape(arr))])
     where[axis] = indices
     return arr[tuple(where)]
@@ -2433,7 +2436,8 @@ def take_along_axis(arr, indices, axis=-1):
 
 @composed(np.sort)
 def sort(a, axis=-1, kind=None, order=None, *, stable=None):
-    return take_along_axis(ravel(a) if axis is None else a, np.argsort(a, axis), -1 if axis is None else axis)
+    a, axis = (np.ravel(a), 0) if axis is None else (a, _axis(axis, a))
+    return take_along_axis(a, np.argsort(a, axis), axis)
 
 
 # --- moving elements ---
@@ -2495,19 +2499,23 @@ for _function in (
     primitive(_function, _origins(_function))
 
 
+composed(np.linalg.diagonal)(lambda x, *, offset=0: np.diagonal(x, offset, -2, -1))
+composed(np.linalg.trace)(lambda x, *, offset=0: np.trace(x, offset, -2, -1))
+
+
 @composed(np.trace)
 def trace(a, offset=0, axis1=0, axis2=1):
     return np.sum(np.diagonal(a, offset, axis1, axis2), axis=-1)
 
 
 def _pad(array, pad_width, mode="constant", **values):
-    if mode not in ("constant", "edge", "reflect", "symmetric", "wrap"):
+    if mode not in "constant edge reflect symmetric wrap".split():
         raise TypeError(f"pad: mode {mode!r} is not supported on a Value or Tensor")
     return np.pad(array, pad_width, mode, **values)
 
 
 def _pad_x(g, out, array, pad_width, mode="constant", constant_values=0):
-    if mode != "constant":
+    if mode != "constant" or isinstance(pad_width, dict):
         return _pad_back(g, out, array, pad_width=pad_width, mode=mode)
     before = np.broadcast_to(pad_width, (np.ndim(array), 2))[:, 0].tolist()
     return g[tuple([slice(start, start + n) for start, n in zip(before, np.shape(array))])]
@@ -2566,7 +2574,7 @@ def _matmul_y(g, out, x, y):
     return _matmul(x.swapaxes(-1, -2), g)
 
 
-TABLE[np.matmul] = primitive(_matmul, _matmul_x, _matmul_y, name="matmul", reads="operands")
+TABLE[np.matmul] = TABLE[np.linalg.matmul] = primitive(_matmul, _matmul_x, _matmul_y, name="matmul", reads="operands")
 
 
 def _dense_forward(x, w, b, activation=None):
@@ -2576,31 +2584,32 @@ def _dense_forward(x, w, b, activation=None):
     return activation.forward(out, out=buffer) if activation else out
 
 
-def _dense_g(g, out, activation):
-    return activation.vjps[0](g, out, None) if activation else g
+def _dense_rule(rule):
+    def behind(g, out, x, w, b, activation=None):
+        return rule(activation.vjps[0](g, out, None) if activation else g, out, x, w)
+
+    return behind
 
 
 # activation(x @ w + b) in one buffer where three operations have three, of which no rule reads two: half the memory of
 # a large layer. `activation` is a primitive that reads its result only, or None; `optimize` makes it three again.
 _dense = primitive(
     _dense_forward,
-    lambda g, out, x, w, b, activation=None: _matmul_x(_dense_g(g, out, activation), out, x, w),
-    lambda g, out, x, w, b, activation=None: _matmul_y(_dense_g(g, out, activation), out, x, w),
-    lambda g, out, x, w, b, activation=None: _dense_g(g, out, activation),
+    *map(_dense_rule, (_matmul_x, _matmul_y, lambda g, out, x, w: g)),
     name="dense layer",
 )
 
 
 @composed(np.dot)
 def dot(a, b):
-    if np.ndim(a) == 0 or np.ndim(b) == 0:
+    if 0 in (np.ndim(a), np.ndim(b)):
         return a * b
     return a @ b if np.ndim(b) <= 2 else tensordot(a, b, (-1, -2))
 
 
 @composed(np.inner)
 def inner(a, b):
-    return a * b if np.ndim(a) == 0 or np.ndim(b) == 0 else tensordot(a, b, (-1, -1))
+    return a * b if 0 in (np.ndim(a), np.ndim(b)) else tensordot(a, b, (-1, -1))
 
 
 @composed(np.vdot)
@@ -2610,7 +2619,14 @@ def vdot(a, b):
     return np.matmul(*map(np.ravel, _together((a, b))))
 
 
-@composed(np.outer, np.linalg.outer)
+@composed(np.linalg.outer)
+def outer_of_vectors(x1, x2):
+    if not np.ndim(x1) == np.ndim(x2) == 1:
+        raise ValueError(f"outer: expected vectors, got shapes {np.shape(x1)} and {np.shape(x2)}")
+    return np.outer(x1, x2)
+
+
+@composed(np.outer)
 def outer(a, b):
     a, b = _together((a, b))
     return _reshape(a, (-1, 1)) * _reshape(b, (1, -1))
@@ -2676,7 +2692,10 @@ def einsum(subscripts, *operands, optimize=True):
         inputs[k] = "".join(dict.fromkeys(s))
         operands[k] = x if s == inputs[k] else _diagonals(x, f"{s}->{inputs[k]}")
         long.update(c for c, n in zip(inputs[k], np.shape(operands[k])) if n != 1)
-    output = output.replace("...", "".join([c for c in free if any(c in s for s in inputs)]))
+    dots = "".join([c for c in free if any(c in s for s in inputs)])
+    if dots and "..." not in output:
+        raise ValueError("einsum: an ellipsis of the operands is missing in the output")
+    output = output.replace("...", dots)
     for k, s in enumerate(inputs):  # lengths of 1 broadcast: drop them, another operand has the length
         short = tuple([i for i, n in enumerate(np.shape(operands[k])) if n == 1 and s[i] in long])
         operands[k] = np.squeeze(operands[k], short) if short else operands[k]
@@ -2684,7 +2703,7 @@ def einsum(subscripts, *operands, optimize=True):
     return _einsum(*operands, subscripts=",".join(inputs) + "->" + output)
 
 
-@composed(np.tensordot)
+@composed(np.tensordot, np.linalg.tensordot)
 def tensordot(a, b, axes=2):
     axes = axes if isinstance(axes, Iterable) else (range(-axes, 0), range(axes))
     s, t = [*string.ascii_letters[: np.ndim(a)]], [*string.ascii_letters[::-1][: np.ndim(b)]]
@@ -2795,13 +2814,12 @@ def slogdet(a):
 
 
 def _norm(x, ord=None, axis=None, keepdims=False):
-    """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices."""
-    x, vector = _floating(x), np.ndim(x) == 1 if axis is None else not np.ndim(axis)
+    x, vector = _floating(x), (np.ndim(x) if axis is None else np.size(axis)) == 1
     if ord is None or ord == (2 if vector else "fro"):
         return np.sqrt(np.sum(x * x, axis=axis, keepdims=bool(keepdims)))
     if not vector or ord not in (1, np.inf, -np.inf):
-        kind = "vectors" if vector else "matrices"
-        raise TypeError(f"norm: ord={ord!r} is not supported for {kind} on a Value or Tensor")
+        which = "vectors" if vector else "matrices"
+        raise TypeError(f"norm: ord={ord!r} is not supported for {which} on a Value or Tensor")
     return np.linalg.norm(x, ord, axis, keepdims)
 
 
@@ -2812,7 +2830,14 @@ def _norm_x(g, out, x, ord=None, axis=None, keepdims=False):
     return g * (np.sign(x) if ord == 1 else _over(x, out))
 
 
-TABLE[np.linalg.norm] = primitive(_norm, _norm_x, name="norm")
+_normed = primitive(_norm, _norm_x, name="norm")
+
+
+@composed(np.linalg.norm)
+def norm(x, ord=None, axis=None, keepdims=False):
+    """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices; its gradient at 0 is 0."""
+    np.linalg.norm(np.ones((1,) * np.ndim(x)), ord, axis)  # NumPy's own checks and errors
+    return _normed(x, ord=ord, axis=axis, keepdims=keepdims)
 
 
 # --- no gradient: nodes all the same, so that a replay recomputes them ---
@@ -2821,9 +2846,9 @@ for _name in """equal not_equal less less_equal greater greater_equal floor_divi
     bitwise_and bitwise_or bitwise_xor logical_not invert isnan isfinite isinf signbit sign floor ceil rint trunc
     any all argmax argmin argsort count_nonzero""".split():
     primitive(getattr(np, _name), *[None] * getattr(getattr(np, _name), "nin", 1))
-TABLE[np.around] = primitive(np.round, None, elementwise=True)
-primitive(np.isclose, None, None, elementwise=True)
-_detach = primitive(lambda a: a, None, name="detach", elementwise=True)
+TABLE[np.around] = _elementwise(np.round, None)
+_elementwise(np.isclose, None, None)
+_detach = _elementwise(lambda a: a, None, name="detach")
 
 
 TABLE[np.nan_to_num] = primitive(  # replaced elements have no gradient; and nothing is done in place
@@ -2852,7 +2877,7 @@ def _like(function):
         if isinstance(fill, Value):
             return np.broadcast_to(fill, np.shape(a)).astype(np.result_type(kwargs.get("dtype") or _raw(a)))
         out = function(raw, *map(_raw, args), **kwargs)
-        return float(out) if type(raw) is float and out.ndim == 0 and not kwargs else out
+        return float(out) if type(raw) is float and not kwargs else out
 
     TABLE[function] = like
 
@@ -2864,18 +2889,29 @@ for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
 # --- operators and methods of both classes, all from the table ---
 
 
+_OPERANDS = (Array, np.ndarray, np.generic, int, float, list, tuple)
+
+
 def _is_operand(x) -> bool:
-    return isinstance(x, (Array, np.ndarray, np.generic, int, float, list, tuple)) or KINDS[type(x)] is not None
+    return isinstance(x, _OPERANDS) or KINDS[type(x)] is not None
 
 
 def _value_operator(prim: Primitive, swapped=False):
     scalar, differentiable, cls = prim.scalar, prim.vjps[0] is not None, Value  # this copy's, also after a reload
 
     def method(self, other):
-        x, kind = self._data, type(other)
-        if kind is int and (type(x) is float or self.dtype.kind == "f"):
-            other, kind = float(other), float
-        y = other._data if kind is cls else other
+        kind = type(other)
+        if kind is cls:
+            y = other._data
+        elif kind is float:
+            y = other
+        elif kind is int and (type(self._data) is float or self.dtype.kind == "f"):
+            y = other = float(other)
+        elif isinstance(other, _OPERANDS) or KINDS[kind] is not None:
+            y = None
+        else:
+            return NotImplemented
+        x = self._data
         args = (other, self) if swapped else (self, other)
         if type(x) is float and type(y) is float and scalar is not None and _mode.recording:
             # The path of micrograd's world: what `_apply` would do, spelled out, as a graph has 10^5 such nodes.
@@ -2893,15 +2929,13 @@ def _value_operator(prim: Primitive, swapped=False):
             node._number = _next_number()
             node.label = ""
             return node
-        if kind is cls or kind is float or _is_operand(other):
-            return _apply(prim, args, _NO_PARAMS)
-        return NotImplemented
+        return _apply(prim, args, _NO_PARAMS)
 
     return method
 
 
 def _tensor_operator(prim: Primitive, swapped=False):
-    forward, ndarray = prim.forward, np.ndarray
+    forward, ndarray, compares = prim.forward, np.ndarray, prim.name.startswith(("equal", "not_", "less", "greater"))
 
     def method(self, other):
         x, kind = self._data, type(other)
@@ -2920,7 +2954,7 @@ def _tensor_operator(prim: Primitive, swapped=False):
         if not _is_operand(other):
             return NotImplemented
         out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
-        return np.bool_(out._data) if isinstance(out._data, (bool, np.bool_)) else out  # of numbers, a plain truth
+        return np.bool_(out._data) if compares and not out.ndim else out  # of numbers, a plain truth
 
     return method
 
@@ -2929,16 +2963,16 @@ def _in_place_operator(prim: Primitive):
     """`t += x`: arrays are written to once the whole result is there; a 0-d Tensor is replaced, like a number."""
 
     def method(self, other):
-        if prim.ufunc and self.size > _LITTLE and type(other) is not Value:
-            # Where nothing can fail half-way, without an array in between.
-            x, y = KINDS[type(self._data)].target(self._data), float(other) if type(other) is int else _raw(other)
-            if x is not None and x.dtype.kind == "f" and _harmless(np.geterr()):
-                alike = type(y) is not float and KINDS[type(y)] is not None and not _lazy(y)
-                if type(y) is float or (alike and y.dtype is x.dtype and y.shape == x.shape):
-                    prim.forward(x, _fetched(y) if alike else y, out=x)
-                    return self
         if isinstance(other, Value) or not _is_operand(other):
             return NotImplemented
+        x = KINDS[type(self._data)].target(self._data) if prim.ufunc and self.size > _LITTLE else None
+        if x is not None and x.dtype.kind == "f" and _harmless(np.geterr()):
+            # Where nothing can fail half-way, without an array in between.
+            y = float(other) if type(other) is int else _raw(other)
+            alike = getattr(y, "dtype", None) is x.dtype and y.shape == x.shape and not _lazy(y)
+            if alike or type(y) is float:
+                prim.forward(x, _fetched(y) if alike else y, out=x)
+                return self
         out = _apply(prim, (self, other), _NO_PARAMS)
         if not self.ndim and not out.ndim:
             return out
@@ -2994,6 +3028,16 @@ for _key, _function in list(TABLE.items()):
     if hasattr(np.ndarray, _name) or getattr(_function, "operands", None):
         if _name.isidentifier() and _name not in vars(Array):
             _put_in(Array, _name, _method(_function), _name)
+
+
+def _sort(self, axis=-1, kind=None, order=None, *, stable=None):
+    if isinstance(self, Value):
+        raise TypeError("sort: a Value does not change in place; use np.sort")
+    self[...] = np.sort(self, axis)
+
+
+_put_in(Array, "sort", _sort, "sort")
+del Array.resize  # an array's own one changes it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
