@@ -2067,34 +2067,30 @@ def _extremum_a(g, out, a, axis=None, keepdims=False):
     return _masked(hit, share)
 
 
-def _flip_cumsum(g, axis):
-    return np.flip(np.cumsum(np.flip(g, axis), axis), axis)
+def _along_one(rule):
+    """The rule of a function along an axis, from a rule without `out`: with no axis, the array is a vector."""
+
+    def whole(g, out, a, axis=None):
+        if axis is None or not np.ndim(a):
+            return np.reshape(rule(g, np.ravel(a), 0), np.shape(a))
+        return rule(g, a, axis)
+
+    return whole
 
 
-def _cumsum_a(g, out, a, axis=None):
-    if axis is None or not np.ndim(a):
-        return np.reshape(_flip_cumsum(g, 0), np.shape(a))
-    return _flip_cumsum(g, axis)
-
-
-def _cumprod_a(g, out, a, axis=None):
+def _cumprod_a(g, a, axis):
     # With x the input, dL/dx_i = (x_0 ... x_{i-1}) * S_i where S_i = g_i + x_{i+1} * S_{i+1}. The recurrence is a
     # composition of affine maps, done by doubling (Hillis and Steele 1986); no division, so zeros are exact.
-    axis = axis if np.ndim(a) else None
-    x, shift = (np.ravel(z) if axis is None else np.moveaxis(z, axis, -1) for z in (a, g))
-    n, step = np.shape(x)[-1], 1
-    if not n:
-        return np.zeros_like(a)
+    x, shift, step = np.moveaxis(a, axis, -1), np.moveaxis(g, axis, -1), 1
 
     def ahead(z):
         """z as it is `step` further on; there it ends with zeros."""
         return np.concatenate([z[..., step:], np.zeros_like(z[..., :step])], axis=-1)
 
     before, scale = _before(x), ahead(x)
-    while step < n:
+    while step < np.shape(x)[-1]:
         shift, scale, step = shift + scale * ahead(shift), scale * ahead(scale), 2 * step
-    result = before * shift
-    return np.reshape(result, np.shape(a)) if axis is None else np.moveaxis(result, -1, axis)
+    return np.moveaxis(before * shift, -1, axis)
 
 
 def _peak(a, axis):
@@ -2160,8 +2156,8 @@ primitive(np.var, _var_a)
 primitive(np.std, _std_a)
 TABLE[np.amax] = primitive(np.max, _extremum_a)
 TABLE[np.amin] = primitive(np.min, _extremum_a)
-primitive(np.cumsum, _cumsum_a)
-primitive(np.cumprod, _cumprod_a)
+primitive(np.cumsum, _along_one(lambda g, a, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis)))
+primitive(np.cumprod, _along_one(_cumprod_a))
 _weights_of = primitive(
     _logsumexp_weights,
     lambda g, out, a, total, axis=None: _softmax_a(g, out, a, axis),
@@ -2499,10 +2495,6 @@ for _function in (
     primitive(_function, _origins(_function))
 
 
-composed(np.linalg.diagonal)(lambda x, *, offset=0: np.diagonal(x, offset, -2, -1))
-composed(np.linalg.trace)(lambda x, *, offset=0: np.trace(x, offset, -2, -1))
-
-
 @composed(np.trace)
 def trace(a, offset=0, axis1=0, axis2=1):
     return np.sum(np.diagonal(a, offset, axis1, axis2), axis=-1)
@@ -2528,9 +2520,10 @@ TABLE[np.pad] = primitive(_pad, _pad_x, name="pad")
 def _window_x(g, out, x, window_shape, axis=None):
     total, axes = 0.0, _axes(x, axis)
     for offset in np.ndindex(*np.shape(g)[np.ndim(x) :]):  # one shifted copy of g per place in the window
-        starts = [sum(start for i, start in zip(axes, offset) if i == j) for j in range(np.ndim(x))]
-        index = [slice(start, start + n) for start, n in zip(starts, np.shape(g))]
-        total = total + _scatter(g[(Ellipsis,) + offset], shape=np.shape(x), index=tuple(index))
+        start = np.zeros(np.ndim(x), int)
+        np.add.at(start, list(axes), offset)
+        index = tuple(map(slice, start.tolist(), (start + np.shape(g)[: np.ndim(x)]).tolist()))
+        total = total + _scatter(g[(Ellipsis,) + offset], shape=np.shape(x), index=index)
     return total
 
 
@@ -2619,11 +2612,7 @@ def vdot(a, b):
     return np.matmul(*map(np.ravel, _together((a, b))))
 
 
-@composed(np.linalg.outer)
-def outer_of_vectors(x1, x2):
-    if not np.ndim(x1) == np.ndim(x2) == 1:
-        raise ValueError(f"outer: expected vectors, got shapes {np.shape(x1)} and {np.shape(x2)}")
-    return np.outer(x1, x2)
+composed(np.linalg.outer)(lambda x1, x2: einsum("i,j->ij", x1, x2))
 
 
 @composed(np.outer)
@@ -2653,15 +2642,14 @@ def _einsum_forward(*operands, subscripts):
 
 def _einsum_i(i, g, out, operands, subscripts):
     # The gradient of operand i is an einsum of g and the other operands; letters that only operand i has were summed
-    # over, so their gradient is broadcast.
+    # over: along these, it has length 1 here.
     inputs, output = subscripts.split("->")
     inputs = inputs.split(",")
     mine, others = inputs.pop(i), [output, *inputs]
     known = "".join([c for c in mine if any(c in other for other in others)])
-    rest = (*operands[:i], *operands[i + 1 :])
-    part = _einsum(g, *rest, subscripts=",".join(others) + "->" + known)
-    shape = np.shape(operands[i])
-    return np.broadcast_to(np.reshape(part, tuple([n if c in known else 1 for c, n in zip(mine, shape)])), shape)
+    part = _einsum(g, *operands[:i], *operands[i + 1 :], subscripts=",".join(others) + "->" + known)
+    lengths = dict(zip(known, np.shape(part)))
+    return np.reshape(part, tuple([lengths.get(c, 1) for c in mine]))
 
 
 def _diagonal_of(x, subscripts):
@@ -2681,7 +2669,7 @@ def einsum(subscripts, *operands, optimize=True):
     inputs, operands = left.split(","), list(operands)
     if len(inputs) != len(operands):
         raise ValueError(f"einsum: {len(inputs)} subscripts for {len(operands)} operands")
-    free, long = "".join([c for c in string.ascii_letters if c not in subscripts]), set()
+    free = "".join([c for c in string.ascii_letters if c not in subscripts])
     if not arrow:
         output = "..." + "".join(sorted(c for c in {*left} - {*",."} if left.count(c) == 1))
     for k, (s, x) in enumerate(zip(inputs, operands)):
@@ -2691,16 +2679,10 @@ def einsum(subscripts, *operands, optimize=True):
         s = s.replace("...", free[len(free) - n :])  # an ellipsis is some letters from the end of the free ones
         inputs[k] = "".join(dict.fromkeys(s))
         operands[k] = x if s == inputs[k] else _diagonals(x, f"{s}->{inputs[k]}")
-        long.update(c for c, n in zip(inputs[k], np.shape(operands[k])) if n != 1)
     dots = "".join([c for c in free if any(c in s for s in inputs)])
     if dots and "..." not in output:
         raise ValueError("einsum: an ellipsis of the operands is missing in the output")
-    output = output.replace("...", dots)
-    for k, s in enumerate(inputs):  # lengths of 1 broadcast: drop them, another operand has the length
-        short = tuple([i for i, n in enumerate(np.shape(operands[k])) if n == 1 and s[i] in long])
-        operands[k] = np.squeeze(operands[k], short) if short else operands[k]
-        inputs[k] = "".join([c for i, c in enumerate(s) if i not in short])
-    return _einsum(*operands, subscripts=",".join(inputs) + "->" + output)
+    return _einsum(*operands, subscripts=",".join(inputs) + "->" + output.replace("...", dots))
 
 
 @composed(np.tensordot, np.linalg.tensordot)
@@ -2748,15 +2730,8 @@ primitive(np.linalg.cholesky, _cholesky_a)
 
 
 # The gradient of a determinant is the matrix of cofactors, det(a) * inv(a).T, which singular matrices have, too. With
-# a = u @ diag(s) @ v, it is u @ diag(products of the other s) @ v, up to the signs of det(u) and det(v).
-
-
-def _decomposed(a):
-    """u, s, v as np.linalg.svd gives them, nan if a is not finite; and the sign of det(u) * det(v)."""
-    finite = np.isfinite(a).all((-1, -2), keepdims=True)
-    u, s, v = np.linalg.svd(np.where(finite, a, np.zeros_like(a)))
-    sign = np.sign(np.linalg.det(u) * np.linalg.det(v))[..., None, None]
-    return np.where(finite, u, np.nan), s, v, sign
+# a = u @ diag(s) @ v, it is u @ diag(products of the other s) @ v, up to the signs of det(u) and det(v). A cofactor is
+# also the determinant of what is left without a row and a column: so cofactors have derivatives of any order.
 
 
 def _cofactors(a):
@@ -2765,40 +2740,24 @@ def _cofactors(a):
         squares = (np.einsum("...ij,...ij->...", x, x) for x in (a, inverse))  # of Frobenius' norms
         if not np.any(math.prod(squares) > 1 / np.finfo(inverse.dtype).eps):
             return np.linalg.det(a)[..., None, None] * _t(inverse)
-    u, s, v, sign = _decomposed(a)
-    return sign * ((u * _others(s)[..., None, :]) @ v)
+    finite = np.isfinite(a).all((-1, -2), keepdims=True)
+    u, s, v = np.linalg.svd(np.where(finite, a, np.zeros_like(a)))
+    sign = np.sign(np.linalg.det(u) * np.linalg.det(v))[..., None, None]
+    return np.where(finite, sign * ((u * _others(s)[..., None, :]) @ v), np.nan)
 
 
-def _cofactors_slope(h, a):
-    """The gradient by a of sum(h * cofactors(a)): linear in h, with a symmetric matrix, the Hessian of det."""
-    u, s, v, sign = _decomposed(a)
-    h = sign * (_t(u) @ h @ _t(v))
-    own = np.eye(s.shape[-1], dtype=bool)
-    pairs = np.where(own, 0.0, _others(np.where(own, 1.0, s[..., None, :])))  # the product of all s but two
-    diagonal = pairs @ np.diagonal(h, 0, -2, -1)[..., None]
-    return u @ np.where(own, diagonal, -pairs * _t(h)) @ v
+def _cofactors_a(g, out, a):
+    x, n = np.positive(a) if isinstance(a, Value) else _leaf(a), np.shape(a)[-1]
+    if n > 16:  # minors would take n**4 numbers: these matrices need an inverse
+        cofactors = np.expand_dims(np.linalg.det(x), (-1, -2)) * _t(np.linalg.inv(x))
+    else:
+        rest = np.array([[j for j in range(n) if j != i] for i in range(n)], int).reshape(n, -1)
+        minors = x[..., rest[:, None, :, None], rest[:, None, :]]
+        cofactors = np.linalg.det(minors) * (-1.0) ** np.add.outer(range(n), range(n))
+    return _backpropagate(cofactors, g, {x}, False, isinstance(a, Value))[x]
 
 
-def _cofactors_slope_a(g, out, h, a):
-    """The third derivative of det, from the second, which is det(a) * (tr(x) * tr(y) - tr(x @ y)). Only of invertible
-    matrices."""
-
-    def second(a):
-        b = np.linalg.inv(a)
-        x, y = np.matmul(b, h), np.matmul(b, g)
-        x, y, both = (np.trace(z, 0, -2, -1) for z in (x, y, np.matmul(x, y)))
-        return np.sum(np.linalg.det(a) * (x * y - both))
-
-    return grad(second)(a)
-
-
-_cofactor = primitive(_cofactors, lambda g, out, a: _slope_of_cofactors(g, a), name="matrix of cofactors")
-_slope_of_cofactors = primitive(
-    _cofactors_slope,
-    lambda g, out, h, a: _slope_of_cofactors(g, a),
-    _cofactors_slope_a,
-    name="slope of cofactors",
-)
+_cofactor = primitive(_cofactors, _cofactors_a, name="matrix of cofactors")
 primitive(np.linalg.det, lambda g, out, a: np.expand_dims(g, (-1, -2)) * _cofactor(a))
 _logdet = primitive(
     lambda a: np.linalg.slogdet(a)[1],
@@ -3001,9 +2960,9 @@ def _method(function):
 def _put_in(cls: type, name: str, method: Callable, like: str) -> None:
     """Gives a class a method under its name, with the line in which NumPy describes its function of the name `like`."""
     about = getattr(np, like, None) or getattr(np.linalg, like, None)
-    lines = [line for line in (about.__doc__ or "").splitlines() if line and not line.startswith(f"{like}(")]
+    paragraphs = (about.__doc__ or like).strip().split("\n\n", 2)  # of a ufunc the first is the signature
+    method.__doc__ = paragraphs[isinstance(about, np.ufunc)] if about else f"`{like}`, as a method."
     method.__name__, method.__qualname__ = name, f"{cls.__name__}.{name}"
-    method.__doc__ = lines[0].strip() if lines else f"`{like}`, as a method."
     setattr(cls, name, method)
 
 

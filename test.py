@@ -166,7 +166,6 @@ SAMPLES = {
     "dense layer": [(((2, 3), (3, 4), (4,)), {"activation": f}) for f in (TABLE[np.tanh], sigmoid, None)],
     **dict.fromkeys(["inv", "det", "cholesky", "logabsdet", "matrix of cofactors"], SQUARE),
     "solve": [(((shape, "definite"), b), {}) for shape, b in [((3, 3), (3, 1)), ((2, 3, 3), (3, 2))]],
-    "slope of cofactors": [((shape, (shape, "definite")), {}) for shape in ((3, 3), (2, 3, 3))],
     "dot": [(((), (), (), (), ()), {"products": 2}), (((2, 3), (2, 3), (2, 3)), {"products": 0})],
     "pack": [(((), (), ()), {"shape": (3,), "dtype": np.float64})],
 }

@@ -890,7 +890,6 @@ REACHED |= {"sliding_window_view", "logabsdet", "signdet", "detach", "dot", "pac
 REACHED |= {
     "weights of logsumexp",
     "matrix of cofactors",
-    "slope of cofactors",
     "dense layer",
     "tile",
     "label mask",
