@@ -1883,6 +1883,24 @@ def _masked(mask, g):
     return np.where(mask, g, 0.0)
 
 
+def _bound(ufunc, beyond, name):
+    """One side of clip: the gradient is x's up to the bound y, and y's beyond it and where it is nan."""
+
+    def taken(x, y):
+        return beyond(x, y) | np.isnan(y)
+
+    return primitive(
+        ufunc,
+        lambda g, out, x, y: _masked(~taken(x, y), g),
+        lambda g, out, x, y: _masked(taken(x, y), g),
+        name=name,
+    )
+
+
+# The ufuncs themselves are found in the table as what is entered after these.
+_not_below, _not_above = _bound(np.maximum, np.less, "at least"), _bound(np.minimum, np.greater, "at most")
+
+
 def _share_of(g, out, mine, other, first):
     """What an operand of maximum or one of its kin gets: all where it is the result, half of it in a tie. Of nan and a
     number, that is it which NumPy takes; of two nans the first."""
@@ -1905,23 +1923,6 @@ _elementwise(
     lambda g, out, condition, x, y: _masked(condition, g),
     lambda g, out, condition, x, y: _masked(np.logical_not(condition), g),
 )
-
-
-def _bound(ufunc, beyond, name):
-    """One side of clip: the gradient is x's up to the bound y, and y's beyond it and where it is nan."""
-
-    def taken(x, y):
-        return beyond(x, y) | np.isnan(y)
-
-    return _elementwise(
-        lambda x, y: ufunc(x, y),
-        lambda g, out, x, y: _masked(~taken(x, y), g),
-        lambda g, out, x, y: _masked(taken(x, y), g),
-        name=name,
-    )
-
-
-_not_below, _not_above = _bound(np.maximum, np.less, "at least"), _bound(np.minimum, np.greater, "at most")
 
 
 @composed(np.clip, np._core.umath.clip)
@@ -2637,7 +2638,7 @@ def _einsum_forward(*operands, subscripts):
     lengths = dict(zip(subscripts.replace(",", ""), itertools.chain(*map(np.shape, operands))))
     work = math.prod(lengths.values())
     size = max([math.prod([lengths[c] for c in s]) for s in subscripts.replace("->", ",").split(",")])
-    return np.einsum(subscripts, *operands, optimize=len(operands) > 2 or work > max(8 * size, 1 << 14))
+    return np.einsum(subscripts, *operands, optimize=len(operands) > 2 or work > 8 * size + 16384)
 
 
 def _einsum_i(i, g, out, operands, subscripts):
@@ -2772,31 +2773,28 @@ def slogdet(a):
     return type(np.linalg.slogdet(np.eye(1)))(_signdet(a), _logdet(a))
 
 
-def _norm(x, ord=None, axis=None, keepdims=False):
-    x, vector = _floating(x), (np.ndim(x) if axis is None else np.size(axis)) == 1
-    if ord is None or ord == (2 if vector else "fro"):
-        return np.sqrt(np.sum(x * x, axis=axis, keepdims=bool(keepdims)))
-    if not vector or ord not in (1, np.inf, -np.inf):
-        which = "vectors" if vector else "matrices"
-        raise TypeError(f"norm: ord={ord!r} is not supported for {which} on a Value or Tensor")
-    return np.linalg.norm(x, ord, axis, keepdims)
-
-
-def _norm_x(g, out, x, ord=None, axis=None, keepdims=False):
-    if ord in (np.inf, -np.inf):
-        return np.sign(x) * _extremum_a(g, out, np.abs(x), axis, keepdims)
-    g, out = (_unreduce(z, x, axis, keepdims) for z in (g, out))
-    return g * (np.sign(x) if ord == 1 else _over(x, out))
-
-
-_normed = primitive(_norm, _norm_x, name="norm")
+_norm = primitive(
+    lambda x, axis=None, keepdims=False: np.sqrt(np.sum(x * x, axis=axis, keepdims=bool(keepdims))),
+    lambda g, out, x, axis=None, keepdims=False: (
+        _unreduce(g, x, axis, keepdims) * _over(x, _unreduce(out, x, axis, keepdims))
+    ),
+    name="norm",
+)
 
 
 @composed(np.linalg.norm)
 def norm(x, ord=None, axis=None, keepdims=False):
     """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices; its gradient at 0 is 0."""
     np.linalg.norm(np.ones((1,) * np.ndim(x)), ord, axis)  # NumPy's own checks and errors
-    return _normed(x, ord=ord, axis=axis, keepdims=keepdims)
+    if x.dtype.kind != "f":
+        x = x.astype(np.float64)  # as NumPy does, before integers overflow
+    vector = (np.ndim(x) if axis is None else np.size(axis)) == 1
+    if ord is None or ord == (2 if vector else "fro"):
+        return _norm(x, axis=axis, keepdims=keepdims)
+    reduce = {1: np.sum, np.inf: np.max if x.size else np.sum, -np.inf: np.min}.get(ord) if vector else None
+    if reduce is None:
+        raise TypeError(f"norm: ord={ord!r} is not supported for axis {axis} of a Value or Tensor")
+    return reduce(np.abs(x), axis=axis, keepdims=keepdims)
 
 
 # --- no gradient: nodes all the same, so that a replay recomputes them ---
@@ -2960,8 +2958,8 @@ def _method(function):
 def _put_in(cls: type, name: str, method: Callable, like: str) -> None:
     """Gives a class a method under its name, with the line in which NumPy describes its function of the name `like`."""
     about = getattr(np, like, None) or getattr(np.linalg, like, None)
-    paragraphs = (about.__doc__ or like).strip().split("\n\n", 2)  # of a ufunc the first is the signature
-    method.__doc__ = paragraphs[isinstance(about, np.ufunc)] if about else f"`{like}`, as a method."
+    paragraphs = (about.__doc__ or like).strip().split("\n\n", 2)
+    method.__doc__ = f"`{like}`, as a method." if about is None else paragraphs[isinstance(about, np.ufunc)]
     method.__name__, method.__qualname__ = name, f"{cls.__name__}.{name}"
     setattr(cls, name, method)
 
