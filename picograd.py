@@ -2441,9 +2441,9 @@ def sort(a, axis=-1, kind=None, order=None, *, stable=None):
 
 
 def _tile_x(g, out, A, reps):
-    lengths = list(zip((1,) * (np.ndim(g) - np.ndim(A)) + np.shape(A), np.shape(g)))
-    spread = np.reshape(g, tuple([k for n, total in lengths for k in (total // max(n, 1), n)]))
-    return np.reshape(np.sum(spread, axis=tuple(range(0, 2 * len(lengths), 2))), np.shape(A))
+    shape = (1,) * (np.ndim(g) - np.ndim(A)) + np.shape(A)
+    spread = np.reshape(g, [k for n, total in zip(shape, np.shape(g)) for k in (total // max(n, 1), n)])
+    return np.reshape(np.sum(spread, axis=tuple(range(0, 2 * np.ndim(g), 2))), np.shape(A))
 
 
 # Of these, the gradient is the same movement backwards.
@@ -2624,13 +2624,11 @@ def outer(a, b):
 
 @composed(np.kron)
 def kron(a, b):
-    if not (np.ndim(a) and np.ndim(b)):
-        return a * b
     ndim = max(np.ndim(a), np.ndim(b))
-    a, b = (_reshape(x, (1,) * (ndim - np.ndim(x)) + np.shape(x)) for x in (a, b))
-    odd, even = (tuple(range(i, 2 * ndim, 2)) for i in (1, 0))
-    product = np.expand_dims(a, odd) * np.expand_dims(b, even)
-    return _reshape(product, tuple(map(operator.mul, np.shape(a), np.shape(b))))
+    a, b = (np.reshape(x, (1,) * (ndim - np.ndim(x)) + np.shape(x)) for x in _together((a, b)))
+    s, t = string.ascii_letters[:ndim], string.ascii_letters[ndim : 2 * ndim]
+    product = _einsum(a, b, subscripts=f"{s},{t}->{''.join(map(operator.add, s, t))}")
+    return np.reshape(product, tuple(map(operator.mul, np.shape(a), np.shape(b))))
 
 
 def _einsum_forward(*operands, subscripts):
@@ -2666,24 +2664,19 @@ def einsum(subscripts, *operands, optimize=True):
     """`np.einsum` with a subscript string: explicit or implicit, with ellipses and repeated letters."""
     if not isinstance(subscripts, str):
         raise TypeError(f"einsum: subscripts must be a string on a Value or Tensor, got {type(subscripts).__name__}")
+    np.einsum(subscripts, *[np.ones((1,) * np.ndim(x)) for x in operands])  # NumPy's own checks and errors
     left, arrow, output = subscripts.replace(" ", "").partition("->")
     inputs, operands = left.split(","), list(operands)
-    if len(inputs) != len(operands):
-        raise ValueError(f"einsum: {len(inputs)} subscripts for {len(operands)} operands")
     free = "".join([c for c in string.ascii_letters if c not in subscripts])
     if not arrow:
         output = "..." + "".join(sorted(c for c in {*left} - {*",."} if left.count(c) == 1))
     for k, (s, x) in enumerate(zip(inputs, operands)):
         n = np.ndim(x) - len(s.replace("...", ""))
-        if n < 0 or (n and "..." not in s):
-            raise ValueError(f"einsum: subscripts {s!r} for operand {k} of shape {np.shape(x)}")
         s = s.replace("...", free[len(free) - n :])  # an ellipsis is some letters from the end of the free ones
         inputs[k] = "".join(dict.fromkeys(s))
         operands[k] = x if s == inputs[k] else _diagonals(x, f"{s}->{inputs[k]}")
-    dots = "".join([c for c in free if any(c in s for s in inputs)])
-    if dots and "..." not in output:
-        raise ValueError("einsum: an ellipsis of the operands is missing in the output")
-    return _einsum(*operands, subscripts=",".join(inputs) + "->" + output.replace("...", dots))
+    output = output.replace("...", "".join([c for c in free if any(c in s for s in inputs)]))
+    return _einsum(*operands, subscripts=",".join(inputs) + "->" + output)
 
 
 @composed(np.tensordot, np.linalg.tensordot)
