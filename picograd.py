@@ -1937,9 +1937,9 @@ def clip(a, a_min=None, a_max=None, *, min=None, max=None):
     for bound, side, beyond, end in ((low, _not_below, operator.lt, "min"), (high, _not_above, operator.gt, "max")):
         dtype = np.result_type(_raw(a))
         # As in NumPy, a whole number that is beyond all that the dtype holds is no bound.
-        if type(bound) is int and dtype.kind in "iu" and beyond(bound, getattr(np.iinfo(dtype), end)):
-            continue
-        a = a if bound is None else side(a, bound)
+        beyond_all = type(bound) is int and dtype.kind in "iu" and beyond(bound, getattr(np.iinfo(dtype), end))
+        if bound is not None and not beyond_all:
+            a = side(a, bound)
     return a
 
 
@@ -2038,8 +2038,6 @@ def _others(a):
 def _prod_a(g, out, a, axis=None, keepdims=False):
     if 0 in np.shape(a):
         return np.zeros_like(a)
-    if not np.ndim(a):
-        return g
     axes = _axes(a, axis)
     last = tuple(range(-len(axes), 0))
     moved = np.moveaxis(a, axes, last)
@@ -2055,7 +2053,7 @@ def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
 
 def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
     # Of equal numbers it is 0, but their mean may be rounded, and then this is not. Less the largest, they are 0.
-    a = a - _peak(a, axis)
+    a = a if 0 in np.shape(a) else a - np.max(a, axis=axis, keepdims=True)
     g, out = (_unreduce(x, a, axis, keepdims) for x in (g, out))
     return _var_a(_over(0.5 * g, out), out, a, axis, ddof, True)
 
@@ -2096,9 +2094,8 @@ def _cumprod_a(g, a, axis):
 
 def _peak(a, axis):
     """The largest along axis, which is kept; -inf of none."""
-    if 0 in np.shape(a):
-        return np.max(a, axis=axis, keepdims=True, initial=-np.inf)
-    return np.max(a, axis=axis, keepdims=True)
+    none = {"initial": -np.inf} if 0 in np.shape(a) else {}
+    return np.max(a, axis=axis, keepdims=True, **none)
 
 
 def _logsumexp(a, axis=None, keepdims=False):
@@ -2180,8 +2177,8 @@ def average(a, axis=None, weights=None, *, keepdims=False):
         axes = _axes(a, axis)
         if axis is None or np.shape(weights) != tuple([np.shape(a)[i] for i in axes]):
             raise ValueError(f"average: weights of shape {np.shape(weights)} for axis {axis} of {np.shape(a)}")
-        lengths = tuple([n if i in axes else 1 for i, n in enumerate(np.shape(a))])
-        weights = np.reshape(np.transpose(weights, tuple(np.argsort(axes))), lengths)
+        others = tuple([i for i in range(np.ndim(a)) if i not in axes])
+        weights = np.expand_dims(np.transpose(weights, np.argsort(axes).tolist()), others)
     weights = weights * np.ones_like(a)  # summed in the precision of both
     return np.sum(a * weights, axis=axis, keepdims=keepdims) / np.sum(weights, axis=axis, keepdims=keepdims)
 
@@ -2191,7 +2188,7 @@ def average(a, axis=None, weights=None, *, keepdims=False):
 
 def _inverse(axes):
     """The permutation that undoes a transposition."""
-    return None if axes is None else tuple(int(i) for i in np.argsort([i % len(axes) for i in axes]))
+    return None if axes is None else tuple(np.argsort([i % len(axes) for i in axes]).tolist())
 
 
 def _axis(axis, a) -> int:
@@ -2224,7 +2221,7 @@ _elementwise(np.copy, lambda g, out, a: g)
 def reshape(a, shape, order="C"):
     if order != "C":
         raise TypeError(f"reshape: order {order!r} is not supported on a Value or Tensor, only 'C'")
-    return _reshape(a, tuple(shape) if isinstance(shape, Iterable) else (shape,))
+    return _reshape(a, shape)
 
 
 @composed(np.ravel)
@@ -2373,8 +2370,7 @@ def _filled(index, parts):
 def _put(a, *parts, shape, index):
     """Zeros of that shape with `a` added at that index: the transpose of indexing."""
     index = _filled(index, parts)
-    order = "F" if type(a) is np.ndarray and a.flags.fnc else "C"  # as `np.pad` has it
-    out = np.zeros(shape, getattr(a, "dtype", np.float64), order)
+    out = np.zeros(shape, getattr(a, "dtype", np.float64))
     if all(i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer)) for i in index):
         out[index] = a
     else:
@@ -2714,7 +2710,7 @@ def solve(a, b):
 
 def _cholesky_a(g, out, a):
     # Murray 2016, "Differentiation of the Cholesky decomposition", eq. 9. NumPy reads the lower triangle only.
-    half = np.tril(np.ones(np.shape(a)[-2:])) - 0.5 * np.eye(np.shape(a)[-1])
+    half = np.tri(np.shape(a)[-1]) - 0.5 * np.eye(np.shape(a)[-1])
     s = np.linalg.solve(_t(out), _t(np.linalg.solve(_t(out), _t(np.matmul(_t(out), g) * half))))
     return (s + _t(s)) * half
 
@@ -2742,12 +2738,9 @@ def _cofactors(a):
 
 def _cofactors_a(g, out, a):
     x, n = np.positive(a) if isinstance(a, Value) else _leaf(a), np.shape(a)[-1]
-    if n > 16:  # minors would take n**4 numbers: these matrices need an inverse
-        cofactors = np.expand_dims(np.linalg.det(x), (-1, -2)) * _t(np.linalg.inv(x))
-    else:
-        rest = np.array([[j for j in range(n) if j != i] for i in range(n)], int).reshape(n, -1)
-        minors = x[..., rest[:, None, :, None], rest[:, None, :]]
-        cofactors = np.linalg.det(minors) * (-1.0) ** np.add.outer(range(n), range(n))
+    rest = np.array([[j for j in range(n) if j != i] for i in range(n)], int).reshape(n, -1)
+    minors = x[..., rest[:, None, :, None], rest[:, None, :]]
+    cofactors = np.linalg.det(minors) * (-1.0) ** np.add.outer(range(n), range(n))
     return _backpropagate(cofactors, g, {x}, False, isinstance(a, Value))[x]
 
 
@@ -2779,9 +2772,7 @@ _norm = primitive(
 def norm(x, ord=None, axis=None, keepdims=False):
     """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices; its gradient at 0 is 0."""
     np.linalg.norm(np.ones((1,) * np.ndim(x)), ord, axis)  # NumPy's own checks and errors
-    if x.dtype.kind != "f":
-        x = x.astype(np.float64)  # as NumPy does, before integers overflow
-    vector = (np.ndim(x) if axis is None else np.size(axis)) == 1
+    x, vector = _floating(x), (np.ndim(x) if axis is None else np.size(axis)) == 1
     if ord is None or ord == (2 if vector else "fro"):
         return _norm(x, axis=axis, keepdims=keepdims)
     reduce = {1: np.sum, np.inf: np.max if x.size else np.sum, -np.inf: np.min}.get(ord) if vector else None
@@ -2885,7 +2876,7 @@ def _value_operator(prim: Primitive, swapped=False):
 
 
 def _tensor_operator(prim: Primitive, swapped=False):
-    forward, ndarray, compares = prim.forward, np.ndarray, prim.name.startswith(("equal", "not_", "less", "greater"))
+    forward, ndarray = prim.forward, np.ndarray
 
     def method(self, other):
         x, kind = self._data, type(other)
@@ -2904,7 +2895,7 @@ def _tensor_operator(prim: Primitive, swapped=False):
         if not _is_operand(other):
             return NotImplemented
         out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
-        return np.bool_(out._data) if compares and not out.ndim else out  # of numbers, a plain truth
+        return np.bool_(out._data) if prim.ufunc and isinstance(out._data, (bool, np.bool_)) else out  # a plain truth
 
     return method
 

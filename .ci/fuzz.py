@@ -1750,7 +1750,8 @@ def check_copies(program, seed, found):
         expect(how, public(middle), public(inner), 1e-300, code)
         if flowing:
             for v, g in zip(leaves, found):
-                expect(f"{how} loses the identity of leaves", public(v.grad), g, 1e-300, code)
+                # A copy of a strided array is in C order, in which NumPy may add up in another order.
+                expect(f"{how} loses the identity of leaves", public(v.grad), g, np.finfo(g.dtype).eps, code)
         if any(a is b for a in leaves for b in run.leaves):
             raise Differs(how, "a copy holds the original leaf", code)
     twin = copy.copy(root)
