@@ -160,6 +160,7 @@ SAMPLES = {
         for shapes in [((3,), (3,)), ((2, 3), (3,)), ((3,), (3, 2)), ((2, 3), (3, 4)), ((5, 2, 3), (3, 4))]
         + [((5, 1, 2, 3), (4, 3, 2)), ((3,), (5, 3, 2)), ((5, 2, 3), (3,))]
     ],
+    "mse": [(((2, 3), (2, 3)), {})],
     "dense layer": [(((2, 3), (3, 4), (4,)), {"activation": f}) for f in (TABLE[np.tanh], sigmoid, None)],
     **dict.fromkeys(["inv", "det", "cholesky", "logabsdet", "matrix of cofactors"], SQUARE),
     "solve": [(((shape, "definite"), b), {}) for shape, b in [((3, 3), (3, 1)), ((2, 3, 3), (3, 2))]],
@@ -255,6 +256,128 @@ class TestPrimitives(Strict):
         self.assertEqual(v[np.argmax(v) - 1].item(), 1.0)
         self.assertEqual([5, 6, 7][np.argmax(v)], 7)
 
+    def test_what_numpy_refuses_is_refused(self):
+        m, c, number = Value(np.ones((3, 4))), Value(np.ones((2, 2, 2))), Value(2.0)
+        for f in (
+            lambda: np.linalg.norm(c, axis=(0, 1, 2)),
+            lambda: np.linalg.norm(c, "fro"),
+            lambda: np.linalg.norm(m, axis=(0, 3)),
+            lambda: np.linalg.outer(m, m),
+            lambda: np.einsum("...i->i", m),
+            lambda: np.einsum("ij", number),
+            lambda: np.einsum("ij,j->i", m, m),
+            lambda: np.einsum("ij,ij", m),
+            lambda: np.take_along_axis(m, np.array([0, 1]), 1),
+            lambda: np.take_along_axis(m, np.array([[0, 1]]), None),
+            lambda: np.take_along_axis(m, np.array([[0]]), 2),
+            lambda: np.average(m, weights=[1.0, 2.0, 3.0]),
+            lambda: np.average(m, axis=1, weights=np.ones((3, 1))),
+            lambda: np.lib.stride_tricks.sliding_window_view(m, 2, axis=3),
+            lambda: np.sort(number),
+            lambda: np.swapaxes(m, 0, 2),
+            lambda: np.expand_dims(m, (0, 0)),
+            lambda: np.roll(m, 1, 2),
+            lambda: np.repeat(m, 2, 2),
+            lambda: m[0].mT,
+        ):
+            with self.assertRaises((ValueError, TypeError)):
+                f()
+        t = Tensor([[3.0, 1.0], [2.0, 5.0]])
+        self.assertIsNone(t.sort(0))
+        self.assertEqual(t.tolist(), [[2.0, 1.0], [3.0, 5.0]])
+        with self.assertRaisesRegex(TypeError, "np.sort"):
+            m.sort()
+        self.assertEqual(m.transpose(None).shape, (4, 3))
+        if np.lib.NumpyVersion(np.__version__) >= "2.2.0":
+            check_gradients(lambda x: np.pad(x, {1: (1, 2)}) ** 2, np.ones((2, 3)))
+        self.assertEqual(np.ones(2).clip(Value([1.0, 3.0]), 4.0).tolist(), [1.0, 3.0])
+
+    def test_what_moves_elements_is_a_view_where_numpys_is(self):
+        m = Value(np.arange(12.0).reshape(3, 4))
+        for f in (
+            np.diagonal, np.flip, np.rot90, np.swapaxes, np.moveaxis, np.split, np.array_split, np.squeeze,
+            np.expand_dims, np.atleast_3d, np.ravel, np.transpose,
+        ):  # fmt: skip
+            args = {np.swapaxes: (0, 1), np.moveaxis: (0, 1), np.split: (2, 1), np.array_split: (3, 1)}
+            out = f(m, *args.get(f, (0,) if f is np.expand_dims else ()))
+            out = out[0] if isinstance(out, list) else out
+            self.assertTrue(np.shares_memory(out.data.data, m.data.data), f.__name__)
+        for f in (np.tile, np.repeat, np.roll, np.delete, np.resize):
+            self.assertFalse(np.shares_memory(f(m, 1).data.data, m.data.data), f.__name__)
+        x = Value(np.ones((300, 300)))  # more elements than positions are kept for
+        (np.repeat(x, 2, 0) * 2.0 + np.repeat(x, [2] * 300, 0)).sum().backward()
+        self.assertEqual(set(x.grad.data.ravel().tolist()), {6.0})
+
+    def test_usual_powers_are_numpys(self):
+        inf, nan = np.inf, np.nan
+        rng = np.random.default_rng(SEED)
+        corners = [0.0, -0.0, 1.0, -1.0, inf, -inf, nan, 1e-320, -1e-310, 1e-155, 1e155, -1e200, 3e-103, 1e103, -8.0]
+        numbers = np.exp(rng.uniform(-5, 5, 5000))
+        for dtype in (np.float64, np.float32, np.float16):
+            with np.errstate(all="ignore"):
+                for x in (np.concatenate([numbers, corners]).astype(dtype), numbers.astype(dtype)):
+                    for y in (1, 2, 3, 4, -1, -2, -3, 0.5, 1.5, -0.5, -1.5, 2.5, 0):
+                        expected = np.power(x, dtype(y))
+                        for got in (Value(x, dtype) ** y, np.power(Tensor(x, dtype), y), Tensor(x, dtype) ** float(y)):
+                            got = np.asarray(got.data.data if isinstance(got, Value) else got.data)
+                            self.assertEqual(got.dtype, dtype)
+                            np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+                            fine = np.isfinite(expected)
+                            np.testing.assert_array_equal(got[~fine], expected[~fine])
+                            np.testing.assert_array_equal(np.signbit(got)[fine], np.signbit(expected)[fine])
+                            error = np.abs(got - expected)[fine] / np.spacing(np.abs(expected[fine]))
+                            self.assertLessEqual(error.max(), 2.0, (dtype, y))
+        t = Tensor(np.full(10_000, 3.0))
+        t **= 3
+        self.assertEqual(set(t.tolist()), {27.0})
+
+    def test_derivatives_by_both_sides_of_a_power(self):
+        self.assertEqual(grad(grad(np.power, 0), 1)(2.0, 0.0), 0.5)
+        np.testing.assert_allclose(
+            hessian(lambda z: z[0] ** z[1])(np.array([2.0, 0.0])), [[0, 0.5], [0.5, np.log(2) ** 2]]
+        )
+        x, y = Value(np.array([0.0, 0.0, 2.0])), Value(np.array([0.0, 2.0, 0.0]))
+        (x**y).sum().backward()
+        self.assertEqual(x.grad.tolist(), [0, 0, 0])
+
+    def test_selection_by_bits_is_that_of_where(self):
+        rng = np.random.default_rng(SEED)
+        for dtype in (np.float16, np.float32, np.float64):
+            g = rng.choice([1.5, -0.0, np.nan, np.inf, -2.0], (80, 90)).astype(dtype)
+            for mask in (rng.random((80, 90)) < 0.5, rng.random((80, 1)) < 0.5, (rng.random((90, 80)) < 0.5).T):
+                for part in (g, np.broadcast_to(g[0], g.shape), g[:, ::-1]):
+                    got, expected = picograd._masked(mask, part), np.where(mask, part, dtype(0))
+                    self.assertEqual(got.dtype, dtype)
+                    np.testing.assert_array_equal(got, expected)
+                    np.testing.assert_array_equal(np.signbit(got), np.signbit(expected))
+
+    def test_large_contractions_are_numpys(self):
+        rng = np.random.default_rng(SEED)
+        for subscripts, *shapes in [
+            ("ij,kj->ik", (60, 70), (50, 70)), ("bij,bkj->bik", (5, 30, 40), (5, 20, 40)),
+            ("bij,jk", (5, 30, 40), (40, 20)), ("...ij,...jk->...ik", (1, 30, 40), (6, 40, 20)),
+            ("bqhd,bkhd->bhqk", (2, 30, 3, 20), (2, 25, 3, 20)), ("ij,j,jk->ik", (40, 50), (50,), (50, 60)),
+        ]:  # fmt: skip
+            xs = [rng.normal(size=shape) for shape in shapes]
+            values = [Value(x, float) for x in xs]
+            out = np.einsum(subscripts, *values)
+            np.testing.assert_allclose(out.data.data, np.einsum(subscripts, *xs), atol=1e-12)
+            seed = rng.normal(size=out.shape)
+            out.backward(seed)
+            for i, (x, v) in enumerate(zip(xs, values)):
+                moved = xs.copy()
+                moved[i] = d = rng.normal(size=x.shape)  # it is linear in each
+                np.testing.assert_allclose(np.sum(v.grad.data * d), np.sum(np.einsum(subscripts, *moved) * seed))
+
+    def test_methods_are_named_and_described(self):
+        self.assertIn("Sum of array elements", Value.sum.__doc__)
+        for cls in (Value, Tensor):
+            for name in dir(cls):
+                method = getattr(cls, name)
+                if getattr(method, "__module__", "") == "picograd" and not name.startswith("__dask"):
+                    self.assertNotIn("<lambda>", method.__qualname__, name)
+                    self.assertEqual(method.__name__.strip("_") or name, name.strip("_"))
+
     def test_numpys_order_of_arguments(self):
         m = Value(np.arange(6.0).reshape(2, 3))
         for ours, theirs in [
@@ -292,6 +415,11 @@ class TestPrimitives(Strict):
             self.assertEqual(y.dtype, np.float32)
         for y in (x * np.where(x > 0, Value(1.0), Value(0.1)), np.clip(Value(0.1), np.zeros(2), 1)):
             self.assertEqual(y.dtype, np.float64)  # as NumPy's: a mask is no floating array
+        for y in (np.clip(3, Value(1.0), Value(5.0)), np.tensordot(Value(2.0), Value(3.0), 0), np.kron(x[0], x[0])):
+            self.assertEqual((y * x).dtype, np.float32)
+        joined = np.hstack([Value(np.array(1.5), dtype=np.float32) > 1, np.float16(1.5)])
+        self.assertEqual(joined.dtype, np.float64)
+        self.assertEqual(np.average(x, weights=Tensor([1, 2, 3], np.int64)).dtype, np.float32)
         both = (Value(3.0) > 1) + (Value(3.0) > 2)
         self.assertEqual((both.dtype, both.item()), (bool, True))
 
@@ -323,7 +451,10 @@ class TestPrimitives(Strict):
             (np.stack, ([a, a], -1)), (np.vstack, ([a, b],)), (np.hstack, ([b, b],)), (np.hstack, ([a, a],)),
             (np.dstack, ([a, a],)), (np.dstack, ([b, b],)), (np.column_stack, ([b, b],)), (np.append, (a, b)),
             (np.append, (a, b[None], 0)), (np.repeat, (a, 2)), (np.repeat, (a, [1, 2, 0], 0)), (np.tile, (b, (2, 3))),
-            (np.tile, (c, 2)), (np.pad, (a, 1)), (np.pad, (a, ((1, 2), (0, 3)))), (np.flip, (c,)),
+            (np.tile, (c, 2)), (np.resize, (a, (2, 5))), (np.delete, (a, 1)), (np.delete, (a, [0, 2], 0)),
+            (np.diagflat, (b, 1)), (np.rollaxis, (c, 2)), (np.fft.fftshift, (a,)), (np.fft.ifftshift, (a, 0)),
+            (np.pad, (a, 2, "edge")), (np.pad, (a, 1, "reflect")), (np.pad, (a, (1, 2), "symmetric")),
+            (np.pad, (a, ((0, 3), (2, 0)), "wrap")), (np.pad, (a, 1)), (np.pad, (a, ((1, 2), (0, 3)))), (np.flip, (c,)),
             (np.flip, (c, (0, -1))), (np.fliplr, (a,)), (np.flipud, (a,)), (np.roll, (a, 2)), (np.roll, (a, -1, 1)),
             (np.roll, (a, (1, 2), (0, 1))), (np.rot90, (a,)), (np.rot90, (a, 3)), (np.rot90, (c, 2, (1, 2))),
             (np.take, (a, [0, 5, 0])), (np.take, (a, [[2, 0]], 0)), (np.sort, (a,)), (np.sort, (a, 0)),
@@ -335,7 +466,8 @@ class TestPrimitives(Strict):
             (np.dot, (a, np.swapaxes(c, 1, 2))), (np.inner, (a, a)), (np.inner, (b, b)), (np.outer, (a, b)),
             (np.vdot, (a, a)), (np.tensordot, (c, a, ([1, 2], [0, 1]))), (np.tensordot, (a, b, 1)),
             (np.tensordot, (a, b, 0)), (np.kron, (a, b)), (np.kron, (b, b)), (np.kron, (a, square)),
-            (np.average, (a,)), (np.average, (c, 1)), (np.linalg.norm, (b,)), (np.linalg.norm, (b, 1)),
+            (np.average, (a,)), (np.average, (c, 1)), (np.average, (c, (1, 0), np.exp(a[:, :2]))),
+            (np.average, (a, None, a + 5)), (np.average, (c, -1, b)), (np.linalg.norm, (b,)), (np.linalg.norm, (b, 1)),
             (np.linalg.norm, (b, np.inf)), (np.linalg.norm, (a,)), (np.linalg.norm, (a, "fro")),
             (np.linalg.norm, (c, None, (0, 1))), (np.linalg.norm, (a, 2, 1)), (np.linalg.inv, (square,)),
             (np.linalg.det, (square,)), (np.linalg.solve, (square, a)), (np.linalg.cholesky, (square @ square.T,)),
@@ -1615,6 +1747,47 @@ class TestTensor(Strict):
         if not CUT:
             set_distributed_config(**vars(picograd.DistributedConfig()))
 
+    def test_functions_outside_the_table_settle_dtypes_alike(self):
+        t, r = Tensor([1.0, 2.0]), np.array([0.1, 0.2])
+        for out in (
+            np.add(t, r, where=True),
+            np.copysign(t, r),
+            np.fmod(t, np.array([3, 4])),
+            np.multiply.outer(t, np.arange(3)),
+            np.hypot.outer(r, t),
+            np.cbrt(Tensor(8.0)) * t,
+            np.interp(Tensor(0.5), [0.0, 1.0], [0.0, 1.0]) * t,
+        ):
+            self.assertEqual(out.dtype, np.float32)
+        self.assertEqual(np.bincount(Tensor([1, 1], dtype=int), Tensor([0.5, 1.0])).tolist(), [0.0, 1.5])
+
+    def test_a_function_with_out_returns_it(self):
+        t, u = Tensor([1.0, 2.0]), Tensor([0.0, 0.0])
+        for call in (
+            lambda: np.add(t, 1, out=u),
+            lambda: np.clip(t, 0, 1, out=u),
+            lambda: np.cumsum(t, out=u),
+            lambda: np.multiply(t, t, out=(u,)),
+        ):
+            self.assertIs(call(), u)
+        self.assertEqual(u.tolist(), [1.0, 4.0])
+
+    def test_what_an_entry_does_not_take_is_numpys(self):
+        t = Tensor([[1.0, 2.0], [3.0, 5.0]])
+        for f in (
+            lambda x: np.std(x, 0, None),
+            lambda x: np.var(x, 0, None, None, 1),
+            lambda x: np.max(x, 0, None, True),
+            lambda x: np.max(x, initial=9.0),
+            lambda x: np.var(x, correction=1),
+            lambda x: np.pad(x, 1, mode="edge"),
+            lambda x: np.where(x > 1)[0],
+            lambda x: np.linalg.norm(x, 1),
+        ):
+            np.testing.assert_allclose(np.asarray(f(t)), f(t.data), rtol=1e-6)
+        with self.assertRaises(TypeError):
+            np.sum(t, nonsense=1)
+
     def test_integers_stay_integers(self):
         t = Tensor([0, 1], dtype=int)
         self.assertEqual([(t + 1).dtype, (2 * t).dtype, (t // 2).dtype], [np.int64] * 3)
@@ -1788,6 +1961,74 @@ class OwnTensor(Tensor):
 
 class TestValue(Strict):
     """Room 4: nodes, data and gradients, backward, functions of functions."""
+
+    def test_a_gradient_function_leaves_outer_graphs_alone(self):
+        w = Value(2.0)
+        h = w * 3.0
+        (h * h).backward()
+        self.assertEqual((w.grad.item(), h.grad.item()), (36.0, 12.0))
+        self.assertEqual(picograd.grad(lambda x: x * h + w * x)(5.0), 8.0)
+        self.assertEqual((w.grad.item(), h.grad.item()), (36.0, 12.0))
+
+    def test_a_graph_of_numbers_and_arrays_is_swept_as_one(self):
+        a, b, v = Value(2.0), Value(3.0), Value([1.0, 2.0])
+        c = a * b + a
+        d = (v * c).sum() + c * b
+        (d * a + c).backward()
+        # c = ab + a; loss = a(3c + cb) + c
+        self.assertEqual(a.grad.item(), (3 + 3) * 8.0 + 2.0 * 6.0 * 4.0 + 4.0)
+        self.assertEqual(b.grad.item(), 2.0 * (6.0 * 2.0 + 8.0) + 2.0)
+        np.testing.assert_array_equal(v.grad.data, [16.0, 16.0])
+
+    def test_operands_of_numbers_are_in_slots(self):
+        a = Value(2.0)
+        for node, args in ((a * 3.0, (a, 3.0)), (4.0 - a, (4.0, a)), (-a, (a,)), (a.exp(), (a,)), (np.exp(a), (a,))):
+            self.assertEqual((node._args, node._params, node._prev), (args, {}, {a}))
+        with self.assertRaises(AttributeError):
+            a._args = ()
+
+    def test_masks_of_numbers_are_numbers_in_double_precision(self):
+        for f in (np.exp, np.sqrt, np.sin):
+            out = f(Value(1.0) > 0.0)
+            self.assertEqual((out.item(), (out * Value([1.0])).dtype), (f(1.0), np.float32))
+
+    def test_0_d_operands_of_a_rule_are_as_the_forward_met_them(self):
+        x, y = Value(np.array(2.1), dtype=np.float16), Value(np.array(3.3), dtype=np.float64)
+        (x**y).backward()
+        exact = np.float64(np.float16(2.1))
+        self.assertEqual(y.grad.item(), exact**3.3 * np.log(exact))
+
+    def test_what_a_users_forward_gives_is_checked_on_every_path(self):
+        wrong = picograd.primitive(lambda x: x * 1j, lambda g, out, x: g, name="checked")
+        for x in (Value([1.0]), Value(2.0), Value(np.array(1.0)), Tensor([1.0])):
+            with self.assertRaisesRegex(TypeError, "checked: its forward must give real numbers, got dtype complex"):
+                wrong(x)
+        for x in (Value([1.0, 2.0]), Value(2.0)):  # a rule that gives nothing
+            twice = picograd.primitive(lambda x: [x, x], lambda g, out, x: None, name="checked")(x)
+            self.assertEqual(twice.shape, (2, *x.shape))
+            twice.sum().backward()
+            self.assertFalse(np.any(x.grad.data))
+
+    def test_products_with_one_number_keep_nan(self):
+        for a, b in (([[np.nan], [1.0]], [[0.0]]), ([[0.0]], [[np.inf, 1.0]]), ([[np.inf, 0.0]], [[0.0], [0.0]])):
+            with np.errstate(invalid="ignore"):
+                out = Value(a) @ Value(b)
+                np.testing.assert_array_equal(out.data, np.matmul(np.float32(a), np.float32(b)))
+
+    def test_joint_rules(self):
+        seen = []
+
+        def rule(wanted, g, out, operands, scale):
+            seen.append(wanted)
+            return [g * scale * operands[1], g * scale * operands[0]]
+
+        product = picograd.primitive(lambda x, y, scale: scale * x * y, rule, name="joint product", joint=True)
+        x, y = Value([1.0, 2.0]), Value([3.0, 4.0])
+        product(x, y, scale=2.0).sum().backward()
+        np.testing.assert_array_equal((x.grad.data, y.grad.data), ([6.0, 8.0], [2.0, 4.0]))
+        product(x, Tensor([1.0, 1.0]), scale=2.0).sum().backward()
+        self.assertEqual(seen, [[True, True], [True, False]])
+        self.assertEqual(picograd.hessian(lambda z: product(z, z, scale=2.0).sum())(np.ones(1)), [[4.0]])
 
     def test_gradients_need_a_number(self):
         for f in (lambda x: None, lambda x: "a"):
@@ -2001,7 +2242,7 @@ class TestValue(Strict):
                         found["w" if x.label else "loss" if not x.ndim else "inner"] = x
 
                 walk(copied(order))
-                graph = {id(node) for node in picograd._newest_first(found["loss"], everything=True)}
+                graph = {id(node) for node in picograd._newest_first(found["loss"])}
                 self.assertTrue({id(found["w"]), id(found["inner"])} <= graph)
                 np.testing.assert_array_equal(found["inner"].grad.data, inner.grad.data)
                 found["w"].grad = None
