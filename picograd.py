@@ -2579,7 +2579,7 @@ def _origins(function):
         if _lazy(g):
             raise TypeError(f"{function.__name__}: no gradient flows back to an array of {type(_raw(g)).__module__}")
         find, n = places, math.prod(np.shape(a))
-        if max(n, g.size) < 1 << 16:  # few enough to be kept
+        if math.prod(np.shape(g)) < 1 << 16:  # few enough to be kept
             with contextlib.suppress(TypeError):  # parameters that are no keys, such as an array
                 hash(tuple(params.values()))
                 find = kept
@@ -2589,17 +2589,10 @@ def _origins(function):
     return rule
 
 
-for _function in (
-    np.repeat,
-    np.diagonal,
-    np.diag,
-    np.diagflat,
-    np.resize,
-    np.delete,
-    np.fft.fftshift,
-    np.fft.ifftshift,
-):
+for _function in (np.repeat, np.diagonal, np.diagflat, np.resize, np.delete, np.fft.fftshift, np.fft.ifftshift):
     primitive(_function, _origins(_function))
+_from_diagonal = TABLE[np.diagonal].vjps[0]
+primitive(np.diag, lambda g, out, v, k=0: np.diagonal(g, k) if np.ndim(v) == 1 else _from_diagonal(g, out, v, offset=k))
 
 
 @composed(np.trace)
@@ -2739,10 +2732,12 @@ def kron(a, b):
 
 def _einsum_forward(*operands, subscripts):
     """`np.einsum`; with the plan that gets to BLAS, which takes a while, where numbers are used many times over."""
-    lengths = dict(zip(subscripts.replace(",", ""), itertools.chain(*map(np.shape, operands))))
-    work = math.prod(lengths.values())
-    size = max([math.prod([lengths[c] for c in s]) for s in subscripts.replace("->", ",").split(",")])
-    return np.einsum(subscripts, *operands, optimize=len(operands) > 2 or work > 8 * size + 16384)
+    plan = len(operands) > 2
+    if not plan and max([math.prod(np.shape(x)) for x in operands]) >= 1 << 10:
+        lengths = dict(zip(subscripts.replace(",", ""), itertools.chain(*map(np.shape, operands))))
+        sizes = [math.prod([lengths[c] for c in s]) for s in subscripts.replace("->", ",").split(",")]
+        plan = math.prod(lengths.values()) > 8 * max(sizes)
+    return np.einsum(subscripts, *operands, optimize=plan)
 
 
 def _einsum_i(i, g, out, operands, subscripts):
@@ -2765,24 +2760,29 @@ _einsum = primitive(_einsum_forward, _einsum_i, name="einsum", variadic=True)
 _diagonals = primitive(_diagonal_of, _origins(_diagonal_of), name="diagonals")  # of axes that have the same letter
 
 
+@functools.lru_cache(256)
+def _spelled_out(subscripts: str, *ndims: int) -> tuple[list[str], str]:
+    """The subscripts of operands of so many dimensions, and of the result, with letters for ellipses; what is not
+    written is as NumPy has it."""
+    np.einsum(subscripts, *[np.ones((1,) * n) for n in ndims])  # NumPy's own checks and errors
+    left, arrow, output = subscripts.replace(" ", "").partition("->")
+    free = "".join([c for c in string.ascii_letters if c not in subscripts])
+    hidden = [n - len(s.replace("...", "")) for s, n in zip(left.split(","), ndims)]
+    inputs = [s.replace("...", free[len(free) - n :]) for s, n in zip(left.split(","), hidden)]
+    if not arrow:
+        output = "..." + "".join(sorted(c for c in {*left} - {*",."} if left.count(c) == 1))
+    return inputs, output.replace("...", free[len(free) - max(hidden) :])
+
+
 @composed(np.einsum)
 def einsum(subscripts, *operands, optimize=True):
     """`np.einsum` with a subscript string: explicit or implicit, with ellipses and repeated letters."""
     if not isinstance(subscripts, str):
         raise TypeError(f"einsum: subscripts must be a string on a Value or Tensor, got {type(subscripts).__name__}")
-    np.einsum(subscripts, *[np.ones((1,) * np.ndim(x)) for x in operands])  # NumPy's own checks and errors
-    left, arrow, output = subscripts.replace(" ", "").partition("->")
-    inputs, operands = left.split(","), list(operands)
-    free = "".join([c for c in string.ascii_letters if c not in subscripts])
-    if not arrow:
-        output = "..." + "".join(sorted(c for c in {*left} - {*",."} if left.count(c) == 1))
-    for k, (s, x) in enumerate(zip(inputs, operands)):
-        n = np.ndim(x) - len(s.replace("...", ""))
-        s = s.replace("...", free[len(free) - n :])  # an ellipsis is some letters from the end of the free ones
-        inputs[k] = "".join(dict.fromkeys(s))
-        operands[k] = x if s == inputs[k] else _diagonals(x, f"{s}->{inputs[k]}")
-    output = output.replace("...", "".join([c for c in free if any(c in s for s in inputs)]))
-    return _einsum(*operands, subscripts=",".join(inputs) + "->" + output)
+    inputs, output = _spelled_out(subscripts, *map(np.ndim, operands))
+    letters = ["".join(dict.fromkeys(s)) for s in inputs]
+    operands = [x if s == t else _diagonals(x, f"{s}->{t}") for x, s, t in zip(operands, inputs, letters)]
+    return _einsum(*operands, subscripts=",".join(letters) + "->" + output)
 
 
 @composed(np.tensordot, np.linalg.tensordot)
@@ -2881,7 +2881,8 @@ _norm = primitive(
 @composed(np.linalg.norm)
 def norm(x, ord=None, axis=None, keepdims=False):
     """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices; its gradient at 0 is 0."""
-    np.linalg.norm(np.ones((1,) * np.ndim(x)), ord, axis)  # NumPy's own checks and errors
+    if ord is not None or np.ndim(axis):
+        np.linalg.norm(np.ones((1,) * np.ndim(x)), ord, axis)  # NumPy's own checks and errors
     x, vector = _floating(x), (np.ndim(x) if axis is None else np.size(axis)) == 1
     if ord is None or ord == (2 if vector else "fro"):
         return _norm(x, axis=axis, keepdims=keepdims)
@@ -2979,8 +2980,9 @@ def _value_operator(prim: Primitive, swapped=False):
                 node._number = _next_number()
                 node.label = ""
                 return node
-        if not isinstance(other, _OPERANDS) and KINDS[kind] is None:
+        if not _is_operand(other):
             return NotImplemented
+        other = float(other) if kind is int and self.dtype.kind == "f" else other
         return _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
 
     return method
