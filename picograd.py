@@ -2702,7 +2702,7 @@ def dot(a, b):
 
 @composed(np.inner)
 def inner(a, b):
-    return a * b if 0 in (np.ndim(a), np.ndim(b)) else tensordot(a, b, (-1, -1))
+    return dot(a, np.swapaxes(b, -1, -2) if np.ndim(b) > 1 else b)
 
 
 @composed(np.vdot)
