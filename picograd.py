@@ -2805,10 +2805,9 @@ def _t(a):
 
 
 _solve = primitive(
-    lambda a, b: np.linalg.solve(a, b),
+    np.linalg.solve,
     lambda g, out, a, b: -np.matmul(_solve(_t(a), g), _t(out)),
     lambda g, out, a, b: _solve(_t(a), g),
-    name="solve",
 )
 
 
@@ -3072,7 +3071,7 @@ def _method(function):
 
 
 def _put_in(cls: type, name: str, method: Callable, like: str) -> None:
-    """Gives a class a method under its name, with the line in which NumPy describes its function of the name `like`."""
+    """Gives a class a method under its name, with what NumPy says in short of its function of the name `like`."""
     about = getattr(np, like, None) or getattr(np.linalg, like, None)
     paragraphs = (about.__doc__ or like).strip().split("\n\n", 2)
     method.__doc__ = f"`{like}`, as a method." if about is None else paragraphs[isinstance(about, np.ufunc)]
@@ -3080,12 +3079,16 @@ def _put_in(cls: type, name: str, method: Callable, like: str) -> None:
     setattr(cls, name, method)
 
 
+def _add_method(name: str, function: Callable, like: str) -> None:
+    _put_in(Array, name, _method(function), like)
+    if getattr(function, "scalar", None) and len(function.vjps) == 1:
+        _put_in(Value, name, _value_function(function), like)
+
+
 for _forward, (_name, _, _) in _OPERATORS.items():
     _prim, _in_place = TABLE[_forward], f"__i{_name}__"
     if len(_prim.vjps) == 1:
-        _put_in(Array, f"__{_name}__", _method(_prim), _prim.name)
-        if _prim.scalar:
-            _put_in(Value, f"__{_name}__", _value_function(_prim), _prim.name)
+        _add_method(f"__{_name}__", _prim, _prim.name)
         continue
     for _class, _operator in ((Value, _value_operator), (Tensor, _tensor_operator)):
         _put_in(_class, f"__{_name}__", _operator(_prim), _prim.name)
@@ -3102,9 +3105,7 @@ for _key, _function in list(TABLE.items()):
     _name = getattr(_function, "name", _key.__name__)
     if hasattr(np.ndarray, _name) or getattr(_function, "operands", None):
         if _name.isidentifier() and _name not in vars(Array):
-            _put_in(Array, _name, _method(_function), _name)
-            if getattr(_function, "scalar", None) and len(_function.vjps) == 1:
-                _put_in(Value, _name, _value_function(_function), _name)
+            _add_method(_name, _function, _name)
 
 
 def _sort(self, axis=-1, kind=None, order=None, *, stable=None):

@@ -918,6 +918,7 @@ REACHED |= {
     "pad",
     "solve",
     "nan_to_num",
+    "mse",
     "at least",
     "at most",
     "diagonals",
