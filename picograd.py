@@ -2338,11 +2338,16 @@ def _shaped(a, shape):
 _reshape = primitive(_shaped, lambda g, out, a, shape: _shaped(g, np.shape(a)), name="reshape")
 primitive(np.transpose, lambda g, out, a, axes=None: np.transpose(g, _inverse(axes)))
 primitive(np.broadcast_to, lambda g, out, array, shape: g)
-_as_dtype = _elementwise(  # `float` stands for Python's own: a weak scalar
-    lambda a, dtype: float(a) if dtype is float else (a if hasattr(a, "astype") else np.asarray(a)).astype(dtype),
-    lambda g, out, a, dtype: g,
-    name="astype",
-)
+
+
+def _cast(a, dtype):
+    """a in another dtype; `float` stands for Python's own: a weak scalar."""
+    if dtype is float:
+        return float(a)
+    return (a if hasattr(a, "astype") else np.asarray(a)).astype(dtype)
+
+
+_as_dtype = _elementwise(_cast, lambda g, out, a, dtype: g, name="astype")
 _elementwise(np.copy, lambda g, out, a: g)
 
 
@@ -2527,7 +2532,9 @@ _scatter = primitive(
 
 def _index_array(i):
     """A list in an index, as an array; of integers if it is empty."""
-    return (np.asarray(i) if len(i) else np.zeros(0, int)) if isinstance(i, (list, tuple)) else i
+    if not isinstance(i, (list, tuple)):
+        return i
+    return np.asarray(i) if len(i) else np.zeros(0, int)
 
 
 def _index_part(i):
@@ -2904,9 +2911,10 @@ def norm(x, ord=None, axis=None, keepdims=False):
     x, vector = _floating(x), (np.ndim(x) if axis is None else np.size(axis)) == 1
     if ord is None or ord == (2 if vector else "fro"):
         return _norm(x, axis=axis, keepdims=keepdims)
-    reduce = {1: np.sum, np.inf: np.max if x.size else np.sum, -np.inf: np.min}.get(ord) if vector else None
-    if reduce is None:
+    reduce = {1: np.sum, np.inf: np.max, -np.inf: np.min}.get(ord)
+    if not vector or reduce is None:
         raise TypeError(f"norm: ord={ord!r} is not supported for axis {axis} of a Value or Tensor")
+    reduce = reduce if x.size else np.sum  # of none, it is 0
     return reduce(np.abs(x), axis=axis, keepdims=keepdims)
 
 
