@@ -81,7 +81,7 @@ __all__ += ["mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "hi
 # ---------------------------------------------------------------------------------------------------------------------
 
 TABLE: dict[Callable, Callable] = {}  # NumPy callable -> Primitive, or a function composed of primitives
-PRIMITIVES: dict[str, Primitive] = {}  # by name: pickles find their primitives here, and the tests their samples
+PRIMITIVES: dict[str, Primitive] = {}  # by name: pickles find their primitives here, and the tests their rules
 
 
 class Primitive:
@@ -90,8 +90,8 @@ class Primitive:
     Calling it dispatches: with a Value among the operands it makes a node, with a Tensor a Tensor, else it computes.
     """
 
-    __slots__ = ("name", "symbol", "forward", "vjps", "reads", "scalar", "elementwise", "samples", "operands", "params")
-    __slots__ += ("typed", "ufunc", "joint", "builtin")
+    __slots__ = ("name", "symbol", "forward", "vjps", "reads", "scalar", "elementwise", "operands", "params", "typed")
+    __slots__ += ("ufunc", "joint", "builtin")
 
     def __call__(self, *args, **kwargs):
         operands = args
@@ -161,7 +161,6 @@ def primitive(
     joint: bool = False,
     reads: str = "out operands",
     typed: Sequence[int] | None = None,
-    samples: Sequence = (),
 ) -> Primitive:
     """Adds an operation to the table and returns it as a function of Values, Tensors, arrays and numbers.
 
@@ -180,8 +179,6 @@ def primitive(
         a result may be written over an operand that nobody else needs.
     typed: the operands that share one dtype, so that integers among them become floats where they meet floats. Unless
         given, those that have a rule, or all if none has; a condition or an index has none, and stays what it is.
-    samples: for the gradient test. An interval per operand of an element-wise primitive, or a list of
-        (shapes of the operands, parameters).
 
         >>> cube = primitive(lambda x: x**3, lambda g, out, x: g * 3 * x**2, name="cube")
         >>> x = Value(2.0)
@@ -207,7 +204,6 @@ def primitive(
         isinstance(forward, np.ufunc) and forward.signature is None if elementwise is None else elementwise
     )
     new.reads = reads
-    new.samples = samples or ((_REAL,) * len(vjps) if new.elementwise else ())
     names = _argument_names(next((rule for rule in vjps if rule), None))[4 if variadic else 2 :]
     names = names or _argument_names(forward)
     new.operands = None if variadic else (names or ("x", "y", "z"))[: len(vjps)]
@@ -272,11 +268,40 @@ def _recorded(x):
 
 
 def _matmul(x, y):
-    """`np.matmul`; of two matrices by their method dot, which gets to BLAS in half the time. But one number times a
-    matrix that does by what skips zeros, and with them nan and infinity."""
-    if type(x) is type(y) is np.ndarray and x.ndim == y.ndim == 2 and x.size > 1 < y.size:
+    """`np.matmul`; with a matrix on the right by the method dot, which gets to BLAS in half the time, and with all of a
+    batch at once. But one number times a matrix that does by what skips zeros, and with them nan and infinity."""
+    if not (type(x) is type(y) is np.ndarray and y.ndim == 2 <= x.ndim and x.size > 1 < y.size):
+        return np.matmul(x, y)
+    if x.ndim == 2:
         return x.dot(y)
-    return np.matmul(x, y)
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).dot(y).reshape(*x.shape[:-1], y.shape[1])
+
+
+def _power(x, y, out=None):
+    """`np.power`; of floating arrays with the usual exponents by products and roots, many times as fast, and within two
+    units in the last place. A root of -inf is nan, a power of it is not: if there may be one, NumPy computes."""
+    form = _POWERS.get(y) if type(y) in _WEAK_TYPES and type(x) is np.ndarray and x.dtype.kind == "f" else None
+    if form is None or (y % 1.0 and not x.min(initial=0.0) > -np.inf):
+        return np.power(x, y, out)
+    if out is None or np.may_share_memory(x, out):
+        made = form(x, np.empty_like(x))
+        return made if out is None else np.positive(made, out)
+    return form(x, out)
+
+
+_POWERS = {  # exponent: the power of x, written to t
+    1.0: np.positive,
+    2.0: np.square,
+    3.0: lambda x, t: np.multiply(np.square(x, t), x, t),
+    4.0: lambda x, t: np.square(np.square(x, t), t),
+    -1.0: lambda x, t: np.divide(1.0, x, t),
+    -2.0: lambda x, t: np.square(np.divide(1.0, x, t), t),
+    -3.0: lambda x, t: np.divide(np.divide(np.divide(1.0, x, t), x, t), x, t),
+    0.5: lambda x, t: np.sqrt(np.add(x, 0.0, t), t),  # of -0.0 it is 0.0
+    1.5: lambda x, t: np.multiply(np.sqrt(x, t), x, t),
+    -0.5: lambda x, t: np.divide(1.0, np.sqrt(np.add(x, 0.0, t), t), t),
+    -1.5: lambda x, t: np.divide(np.divide(1.0, np.sqrt(x, t), t), x, t),
+}
 
 
 # Python's operators: forward -> (special method, symbol, form on Python floats).
@@ -285,7 +310,7 @@ _OPERATORS = {
     np.subtract: ("sub", "-", operator.sub),
     np.multiply: ("mul", "*", operator.mul),
     np.divide: ("truediv", "/", operator.truediv),
-    np.power: ("pow", "**", math.pow),
+    _power: ("pow", "**", math.pow),
     np.remainder: ("mod", "%", operator.mod),
     np.floor_divide: ("floordiv", "//", operator.floordiv),
     _matmul: ("matmul", "@", None),
@@ -1875,17 +1900,17 @@ def check_gradients(
 #     [0.5, 0.0, 0.5]
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-# Intervals that the samples of element-wise primitives are drawn from, away from kinks and poles.
-_REAL, _POSITIVE, _UNIT, _OVER_1 = (-2.0, 2.0), (0.3, 3.0), (-0.9, 0.9), (1.1, 3.0)
+_elementwise = functools.partial(primitive, elementwise=True)
 
 # --- arithmetic ---
 
 
 def _power_x(g, out, x, y):
-    if isinstance(y, (int, float)):  # the usual x**2: no masks needed
-        return g * (y * x ** (y - 1.0)) if y else g * 0.0
-    return g * np.where(y == 0, 0.0, y * x ** np.where(y == 0, 1.0, y - 1.0))
+    if not isinstance(y, (int, float)):
+        pole = (y == 0) & (np.abs(x) < np.finfo(np.result_type(_raw(out))).tiny)  # 0 * x**-1, which may be infinite
+        return g * np.where(pole, 0.0, y * np.where(pole, 1.0, x) ** (y - 1.0))
+    slope = x ** (y - 1.0) if type(x) is float else _pow(x, y - 1.0)  # the usual x**2: no masks needed
+    return g * (y * slope) if y else g * 0.0
 
 
 def _power_y(g, out, x, y):
@@ -1896,28 +1921,31 @@ def _power_y(g, out, x, y):
 primitive(np.add, lambda g, out, x, y: g, lambda g, out, x, y: g, reads="")
 primitive(np.subtract, lambda g, out, x, y: g, lambda g, out, x, y: -g)
 primitive(np.multiply, lambda g, out, x, y: g * y, lambda g, out, x, y: g * x)
-primitive(np.divide, lambda g, out, x, y: g / y, lambda g, out, x, y: -g * out / y, samples=(_REAL, _POSITIVE))
-primitive(np.power, _power_x, _power_y, samples=(_POSITIVE, _REAL))
-primitive(  # with the quotient that NumPy takes: x / y may round up to the next integer
-    np.remainder, lambda g, out, x, y: g, lambda g, out, x, y: -g * np.floor_divide(x, y), samples=(_REAL, _OVER_1)
-)
+primitive(np.divide, lambda g, out, x, y: g / y, lambda g, out, x, y: -g * out / y)
+_pow = TABLE[np.power] = _elementwise(_power, _power_x, _power_y, name="power")
+_pow.ufunc = True  # to all that asks: it takes out=, and numbers without a dtype
+# With the quotient that NumPy takes: x / y may round up to the next integer.
+primitive(np.remainder, lambda g, out, x, y: g, lambda g, out, x, y: -g * np.floor_divide(x, y))
 primitive(np.negative, lambda g, out, x: -g)
 primitive(np.positive, lambda g, out, x: g)
-primitive(np.absolute, lambda g, out, x: g * np.sign(x), name="abs", samples=(_POSITIVE,))
-primitive(np.reciprocal, lambda g, out, x: -g * out * out, samples=(_POSITIVE,))
+primitive(np.absolute, lambda g, out, x: g * np.sign(x), name="abs")
+primitive(np.reciprocal, lambda g, out, x: -g * out * out)
 primitive(np.square, lambda g, out, x: g * (2.0 * x), scalar=lambda x: x * x)
-primitive(np.sqrt, lambda g, out, x: 0.5 * g / out, scalar=math.sqrt, samples=(_POSITIVE,))
 
-# --- exponentials and logarithms ---
 
-_LN2, _LN10 = math.log(2.0), math.log(10.0)
-primitive(np.exp, lambda g, out, x: g * out, scalar=math.exp)
-primitive(np.expm1, lambda g, out, x: g * (out + 1.0), scalar=math.expm1)
-primitive(np.exp2, lambda g, out, x: g * (_LN2 * out))
-primitive(np.log, lambda g, out, x: g / x, scalar=math.log, samples=(_POSITIVE,))
-primitive(np.log1p, lambda g, out, x: g / (1.0 + x), scalar=math.log1p, samples=(_POSITIVE,))
-primitive(np.log2, lambda g, out, x: g / (_LN2 * x), scalar=math.log2, samples=(_POSITIVE,))
-primitive(np.log10, lambda g, out, x: g / (_LN10 * x), scalar=math.log10, samples=(_POSITIVE,))
+def _over(x, out):
+    """x / out, and 0 where out is 0: the subgradient that norms and std take at 0."""
+    return x / np.where(out == 0, np.inf, out)
+
+
+def _turn(g, x, y):
+    """g * x / (x * x + y * y), where no square over- or underflows; 0 at the origin."""
+    r = np.hypot(x, y)
+    return _over(g * _over(x, r), r)
+
+
+primitive(np.arctan2, lambda g, out, y, x: _turn(g, x, y), lambda g, out, y, x: _turn(-g, y, x))
+primitive(np.hypot, lambda g, out, x, y: g * _over(x, out), lambda g, out, x, y: g * _over(y, out))
 
 
 def _lead_of(x, y):
@@ -1933,7 +1961,7 @@ primitive(
     lambda g, out, x, y: g * sigmoid(_lead_of(y, x)),
 )
 
-# --- trigonometric and hyperbolic ---
+# --- functions of one number, most of which Python's math has, too: arcsin as asin ---
 
 
 def _sinc_x(g, out, x):
@@ -1945,116 +1973,102 @@ def _sinc_x(g, out, x):
     return g * np.where(near, series, (np.cos(np.pi * x) - out) / np.where(near, 1.0, x))
 
 
-primitive(np.sin, lambda g, out, x: g * np.cos(x), scalar=math.sin)
-primitive(np.cos, lambda g, out, x: -g * np.sin(x), scalar=math.cos)
-primitive(np.tan, lambda g, out, x: g * (1.0 + out * out), scalar=math.tan, samples=(_UNIT,))
-# (1 - x) * (1 + x): the difference 1 - x * x has no correct digit near 1.
-primitive(np.arcsin, lambda g, out, x: g / np.sqrt((1.0 - x) * (1.0 + x)), scalar=math.asin, samples=(_UNIT,))
-primitive(np.arccos, lambda g, out, x: -g / np.sqrt((1.0 - x) * (1.0 + x)), scalar=math.acos, samples=(_UNIT,))
-primitive(np.arctan, lambda g, out, x: g / (1.0 + x * x), scalar=math.atan)
-primitive(np.sinh, lambda g, out, x: g * np.cosh(x), scalar=math.sinh)
-primitive(np.cosh, lambda g, out, x: g * np.sinh(x), scalar=math.cosh)
+_LN2, _LN10 = math.log(2.0), math.log(10.0)
+for _ufunc, _rule_of in {
+    np.sqrt: lambda g, out, x: 0.5 * g / out,
+    np.exp: lambda g, out, x: g * out,
+    np.expm1: lambda g, out, x: g * (out + 1.0),
+    np.exp2: lambda g, out, x: g * (_LN2 * out),
+    np.log: lambda g, out, x: g / x,
+    np.log1p: lambda g, out, x: g / (1.0 + x),
+    np.log2: lambda g, out, x: g / (_LN2 * x),
+    np.log10: lambda g, out, x: g / (_LN10 * x),
+    np.sin: lambda g, out, x: g * np.cos(x),
+    np.cos: lambda g, out, x: -g * np.sin(x),
+    np.tan: lambda g, out, x: g * (1.0 + out * out),
+    # (1 - x) * (1 + x): the difference 1 - x * x has no correct digit near 1.
+    np.arcsin: lambda g, out, x: g / np.sqrt((1.0 - x) * (1.0 + x)),
+    np.arccos: lambda g, out, x: -g / np.sqrt((1.0 - x) * (1.0 + x)),
+    np.arctan: lambda g, out, x: g / (1.0 + x * x),
+    np.sinh: lambda g, out, x: g * np.cosh(x),
+    np.cosh: lambda g, out, x: g * np.sinh(x),
+    np.arcsinh: lambda g, out, x: g / np.hypot(x, 1.0),  # x * x could overflow
+    np.arccosh: lambda g, out, x: g / (np.sqrt(x - 1.0) * np.sqrt(x + 1.0)),
+    np.arctanh: lambda g, out, x: g / ((1.0 - x) * (1.0 + x)),
+}.items():
+    primitive(_ufunc, _rule_of, scalar=getattr(math, _ufunc.__name__.replace("arc", "a"), None))
 # g * (1 - out**2), in the order of operations in which NumPy needs one temporary array only.
 primitive(np.tanh, lambda g, out, x: -out * out * g + g, scalar=math.tanh, reads="out")
-primitive(np.arcsinh, lambda g, out, x: g / np.hypot(x, 1.0), scalar=math.asinh)  # x * x could overflow
-primitive(
-    np.arccosh, lambda g, out, x: g / (np.sqrt(x - 1.0) * np.sqrt(x + 1.0)), scalar=math.acosh, samples=(_OVER_1,)
-)
-primitive(np.arctanh, lambda g, out, x: g / ((1.0 - x) * (1.0 + x)), scalar=math.atanh, samples=(_UNIT,))
-primitive(np.sinc, _sinc_x, elementwise=True)
+_elementwise(np.sinc, _sinc_x)
+
+# --- selection ---
 
 
-def _over(x, out):
-    """x / out, and 0 where out is 0: the subgradient that norms and std take at 0."""
-    return x / np.where(out == 0, np.inf, out)
+def _masked(mask, g):
+    """`np.where(mask, g, 0.0)`; of large arrays by their bits: branches that nothing foresees take ten times longer."""
+    if type(g) is type(mask) is np.ndarray and mask.size > _LITTLE and mask.dtype == bool and g.dtype.itemsize <= 8:
+        return (g.view(f"i{g.itemsize}") & -mask.view(np.int8)).view(g.dtype)
+    return np.where(mask, g, 0.0)
 
 
-def _turn(g, x, y):
-    """g * x / (x * x + y * y), where no square over- or underflows; 0 at the origin."""
-    r = np.hypot(x, y)
-    return _over(g * _over(x, r), r)
+def _bound(ufunc, beyond, name):
+    """One side of clip: the gradient is x's up to the bound y, and y's beyond it and where it is nan."""
 
+    def taken(x, y):
+        return beyond(x, y) | np.isnan(y)
 
-primitive(
-    np.arctan2, lambda g, out, y, x: _turn(g, x, y), lambda g, out, y, x: _turn(-g, y, x), samples=(_REAL, _POSITIVE)
-)
-primitive(
-    np.hypot, lambda g, out, x, y: g * _over(x, out), lambda g, out, x, y: g * _over(y, out), samples=(_REAL, _POSITIVE)
-)
-
-# --- selection; ties share the gradient equally ---
-
-
-def _contest(ufunc, beats, loses, skips_nan):
-    """Enters maximum or one of its kin: of two operands, the one that `beats` the other gets the gradient, ties share
-    it. Of nan and a number, that gets it which NumPy takes; of two nans the first."""
-
-    def rule(g, mine, other, first):
-        if isinstance(other, (int, float)) and other == other:  # the usual np.maximum(x, 0): only mine may be nan
-            wins = beats(mine, other) if skips_nan else ~loses(mine, other)
-        else:
-            taken, rest = (other, mine) if skips_nan else (mine, other)  # mine is the result if `taken` is nan
-            nan = np.isnan(taken) if first else np.isnan(taken) & ~np.isnan(rest)
-            wins = beats(mine, other) | nan
-        return np.where(mine == other, 0.5 * g, np.where(wins, g, 0.0))
-
-    primitive(
+    return primitive(
         ufunc,
-        lambda g, out, x, y: rule(g, x, y, True),
-        lambda g, out, x, y: rule(g, y, x, False),
-        samples=(_REAL, _OVER_1),
+        lambda g, out, x, y: _masked(~taken(x, y), g),
+        lambda g, out, x, y: _masked(taken(x, y), g),
+        name=name,
     )
 
 
-_contest(np.maximum, np.greater, np.less_equal, False)
-_contest(np.minimum, np.less, np.greater_equal, False)
-_contest(np.fmax, np.greater, np.less_equal, True)
-_contest(np.fmin, np.less, np.greater_equal, True)
-primitive(
+# The ufuncs themselves are found in the table as what is entered after these.
+_not_below, _not_above = _bound(np.maximum, np.less, "at least"), _bound(np.minimum, np.greater, "at most")
+
+
+def _share_of(g, out, mine, other, first):
+    """What an operand of maximum or one of its kin gets: all where it is the result, half of it in a tie. Of nan and a
+    number, that is it which NumPy takes; of two nans the first."""
+    if isinstance(other, (int, float)) and other == other:  # the usual np.maximum(x, 0): only mine may be nan
+        wins = out != other
+    else:
+        wins = (mine == out) | (np.isnan(out) & (np.isnan(mine) if first else ~np.isnan(other)))
+    return np.where(mine == other, 0.5 * g, _masked(wins, g))
+
+
+for _function in (np.maximum, np.minimum, np.fmax, np.fmin):
+    primitive(
+        _function,
+        lambda g, out, x, y: _share_of(g, out, x, y, True),
+        lambda g, out, x, y: _share_of(g, out, y, x, False),
+    )
+_elementwise(
     np.where,
     None,
-    lambda g, out, condition, x, y: np.where(condition, g, 0.0),
-    lambda g, out, condition, x, y: np.where(condition, 0.0, g),
-    elementwise=True,
-    samples=[((np.array([True, False, True]), (3,), (2, 3)), {}), ((np.array([[True], [False]]), (), (3,)), {})],
+    lambda g, out, condition, x, y: _masked(condition, g),
+    lambda g, out, condition, x, y: _masked(np.logical_not(condition), g),
 )
 
 
-def _clip_a(g, out, a, lo, hi):
-    taken = (a < lo) | (a > hi)
-    if not all([isinstance(x, (int, float)) and x == x for x in (lo, hi)]):  # as bounds usually are
-        taken = taken | (np.isnan(lo) | np.isnan(hi))
-    return np.where(taken, 0.0, g)
-
-
-_clip = primitive(
-    np.clip,
-    _clip_a,
-    lambda g, out, a, lo, hi: np.where(((a < lo) & (lo <= hi)) | (np.isnan(lo) & ~np.isnan(hi)), g, 0.0),
-    lambda g, out, a, lo, hi: np.where((np.maximum(a, lo) > hi) | np.isnan(hi), g, 0.0),
-    elementwise=True,
-    samples=(_REAL, (-1.1, -0.9), (0.9, 1.1)),
-)
-
-
-@composed(np.clip)
+@composed(np.clip, np._core.umath.clip)
 def clip(a, a_min=None, a_max=None, *, min=None, max=None):
     """`np.clip`; the gradient passes at the bounds, as in PyTorch. Where the lower bound is above, the upper one is
     the result, and gets the gradient."""
-    if isinstance(a, (int, np.integer)):
-        a = np.asarray(a)  # as NumPy does: it need not fit in the dtype of its bounds
     low, high = (a_min if min is None else min), (a_max if max is None else max)
-    raws = [np.asarray(x) if isinstance(x, list) else x for x in map(_raw, (a, low, high)) if x is not None]
-    kind = np.result_type(*[getattr(x, "dtype", x) for x in raws])
-    if kind.kind == "b":
-        lowest, highest = False, True
-    elif kind.kind in "iu":
-        lowest, highest = np.iinfo(kind).min, np.iinfo(kind).max
-        low = None if type(low) is int and low < lowest else low  # as NumPy, beyond what the dtype holds
-        high = None if type(high) is int and high > highest else high
-    else:
-        lowest, highest = -np.inf, np.inf
-    return _clip(a, lowest if low is None else low, highest if high is None else high)
+    if low is high is None:
+        return np.copy(a)
+    if isinstance(a, (int, list)) and np.result_type(*[_raw(x) for x in (low, high) if x is not None]).kind != "f":
+        a = np.asarray(a)  # as NumPy does: it need not fit in the dtype of its bounds
+    for bound, side, beyond, end in ((low, _not_below, operator.lt, "min"), (high, _not_above, operator.gt, "max")):
+        dtype = np.result_type(_raw(a))
+        # As in NumPy, a whole number that is beyond all that the dtype holds is no bound.
+        beyond_all = type(bound) is int and dtype.kind in "iu" and beyond(bound, getattr(np.iinfo(dtype), end))
+        if bound is not None and not beyond_all:
+            a = side(a, bound)
+    return a
 
 
 # --- activations that NumPy has no name for: functions of picograd, found in the table under themselves ---
@@ -2088,26 +2102,21 @@ def _gelu_x(g, out, x):
     return g * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * (_GELU * (1.0 + 0.134145 * (x * x))))
 
 
-relu = primitive(
+relu = _elementwise(
     lambda x, out=None: np.maximum(x, 0.0, out=out),
     lambda g, out, x: g * (out > 0),  # 0 at the kink
     name="relu",
     reads="out",
     scalar=lambda x: 0.0 if x <= 0.0 else x,
-    elementwise=True,
-    samples=(_POSITIVE,),
 )
-sigmoid = primitive(
-    _sigmoid, lambda g, out, x: g * (out * (1.0 - out)), name="sigmoid", elementwise=True, reads="out", samples=(_REAL,)
-)
-softplus = primitive(
+sigmoid = _elementwise(_sigmoid, lambda g, out, x: g * (out * (1.0 - out)), name="sigmoid", reads="out")
+softplus = _elementwise(
     lambda x: np.maximum(x, 0.0) + np.log1p(np.exp(-np.abs(_floating(x)))),  # log(1 + exp(x)) without overflow
     lambda g, out, x: g * sigmoid(x),
     name="softplus",
-    elementwise=True,
 )
-gelu = primitive(  # the tanh form: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2
-    lambda x: 0.5 * x * (1.0 + _gelu_tanh(_floating(x))[1]), _gelu_x, name="gelu", elementwise=True
+gelu = _elementwise(  # the tanh form: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2
+    lambda x: 0.5 * x * (1.0 + _gelu_tanh(_floating(x))[1]), _gelu_x, name="gelu"
 )
 
 # --- reductions; axis may be None, an int (also negative) or a tuple ---
@@ -2131,36 +2140,38 @@ def _unreduce(g, a, axis, keepdims):
     return g if keepdims or axis is None or axis == () or not np.ndim(a) else np.expand_dims(g, axis)
 
 
+def _axes(a, axis) -> tuple:
+    """The axes of a that an argument names, counted from 0: one, several, or with None all."""
+    if axis is None or not np.ndim(a):
+        return tuple(range(np.ndim(a)))
+    return np.lib.array_utils.normalize_axis_tuple(axis, np.ndim(a), allow_duplicate=True)
+
+
 def _share(a, axis, ddof=0):
     """1 / how many elements a reduction takes together; infinity if that is 0."""
-    shape = np.shape(a)
-    axes = range(len(shape)) if axis is None or not shape else axis if isinstance(axis, tuple) else (axis,)
-    count = math.prod(shape[i] for i in axes) - ddof
+    count = math.prod([np.shape(a)[i] for i in _axes(a, axis)]) - ddof
     return 1.0 / count if count > 0 else math.inf
+
+
+def _before(a):
+    """The product of all that comes before each element, along the last axis."""
+    return np.cumprod(np.concatenate([np.ones_like(a[..., :1]), a[..., :-1]], axis=-1), axis=-1)
 
 
 def _others(a):
     """The product of all others along the last axis: what comes before times what comes after, exact with zeros."""
-    one = np.ones_like(a[..., :1])
-    before = np.cumprod(np.concatenate([one, a[..., :-1]], axis=-1), axis=-1)
-    after = np.flip(np.cumprod(np.concatenate([one, np.flip(a[..., 1:], -1)], axis=-1), axis=-1), -1)
-    return before * after
+    return _before(a) * np.flip(_before(np.flip(a, -1)), -1)
 
 
 def _prod_a(g, out, a, axis=None, keepdims=False):
-    shape = np.shape(a)
-    if not shape:
-        return g
-    if not math.prod(shape):
+    if 0 in np.shape(a):
         return np.zeros_like(a)
-    axes = tuple(i % len(shape) for i in (range(len(shape)) if axis is None else np.atleast_1d(axis)))
-    order = tuple(i for i in range(len(shape)) if i not in axes) + axes
-    moved = np.transpose(a, order)
-    flat = np.reshape(moved, np.shape(moved)[: len(shape) - len(axes)] + (-1,))
-    if np.shape(flat)[-1] == 0:
-        return np.zeros_like(a)
-    others = np.transpose(np.reshape(_others(flat), np.shape(moved)), _inverse(order))
-    return _unreduce(g, a, axis, keepdims) * others
+    axes = _axes(a, axis)
+    last = tuple(range(-len(axes), 0))
+    moved = np.moveaxis(a, axes, last)
+    shape = np.shape(moved)
+    others = _others(np.reshape(moved, (*shape[: len(shape) - len(axes)], -1)))
+    return _unreduce(g, a, axis, keepdims) * np.moveaxis(np.reshape(others, shape), last, axes)
 
 
 def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
@@ -2169,15 +2180,10 @@ def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
 
 
 def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
-    # Of equal numbers it is 0, though their mean may be rounded, and then this is not. An array is looked at first:
-    # it rarely has a deviation so small that rounding explains it.
+    # Of equal numbers it is 0, but their mean may be rounded, and then this is not. Less the largest, they are 0.
+    a = a if 0 in np.shape(a) else a - np.max(a, axis=axis, keepdims=True)
     g, out = (_unreduce(x, a, axis, keepdims) for x in (g, out))
-    mean, shape = np.mean(a, axis=axis, keepdims=True), np.shape(a)
-    noise = math.prod(shape) * np.finfo(a.dtype).eps if type(a) is np.ndarray else math.inf
-    if math.prod(shape) and not (noise < 1.0 and np.all(out > noise * np.abs(mean))):
-        low, high = (f(a, axis=axis, keepdims=True) for f in (np.min, np.max))
-        out = np.where(low == high, 0.0, out)
-    return _over(0.5 * g, out) * (a - mean) * (2.0 * _share(a, axis, ddof))
+    return _var_a(_over(0.5 * g, out), out, a, axis, ddof, True)
 
 
 def _extremum_a(g, out, a, axis=None, keepdims=False):
@@ -2185,42 +2191,39 @@ def _extremum_a(g, out, a, axis=None, keepdims=False):
     share = _unreduce(g, a, axis, keepdims) / np.sum(hit, axis=axis, keepdims=True)
     if isinstance(g, (np.ndarray, np.generic)):
         share = share.astype(g.dtype, copy=False)  # to NumPy, the count is wide
-    return np.where(hit, share, 0.0)
+    return _masked(hit, share)
 
 
-def _flip_cumsum(g, axis):
-    return np.flip(np.cumsum(np.flip(g, axis), axis), axis)
+def _along_one(rule):
+    """The rule of a function along an axis, from a rule without `out`: with no axis, the array is a vector."""
+
+    def whole(g, out, a, axis=None):
+        if axis is None or not np.ndim(a):
+            return np.reshape(rule(g, np.ravel(a), 0), np.shape(a))
+        return rule(g, a, axis)
+
+    return whole
 
 
-def _cumsum_a(g, out, a, axis=None):
-    return np.reshape(_flip_cumsum(g, 0), np.shape(a)) if axis is None else _flip_cumsum(g, axis)
-
-
-def _cumprod_a(g, out, a, axis=None):
+def _cumprod_a(g, a, axis):
     # With x the input, dL/dx_i = (x_0 ... x_{i-1}) * S_i where S_i = g_i + x_{i+1} * S_{i+1}. The recurrence is a
     # composition of affine maps, done by doubling (Hillis and Steele 1986); no division, so zeros are exact.
-    x = np.reshape(a, (-1,)) if axis is None else np.moveaxis(a, axis, -1)
-    scale, shift = x, g if axis is None else np.moveaxis(g, axis, -1)
-    if np.shape(x)[-1] == 0:
-        return np.zeros_like(a)
-    zero, one = np.zeros_like(x[..., :1]), np.ones_like(x[..., :1])
-    before = np.cumprod(np.concatenate([one, x[..., :-1]], axis=-1), axis=-1)
-    scale = np.concatenate([x[..., 1:], zero], axis=-1)
-    step, n = 1, np.shape(x)[-1]
-    while step < n:
-        tail = np.repeat(zero, step, axis=-1)
-        shift = shift + scale * np.concatenate([shift[..., step:], tail], axis=-1)
-        scale = scale * np.concatenate([scale[..., step:], tail], axis=-1)
-        step *= 2
-    result = before * shift
-    return np.reshape(result, np.shape(a)) if axis is None else np.moveaxis(result, -1, axis)
+    x, shift, step = np.moveaxis(a, axis, -1), np.moveaxis(g, axis, -1), 1
+
+    def ahead(z):
+        """z as it is `step` further on; there it ends with zeros."""
+        return np.concatenate([z[..., step:], np.zeros_like(z[..., :step])], axis=-1)
+
+    before, scale = _before(x), ahead(x)
+    while step < np.shape(x)[-1]:
+        shift, scale, step = shift + scale * ahead(shift), scale * ahead(scale), 2 * step
+    return np.moveaxis(before * shift, -1, axis)
 
 
 def _peak(a, axis):
     """The largest along axis, which is kept; -inf of none."""
-    if 0 in np.shape(a):
-        return np.max(a, axis=axis, keepdims=True, initial=-np.inf)
-    return np.max(a, axis=axis, keepdims=True)
+    none = {"initial": -np.inf} if 0 in np.shape(a) else {}
+    return np.max(a, axis=axis, keepdims=True, **none)
 
 
 def _logsumexp(a, axis=None, keepdims=False):
@@ -2242,6 +2245,10 @@ def _logsumexp_weights(a, out, axis=None):
     return e / np.sum(e, axis=axis, keepdims=True)  # 1 in all, though `out` may be rounded
 
 
+def _logsumexp_a(g, out, a, axis=None, keepdims=False):
+    return _unreduce(g, a, axis, keepdims) * _weights_of(a, _unreduce(out, a, axis, keepdims), axis=axis)
+
+
 def _softmax(a, axis=-1):
     a = _floating(a)
     e = np.exp(a - _peak(a, axis))
@@ -2258,75 +2265,58 @@ def _log_softmax(a, axis=-1):
     return shifted - np.log(np.sum(np.exp(shifted), axis=axis, keepdims=True))
 
 
-def _axes(shape=(2, 3, 4)):
-    """Samples that reduce over every kind of axis."""
-    return [((shape,), {})] + [((shape,), {"axis": axis, "keepdims": k}) for axis in (1, -1, (0, 2)) for k in (0, 1)]
+def _log_softmax_a(g, out, a, axis=-1):
+    return g - np.exp(out) * np.sum(g, axis=axis, keepdims=True)
 
-
-_SCANS = [(((2, 3),), {"axis": axis}) for axis in (None, 0, -1)]
-_AXIS = [(((2, 3),), {"axis": 0}), (((3,),), {})]
 
 TABLE[np.sum] = primitive(
-    _sum, lambda g, out, a, axis=None, keepdims=False: _unreduce(g, a, axis, keepdims), name="sum", samples=_axes()
+    _sum, lambda g, out, a, axis=None, keepdims=False: _unreduce(g, a, axis, keepdims), name="sum"
 )
 TABLE[np.mean] = primitive(
     _mean,
     lambda g, out, a, axis=None, keepdims=False: _unreduce(g * _share(a, axis), a, axis, keepdims),
     name="mean",
-    samples=_axes(),
 )
-primitive(np.prod, _prod_a, samples=_axes())
-primitive(np.var, _var_a, samples=_axes() + [(((2, 3),), {"ddof": 1})])
-primitive(np.std, _std_a, samples=_axes() + [(((2, 3),), {"ddof": 1})])
-TABLE[np.amax] = primitive(np.max, _extremum_a, samples=_axes())
-TABLE[np.amin] = primitive(np.min, _extremum_a, samples=_axes())
-primitive(np.cumsum, _cumsum_a, samples=_SCANS)
-primitive(np.cumprod, _cumprod_a, samples=_SCANS)
+primitive(np.prod, _prod_a)
+primitive(np.var, _var_a)
+primitive(np.std, _std_a)
+TABLE[np.amax] = primitive(np.max, _extremum_a)
+TABLE[np.amin] = primitive(np.min, _extremum_a)
+primitive(np.cumsum, _along_one(lambda g, a, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis)))
+primitive(np.cumprod, _along_one(_cumprod_a))
 _weights_of = primitive(
     _logsumexp_weights,
     lambda g, out, a, total, axis=None: _softmax_a(g, out, a, axis),
     None,  # it is a function of a alone
     name="weights of logsumexp",
-    samples=[(((2, 3), (2, 1)), {"axis": -1})],
 )
-logsumexp = primitive(
-    _logsumexp,
-    lambda g, out, a, axis=None, keepdims=False: (
-        _unreduce(g, a, axis, keepdims) * _weights_of(a, _unreduce(out, a, axis, keepdims), axis=axis)
-    ),
-    name="logsumexp",
-    samples=_axes(),
-)
-softmax = primitive(_softmax, _softmax_a, name="softmax", samples=_AXIS)
-log_softmax = primitive(
-    _log_softmax,
-    lambda g, out, a, axis=-1: g - np.exp(out) * np.sum(g, axis=axis, keepdims=True),
-    name="log_softmax",
-    samples=_AXIS,
-)
+logsumexp = primitive(_logsumexp, _logsumexp_a, name="logsumexp")
+softmax = primitive(_softmax, _softmax_a, name="softmax")
+log_softmax = primitive(_log_softmax, _log_softmax_a, name="log_softmax")
 
 
 @composed(np.average)
 def average(a, axis=None, weights=None, *, keepdims=False):
-    """`np.average`, also with differentiable weights of a's shape or, with an int axis, of that axis' length."""
+    """`np.average`, also with differentiable weights: of a's shape, or of its lengths along the axes."""
     if weights is None:
         return np.mean(a, axis=axis, keepdims=keepdims)
-    if np.ndim(weights) == 1 and np.ndim(a) > 1:
-        if np.shape(weights)[0] != np.shape(a)[axis]:
-            raise ValueError(
-                f"average: weights have length {np.shape(weights)[0]}, axis {axis} has {np.shape(a)[axis]}"
-            )
-        weights = np.reshape(weights, [-1 if i == axis % np.ndim(a) else 1 for i in range(np.ndim(a))])
+    a, weights = _together((a, weights))
+    if np.shape(weights) != np.shape(a):
+        axes = _axes(a, axis)
+        if axis is None or np.shape(weights) != tuple([np.shape(a)[i] for i in axes]):
+            raise ValueError(f"average: weights of shape {np.shape(weights)} for axis {axis} of {np.shape(a)}")
+        others = tuple([i for i in range(np.ndim(a)) if i not in axes])
+        weights = np.expand_dims(np.transpose(weights, np.argsort(axes).tolist()), others)
     weights = weights * np.ones_like(a)  # summed in the precision of both
     return np.sum(a * weights, axis=axis, keepdims=keepdims) / np.sum(weights, axis=axis, keepdims=keepdims)
 
 
-# --- shape: the general ones are primitives, the others compositions of them ---
+# --- shape ---
 
 
 def _inverse(axes):
     """The permutation that undoes a transposition."""
-    return None if axes is None else tuple(int(i) for i in np.argsort([i % len(axes) for i in axes]))
+    return None if axes is None else tuple(np.argsort([i % len(axes) for i in axes]).tolist())
 
 
 def _axis(axis, a) -> int:
@@ -2334,157 +2324,110 @@ def _axis(axis, a) -> int:
     return np.lib.array_utils.normalize_axis_index(axis, np.ndim(a))
 
 
+def _along(a, axis, part):
+    """The part of a that an index of that axis gives."""
+    return a[(slice(None),) * _axis(axis, a) + (part,)]
+
+
 def _shaped(a, shape):
     """`np.reshape`; of an array by its method, which is there sooner."""
     return a.reshape(shape) if type(a) is np.ndarray else np.reshape(a, shape)
 
 
-_reshape = primitive(
-    _shaped,
-    lambda g, out, a, shape: _shaped(g, np.shape(a)),
-    name="reshape",
-    samples=[(((2, 6),), {"shape": (3, 4)}), (((2, 6),), {"shape": -1})],
-)
-primitive(
-    np.transpose,
-    lambda g, out, a, axes=None: np.transpose(g, _inverse(axes)),
-    samples=[(((2, 3, 4),), {"axes": (1, -1, 0)}), (((2, 3),), {})],
-)
-primitive(
-    np.broadcast_to,
-    lambda g, out, array, shape: g,
-    samples=[(((3, 1),), {"shape": (2, 3, 4)}), (((),), {"shape": (2,)})],
-)
-_as_dtype = primitive(  # `float` stands for Python's own: a weak scalar
-    lambda a, dtype: float(a) if dtype is float else (a if hasattr(a, "astype") else np.asarray(a)).astype(dtype),
-    lambda g, out, a, dtype: g,
-    name="astype",
-    elementwise=True,
-    samples=[(((2, 3),), {"dtype": np.float64})],
-)
-primitive(np.copy, lambda g, out, a: g, elementwise=True)
+_reshape = primitive(_shaped, lambda g, out, a, shape: _shaped(g, np.shape(a)), name="reshape")
+primitive(np.transpose, lambda g, out, a, axes=None: np.transpose(g, _inverse(axes)))
+primitive(np.broadcast_to, lambda g, out, array, shape: g)
+
+
+def _cast(a, dtype):
+    """a in another dtype; `float` stands for Python's own: a weak scalar."""
+    if dtype is float:
+        return float(a)
+    return (a if hasattr(a, "astype") else np.asarray(a)).astype(dtype)
+
+
+_as_dtype = _elementwise(_cast, lambda g, out, a, dtype: g, name="astype")
+_elementwise(np.copy, lambda g, out, a: g)
 
 
 @composed(np.reshape)
 def reshape(a, shape, order="C"):
     if order != "C":
         raise TypeError(f"reshape: order {order!r} is not supported on a Value or Tensor, only 'C'")
-    return _reshape(a, tuple(shape) if isinstance(shape, Iterable) else (shape,))
+    return _reshape(a, shape)
 
 
 @composed(np.ravel)
 def ravel(a, order="C"):
-    if order != "C":
-        raise TypeError(f"ravel: order {order!r} is not supported on a Value or Tensor, only 'C'")
-    flat = _reshape(a, (-1,))
+    flat = reshape(a, (-1,), order)
     raw = _raw(flat)
     return np.copy(flat) if type(raw) is np.ndarray and not raw.flags.c_contiguous else flat  # NumPy's has no gaps
 
 
-@composed(np.expand_dims)
-def expand_dims(a, axis):
-    axes = axis if isinstance(axis, (tuple, list)) else (axis,)
-    ndim = np.ndim(a) + len(axes)
-    for i in axes:
-        if not -ndim <= i < ndim:
-            raise np.exceptions.AxisError(i, ndim, "expand_dims: axis")
-    axes, rest = {i % ndim for i in axes}, iter(np.shape(a))
-    return _reshape(a, tuple(1 if i in axes else next(rest) for i in range(ndim)))
+def _reshaping(function):
+    """A function that only changes the shape: to that which it gives an array whose numbers nobody reads. All checks
+    and errors are NumPy's."""
+    return lambda a, *args, **kwargs: _reshape(a, function(np.empty(np.shape(a), bool), *args, **kwargs).shape)
 
 
-@composed(np.squeeze)
-def squeeze(a, axis=None):
-    shape = np.shape(np.squeeze(np.empty(np.shape(a), bool), axis))  # NumPy's own checks and errors
-    return _reshape(a, shape)
+def _permuting(function):
+    """A function that only changes the order of axes: to that in which it leaves axes of the lengths 0, 1, 2, ..."""
+
+    def permute(a, *args, **kwargs):
+        return np.transpose(a, function(np.empty(range(np.ndim(a)), bool), *args, **kwargs).shape)
+
+    return permute
 
 
-@composed(np.moveaxis)
-def moveaxis(a, source, destination):
-    order = np.moveaxis(np.empty((1,) * np.ndim(a)), source, destination)  # checks only
-    source, destination = (
-        [i % order.ndim for i in (s if isinstance(s, Iterable) else (s,))] for s in (source, destination)
-    )
-    rest = iter(i for i in range(order.ndim) if i not in source)
-    places = dict(zip(destination, source))
-    return np.transpose(a, tuple(places[i] if i in places else next(rest) for i in range(order.ndim)))
-
-
-@composed(np.swapaxes)
-def swapaxes(a, axis1, axis2):
-    axes = list(range(np.ndim(a)))
-    axes[axis1], axes[axis2] = axes[axis2], axes[axis1]
-    return np.transpose(a, tuple(axes))
-
-
-@composed(np.matrix_transpose, np.linalg.matrix_transpose)
-def matrix_transpose(x):
-    return swapaxes(x, -1, -2)
-
-
-def _at_least(n, place):
-    """`np.atleast_nd`: place says where a shape gets its missing axes."""
-
+def _at_least(ndim, extended):
     def at_least(*arrays):
-        out = tuple(a if np.ndim(a) >= n else _reshape(a, place(np.shape(a))) for a in arrays)
+        out = tuple([a if np.ndim(a) >= ndim else extended(a) for a in arrays])
         return out[0] if len(out) == 1 else out
 
     return at_least
 
 
-atleast_1d = composed(np.atleast_1d)(_at_least(1, lambda shape: (1,)))
-atleast_2d = composed(np.atleast_2d)(_at_least(2, lambda shape: (1,) * (2 - len(shape)) + shape))
-atleast_3d = composed(np.atleast_3d)(
-    _at_least(3, lambda shape: ((1, 1, 1), (1,) + shape + (1,), shape + (1,))[len(shape)])
-)
+for _function in (np.expand_dims, np.squeeze):
+    composed(_function)(_reshaping(_function))
+for _function in (np.moveaxis, np.rollaxis, np.swapaxes, np.matrix_transpose, np.linalg.matrix_transpose):
+    composed(_function)(_permuting(_function))
+for _ndim, _function in enumerate((np.atleast_1d, np.atleast_2d, np.atleast_3d), 1):
+    composed(_function)(_at_least(_ndim, _reshaping(_function)))
 
 # --- joining and splitting ---
 
 
 def _concatenate_i(i, g, out, arrays, axis=0):
     start = sum(np.shape(a)[axis] for a in arrays[:i])
-    return g[_lead(axis, g) + (slice(start, start + np.shape(arrays[i])[axis]),)]
+    return _along(g, axis, slice(start, start + np.shape(arrays[i])[axis]))
 
 
 _concatenate = primitive(
-    lambda *arrays, axis=0: np.concatenate(arrays, axis),
-    _concatenate_i,
-    name="concatenate",
-    variadic=True,
-    samples=[(((2, 3), (2, 1)), {"axis": -1}), (((2,), (3,), (1,)), {})],
+    lambda *arrays, axis=0: np.concatenate(arrays, axis), _concatenate_i, name="concatenate", variadic=True
 )
 _stack = primitive(
     lambda *arrays, axis=0: np.stack(arrays, axis),
-    lambda i, g, out, arrays, axis=0: g[_lead(axis, g) + (i,)],
+    lambda i, g, out, arrays, axis=0: _along(g, axis, i),
     name="stack",
     variadic=True,
-    samples=[(((2, 3), (2, 3)), {"axis": -1}), (((), (), ()), {})],
 )
 
 
 def _together(arrays) -> list:
-    """What is to meet, with weak numbers in the dtype that they take: reshaped to arrays, they would be strong."""
-    held = [x.dtype for x in arrays if isinstance(x, Array) and type(x._data) not in _WEAK_TYPES]
-    held = [dtype for dtype in held if dtype.kind == "f"] or [
-        x.dtype for x in map(_raw, arrays) if hasattr(x, "dtype") and not isinstance(x, _NUMBERS)
-    ]
-    if not held:
+    """What is to meet, with weak numbers, integers and masks in the dtype that they take then: reshaped to arrays, weak
+    numbers would be strong."""
+    arrays = _lifted(_stack, arrays)
+    raws = list(map(_raw, arrays))
+    if not _strong(_stack, raws):
         return list(arrays)
-    return [_met(x, held) if type(_raw(x)) in _WEAK_TYPES or isinstance(x, _NUMBERS) else x for x in arrays]
-
-
-def _met(x, dtypes):
-    """A weak number in the dtype that it takes beside those; a whole one that does not fit stays what it is."""
-    x = x if isinstance(x, Array) else _number(x)
-    dtype = np.result_type(*dtypes, _raw(x))
-    if dtype.kind in "iu" and not np.iinfo(dtype).min <= _raw(x) <= np.iinfo(dtype).max:
-        return x
-    return _as_dtype(x, dtype)
+    met = _strengthened(_stack, _promoted(_stack, raws))
+    return [x if y is z else _as_dtype(x, y.dtype) for x, y, z in zip(arrays, met, raws)]
 
 
 @composed(np.concatenate)
 def concatenate(arrays, axis=0):
     if axis is None:
-        return _concatenate(*map(ravel, _together(arrays)), axis=0)
+        return _concatenate(*map(np.ravel, _together(arrays)), axis=0)
     return _concatenate(*arrays, axis=axis)
 
 
@@ -2493,68 +2436,59 @@ def stack(arrays, axis=0):
     return _stack(*arrays, axis=axis)
 
 
-@composed(np.vstack)
-def vstack(tup):
-    return _concatenate(*map(atleast_2d, _together(tup)), axis=0)
+@composed(np.append)
+def append(arr, values, axis=None):
+    return concatenate([arr, values], axis)
 
 
-@composed(np.hstack)
-def hstack(tup):
-    arrays = [atleast_1d(a) for a in _together(tup)]
-    return _concatenate(*arrays, axis=min(1, np.ndim(arrays[0]) - 1))
+def _joining(extended, axis):
+    """A function that joins arrays along an axis, or their last, once each has axes enough."""
+
+    def join(tup):
+        arrays = [extended(a) for a in _together(tup)]
+        return _concatenate(*arrays, axis=min(axis, np.ndim(arrays[0]) - 1))
+
+    return join
 
 
-@composed(np.dstack)
-def dstack(tup):
-    return _concatenate(*map(atleast_3d, _together(tup)), axis=2)
-
-
-@composed(np.column_stack)
-def column_stack(tup):
-    return _concatenate(*(a if np.ndim(a) > 1 else _reshape(a, (-1, 1)) for a in _together(tup)), axis=1)
+composed(np.vstack)(_joining(np.atleast_2d, 0))
+composed(np.hstack)(_joining(np.atleast_1d, 1))
+composed(np.dstack)(_joining(np.atleast_3d, 2))
+composed(np.column_stack)(_joining(lambda a: a if np.ndim(a) > 1 else _reshape(a, (-1, 1)), 1))
 
 
 @composed(np.block)
 def block(arrays):
     """`np.block`: a matrix of numbers and arrays from nested lists."""
 
-    def leaves(x):
-        return [leaf for part in x for leaf in leaves(part)] if isinstance(x, list) else [x]
-
-    def depth(x):
-        return 1 + depth(x[0]) if isinstance(x, list) else 0
-
     def shaped(x):
         return [shaped(part) for part in x] if isinstance(x, list) else np.empty(np.shape(x), bool)
 
-    def joined(x, axis):
+    def joined(x):
+        """A part, with all axes, and how many lists deep it is."""
         if isinstance(x, list):
-            return _concatenate(*[joined(part, axis + 1) for part in x], axis=axis)
+            inner, depths = zip(*map(joined, x))
+            return _concatenate(*inner, axis=-1 - depths[0]), 1 + depths[0]
         part = next(parts)
-        return _reshape(part, (1,) * (ndim - np.ndim(part)) + np.shape(part))
+        return _reshape(part, (1,) * (ndim - np.ndim(part)) + np.shape(part)), 0
 
-    np.block(shaped(arrays))  # NumPy's own checks and errors
-    parts = iter(_together(leaves(arrays)))
-    ndim = max([depth(arrays), *map(np.ndim, leaves(arrays))])
-    return joined(arrays, -depth(arrays))
-
-
-@composed(np.append)
-def append(arr, values, axis=None):
-    return concatenate([arr, values], axis)
+    ndim = np.block(shaped(arrays)).ndim  # with NumPy's own checks and errors
+    parts = iter(_together(_members(arrays)))
+    return joined(arrays)[0]
 
 
-@composed(np.array_split)
-def array_split(ary, indices_or_sections, axis=0):
-    parts = np.array_split(np.arange(np.shape(ary)[axis]), indices_or_sections)
-    return [ary[_lead(axis, ary) + (slice(p[0], p[-1] + 1) if len(p) else slice(0),)] for p in parts]
+def _splitting(function):
+    """A function that splits along an axis: into slices, at the places where it splits the numbers from 0 on."""
+
+    def split(ary, indices_or_sections, axis=0):
+        parts = function(np.arange(np.shape(ary)[axis]), indices_or_sections)
+        return [_along(ary, axis, slice(p[0], p[-1] + 1) if len(p) else slice(0)) for p in parts]
+
+    return split
 
 
-@composed(np.split)
-def split(ary, indices_or_sections, axis=0):
-    np.split(np.empty(np.shape(ary)[axis]), indices_or_sections)  # NumPy's own error for an unequal division
-    return array_split(ary, indices_or_sections, axis)
-
+composed(np.split)(_splitting(np.split))
+composed(np.array_split)(_splitting(np.array_split))
 
 # --- indexing; parts of an index that are Values or Tensors are operands, so that a replay sees their current data ---
 
@@ -2569,8 +2503,7 @@ def _filled(index, parts):
 def _put(a, *parts, shape, index):
     """Zeros of that shape with `a` added at that index: the transpose of indexing."""
     index = _filled(index, parts)
-    order = "F" if type(a) is np.ndarray and a.flags.fnc else "C"  # as `np.pad` has it
-    out = np.zeros(shape, getattr(a, "dtype", np.float64), order)
+    out = np.zeros(shape, getattr(a, "dtype", np.float64))
     if all(i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer)) for i in index):
         out[index] = a
     else:
@@ -2586,13 +2519,6 @@ _getitem = primitive(
     name="getitem",
     variadic=True,
     typed=(0,),
-    samples=[
-        (((3, 4),), {"index": (1,)}),
-        (((3, 4),), {"index": (slice(None, None, -2), None, Ellipsis, slice(1, 3))}),
-        (((3, 4),), {"index": (np.array([0, 2, 0]),)}),
-        (((3, 4),), {"index": (np.array([0, 2]), np.array([[1], [1]]))}),
-        (((3,),), {"index": (np.array([True, False, True]),)}),
-    ],
 )
 _scatter = primitive(
     _put,
@@ -2600,13 +2526,14 @@ _scatter = primitive(
     name="scatter",
     variadic=True,
     typed=(0,),
-    samples=[(((2,),), {"shape": (3, 4), "index": (1, slice(1, 3))})],
 )
 
 
 def _index_array(i):
     """A list in an index, as an array; of integers if it is empty."""
-    return (np.asarray(i) if len(i) else np.zeros(0, int)) if isinstance(i, (list, tuple)) else i
+    if not isinstance(i, (list, tuple)):
+        return i
+    return np.asarray(i) if len(i) else np.zeros(0, int)
 
 
 def _index_part(i):
@@ -2616,24 +2543,20 @@ def _index_part(i):
     return _wrap(i) if not isinstance(i, Array) and _lazy(i) else i
 
 
-def _lead(axis, a) -> tuple:
-    """The part of an index before that axis."""
-    return (slice(None),) * _axis(axis, a)
-
-
 @composed(np.take)
 def take(a, indices, axis=None):
     indices = _index_array(indices)
     if getattr(getattr(indices, "dtype", None), "kind", "i") == "b":
         raise TypeError("take: indices must be integers, got booleans")
     a = ravel(a) if axis is None or not np.ndim(a) else a
-    return a[_lead(axis or 0, a) + (indices,)]
+    return _along(a, axis or 0, indices)
 
 
 @composed(np.take_along_axis)
 def take_along_axis(arr, indices, axis=-1):
-    if axis is None:
-        return ravel(arr)[indices]
+    arr, axis = (np.ravel(arr), 0) if axis is None else (arr, _axis(axis, arr))
+    if np.ndim(indices) != np.ndim(arr):
+        raise ValueError(f"take_along_axis: indices of shape {np.shape(indices)} for {np.shape(arr)}")
     where = list(np.ogrid[tuple(slice(n) for n in np.shape(arr))])
     where[axis] = indices
     return arr[tuple(where)]
@@ -2641,108 +2564,95 @@ def take_along_axis(arr, indices, axis=-1):
 
 @composed(np.sort)
 def sort(a, axis=-1, kind=None, order=None, *, stable=None):
-    return take_along_axis(ravel(a) if axis is None else a, np.argsort(a, axis), -1 if axis is None else axis)
+    a, axis = (np.ravel(a), 0) if axis is None else (a, _axis(axis, a))
+    return take_along_axis(a, np.argsort(a, axis), axis)
 
 
-@composed(np.repeat)
-def repeat(a, repeats, axis=None):
-    n = np.size(a) if axis is None or not np.ndim(a) else np.shape(a)[axis]
-    return take(a, np.repeat(np.arange(n), repeats), axis)
+# --- moving elements ---
 
 
-def _tile_x(g, out, x, reps):
-    shape = np.shape(x)
-    parts = [n for r, s in zip(reps[len(reps) - len(shape) :], shape) for n in (r, s)]
-    spread = _reshape(g, (*reps[: len(reps) - len(shape)], *parts))
-    return np.sum(spread, axis=(*range(len(reps) - len(shape)), *range(len(reps) - len(shape), spread.ndim, 2)))
+def _tile_x(g, out, A, reps):
+    shape = (1,) * (np.ndim(g) - np.ndim(A)) + np.shape(A)
+    spread = np.reshape(g, [k for n, total in zip(shape, np.shape(g)) for k in (total // max(n, 1), n)])
+    return np.reshape(np.sum(spread, axis=tuple(range(0, 2 * np.ndim(g), 2))), np.shape(A))
 
 
-_tile = primitive(
-    lambda x, reps: np.tile(x, reps),
-    _tile_x,
-    name="tile",
-    samples=[(((2, 3),), {"reps": (2, 2)}), (((3,),), {"reps": (2, 1, 3)}), (((2, 1),), {"reps": (1, 3)})],
-)
+# Of these, the gradient is the same movement backwards.
+primitive(np.tile, _tile_x)
+primitive(np.flip, lambda g, out, m, axis=None: np.flip(g, axis))
+primitive(np.roll, lambda g, out, a, shift, axis=None: np.roll(g, np.negative(shift).tolist(), axis))
+primitive(np.rot90, lambda g, out, m, k=1, axes=(0, 1): np.rot90(g, -k, axes))
+primitive(np.triu, lambda g, out, m, k=0: np.triu(g, k))
+primitive(np.tril, lambda g, out, m, k=0: np.tril(g, k))
+composed(np.fliplr)(lambda m: np.flip(m, 1))
+composed(np.flipud)(lambda m: np.flip(m, 0))
 
 
-@composed(np.tile)
-def tile(A, reps):
-    reps = tuple(reps) if isinstance(reps, Iterable) else (reps,)
-    return _tile(A, (1,) * (np.ndim(A) - len(reps)) + tuple(map(operator.index, reps)))
+def _origins(function):
+    """The gradient of a function that only moves elements of an array, or fills in zeros: each goes back to where it
+    came from. Where that is, the function says itself, applied to the places, which are numbered from 1."""
+
+    def places(shape, **params):
+        moved = function(np.arange(1, math.prod(shape) + 1).reshape(shape), **params).ravel()
+        known = np.flatnonzero(moved)
+        return known, moved[known] - 1
+
+    kept = functools.lru_cache(32)(places)
+
+    def rule(*args, **params):
+        g, _, a = args
+        if _lazy(g):
+            raise TypeError(f"{function.__name__}: no gradient flows back to an array of {type(_raw(g)).__module__}")
+        find, n = places, math.prod(np.shape(a))
+        if math.prod(np.shape(g)) < 1 << 16:  # few enough to be kept
+            with contextlib.suppress(TypeError):  # parameters that are no keys, such as an array
+                hash(tuple(params.values()))
+                find = kept
+        known, origins = find(np.shape(a), **params)
+        return np.reshape(_scatter(np.ravel(g)[known], shape=(n,), index=(origins,)), np.shape(a))
+
+    return rule
 
 
-@composed(np.pad)
-def pad(array, pad_width, mode="constant", constant_values=0):
-    """`np.pad` in its constant mode."""
-    if mode != "constant":
-        raise TypeError(f"pad: mode {mode!r} is not supported on a Value or Tensor, only 'constant'")
-    shape = np.shape(array)
-    frame = np.pad(np.zeros(shape, bool), pad_width, constant_values=True)
-    widths = np.broadcast_to(pad_width, (len(shape), 2))
-    index = tuple(slice(int(low), int(low) + n) for (low, _), n in zip(widths, shape))
-    padded = _scatter(array, shape=frame.shape, index=index)
-    if np.all(np.asarray(constant_values) == 0):
-        return padded
-    edge = np.pad(np.zeros(shape, array.dtype), pad_width, constant_values=constant_values)
-    return np.where(frame, edge, padded)
+for _function in (np.repeat, np.diagonal, np.diagflat, np.resize, np.delete, np.fft.fftshift, np.fft.ifftshift):
+    primitive(_function, _origins(_function))
+_from_diagonal = TABLE[np.diagonal].vjps[0]
+primitive(np.diag, lambda g, out, v, k=0: np.diagonal(g, k) if np.ndim(v) == 1 else _from_diagonal(g, out, v, offset=k))
 
 
-@composed(np.flip)
-def flip(m, axis=None):
-    ndim = np.ndim(m)
-    axes = range(ndim) if axis is None else np.lib.array_utils.normalize_axis_tuple(axis, ndim)
-    return m[tuple(slice(None, None, -1 if i in axes else None) for i in range(ndim))]
+@composed(np.trace)
+def trace(a, offset=0, axis1=0, axis2=1):
+    return np.sum(np.diagonal(a, offset, axis1, axis2), axis=-1)
 
 
-composed(np.fliplr)(lambda m: flip(m, 1))
-composed(np.flipud)(lambda m: flip(m, 0))
+def _pad(array, pad_width, mode="constant", **values):
+    if mode not in "constant edge reflect symmetric wrap".split():
+        raise TypeError(f"pad: mode {mode!r} is not supported on a Value or Tensor")
+    return np.pad(array, pad_width, mode, **values)
 
 
-@composed(np.roll)
-def roll(a, shift, axis=None):
-    if axis is None:
-        return _reshape(roll(ravel(a), shift, 0), np.shape(a)) if np.ndim(a) else np.positive(a)
-    for s, i in np.broadcast(shift, axis):
-        n = np.shape(a)[i]
-        cut = (n - int(s) % n) if n else 0
-        lead = (slice(None),) * _axis(int(i), a)
-        a = _concatenate(a[lead + (slice(cut, None),)], a[lead + (slice(None, cut),)], axis=int(i))
-    return a
+def _pad_x(g, out, array, pad_width, mode="constant", constant_values=0):
+    if mode != "constant" or isinstance(pad_width, dict):
+        return _pad_back(g, out, array, pad_width=pad_width, mode=mode)
+    before = np.broadcast_to(pad_width, (np.ndim(array), 2))[:, 0].tolist()
+    return g[tuple([slice(start, start + n) for start, n in zip(before, np.shape(array))])]
 
 
-@composed(np.rot90)
-def rot90(m, k=1, axes=(0, 1)):
-    if len({_axis(i, m) for i in axes}) != 2:
-        raise ValueError(f"rot90: axes must be two different ones, got {axes}")
-    for _ in range(k % 4):
-        m = flip(swapaxes(m, *axes), axes[0])
-    return m
+_pad_back = _origins(np.pad)
+TABLE[np.pad] = primitive(_pad, _pad_x, name="pad")
 
 
-def _window_x(g, out, x, window_shape, axis):
-    total = 0.0
-    for offset in np.ndindex(*window_shape):  # one shifted copy of g per place in the window
-        starts = [sum(start for i, start in zip(axis, offset) if i == j) for j in range(np.ndim(x))]
-        index = [slice(start, start + n) for start, n in zip(starts, np.shape(g))]
-        total = total + _scatter(g[(Ellipsis,) + offset], shape=np.shape(x), index=tuple(index))
+def _window_x(g, out, x, window_shape, axis=None):
+    total, axes = 0.0, _axes(x, axis)
+    for offset in np.ndindex(*np.shape(g)[np.ndim(x) :]):  # one shifted copy of g per place in the window
+        start = np.zeros(np.ndim(x), int)
+        np.add.at(start, list(axes), offset)
+        index = tuple(map(slice, start.tolist(), (start + np.shape(g)[: np.ndim(x)]).tolist()))
+        total = total + _scatter(g[(Ellipsis,) + offset], shape=np.shape(x), index=index)
     return total
 
 
-_window = primitive(
-    np.lib.stride_tricks.sliding_window_view,
-    _window_x,
-    samples=[
-        (((4, 5),), {"window_shape": (2, 3), "axis": (0, 1)}),
-        (((2, 5),), {"window_shape": (2, 3), "axis": (1, 1)}),
-    ],
-)
-
-
-@composed(np.lib.stride_tricks.sliding_window_view)
-def sliding_window_view(x, window_shape, axis=None):
-    window_shape = tuple(window_shape) if isinstance(window_shape, Iterable) else (window_shape,)
-    axes = range(np.ndim(x)) if axis is None else axis if isinstance(axis, Iterable) else (axis,)
-    return _window(x, window_shape, tuple(i % np.ndim(x) for i in axes))
+primitive(np.lib.stride_tricks.sliding_window_view, _window_x)
 
 
 @composed(np.diff)
@@ -2751,43 +2661,16 @@ def diff(a, n=1, axis=-1, prepend=None, append=None):
         raise ValueError(f"diff: n must not be negative, got {n}")
     if not n:
         return a  # without the ends: so it is in NumPy
-    axis, length_1 = _axis(axis, a), list(np.shape(a))
-    length_1[axis] = 1
-    if prepend is not None or append is not None:
-        parts = _together([x for x in (prepend, a, append) if x is not None])
-        a = _concatenate(*[x if np.ndim(x) else np.broadcast_to(x, tuple(length_1)) for x in parts], axis=axis)
-    lead, change = _lead(axis, a), np.not_equal if a.dtype == bool else np.subtract
+    axis, one = _axis(axis, a), list(np.shape(a))
+    one[axis] = 1
+    parts = [x for x in (prepend, a, append) if x is not None]
+    if len(parts) > 1:
+        a = _concatenate(*[x if np.ndim(x) else np.broadcast_to(x, tuple(one)) for x in _together(parts)], axis=axis)
+    change = np.not_equal if a.dtype == bool else np.subtract
     for _ in range(n):
-        a = change(a[lead + (slice(1, None),)], a[lead + (slice(None, -1),)])
+        a = change(_along(a, axis, slice(1, None)), _along(a, axis, slice(None, -1)))
     return a
 
-
-@composed(np.diagonal)
-def diagonal(a, offset=0, axis1=0, axis2=1):
-    a = moveaxis(a, (axis1, axis2), (-2, -1))
-    rows, columns = np.shape(a)[-2:]
-    i = np.arange(max(0, min(rows + min(offset, 0), columns - max(offset, 0))))
-    return a[(Ellipsis, i - min(offset, 0), i + max(offset, 0))]
-
-
-@composed(np.diag)
-def diag(v, k=0):
-    if np.ndim(v) not in (1, 2):
-        raise ValueError(f"diag: expected 1 or 2 dimensions, got {np.ndim(v)}")
-    if np.ndim(v) == 2:
-        return diagonal(v, k)
-    n = np.shape(v)[0] + abs(k)
-    i = np.arange(np.shape(v)[0])
-    return _scatter(v, shape=(n, n), index=(i - min(k, 0), i + max(k, 0)))
-
-
-@composed(np.trace)
-def trace(a, offset=0, axis1=0, axis2=1):
-    return np.sum(diagonal(a, offset, axis1, axis2), axis=-1)
-
-
-primitive(np.triu, lambda g, out, m, k=0: np.triu(g, k), samples=[(((3, 4),), {}), (((2, 3, 3),), {"k": 1})])
-primitive(np.tril, lambda g, out, m, k=0: np.tril(g, k), samples=[(((3, 4),), {}), (((2, 3, 3),), {"k": -1})])
 
 # --- products ---
 
@@ -2803,34 +2686,20 @@ def _matmul_x(g, out, x, y):
 def _matmul_y(g, out, x, y):
     if x.ndim == 1:
         return x * g if y.ndim == 1 else np.expand_dims(x, -1) * np.expand_dims(g, -2)
-    if y.ndim == 1:
-        return np.matmul(x.swapaxes(-1, -2), np.expand_dims(g, -1))[..., 0]
-    if y.ndim == 2 and x.ndim > 2:  # one product over the whole batch instead of a batch of products to sum
-        x, g = (np.reshape(a, (math.prod(np.shape(a)[:-1]), np.shape(a)[-1])) for a in (x, g))
+    if y.ndim <= 2 < x.ndim:  # one product over the whole batch instead of a batch of products to sum
+        rows = math.prod(np.shape(x)[:-1])
+        x, g = np.reshape(x, (rows, np.shape(x)[-1])), np.reshape(g, (rows, *np.shape(y)[1:]))
     return _matmul(x.swapaxes(-1, -2), g)
 
 
-_MATMUL = [
-    ((3,), (3,)),
-    ((2, 3), (3,)),
-    ((3,), (3, 2)),
-    ((2, 3), (3, 4)),
-    ((5, 2, 3), (3, 4)),
-    ((5, 1, 2, 3), (4, 3, 2)),
-]
-_MATMUL += [((3,), (5, 3, 2)), ((5, 2, 3), (3,))]
-TABLE[np.matmul] = primitive(
-    _matmul, _matmul_x, _matmul_y, name="matmul", reads="operands", samples=[(shapes, {}) for shapes in _MATMUL]
-)
+TABLE[np.matmul] = TABLE[np.linalg.matmul] = primitive(_matmul, _matmul_x, _matmul_y, name="matmul", reads="operands")
 
 
 def _dense_forward(x, w, b, activation=None):
     out = _matmul(x, w)
-    if type(out) is not np.ndarray or out.dtype is not b.dtype:
-        out = out + b
-        return activation.forward(out) if activation else out
-    out += b
-    return activation.forward(out, out=out) if activation else out
+    buffer = out if type(out) is np.ndarray and out.dtype is b.dtype else None
+    out = np.add(out, b, out=buffer)
+    return activation.forward(out, out=buffer) if activation else out
 
 
 def _dense_rule(wanted, g, out, operands, activation=None):
@@ -2846,90 +2715,88 @@ _dense = primitive(
     _dense_rule,
     name="dense layer",
     joint=True,
-    samples=[(((2, 3), (3, 4), (4,)), {"activation": f}) for f in (TABLE[np.tanh], sigmoid, None)],
 )
 
 
 @composed(np.dot)
 def dot(a, b):
-    if np.ndim(a) == 0 or np.ndim(b) == 0:
+    if 0 in (np.ndim(a), np.ndim(b)):
         return a * b
     return a @ b if np.ndim(b) <= 2 else tensordot(a, b, (-1, -2))
 
 
 @composed(np.inner)
 def inner(a, b):
-    return a * b if np.ndim(a) == 0 or np.ndim(b) == 0 else tensordot(a, b, (-1, -1))
+    return dot(a, np.swapaxes(b, -1, -2) if np.ndim(b) > 1 else b)
 
 
 @composed(np.vdot)
 def vdot(a, b):
     if np.ndim(a) == np.ndim(b) == 0:
         return a * b
-    a, b = _together((a, b))
-    return np.matmul(ravel(a), ravel(b))
+    return np.matmul(*map(np.ravel, _together((a, b))))
 
 
-@composed(np.outer, np.linalg.outer)
+composed(np.linalg.outer)(lambda x1, x2: einsum("i,j->ij", x1, x2))
+
+
+@composed(np.outer)
 def outer(a, b):
     a, b = _together((a, b))
     return _reshape(a, (-1, 1)) * _reshape(b, (1, -1))
 
 
-@composed(np.tensordot)
-def tensordot(a, b, axes=2):
-    a, b = _together((a, b))
-    if not isinstance(axes, Iterable):
-        axes = (range(np.ndim(a) - axes, np.ndim(a)), range(axes))
-    left, right = ([_axis(i, x) for i in (s if isinstance(s, Iterable) else (s,))] for x, s in zip((a, b), axes))
-    if [np.shape(a)[i] for i in left] != [np.shape(b)[i] for i in right]:
-        raise ValueError(f"tensordot: axes {axes} do not match in shapes {np.shape(a)} and {np.shape(b)}")
-    rows = [i for i in range(np.ndim(a)) if i not in left]
-    columns = [i for i in range(np.ndim(b)) if i not in right]
-    depth = math.prod(np.shape(a)[i] for i in left)
-    m, n = math.prod(np.shape(a)[i] for i in rows), math.prod(np.shape(b)[i] for i in columns)
-    product = np.matmul(
-        _reshape(np.transpose(a, tuple(rows + left)), (m, depth)),
-        _reshape(np.transpose(b, tuple(right + columns)), (depth, n)),
-    )
-    return _reshape(product, tuple(np.shape(a)[i] for i in rows) + tuple(np.shape(b)[i] for i in columns))
-
-
 @composed(np.kron)
 def kron(a, b):
-    if not (np.ndim(a) and np.ndim(b)):
-        return np.multiply(a, b)
     ndim = max(np.ndim(a), np.ndim(b))
-    s, t = ((1,) * (ndim - np.ndim(x)) + np.shape(x) for x in (a, b))
-    product = _reshape(a, tuple(n for i in s for n in (i, 1))) * _reshape(b, tuple(n for j in t for n in (1, j)))
-    return _reshape(product, tuple(i * j for i, j in zip(s, t)))
+    a, b = (np.reshape(x, (1,) * (ndim - np.ndim(x)) + np.shape(x)) for x in _together((a, b)))
+    s, t = string.ascii_letters[:ndim], string.ascii_letters[ndim : 2 * ndim]
+    product = _einsum(a, b, subscripts=f"{s},{t}->{''.join(map(operator.add, s, t))}")
+    return np.reshape(product, tuple(map(operator.mul, np.shape(a), np.shape(b))))
+
+
+def _einsum_forward(*operands, subscripts):
+    """`np.einsum`; with the plan that gets to BLAS, which takes a while, where numbers are used many times over."""
+    plan = len(operands) > 2
+    if not plan and max([math.prod(np.shape(x)) for x in operands]) >= 1 << 10:
+        lengths = dict(zip(subscripts.replace(",", ""), itertools.chain(*map(np.shape, operands))))
+        sizes = [math.prod([lengths[c] for c in s]) for s in subscripts.replace("->", ",").split(",")]
+        plan = math.prod(lengths.values()) > 8 * max(sizes)
+    return np.einsum(subscripts, *operands, optimize=plan)
 
 
 def _einsum_i(i, g, out, operands, subscripts):
     # The gradient of operand i is an einsum of g and the other operands; letters that only operand i has were summed
-    # over, so their gradient is broadcast.
+    # over: along these, it has length 1 here.
     inputs, output = subscripts.split("->")
     inputs = inputs.split(",")
-    others = [output] + inputs[:i] + inputs[i + 1 :]
-    mine = "".join(c for c in inputs[i] if any(c in other for other in others))
-    rest = (*operands[:i], *operands[i + 1 :])
-    part = np.einsum(",".join(others) + "->" + mine, g, *rest, optimize=len(rest) > 1)  # as the forward computes
-    shape = np.shape(operands[i])
-    lengths = tuple(n if c in mine else 1 for c, n in zip(inputs[i], shape))
-    return np.broadcast_to(np.reshape(part, lengths), shape)
+    mine, others = inputs.pop(i), [output, *inputs]
+    known = "".join([c for c in mine if any(c in other for other in others)])
+    part = _einsum(g, *operands[:i], *operands[i + 1 :], subscripts=",".join(others) + "->" + known)
+    lengths = dict(zip(known, np.shape(part)))
+    return np.reshape(part, tuple([lengths.get(c, 1) for c in mine]))
 
 
-_einsum = primitive(
-    lambda *operands, subscripts: np.einsum(subscripts, *operands, optimize=len(operands) > 2),
-    _einsum_i,
-    name="einsum",
-    variadic=True,
-    samples=[
-        (((2, 3), (3, 4)), {"subscripts": "ij,jk->ki"}),
-        (((2, 3), (3,), (4,)), {"subscripts": "ij,j,k->i"}),
-        (((2, 3),), {"subscripts": "ij->"}),
-    ],
-)
+def _diagonal_of(x, subscripts):
+    return np.einsum(subscripts, x)
+
+
+_einsum = primitive(_einsum_forward, _einsum_i, name="einsum", variadic=True)
+_diagonals = primitive(_diagonal_of, _origins(_diagonal_of), name="diagonals")  # of axes that have the same letter
+
+
+@functools.lru_cache(256)
+def _spelled_out(subscripts: str, *ndims: int) -> tuple[list[str], str]:
+    """The subscripts of operands of so many dimensions, and of the result, with letters for ellipses; what is not
+    written is as NumPy has it."""
+    np.einsum(subscripts, *[np.ones((1,) * n) for n in ndims])  # NumPy's own checks and errors
+    left, arrow, output = subscripts.replace(" ", "").partition("->")
+    free = "".join([c for c in string.ascii_letters if c not in subscripts])
+    hidden = [n - len(s.replace("...", "")) for s, n in zip(left.split(","), ndims)]
+    inputs = [s.replace("...", free[len(free) - n :]) for s, n in zip(left.split(","), hidden)]
+    if not arrow:
+        output = "..." + "".join(sorted(c for c in {*left} - {*",."} if left.count(c) == 1))
+    return inputs, output.replace("...", free[len(free) - max(hidden) :])
 
 
 @composed(np.einsum)
@@ -2937,36 +2804,22 @@ def einsum(subscripts, *operands, optimize=True):
     """`np.einsum` with a subscript string: explicit or implicit, with ellipses and repeated letters."""
     if not isinstance(subscripts, str):
         raise TypeError(f"einsum: subscripts must be a string on a Value or Tensor, got {type(subscripts).__name__}")
-    left, arrow, right = subscripts.replace(" ", "").partition("->")
-    inputs = left.split(",")
-    if len(inputs) != len(operands):
-        raise ValueError(f"einsum: {len(inputs)} subscripts for {len(operands)} operands")
-    free = [c for c in string.ascii_letters if c not in subscripts]
-    hidden = [max(0, np.ndim(x) - len(s.replace("...", ""))) if "..." in s else 0 for s, x in zip(inputs, operands)]
-    dots = "".join(free[: max(hidden)])
-    inputs = [s.replace("...", dots[len(dots) - n :]) for s, n in zip(inputs, hidden)]
-    letters = "".join(inputs)
-    if not arrow:
-        right = dots + "".join(sorted(c for c in set(letters) if letters.count(c) == 1 and c not in dots))
-    output, operands = right.replace("...", dots), list(operands)
-    for k, s in enumerate(inputs):
-        if len(s) != np.ndim(operands[k]):
-            raise ValueError(f"einsum: subscripts {s!r} for operand {k} of shape {np.shape(operands[k])}")
-        for c in sorted(set(s)):
-            while s.count(c) > 1:  # a repeated letter is a diagonal
-                i, j = s.index(c), s.rindex(c)
-                if np.shape(operands[k])[i] != np.shape(operands[k])[j]:
-                    raise ValueError(f"einsum: {c!r} names axes of different lengths in operand {k}")
-                operands[k] = diagonal(operands[k], 0, i, j)
-                s = s[:i] + s[i + 1 : j] + s[j + 1 :] + c
-        inputs[k] = s
-    long = {c for s, x in zip(inputs, operands) for c, n in zip(s, np.shape(x)) if n != 1}
-    for k, s in enumerate(inputs):  # lengths of 1 broadcast: drop them, another operand has the length
-        short = [i for i, n in enumerate(np.shape(operands[k])) if n == 1 and s[i] in long]
-        if short:
-            operands[k] = squeeze(operands[k], tuple(short))
-            inputs[k] = "".join([c for i, c in enumerate(s) if i not in short])
-    return _einsum(*operands, subscripts=",".join(inputs) + "->" + output)
+    inputs, output = _spelled_out(subscripts, *map(np.ndim, operands))
+    letters = ["".join(dict.fromkeys(s)) for s in inputs]
+    operands = [x if s == t else _diagonals(x, f"{s}->{t}") for x, s, t in zip(operands, inputs, letters)]
+    return _einsum(*operands, subscripts=",".join(letters) + "->" + output)
+
+
+@composed(np.tensordot, np.linalg.tensordot)
+def tensordot(a, b, axes=2):
+    axes = axes if isinstance(axes, Iterable) else (range(-axes, 0), range(axes))
+    s, t = [*string.ascii_letters[: np.ndim(a)]], [*string.ascii_letters[::-1][: np.ndim(b)]]
+    for i, j in zip(*map(_axes, (a, b), axes), strict=True):
+        if np.shape(a)[i] != np.shape(b)[j]:
+            raise ValueError(f"tensordot: axes {axes} do not match in shapes {np.shape(a)} and {np.shape(b)}")
+        t[j] = s[i]
+    out = [c for c in s + t if (c in s) != (c in t)]
+    return _einsum(a, b, subscripts="".join([*s, ",", *t, "->", *out]))
 
 
 # --- linear algebra; batches of matrices as NumPy has them ---
@@ -2976,48 +2829,33 @@ def _t(a):
     return np.swapaxes(a, -1, -2)
 
 
-def _solve_a(g, out, a, b):
-    x = _solve_b(g, out, a, b)
-    return -(np.expand_dims(x, -1) * np.expand_dims(out, -2)) if np.ndim(b) == 1 else -np.matmul(x, _t(out))
+_solve = primitive(
+    np.linalg.solve,
+    lambda g, out, a, b: -np.matmul(_solve(_t(a), g), _t(out)),
+    lambda g, out, a, b: _solve(_t(a), g),
+)
 
 
-def _solve_b(g, out, a, b):
-    if np.ndim(b) > 1:
-        return np.linalg.solve(_t(a), g)
-    return np.linalg.solve(_t(a), np.expand_dims(g, -1))[..., 0]  # also where one vector b meets a batch of matrices
+@composed(np.linalg.solve)
+def solve(a, b):
+    """`np.linalg.solve`; a vector b, which may meet a batch of matrices, is a column."""
+    return _solve(a, np.reshape(b, (-1, 1)))[..., 0] if np.ndim(b) == 1 else _solve(a, b)
 
 
 def _cholesky_a(g, out, a):
     # Murray 2016, "Differentiation of the Cholesky decomposition", eq. 9. NumPy reads the lower triangle only.
-    half = np.tril(np.ones(np.shape(a)[-2:])) - 0.5 * np.eye(np.shape(a)[-1])
+    half = np.tri(np.shape(a)[-1]) - 0.5 * np.eye(np.shape(a)[-1])
     s = np.linalg.solve(_t(out), _t(np.linalg.solve(_t(out), _t(np.matmul(_t(out), g) * half))))
     return (s + _t(s)) * half
 
 
-_SQUARE = [((((3, 3), "definite"),), {}), ((((2, 3, 3), "definite"),), {})]
-primitive(np.linalg.inv, lambda g, out, a: -np.matmul(_t(out), np.matmul(g, _t(out))), samples=_SQUARE)
-primitive(
-    np.linalg.solve,
-    _solve_a,
-    _solve_b,
-    samples=[
-        ((((3, 3), "definite"), (3,)), {}),
-        ((((2, 3, 3), "definite"), (3,)), {}),
-        ((((2, 3, 3), "definite"), (3, 2)), {}),
-    ],
-)
+primitive(np.linalg.inv, lambda g, out, a: -np.matmul(_t(out), np.matmul(g, _t(out))))
+primitive(np.linalg.cholesky, _cholesky_a)
 
 
 # The gradient of a determinant is the matrix of cofactors, det(a) * inv(a).T, which singular matrices have, too. With
-# a = u @ diag(s) @ v, it is u @ diag(products of the other s) @ v, up to the signs of det(u) and det(v).
-
-
-def _decomposed(a):
-    """u, s, v as np.linalg.svd gives them, nan if a is not finite; and the sign of det(u) * det(v)."""
-    finite = np.isfinite(a).all((-1, -2), keepdims=True)
-    u, s, v = np.linalg.svd(np.where(finite, a, np.zeros_like(a)))
-    sign = np.sign(np.linalg.det(u) * np.linalg.det(v))[..., None, None]
-    return np.where(finite, u, np.nan), s, v, sign
+# a = u @ diag(s) @ v, it is u @ diag(products of the other s) @ v, up to the signs of det(u) and det(v). A cofactor is
+# also the determinant of what is left without a row and a column: so cofactors have derivatives of any order.
 
 
 def _cofactors(a):
@@ -3026,60 +2864,28 @@ def _cofactors(a):
         squares = (np.einsum("...ij,...ij->...", x, x) for x in (a, inverse))  # of Frobenius' norms
         if not np.any(math.prod(squares) > 1 / np.finfo(inverse.dtype).eps):
             return np.linalg.det(a)[..., None, None] * _t(inverse)
-    u, s, v, sign = _decomposed(a)
-    return sign * ((u * _others(s)[..., None, :]) @ v)
+    finite = np.isfinite(a).all((-1, -2), keepdims=True)
+    u, s, v = np.linalg.svd(np.where(finite, a, np.zeros_like(a)))
+    sign = np.sign(np.linalg.det(u) * np.linalg.det(v))[..., None, None]
+    return np.where(finite, sign * ((u * _others(s)[..., None, :]) @ v), np.nan)
 
 
-def _cofactors_slope(h, a):
-    """The gradient by a of sum(h * cofactors(a)): linear in h, with a symmetric matrix, the Hessian of det."""
-    u, s, v, sign = _decomposed(a)
-    h = sign * (_t(u) @ h @ _t(v))
-    own = np.eye(s.shape[-1], dtype=bool)
-    pairs = np.where(own, 0.0, _others(np.where(own, 1.0, s[..., None, :])))  # the product of all s but two
-    diagonal = pairs @ np.diagonal(h, 0, -2, -1)[..., None]
-    return u @ np.where(own, diagonal, -pairs * _t(h)) @ v
+def _cofactors_a(g, out, a):
+    x, n = np.positive(a) if isinstance(a, Value) else _leaf(a), np.shape(a)[-1]
+    rest = np.array([[j for j in range(n) if j != i] for i in range(n)], int).reshape(n, -1)
+    minors = x[..., rest[:, None, :, None], rest[:, None, :]]
+    cofactors = np.linalg.det(minors) * (-1.0) ** np.add.outer(range(n), range(n))
+    return _backpropagate(cofactors, g, {x}, False, isinstance(a, Value))[x]
 
 
-def _cofactors_slope_a(g, out, h, a):
-    # The third derivative of det, from det(a) * (tr(x) * tr(y) - tr(x @ y)), the second. Only of invertible matrices.
-    b = np.linalg.inv(a)
-    x, y = np.matmul(b, h), np.matmul(b, g)
-    tx, ty, txy, d = (np.expand_dims(z, (-1, -2)) for z in (*map(_traces, (x, y, np.matmul(x, y))), np.linalg.det(a)))
-    both = np.matmul(x, y) + np.matmul(y, x) - ty * x - tx * y
-    return d * _t((tx * ty - txy) * b + np.matmul(both, b))
-
-
-def _traces(a):
-    return np.trace(a, 0, -2, -1)
-
-
-_cofactor = primitive(
-    _cofactors, lambda g, out, a: _slope_of_cofactors(g, a), name="matrix of cofactors", samples=_SQUARE
-)
-_slope_of_cofactors = primitive(
-    _cofactors_slope,
-    lambda g, out, h, a: _slope_of_cofactors(g, a),
-    _cofactors_slope_a,
-    name="slope of cofactors",
-    samples=[((shape, (shape, "definite")), {}) for shape in ((3, 3), (2, 3, 3))],
-)
-primitive(np.linalg.det, lambda g, out, a: np.expand_dims(g, (-1, -2)) * _cofactor(a), samples=_SQUARE)
+_cofactor = primitive(_cofactors, _cofactors_a, name="matrix of cofactors")
+primitive(np.linalg.det, lambda g, out, a: np.expand_dims(g, (-1, -2)) * _cofactor(a))
 _logdet = primitive(
     lambda a: np.linalg.slogdet(a)[1],
     lambda g, out, a: np.expand_dims(g, (-1, -2)) * _t(np.linalg.inv(a)),
     name="logabsdet",
-    samples=_SQUARE,
 )
 _signdet = primitive(lambda a: np.linalg.slogdet(a)[0], None, name="signdet")
-primitive(np.linalg.cholesky, _cholesky_a, samples=_SQUARE)
-_norm = primitive(
-    lambda x, axis=None, keepdims=False: np.sqrt(np.sum(x * x, axis=axis, keepdims=bool(keepdims))),
-    lambda g, out, x, axis=None, keepdims=False: (
-        _unreduce(g, x, axis, keepdims) * _over(x, _unreduce(out, x, axis, keepdims))
-    ),
-    name="norm",
-    samples=_axes(),
-)
 
 
 @composed(np.linalg.slogdet)
@@ -3087,63 +2893,55 @@ def slogdet(a):
     return type(np.linalg.slogdet(np.eye(1)))(_signdet(a), _logdet(a))
 
 
+_norm = primitive(
+    lambda x, axis=None, keepdims=False: np.sqrt(np.sum(x * x, axis=axis, keepdims=bool(keepdims))),
+    lambda g, out, x, axis=None, keepdims=False: (
+        _unreduce(g, x, axis, keepdims) * _over(x, _unreduce(out, x, axis, keepdims))
+    ),
+    name="norm",
+)
+
+
 @composed(np.linalg.norm)
 def norm(x, ord=None, axis=None, keepdims=False):
     """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices; its gradient at 0 is 0."""
-    if x.dtype.kind != "f":
-        x = x.astype(np.float64)  # as NumPy does, before integers overflow
-    vector = np.ndim(x) == 1 if axis is None else not isinstance(axis, Iterable)
-    if ord is None or (vector and ord == 2) or (ord == "fro" and not vector):
-        return _norm(x, axis=axis if not isinstance(axis, list) else tuple(axis), keepdims=keepdims)
-    if vector and ord in (1, np.inf, -np.inf):
-        reduce = {1: np.sum, np.inf: np.max, -np.inf: np.min}[ord]
-        return reduce(np.abs(x), axis=axis, keepdims=keepdims)
-    raise TypeError(
-        f"norm: ord={ord!r} is not supported for {'vectors' if vector else 'matrices'} on a Value or Tensor"
-    )
+    if ord is not None or np.ndim(axis):
+        np.linalg.norm(np.ones((1,) * np.ndim(x)), ord, axis)  # NumPy's own checks and errors
+    x, vector = _floating(x), (np.ndim(x) if axis is None else np.size(axis)) == 1
+    if ord is None or ord == (2 if vector else "fro"):
+        return _norm(x, axis=axis, keepdims=keepdims)
+    reduce = {1: np.sum, np.inf: np.max, -np.inf: np.min}.get(ord)
+    if not vector or reduce is None:
+        raise TypeError(f"norm: ord={ord!r} is not supported for axis {axis} of a Value or Tensor")
+    reduce = reduce if x.size else np.sum  # of none, it is 0
+    return reduce(np.abs(x), axis=axis, keepdims=keepdims)
 
 
 # --- no gradient: nodes all the same, so that a replay recomputes them ---
 
-for _function in (np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal, np.floor_divide):
-    primitive(_function, None, None)
-for _function in (np.logical_and, np.logical_or, np.logical_xor, np.bitwise_and, np.bitwise_or, np.bitwise_xor):
-    primitive(_function, None, None)
-for _function in (np.logical_not, np.invert, np.isnan, np.isfinite, np.isinf, np.signbit):
-    primitive(_function, None)
-for _function in (np.sign, np.floor, np.ceil, np.rint, np.trunc):
-    primitive(_function, None)
-for _function in (np.any, np.all, np.argmax, np.argmin, np.argsort, np.count_nonzero):
-    primitive(_function, None)
-TABLE[np.around] = primitive(np.round, None, elementwise=True)
-primitive(np.isclose, None, None, elementwise=True)
-_detach = primitive(lambda a: a, None, name="detach", elementwise=True)
+for _name in """equal not_equal less less_equal greater greater_equal floor_divide logical_and logical_or logical_xor
+    bitwise_and bitwise_or bitwise_xor logical_not invert isnan isfinite isinf signbit sign floor ceil rint trunc
+    any all argmax argmin argsort count_nonzero""".split():
+    primitive(getattr(np, _name), *[None] * getattr(getattr(np, _name), "nin", 1))
+TABLE[np.around] = _elementwise(np.round, None)
+_elementwise(np.isclose, None, None)
+_detach = _elementwise(lambda a: a, None, name="detach")
 
 
-@composed(np.nan_to_num)
-def nan_to_num(x, copy=True, nan=0.0, posinf=None, neginf=None):
-    """`np.nan_to_num`; replaced elements have no gradient."""
-    if x.dtype.kind != "f":
-        return np.copy(x)
-    info = np.finfo(x.dtype)
-    high, low = (info.max if posinf is None else posinf), (info.min if neginf is None else neginf)
-    x = np.where(np.isnan(x), float(nan), x)
-    return np.where(x == np.inf, float(high), np.where(x == -np.inf, float(low), x))
+TABLE[np.nan_to_num] = primitive(  # replaced elements have no gradient; and nothing is done in place
+    lambda x, copy=True, **values: np.nan_to_num(x, **values),
+    lambda g, out, x, copy=True, nan=0.0, posinf=None, neginf=None: _masked(np.isfinite(x), g),
+    name="nan_to_num",
+)
 
 
-def _plain(function):
-    """Enters a function whose answer is about shapes or a plain truth: it is computed on the data and no node."""
-
-    def on_data(*args, **kwargs):
-        return function(*map(_raw, args), **{k: _raw(v) for k, v in kwargs.items()})
-
-    TABLE[function] = on_data
+def _on_data(function):
+    """A function whose answer is about shapes or a plain truth: it is computed on the data and no node."""
+    return lambda *args, **kwargs: function(*map(_raw, args), **{k: _raw(v) for k, v in kwargs.items()})
 
 
 for _function in (np.shape, np.ndim, np.allclose, np.array_equal, np.array_equiv, np.result_type, np.iscomplexobj):
-    _plain(_function)
-
-
+    TABLE[_function] = _on_data(_function)
 TABLE[np.size] = lambda a, axis=None: np.size(np.broadcast_to(0.0, np.shape(a)), axis)  # Dask does not offer it
 
 
@@ -3156,7 +2954,7 @@ def _like(function):
         if isinstance(fill, Value):
             return np.broadcast_to(fill, np.shape(a)).astype(np.result_type(kwargs.get("dtype") or _raw(a)))
         out = function(raw, *map(_raw, args), **kwargs)
-        return float(out) if type(raw) is float and out.ndim == 0 and not kwargs else out
+        return float(out) if type(raw) is float and not kwargs else out
 
     TABLE[function] = like
 
@@ -3166,6 +2964,13 @@ for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
 
 
 # --- operators and methods of both classes, all from the table ---
+
+
+_OPERANDS = (Array, np.ndarray, np.generic, int, float, list, tuple)
+
+
+def _is_operand(x) -> bool:
+    return isinstance(x, _OPERANDS) or KINDS[type(x)] is not None
 
 
 def _value_operator(prim: Primitive, swapped=False):
@@ -3205,7 +3010,7 @@ def _value_operator(prim: Primitive, swapped=False):
             # And the path of small arrays, whose arithmetic costs less than the questions.
             if type(y) is float or (type(y) is ndarray and y.dtype is x.dtype and y.size < HOOK.limit):
                 return _node(forward(y, x) if swapped else forward(x, y), prim, args, _NO_PARAMS)
-        if y is None and not isinstance(other, _OPERANDS) and KINDS[kind] is None:
+        if y is None and not _is_operand(other):
             return NotImplemented
         return _apply(prim, args, _NO_PARAMS)
 
@@ -3240,24 +3045,18 @@ def _tensor_operator(prim: Primitive, swapped=False):
             return NotImplemented
         if type(x) is ndarray and x.size < HOOK.limit:
             # What `_apply` would do for small arrays, spelled out: there, its checks cost more than the arithmetic.
-            y = None
-            if kind is float:
-                y = other
-            elif kind is Tensor:
+            if kind is int and x.dtype.kind == "f":
+                other, kind = float(other), float
+            y, alike = other, kind is float
+            if kind is Tensor and other._choice is self._choice:
                 y = other._data
-                if type(y) is not ndarray or y.dtype is not x.dtype or y.size > x.size:
-                    y = None
-            elif kind is int and x.dtype.kind == "f":
-                y = float(other)
-            if y is not None and (kind is not Tensor or other._choice is self._choice):
-                out = _new(Tensor)
-                out._data = forward(y, x) if swapped else forward(x, y)
-                out._choice, out._owner = self._choice, None
-                return out
-        if not isinstance(other, _OPERANDS) and KINDS[kind] is None:
+                alike = type(y) is ndarray and y.dtype is x.dtype and y.size <= x.size
+            if alike:
+                return _wrap(forward(y, x) if swapped else forward(x, y), self._choice)
+        if not _is_operand(other):
             return NotImplemented
         out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
-        return np.bool_(out._data) if isinstance(out._data, (bool, np.bool_)) else out  # of numbers, a plain truth
+        return np.bool_(out._data) if prim.ufunc and isinstance(out._data, (bool, np.bool_)) else out  # a plain truth
 
     return method
 
@@ -3266,16 +3065,16 @@ def _in_place_operator(prim: Primitive):
     """`t += x`: arrays are written to once the whole result is there; a 0-d Tensor is replaced, like a number."""
 
     def method(self, other):
-        if prim.ufunc and self.size > _LITTLE and type(other) is not Value:
-            # Where nothing can fail half-way, without an array in between.
-            x, y = KINDS[type(self._data)].target(self._data), float(other) if type(other) is int else _raw(other)
-            if x is not None and x.dtype.kind == "f" and _harmless(np.geterr()):
-                alike = type(y) is not float and KINDS[type(y)] is not None and not _lazy(y)
-                if type(y) is float or (alike and y.dtype is x.dtype and y.shape == x.shape):
-                    prim.forward(x, _fetched(y) if alike else y, out=x)
-                    return self
-        if isinstance(other, Value) or not (isinstance(other, _OPERANDS) or KINDS[type(other)] is not None):
+        if isinstance(other, Value) or not _is_operand(other):
             return NotImplemented
+        x = KINDS[type(self._data)].target(self._data) if prim.ufunc and self.size > _LITTLE else None
+        if x is not None and x.dtype.kind == "f" and _harmless(np.geterr()):
+            # Where nothing can fail half-way, without an array in between.
+            y = float(other) if type(other) is int else _raw(other)
+            alike = getattr(y, "dtype", None) is x.dtype and y.shape == x.shape and not _lazy(y)
+            if alike or type(y) is float:
+                prim.forward(x, _fetched(y) if alike else y, out=x)
+                return self
         out = _apply(prim, (self, other), _NO_PARAMS)
         if not self.ndim and not out.ndim:
             return out
@@ -3292,21 +3091,41 @@ def _in_place_operator(prim: Primitive):
 
 
 _LITTLE = 1 << 12  # elements up to which an array in between costs nothing
-_OPERANDS = (Array, np.ndarray, np.generic, int, float, list, tuple)
+
+
+def _method(function):
+    def method(self, *args, **kwargs):
+        return function(self, *args, **kwargs)
+
+    return method
+
+
+def _put_in(cls: type, name: str, method: Callable, like: str) -> None:
+    """Gives a class a method under its name, with what NumPy says in short of its function of the name `like`."""
+    about = getattr(np, like, None) or getattr(np.linalg, like, None)
+    paragraphs = (about.__doc__ or like).strip().split("\n\n", 2)
+    method.__doc__ = f"`{like}`, as a method." if about is None else paragraphs[isinstance(about, np.ufunc)]
+    method.__name__, method.__qualname__ = name, f"{cls.__name__}.{name}"
+    setattr(cls, name, method)
+
+
+def _add_method(name: str, function: Callable, like: str) -> None:
+    _put_in(Array, name, _method(function), like)
+    if getattr(function, "scalar", None) and len(function.vjps) == 1:
+        _put_in(Value, name, _value_function(function), like)
+
 
 for _forward, (_name, _, _) in _OPERATORS.items():
-    _prim = TABLE[_forward]
+    _prim, _in_place = TABLE[_forward], f"__i{_name}__"
     if len(_prim.vjps) == 1:
-        setattr(Array, f"__{_name}__", lambda self, _prim=_prim: _prim(self))
-        if _prim.scalar:
-            setattr(Value, f"__{_name}__", _value_function(_prim))
+        _add_method(f"__{_name}__", _prim, _prim.name)
         continue
     for _class, _operator in ((Value, _value_operator), (Tensor, _tensor_operator)):
-        setattr(_class, f"__{_name}__", _operator(_prim))
-        if hasattr(operator, f"__i{_name}__"):
-            setattr(_class, f"__r{_name}__", _operator(_prim, swapped=True))
-    if hasattr(operator, f"__i{_name}__"):
-        setattr(Tensor, f"__i{_name}__", _in_place_operator(_prim))
+        _put_in(_class, f"__{_name}__", _operator(_prim), _prim.name)
+        if hasattr(operator, _in_place):
+            _put_in(_class, f"__r{_name}__", _operator(_prim, swapped=True), _prim.name)
+    if hasattr(operator, _in_place):
+        _put_in(Tensor, _in_place, _in_place_operator(_prim), _prim.name)
 
 for _prim in PRIMITIVES.values():
     _prim.builtin = True
@@ -3314,14 +3133,19 @@ for _prim in PRIMITIVES.values():
 # Methods: every primitive that takes its operands one by one, and the compositions that ndarray has as methods.
 for _key, _function in list(TABLE.items()):
     _name = getattr(_function, "name", _key.__name__)
-    if (
-        _name.isidentifier()
-        and _name not in vars(Array)
-        and (hasattr(np.ndarray, _name) or getattr(_function, "operands", None))
-    ):
-        setattr(Array, _name, lambda self, *args, _function=_function, **kwargs: _function(self, *args, **kwargs))
-        if getattr(_function, "scalar", None) and len(_function.vjps) == 1:
-            setattr(Value, _name, _value_function(_function))
+    if hasattr(np.ndarray, _name) or getattr(_function, "operands", None):
+        if _name.isidentifier() and _name not in vars(Array):
+            _add_method(_name, _function, _name)
+
+
+def _sort(self, axis=-1, kind=None, order=None, *, stable=None):
+    if isinstance(self, Value):
+        raise TypeError("sort: a Value does not change in place; use np.sort")
+    self[...] = np.sort(self, axis)
+
+
+_put_in(Array, "sort", _sort, "sort")
+del Array.resize  # an array's own one changes it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3656,9 +3480,7 @@ def _mse_rule(wanted, g, out, operands):
     return slope, wanted[1] and -slope
 
 
-_mse = primitive(
-    lambda x, y: np.mean(np.square(x - y)), _mse_rule, name="mse", joint=True, samples=[(((2, 3), (2, 3)), {})]
-)
+_mse = primitive(lambda x, y: np.mean(np.square(x - y)), _mse_rule, name="mse", joint=True)
 
 
 def mse_loss(prediction: Value, target: Any) -> Value:
@@ -3707,7 +3529,6 @@ _sigmoid_entropy = primitive(  # softplus(x) - x * y, with no difference of larg
     lambda g, out, x, y: -g * x,
     name="sigmoid entropy",
     elementwise=True,
-    samples=(_REAL, _REAL),
 )
 _mse.builtin = _label_mask.builtin = _sigmoid_entropy.builtin = True
 
@@ -5315,7 +5136,7 @@ class _InBlocks(Kind):
                 raw = raw if prim.ufunc else _strengthened(prim, raw)
                 with contextlib.suppress(ValueError):  # shapes that do not fit: NumPy says so
                     dtype = np.dtype(params["dtype"]) if params else _result_dtype(prim, raw)
-                    if dtype.kind == "f" or (prim.forward is not np.power and dtype.kind in "iub"):  # fails on some
+                    if dtype.kind == "f" or (prim is not TABLE[np.power] and dtype.kind in "iub"):  # fails on some
                         return Chunked(_step(prim, raw, dtype, state), forced=forced)
             if prim.name in _REDUCTIONS and type(raw[0]) is Chunked and raw[0].size and params.keys() <= _REDUCED_BY:
                 x = raw[0].buffer
@@ -5815,7 +5636,6 @@ _dot = primitive(
     lambda i, g, out, terms, products: g * terms[i ^ 1] if i < 2 * products else g,
     name="dot",
     variadic=True,
-    samples=[(((), (), (), (), ()), {"products": 2}), (((2, 3), (2, 3), (2, 3)), {"products": 0})],
 )
 
 
@@ -5868,7 +5688,6 @@ _pack = primitive(
     lambda i, g, out, numbers, dtype: g[i],
     name="pack",
     variadic=True,
-    samples=[(((), (), ()), {"dtype": np.float64})],
 )
 
 
