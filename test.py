@@ -1102,7 +1102,7 @@ class TestWorkers(Strict):
             (x + 1).sum()
             def kill():
                 time.sleep(0.01)
-                os.kill(next(iter(picograd._workers.pools[True][1]._processes)), signal.SIGKILL)
+                os.kill(next(iter(picograd._workers.pool._processes)), signal.SIGKILL)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 killer = threading.Thread(target=kill)
@@ -1113,8 +1113,8 @@ class TestWorkers(Strict):
                         break
                 killer.join()
             assert [str(w.message)[:20] for w in caught] == ["a worker process die"], [str(w.message) for w in caught]
-            assert True not in picograd._workers.pools
-            assert (x + 1).sum().item() > 0 and True in picograd._workers.pools
+            assert picograd._workers.pool is None
+            assert (x + 1).sum().item() > 0 and picograd._workers.pool
             print("right")
             """
         )
@@ -1193,15 +1193,15 @@ class TestWorkers(Strict):
                     )
                     x = Tensor(np.ones(1_000_000))
                     assert (x * 2 + 1).sum().item() == 3_000_000
-                    assert len(picograd._workers.pools[True][1]._processes) == 2
+                    assert len(picograd._workers.pool._processes) == 2
                     if hasattr(os, "fork"):
                         warnings.simplefilter("ignore", DeprecationWarning)  # to fork with threads is what is tested
                         pid = os.fork()
                         if not pid:
                             warnings.simplefilter("ignore")  # a forkserver does not serve a fork: threads, then
                             ok = (x * 3).sum().item() == 3_000_000
-                            for _, pool in picograd._workers.pools.values():
-                                pool.shutdown()
+                            if picograd._workers.pool:
+                                picograd._workers.pool.shutdown()
                             os._exit(0 if ok else 1)
                         assert os.waitpid(pid, 0)[1] == 0
                     assert (x * 3).sum().item() == 3_000_000
@@ -1417,7 +1417,7 @@ class TestWorkers(Strict):
             set_distributed_config(enabled=True, use_processes=True, num_workers=40)
             picograd._FEW_BLOCKS = 0
             (Tensor(np.ones(2_000_000)) * 2 + 1).sum()
-            workers = list(picograd._workers.pools[True][1]._processes)
+            workers = list(picograd._workers.pool._processes)
             assert len(workers) <= 4, len(workers)
             print(*workers, flush=True)
             time.sleep(60)
@@ -1459,7 +1459,7 @@ class TestWorkers(Strict):
                     for _ in range(2):
                         for i, x in enumerate(xs):
                             assert (x * 2 + 1).sum().item() == 100_000 * (2 * i + 1)
-                    assert picograd._workers.pools[True][1]._processes
+                    assert picograd._workers.pool._processes
                     assert len(os.listdir("/proc/self/fd")) < before + 300
                     pid = os.fork()
                     for x in xs:
