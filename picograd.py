@@ -4146,12 +4146,11 @@ class _Memfd(_Private):
         return memory
 
     @staticmethod
-    def attach(pid: int, fd: int) -> tuple:
+    def attach(pid: int, fd: int):
         import mmap
 
         with open(f"/proc/{pid}/fd/{fd}", "r+b") as file:
-            memory = mmap.mmap(file.fileno(), 0)
-        return memory, memory
+            return mmap.mmap(file.fileno(), 0)
 
     def close(self) -> None:
         """Gives the memory back to the system, though workers may still have it mapped."""
@@ -4176,11 +4175,10 @@ class _Named(_Private):
         return self.owner.buf
 
     @staticmethod
-    def attach(name: str) -> tuple:
+    def attach(name: str):
         from multiprocessing import shared_memory
 
-        owner = shared_memory.SharedMemory(name)
-        return owner, owner.buf
+        return shared_memory.SharedMemory(name)
 
     def leave(self) -> None:
         self.owner.unlink()
@@ -4341,97 +4339,81 @@ def _block_shape(shape: tuple, itemsize: int, reduced: tuple = ()) -> list[int]:
 class _Job:
     """A block program on its arrays.
 
-    steps: (primitive, places of the operands, dtype of the result), ...; places count the inputs first, then the steps.
+    steps: (name of the primitive, places of its operands, dtype of its result), ...; places count the inputs first.
     inputs: arrays, and numbers, that broadcast to `shape`, which is the shape of every step.
-    outputs: {place: array of that shape to write to}.
-    reduction: (name in _REDUCERS, axes) for the last place, or None. A block's part of it is written to `parts`.
+    targets: arrays to write to. outputs: {place of a step: which of them}.
+    reduction: (name in _REDUCERS, axes) of the last place, or None. A block's part of it goes to the last target.
+    extents: the shape of a block. state: of the caller's np.errstate.
     """
 
-    steps: tuple
+    steps: list
     inputs: list
     shape: tuple[int, ...]
+    targets: list
     outputs: dict
     reduction: tuple | None
-    parts: np.ndarray | None
-    extents: list
+    extents: tuple[int, ...]
+    state: dict
 
     def tasks(self) -> list[tuple]:
         """The blocks, which can be done at once, in any order."""
         cuts = zip(self.shape, self.extents)
         return list(itertools.product(*[[slice(i, min(i + n, end)) for i in range(0, end, n)] for end, n in cuts]))
 
-    def run(self, tasks: Iterable[tuple]) -> None:
-        """Does blocks. A step writes to scratch memory that no later step reads, so that little is in the cache."""
-        spare = collections.defaultdict(list)  # scratch arrays by dtype
+    def run(self, tasks: Iterable[tuple]) -> list[tuple[str, str]]:
+        """Does blocks in this thread; the floating-point faults met, by kind and operation, to be warned of once.
+
+        A step writes to scratch memory that no later step reads, so that little of it goes through the cache.
+        """
+        faults: dict[tuple[str, str], None] = {}
+        spare = collections.defaultdict(list)  # scratch memory by dtype
         last = {i: step for step, (_, operands, _) in enumerate(self.steps) for i in operands}
-        for block in tasks:
-            shape, scratch = tuple([s.stop - s.start for s in block]), {}
-            values = [self.cut(x, block) if np.ndim(x) else x for x in self.inputs]
-            for step, (prim, operands, dtype) in enumerate(self.steps):
-                place, args = len(values), [values[i] for i in operands]
-                for i in [i for i in scratch if last.get(i) == step]:
-                    spare[scratch[i].dtype].append(scratch.pop(i))
-                if place in self.outputs:
-                    target = self.outputs[place][block]
-                else:
-                    found = spare[dtype].pop() if spare[dtype] else _memory.empty((math.prod(self.extents),), dtype)
-                    scratch[place] = found
-                    target = found[: math.prod(shape)].reshape(shape)
-                _local.step = "cast" if prim is _as_dtype else prim.name
-                values.append(_compute_step(prim, args, target))
-            if self.reduction:
-                self.reduce(values[-1], block, shape)
-            for flat in scratch.values():
-                spare[flat.dtype].append(flat)
+        steps = [(_BUILTIN[name], operands, dtype) for name, operands, dtype in self.steps]
+        inputs = [np.broadcast_to(x, self.shape) if np.ndim(x) else x for x in self.inputs]
+        state = {kind: "call" if how == "warn" else how for kind, how in self.state.items()}
 
-    @staticmethod
-    def cut(x: np.ndarray, block: tuple) -> np.ndarray:
-        """The part of an input, which may be repeated along axes, for a block."""
-        return x[tuple([slice(None) if n == 1 else s for n, s in zip(x.shape, block[len(block) - x.ndim :])])]
+        def met(kind, flag):
+            faults[kind, name] = None
 
-    def reduce(self, x: np.ndarray, block: tuple, shape: tuple) -> None:
+        with np.errstate(**state, call=met):
+            for block in tasks:
+                values, scratch = [x[block] if np.ndim(x) else x for x in inputs], {}
+                corner = tuple([slice(s.stop - s.start) for s in block])
+                for step, (prim, operands, dtype) in enumerate(steps):
+                    place, args = len(values), [values[i] for i in operands]
+                    for i in [i for i in scratch if last.get(i) == step]:
+                        spare[scratch[i].dtype].append(scratch.pop(i))
+                    if place in self.outputs:
+                        target = self.targets[self.outputs[place]][block]
+                    else:
+                        scratch[place] = spare[dtype].pop() if spare[dtype] else _memory.empty(self.extents, dtype)
+                        target = scratch[place][corner]
+                    values.append(target)
+                    name = "cast" if prim is _as_dtype else prim.name
+                    if prim.ufunc:
+                        prim.forward(*args, out=target)
+                    else:
+                        np.copyto(target, args[0] if prim is _as_dtype else prim.forward(*args), "unsafe")
+                if self.reduction:
+                    name = "reduce"
+                    self.reduce(values[-1], block)
+                for array in scratch.values():
+                    spare[array.dtype].append(array)
+        return list(faults)
+
+    def reduce(self, x: np.ndarray, block: tuple) -> None:
         """Writes the part of the reduction that a block gives."""
-        _local.step, (name, axes) = "reduce", self.reduction
-        place = [i // n for i, n in zip([s.start for s in block], self.extents)]
-        place = tuple([slice(k, k + 1) if i in axes else s for i, (k, s) in enumerate(zip(place, block))])
-        x = x if x.shape == shape else np.broadcast_to(x, shape)
-        _REDUCERS[name].reduce(x, axes, self.parts.dtype, self.parts[place], True)
-
-
-def _compute_step(prim: Primitive, args: Sequence, target: np.ndarray) -> np.ndarray:
-    """An element-wise operation on arrays, written to target, which may be one of them."""
-    if prim.ufunc:
-        return prim.forward(*args, out=target)
-    np.copyto(target, args[0] if prim is _as_dtype else prim.forward(*args), "unsafe")
-    return target
+        (name, axes), parts = self.reduction, self.targets[-1]
+        places = [slice(s.start // n, s.start // n + 1) for s, n in zip(block, self.extents)]
+        place = tuple([places[i] if i in axes else s for i, s in enumerate(block)])
+        _REDUCERS[name].reduce(x, axes, parts.dtype, parts[place], True)
 
 
 class _Local(threading.local):
-    """What this thread is at: in how many jobs, at which operation, and the floating-point faults met, by kind and
-    operation, to be warned of once."""
-
-    depth = 0
-    step = ""
-    found: dict[tuple[str, str], None] = {}
-
-    def __call__(self, kind, flag):
-        self.found[kind, self.step] = None
+    depth = 0  # how many jobs this thread is at
 
 
 _local = _Local()
-
-
-def _run_tasks(job: _Job, tasks: Iterable[tuple], state: dict) -> list:
-    """Runs tasks in this thread; the floating-point faults that were met."""
-    before, _local.found = _local.found, {}
-    _local.depth += 1
-    try:
-        with np.errstate(**{kind: "call" if how == "warn" else how for kind, how in state.items()}, call=_local):
-            job.run(tasks)
-        return list(_local.found)
-    finally:
-        _local.found = before
-        _local.depth -= 1
 
 
 # --- the executor ---
@@ -4546,7 +4528,7 @@ def _without_main() -> Iterator[None]:
         main.update(kept)
 
 
-_attached: dict[tuple, tuple] = {}  # in a worker: the segments that it has mapped
+_attached: dict[tuple, Any] = {}  # in a worker: the segments that it has mapped
 
 
 def _find(x):
@@ -4556,17 +4538,16 @@ def _find(x):
     name, offset, shape, strides, dtype = x
     if name not in _attached:
         _attached[name] = globals()[name[1]].attach(*name[2])
-    return np.ndarray(shape, dtype, _attached[name][1], offset, strides)
+    memory = _attached[name]
+    return np.ndarray(shape, dtype, getattr(memory, "buf", memory), offset, strides)
 
 
-def _remote(job: _Job, live: set, start: int, stop: int, state: dict) -> list:
+def _remote(job: _Job, live: set, start: int, stop: int) -> list:
     """In a worker process: finds the arrays, and runs the tasks from start to stop."""
     for name in _attached.keys() - live:
         del _attached[name]
-    job.steps = tuple([(_BUILTIN[name], operands, dtype) for name, operands, dtype in job.steps])
-    job.inputs, job.parts = [_find(x) for x in job.inputs], _find(job.parts)
-    job.outputs = {place: _find(x) for place, x in job.outputs.items()}
-    return _run_tasks(job, job.tasks()[start:stop], state)
+    job.inputs, job.targets = [_find(x) for x in job.inputs], [_find(x) for x in job.targets]
+    return job.run(job.tasks()[start:stop])
 
 
 _TRAVELS_BYTES = 1 << 16  # arrays below travel with the instructions
@@ -4576,28 +4557,27 @@ def _apart(function: Callable, n: int = 1, meanwhile: Callable = lambda: None) -
     """Calls a function in n threads of its own and another one here, and returns what it gave once all have ended.
 
     No handler of a signal comes to those threads: an interrupt between two lines of `threading` or `queue` would leave
-    a lock of a pool behind. An error or an interrupt is raised at the end; after it, `meanwhile` is called once more.
+    a lock of a pool behind. An error or an interrupt is raised at the end; `meanwhile` may be called again.
     """
-    results: list = []
+    outcomes: list = []
     failures: list[BaseException] = []
-    started, begun, ended, done = 0, itertools.count(1), itertools.count(1), _thread.allocate_lock()
-    done.acquire()
-    finished: list = []
+    started, begun, ended = 0, itertools.count(1), _thread.allocate_lock()
+    ended.acquire()
 
     def run():
         if next(begun) > n:  # an interrupt had one started twice
             return
         _local.depth += 1
         try:
-            results.append(function())
+            outcomes.append(function())
         except BaseException as error:
             failures.append(error)
+            outcomes.append(None)
         _local.depth -= 1
-        if next(ended) == n:
-            finished.append(True)
-            done.release()
+        with contextlib.suppress(RuntimeError):  # another one has ended, and that is not noticed yet
+            ended.release()
 
-    while not finished:
+    while len(outcomes) < n:
         try:
             while started < n:
                 try:
@@ -4606,33 +4586,25 @@ def _apart(function: Callable, n: int = 1, meanwhile: Callable = lambda: None) -
                     run()
                 started += 1
             meanwhile()
-            done.acquire()
+            ended.acquire()
         except BaseException as error:
             failures.append(error)
     try:
         if failures:
             raise failures[-1]
-        return results
+        return outcomes
     finally:
         failures.clear()  # their tracebacks hold this frame, and so the pool
 
 
-def _in_processes(job: _Job, count: int, n: int, state: dict) -> list | None:
+def _in_processes(job: _Job, count: int, n: int) -> list | None:
     """Has n worker processes do a job of so many tasks; the faults that were met, or None if they could not do it."""
     from concurrent.futures.process import BrokenProcessPool
 
-    def place(x, travels=True):
-        return (_describe(x) or (x if travels and x.nbytes <= _TRAVELS_BYTES else None)) if np.ndim(x) else x
-
-    travelling = replace(
-        job,
-        steps=tuple([(prim.name, operands, dtype) for prim, operands, dtype in job.steps]),
-        inputs=[place(x) for x in job.inputs],
-        outputs={i: place(x, False) for i, x in job.outputs.items()},
-        parts=None if job.parts is None else place(job.parts, False),
-    )
-    there = [*travelling.inputs, *travelling.outputs.values(), travelling.parts if job.reduction else 0]
-    if any(x is None for x in there):
+    travels = [not np.ndim(x) or x.nbytes <= _TRAVELS_BYTES for x in job.inputs]
+    inputs = [x if travel else _describe(x) for x, travel in zip(job.inputs, travels)]
+    travelling = replace(job, inputs=inputs, targets=[_describe(x) for x in job.targets])
+    if any([x is None for x in inputs + travelling.targets]):
         return None  # an array is where workers do not see it; to copy it there would cost more than to compute
     cuts = [count * i // n for i in range(n + 1)]
 
@@ -4642,7 +4614,7 @@ def _in_processes(job: _Job, count: int, n: int, state: dict) -> list | None:
                 return None
             with _without_main():
                 live = set(_memory.shared)
-                futures = [pool.submit(_remote, travelling, live, a, b, state) for a, b in zip(cuts, cuts[1:])]
+                futures = [pool.submit(_remote, travelling, live, *ends) for ends in zip(cuts, cuts[1:])]
             return [fault for future in futures for fault in future.result()]
 
     try:
@@ -4657,14 +4629,14 @@ def _in_processes(job: _Job, count: int, n: int, state: dict) -> list | None:
     return None
 
 
-def _in_threads(job: _Job, n: int, state: dict) -> list:
+def _in_threads(job: _Job, n: int) -> list:
     """Does a job's tasks in n threads, of which this is one, each taking the next; the faults that were met."""
     faults, tasks = [], job.tasks()
     following = iter(tasks)
 
     def work():
         try:
-            faults.extend(_run_tasks(job, following, state))
+            faults.extend(job.run(following))
         except BaseException:
             tasks.clear()  # the others stop at the next block
             raise
@@ -4703,38 +4675,39 @@ def run_blocks(
     Returns the arrays, and the reduction's result with its axes kept as length 1. Floating-point faults are warned of
     as the caller's `np.errstate` says, once for each primitive.
     """
-    state, shared, work = np.geterr(), _shares(), len(steps) + bool(reduction)
-    inputs = [_without_repeats(x) if isinstance(x, np.ndarray) else x for x in inputs]
+    shared, work, first = _shares(), len(steps) + bool(reduction), len(inputs)
     itemsizes = [dtype.itemsize for *_, dtype in steps] + [x.dtype.itemsize for x in inputs if np.ndim(x)]
     name, axes, dtype = reduction or (None, (), None)
     extents = _block_shape(shape, max(itemsizes), axes)
     count = math.prod([-(-n // extent) for n, extent in zip(shape, extents)])
-    if count <= _FEW_BLOCKS and work == 1 and steps and steps[0][0].ufunc:
-        extents, count = [max(1, n) for n in shape], 1
-    n = 1 if _in_worker() else min(_config.num_workers or _workers.cores, count)
+    n = 1 if _in_worker() or count * work <= 2 * _FEW_BLOCKS else min(_config.num_workers or _workers.cores, count)
     processes = shared and n > 1 and count * work > 4 * _FEW_BLOCKS
-    if into is None:
-        into = [_memory.empty(shape, steps[i - len(inputs)][2], shared) for i in outputs]
-    parts = None
+    into = [_memory.empty(shape, steps[i - first][2], shared) for i in outputs] if into is None else list(into)
+    targets = list(into)
     if reduction:
         kept = [-(-n // extents[i]) if i in axes else n for i, n in enumerate(shape)]
-        parts = _memory.empty(tuple(kept), dtype, processes, 2 * _MAX_SEGMENTS)
-    job = _Job(steps, inputs, shape, dict(zip(outputs, into)), reduction and (name, axes), parts, extents)
+        targets.append(_memory.empty(tuple(kept), dtype, processes, 2 * _MAX_SEGMENTS))
+    named = [(prim.name, operands, dtype) for prim, operands, dtype in steps]
+    places = {place: i for i, place in enumerate(outputs)}
+    job = _Job(named, list(inputs), shape, targets, places, reduction and (name, axes), tuple(extents), np.geterr())
     faults = None
     _local.depth += 1  # from here on a signal's handler finds a job under way
     try:
         if processes:
-            faults = _in_processes(job, count, n, state)
+            faults = _in_processes(job, count, n)
         if faults is None:
-            faults = _in_threads(job, n, state)
+            faults = _in_threads(job, n)
     finally:
         _local.depth -= 1
     for kind, where in dict.fromkeys(faults):
         warnings.warn(f"{kind} encountered in {where}", RuntimeWarning, stacklevel=2)
-    if reduction and any([parts.shape[i] > 1 for i in axes]):
+    if not reduction:
+        return into, None
+    total = targets[-1]
+    if any([total.shape[i] > 1 for i in axes]):
         wide = np.promote_types(dtype, np.float64) if name == "sum" and dtype.kind == "f" else dtype
-        parts = _REDUCERS[name].reduce(parts, axes, wide, None, True)  # no error is added to that within the blocks
-    return list(into), parts if parts is None else parts.astype(dtype, copy=False)
+        total = _REDUCERS[name].reduce(total, axes, wide, None, True)  # no error is added to that within the blocks
+    return into, total.astype(dtype, copy=False)
 
 
 def _shares() -> bool:
@@ -4759,8 +4732,8 @@ class _Buffer:
     """What an array holds: its data, or the step (prim, args, state of np.errstate) that computes them when somebody
     needs them, and which waits. Data change only once they were handed out, and then nothing waits to read them.
 
-    given: whether it was handed out. readers: what was to read it. holder: the array that holds it, and runs: how often
-    it was computed without being kept, from which to guess what is worth keeping.
+    given: whether it was handed out. readers: what was to read it. holder: gives the array that holds it, if that is
+    there still. runs: how often it was computed without being kept.
 
     A finalizer, a signal's handler or another thread may come at any moment, and hand out or compute what is here.
     So a step is read once, registered with what it reads before it is asked whether that was handed out, and counts
@@ -4772,7 +4745,7 @@ class _Buffer:
     def __init__(self, shape: tuple, dtype: np.dtype, step: tuple | None = None, array=None, given: bool = False):
         self.shape, self.dtype, self.step, self.array, self.given, self.runs = shape, dtype, step, array, given, 0
         self.readers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # by id
-        self.holder: weakref.ref | None = None
+        self.holder: Callable = lambda: None
 
     def pending(self, found: dict[_Buffer, tuple]) -> dict[_Buffer, tuple]:
         """All that has to be computed for this beside what was found, operands first, with the steps."""
@@ -4786,19 +4759,18 @@ class _Buffer:
 
     def compute(self, reduction: tuple | None = None):
         """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
-        kept, and may be wanted again, is kept now: nothing is computed a third time."""
+        kept, and some array still holds, is kept now: that is not computed a third time. A small operation alone is
+        done by NumPy in one go."""
         while True:
             waiting = self.pending({})
             if not waiting and not reduction:
                 return None  # somebody else was first
-            kept = [x for x in waiting if (x is self and not reduction) or (x.runs and x.wanted())]
-            operands = [x for _, args, _ in waiting.values() for x in args] or [self]
-            inputs = list({id(x): x for x in operands if type(x) is not _Buffer or x not in waiting}.values())
-            places = {id(x): i for i, x in enumerate([*inputs, *waiting])}
-            steps = [(prim, tuple([places[id(x)] for x in args]), x.dtype) for x, (prim, args, _) in waiting.items()]
-            raw = [x.where_workers_are() if type(x) is _Buffer else x for x in inputs]
-            with np.errstate(**(waiting[self][2] if waiting else {})):
-                arrays, total = run_blocks(tuple(steps), raw, self.shape, [places[id(x)] for x in kept], reduction)
+            few = math.prod(self.shape) * self.dtype.itemsize <= _FEW_BLOCKS * _BLOCK_BYTES
+            if few and not reduction and len(waiting) == 1 and waiting[self][0].ufunc:
+                kept, arrays, total = [self], [self.alone(*waiting[self])], None
+            else:
+                kept = [x for x in waiting if (x is self and not reduction) or (x.runs and x.holder() is not None)]
+                arrays, total = self.in_blocks(waiting, kept, reduction)
             if all([node.step is step for node, step in waiting.items()]):
                 break
         for node, array in zip(kept, arrays):
@@ -4807,10 +4779,21 @@ class _Buffer:
             node.runs += 1
         return total
 
-    def wanted(self) -> bool:
-        """Whether anybody may need this beside the one that waits for it."""
-        waiting = [reader for reader in self.readers.values() if reader.step is not None]
-        return len(waiting) > 1 or (self.holder is not None and self.holder() is not None)
+    def alone(self, prim: Primitive, args: Sequence, state: dict) -> np.ndarray:
+        """The result of a step, by NumPy in one go."""
+        target = _memory.empty(self.shape, self.dtype, _shares())
+        with np.errstate(**state):
+            return prim.forward(*[x.array if type(x) is _Buffer else x for x in args], out=target)
+
+    def in_blocks(self, waiting: dict[_Buffer, tuple], kept: list, reduction: tuple | None) -> tuple[list, Any]:
+        """The results of steps that are kept, and the reduction."""
+        operands = [x for _, args, _ in waiting.values() for x in args] or [self]
+        inputs = list({id(x): x for x in operands if type(x) is not _Buffer or x not in waiting}.values())
+        places = {id(x): i for i, x in enumerate([*inputs, *waiting])}
+        steps = [(prim, tuple([places[id(x)] for x in args]), x.dtype) for x, (prim, args, _) in waiting.items()]
+        raw = [x.where_workers_are() if type(x) is _Buffer else x for x in inputs]
+        with np.errstate(**(waiting[self][2] if waiting else {})):
+            return run_blocks(tuple(steps), raw, self.shape, [places[id(x)] for x in kept], reduction)
 
     def settle(self, array: np.ndarray, step: tuple) -> None:
         """The data are there."""
@@ -4920,19 +4903,14 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=(), **kwargs):
         prim = TABLE.get(ufunc)
-        if method == "__call__" and isinstance(prim, Primitive) and not kwargs:
+        if method == "__call__" and isinstance(prim, Primitive) and not kwargs and {Chunked}.issuperset(map(type, out)):
+            new = _evaluate(prim, inputs, _NO_PARAMS)
             if not out:
-                return _evaluate(prim, inputs, _NO_PARAMS)
-            if type(out[0]) is Chunked and _waits(prim, np.geterr()):
-                new = _evaluate(prim, inputs, _NO_PARAMS)
-                if type(new) is Chunked and new.shape == out[0].shape:
-                    if np.can_cast(new.dtype, out[0].dtype, "same_kind"):
-                        out[0].assign(new)
-                        return out[0]
-        if not out:
-            return _exposed(getattr(ufunc, method), inputs, kwargs)
-        _exposed(getattr(ufunc, method), inputs, {"out": out, **kwargs})
-        return out if len(out) > 1 else out[0]
+                return new
+            if getattr(new, "shape", None) == out[0].shape:
+                out[0].assign(new)
+                return out[0]
+        return _exposed(getattr(ufunc, method), inputs, {"out": out, **kwargs} if out else kwargs)
 
     def __array_function__(self, function, kinds, args, kwargs):
         prim = TABLE.get(function)
@@ -5052,19 +5030,16 @@ class _InBlocks(Kind):
 
 class _BlocksHook(_Hook):
     """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed, if it
-    has more than two blocks."""
+    has more than four blocks: with less, what it takes to wait would be felt beside the arithmetic."""
 
     def adopt(self, raw, choice, dtype=None, new=False):
         takes = self.takes(raw, choice)
         if type(raw) is Chunked:
             return raw if takes else raw.expose()
-        if dtype is not None:
-            large = takes and raw.size * dtype.itemsize > 2 * _BLOCK_BYTES and raw.flags.c_contiguous
-            steps = ((_as_dtype, (0,), dtype),)
-            raw = run_blocks(steps, [raw], raw.shape, [1])[0][0] if large else raw.astype(dtype)
-            new = True
-        fits = takes and type(raw) is np.ndarray and raw.nbytes > 2 * _BLOCK_BYTES and raw.flags.carray
-        return Chunked(_Buffer(raw.shape, raw.dtype, array=raw, given=not new), choice is True) if fits else raw
+        if takes and type(raw) is np.ndarray and raw.nbytes > 4 * _BLOCK_BYTES and raw.flags.carray:
+            found = Chunked(_Buffer(raw.shape, raw.dtype, array=raw, given=not new), choice is True)
+            return found if dtype is None else Chunked(found.cast(dtype), choice is True)
+        return raw if dtype is None else self.adopt(raw.astype(dtype), choice, new=True)
 
     def takes(self, raw, choice):
         """Whether a raw value is to be chunked."""

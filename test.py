@@ -802,7 +802,7 @@ class TestWorkers(Strict):
         """Random programs of operations, views, in-place forms and writes from outside, against eager NumPy."""
         for processes, count in ((False, 300), (True, 60)):
             config = {"enabled": True, "min_elements_for_parallel": 1, "num_workers": 2, "use_processes": processes}
-            with distributed_config(**config), mock.patch.multiple(picograd, _BLOCK_BYTES=512, _FEW_BLOCKS=0):
+            with distributed_config(**config), mock.patch.multiple(picograd, _BLOCK_BYTES=256, _FEW_BLOCKS=0):
                 for seed in range(SEED % 2**20, SEED % 2**20 + count):
                     with self.subTest(seed=seed, processes=processes):
                         self.random_program(np.random.default_rng(seed))
@@ -1076,7 +1076,7 @@ class TestWorkers(Strict):
 
         with (
             distributed_config(enabled=True, min_elements_for_parallel=1, num_workers=1),
-            mock.patch.object(picograd, "_BLOCK_BYTES", 256),
+            mock.patch.object(picograd, "_BLOCK_BYTES", 128),
         ):
             for few, act in itertools.product((0, 8), (look, add, swap)):
                 with mock.patch.object(picograd, "_FEW_BLOCKS", few):
@@ -1362,7 +1362,7 @@ class TestWorkers(Strict):
             for processes in (False, True):
                 with (
                     distributed_config(enabled=True, min_elements_for_parallel=1, use_processes=processes),
-                    mock.patch.object(picograd, "_BLOCK_BYTES", 512),
+                    mock.patch.object(picograd, "_BLOCK_BYTES", 256),
                 ):
                     other, x = Tensor(np.arange(1000.0)) * 2, Tensor(np.ones(1000))
                     self.assertEqual((mine(x * 2) + 1).sum().item(), 1000 * (2 + 3 * 1998 + 1))
@@ -2859,7 +2859,7 @@ class TestOptimizer(Strict):
                     self.assertIn("_blocks(", fast.source)
 
     def test_backward_takes_seeds_that_wait(self):
-        small = mock.patch.multiple(picograd, _BLOCK_BYTES=64, _FEW_BLOCKS=0)
+        small = mock.patch.multiple(picograd, _BLOCK_BYTES=32, _FEW_BLOCKS=0)
         with small, distributed_config(enabled=True, min_elements_for_parallel=1):
             for ones in (lambda out: None, lambda out: Tensor(np.ones(out.shape), np.float64) * 2.0 - 1.0):
                 w = Value(np.ones((20, 30)), np.float64)

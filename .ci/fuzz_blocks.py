@@ -63,7 +63,7 @@ from picograd import Tensor, Value, distributed_config, no_grad, primitive, set_
 HELPERS = '''\
 warnings.simplefilter("ignore")
 set_distributed_config(enabled=True, min_elements_for_parallel=1, num_workers=2, use_processes=False)
-picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = 32, 0  # small arrays have many blocks, and none is left to NumPy
+picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = 16, 0  # small arrays have many blocks, and none is left to NumPy
 cell = {}  # what user primitives read beside their operands
 
 
@@ -737,7 +737,7 @@ def check(program: list[str]):
         processes = bool(_options and _options.processes)
         picograd.set_distributed_config(enabled=True, min_elements_for_parallel=1, num_workers=2)
         picograd.set_distributed_config(use_processes=processes)
-        picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = 32, 0
+        picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = 16, 0
         try:
             with _deadline():
                 return _check(program)
@@ -1007,7 +1007,7 @@ class _Writer:
 
     def write(self) -> list[str]:
         pick = self.pick
-        self.add(f"picograd._BLOCK_BYTES = {pick([32, 64, 128, 512])}")
+        self.add(f"picograd._BLOCK_BYTES = {pick([16, 32, 64, 256])}")
         if self.chance(0.04):
             self.add("set_distributed_config(use_processes=True)")
         elif self.chance(0.5):
