@@ -4096,6 +4096,7 @@ def _granted(per: int, *paths: str) -> float:
     return math.inf
 
 
+@functools.cache
 def _usable_cores() -> int:
     """The cores that this process may use: by its affinity, and by the quota of its control group."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -4245,7 +4246,7 @@ class _Memory:
         except (OSError, ImportError) as error:
             if getattr(error, "errno", None) == errno.ENOMEM:
                 raise MemoryError(f"no {size} bytes of shared memory can be had") from error
-            _workers.warn(f"shared memory cannot be had here ({error}); computing in threads")
+            _warn_once(f"shared memory cannot be had here ({error}); computing in threads")
             return None
         self.shared[segment.name] = segment
         return segment
@@ -4263,20 +4264,19 @@ class _Memory:
         """The array on a segment, and all views of it, are gone."""
         with self.lock:
             self.free.append(segment)
-            while sum([segment.size for segment in self.free]) > self.bound:
-                self.close(self.free[0])
+            self.clear(bound=self.bound)
 
-    def close(self, segment) -> None:
-        self.free.remove(segment)
-        if self.shared.pop(segment.name, None):
-            segment.close()
-
-    def clear(self, shared: bool = False) -> int:
-        """Gives freed segments back to the system, or the shared ones only; how many they were."""
+    def clear(self, shared: bool = False, bound: int = 0) -> int:
+        """Gives freed segments, or the shared ones only, back to the system, those that were freed first, until no
+        more than so many bytes are left; how many there were."""
         with self.lock:
             segments = [segment for segment in self.free if segment.name or not shared]
             for segment in segments:
-                self.close(segment)
+                if sum([x.size for x in self.free]) <= bound:
+                    break
+                self.free.remove(segment)
+                if self.shared.pop(segment.name, None):
+                    segment.close()
         return len(segments)
 
     def part(self) -> None:
@@ -4318,10 +4318,9 @@ _BLOCK_BYTES = 1 << 21  # of an array in a block: 512k float32. Smaller ones pas
 _FEW_BLOCKS = 8  # of one operation: NumPy does them as fast in one go. Four times as many are worth other processes
 _REDUCERS = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum, "any": np.logical_or}
 _REDUCERS |= {"all": np.logical_and}
-_BUILTIN = dict(PRIMITIVES)  # what is cut into blocks, and worker processes know: a primitive of a user runs whole
 
 
-def _block_shape(shape: tuple, itemsize: int, reduced: tuple = ()) -> list[int]:
+def _block_shape(shape: tuple, itemsize: int, reduced: tuple = ()) -> tuple:
     """The shape of a block: the first axes are cut first, so that its memory is in one piece. That would leave many
     partial results of a reduction over few rows: then the axes that stay are cut."""
     limit, axes = max(1, _BLOCK_BYTES // itemsize), range(len(shape))
@@ -4332,25 +4331,25 @@ def _block_shape(shape: tuple, itemsize: int, reduced: tuple = ()) -> list[int]:
         parts = math.prod([-(-shape[i] // block[i]) for i in reduced])
         if parts * 16 <= math.prod([shape[i] for i in reduced]):
             break
-    return block
+    return tuple(block)
 
 
 @dataclass
 class _Job:
     """A block program on its arrays.
 
-    steps: (name of the primitive, places of its operands, dtype of its result), ...; places count the inputs first.
+    steps: (primitive, places of its operands, dtype of its result), ...; places count the inputs first, then the steps.
     inputs: arrays, and numbers, that broadcast to `shape`, which is the shape of every step.
-    targets: arrays to write to. outputs: {place of a step: which of them}.
-    reduction: (name in _REDUCERS, axes) of the last place, or None. A block's part of it goes to the last target.
+    outputs: places whose results are written to targets. reduction: (name in _REDUCERS, axes) of the last place, or
+        None; a block's part of it is written to one more target.
     extents: the shape of a block. state: of the caller's np.errstate.
     """
 
-    steps: list
-    inputs: list
+    steps: tuple
+    inputs: Sequence
     shape: tuple[int, ...]
+    outputs: Sequence[int]
     targets: list
-    outputs: dict
     reduction: tuple | None
     extents: tuple[int, ...]
     state: dict
@@ -4368,7 +4367,6 @@ class _Job:
         faults: dict[tuple[str, str], None] = {}
         spare = collections.defaultdict(list)  # scratch memory by dtype
         last = {i: step for step, (_, operands, _) in enumerate(self.steps) for i in operands}
-        steps = [(_BUILTIN[name], operands, dtype) for name, operands, dtype in self.steps]
         inputs = [np.broadcast_to(x, self.shape) if np.ndim(x) else x for x in self.inputs]
         state = {kind: "call" if how == "warn" else how for kind, how in self.state.items()}
 
@@ -4379,12 +4377,12 @@ class _Job:
             for block in tasks:
                 values, scratch = [x[block] if np.ndim(x) else x for x in inputs], {}
                 corner = tuple([slice(s.stop - s.start) for s in block])
-                for step, (prim, operands, dtype) in enumerate(steps):
+                for step, (prim, operands, dtype) in enumerate(self.steps):
                     place, args = len(values), [values[i] for i in operands]
                     for i in [i for i in scratch if last.get(i) == step]:
                         spare[scratch[i].dtype].append(scratch.pop(i))
                     if place in self.outputs:
-                        target = self.targets[self.outputs[place]][block]
+                        target = self.targets[self.outputs.index(place)][block]
                     else:
                         scratch[place] = spare[dtype].pop() if spare[dtype] else _memory.empty(self.extents, dtype)
                         target = scratch[place][corner]
@@ -4422,12 +4420,9 @@ _local = _Local()
 class _Workers:
     """The `concurrent.futures` pool of processes, made at first use, as large as was asked for yet."""
 
-    cores = functools.cached_property(lambda self: _usable_cores())
-
     def __init__(self):
         self.lock = threading.RLock()  # held by the one job that has the processes
         self.pool, self.size = None, 0
-        self.warned: set[str] = set()
 
     @contextlib.contextmanager
     def use(self, n: int) -> Iterator[Any]:
@@ -4461,10 +4456,10 @@ class _Workers:
             resource_tracker.ensure_running()  # one for all: a worker's own would remove the memory when that ends
         return concurrent.futures.ProcessPoolExecutor(n, multiprocessing.get_context(), _start_worker)
 
-    def warn(self, text: str) -> None:
-        if text not in self.warned:
-            self.warned.add(text)
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 def _start_worker() -> None:
@@ -4599,7 +4594,7 @@ def _apart(function: Callable, n: int = 1, meanwhile: Callable = lambda: None) -
 
 def _in_processes(job: _Job, count: int, n: int) -> list | None:
     """Has n worker processes do a job of so many tasks; the faults that were met, or None if they could not do it."""
-    from concurrent.futures.process import BrokenProcessPool
+    from concurrent.futures import BrokenExecutor
 
     travels = [not np.ndim(x) or x.nbytes <= _TRAVELS_BYTES for x in job.inputs]
     inputs = [x if travel else _describe(x) for x, travel in zip(job.inputs, travels)]
@@ -4619,10 +4614,8 @@ def _in_processes(job: _Job, count: int, n: int) -> list | None:
 
     try:
         return _apart(work)[0]
-    except BrokenProcessPool:
-        warnings.warn("a worker process died; its work is done again, in threads", RuntimeWarning, stacklevel=2)
-    except OSError as error:
-        _workers.warn(f"worker processes cannot be had here ({error}); computing in threads")
+    except (BrokenExecutor, OSError) as error:
+        _warn_once(f"a worker process died, or none can be had ({error}); computing in threads")
     except RuntimeError as error:
         if "shutdown" not in str(error):  # as when Python ends
             raise
@@ -4680,16 +4673,14 @@ def run_blocks(
     name, axes, dtype = reduction or (None, (), None)
     extents = _block_shape(shape, max(itemsizes), axes)
     count = math.prod([-(-n // extent) for n, extent in zip(shape, extents)])
-    n = 1 if _in_worker() or count * work <= 2 * _FEW_BLOCKS else min(_config.num_workers or _workers.cores, count)
+    n = 1 if _in_worker() or count * work <= 2 * _FEW_BLOCKS else min(_config.num_workers or _usable_cores(), count)
     processes = shared and n > 1 and count * work > 4 * _FEW_BLOCKS
     into = [_memory.empty(shape, steps[i - first][2], shared) for i in outputs] if into is None else list(into)
     targets = list(into)
     if reduction:
         kept = [-(-n // extents[i]) if i in axes else n for i, n in enumerate(shape)]
         targets.append(_memory.empty(tuple(kept), dtype, processes, 2 * _MAX_SEGMENTS))
-    named = [(prim.name, operands, dtype) for prim, operands, dtype in steps]
-    places = {place: i for i, place in enumerate(outputs)}
-    job = _Job(named, list(inputs), shape, targets, places, reduction and (name, axes), tuple(extents), np.geterr())
+    job = _Job(steps, inputs, shape, outputs, targets, reduction and (name, axes), extents, np.geterr())
     faults = None
     _local.depth += 1  # from here on a signal's handler finds a job under way
     try:
@@ -4791,7 +4782,7 @@ class _Buffer:
         inputs = list({id(x): x for x in operands if type(x) is not _Buffer or x not in waiting}.values())
         places = {id(x): i for i, x in enumerate([*inputs, *waiting])}
         steps = [(prim, tuple([places[id(x)] for x in args]), x.dtype) for x, (prim, args, _) in waiting.items()]
-        raw = [x.where_workers_are() if type(x) is _Buffer else x for x in inputs]
+        raw = [x.array if type(x) is _Buffer else x for x in inputs]
         with np.errstate(**(waiting[self][2] if waiting else {})):
             return run_blocks(tuple(steps), raw, self.shape, [places[id(x)] for x in kept], reduction)
 
@@ -4801,16 +4792,6 @@ class _Buffer:
             if self.step is step:
                 self.array = array
                 self.step = None
-
-    def where_workers_are(self) -> np.ndarray:
-        """The data, in process mode in shared memory if nobody knows where they are."""
-        if not self.given and _shares() and len(_memory.shared) < _MAX_SEGMENTS and _describe(self.array) is None:
-            shared = _memory.empty(self.shape, self.dtype, True)
-            np.copyto(shared, self.array)
-            with _chunk_lock:
-                if not self.given:
-                    self.array = shared
-        return self.array
 
     def force(self) -> np.ndarray:
         """The data, for reading at once."""
@@ -4897,9 +4878,7 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
         np.copyto(self.expose(), new.force() if type(new) is Chunked else new, "same_kind")
 
     def __array__(self, dtype=None, copy=None):
-        if copy:
-            return np.array(self.force(), dtype)
-        return np.asarray(self.expose(), dtype)
+        return np.array(self.expose(), dtype, copy=copy)
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=(), **kwargs):
         prim = TABLE.get(ufunc)
@@ -4940,9 +4919,6 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
     def astype(self, dtype, copy=True):
         return _evaluate(_as_dtype, (self,), {"dtype": np.dtype(dtype)}) if dtype != self.dtype or copy else self
 
-    def copy(self):
-        return Chunked(self.cast(self.dtype), self.forced)
-
     def __reduce__(self):
         return np.array, (self.force(),)
 
@@ -4956,12 +4932,6 @@ def _exposed(function: Callable, args, kwargs: dict):
         return x.expose() if type(x) is Chunked else x
 
     return function(*map(plain, args), **{name: plain(x) for name, x in kwargs.items()})
-
-
-def _waits(prim: Primitive, state: dict) -> bool:
-    """Whether an operation may wait, or be cut into blocks: one of the catalogue, whose faults nobody has to see at
-    once; as NumPy does them, they may be an error, or a call, on the line that they come from."""
-    return prim.builtin and _harmless(state)
 
 
 class _InBlocks(Kind):
@@ -4978,7 +4948,9 @@ class _InBlocks(Kind):
         if prim is _detach:
             return raw[0]
         state, forced = np.geterr(), any([type(x) is Chunked and x.forced for x in raw])
-        if (_config.enabled or forced) and not _mode.tracing and _waits(prim, state):
+        # What waits, or is cut into blocks, is of the catalogue, and nobody has to see its faults at once: as NumPy
+        # does it, they may be an error, or a call, on the line that they come from.
+        if (_config.enabled or forced) and not _mode.tracing and prim.builtin and _harmless(state):
             if prim.elementwise and (not params or prim is _as_dtype) and all([_in_c_order(x) for x in raw]):
                 raw = raw if prim.ufunc else _strengthened(prim, raw)
                 with contextlib.suppress(ValueError):  # shapes that do not fit: NumPy says so
@@ -5012,7 +4984,7 @@ class _InBlocks(Kind):
         return [raw.force() for raw in raws]
 
     def own(self, raw):
-        return raw.copy()
+        return Chunked(raw.cast(raw.dtype), raw.forced)
 
     def shared(self, raw):
         return raw.buffer.given
@@ -5063,7 +5035,7 @@ def _in_c_order(x) -> bool:
 def _result_dtype(prim: Primitive, args: Sequence) -> np.dtype:
     """The dtype of a result: what one element gives. An error if a whole number does not fit."""
     with np.errstate(all="ignore"):
-        return prim.forward(*[np.ones(1, x.dtype) if hasattr(x, "dtype") else x for x in args]).dtype
+        return prim.forward(*[_ones(1, x.dtype) if hasattr(x, "dtype") else x for x in args]).dtype
 
 
 def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buffer:
