@@ -4548,8 +4548,9 @@ def _remote(job: _Job, live: set, start: int, stop: int) -> list:
 _TRAVELS_BYTES = 1 << 16  # arrays below travel with the instructions
 
 
-def _apart(function: Callable, n: int = 1, meanwhile: Callable = lambda: None) -> list:
-    """Calls a function in n threads of its own and another one here, and returns what it gave once all have ended.
+def _apart(function: Callable, n: int = 1, meanwhile: Callable | None = None) -> list:
+    """Calls a function in n threads of its own and returns what it gave once all have ended; or calls another one here
+    meanwhile, after which nobody need begin any more.
 
     No handler of a signal comes to those threads: an interrupt between two lines of `threading` or `queue` would leave
     a lock of a pool behind. An error or an interrupt is raised at the end; `meanwhile` may be called again.
@@ -4560,7 +4561,7 @@ def _apart(function: Callable, n: int = 1, meanwhile: Callable = lambda: None) -
     ended.acquire()
 
     def run():
-        if next(begun) > n:  # an interrupt had one started twice
+        if next(begun) > n:  # too late, or an interrupt had one started twice
             return
         _local.depth += 1
         try:
@@ -4580,8 +4581,11 @@ def _apart(function: Callable, n: int = 1, meanwhile: Callable = lambda: None) -
                 except RuntimeError:  # no thread can be had, as when Python ends
                     run()
                 started += 1
-            meanwhile()
-            ended.acquire()
+            if meanwhile:
+                meanwhile()
+                outcomes.extend(itertools.takewhile(n.__ge__, begun))  # who has not begun is not waited for
+            if len(outcomes) < n:
+                ended.acquire()
         except BaseException as error:
             failures.append(error)
     try:
