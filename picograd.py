@@ -4118,7 +4118,8 @@ def _physical_bytes() -> int:
 
 
 class _Private:
-    """Memory of this process alone. Every segment has a size, an address, and a name by which workers find it."""
+    """Memory of this process alone. Every segment has a size and an address; one that workers find has a name, too: its
+    number, and what maps it when it is called with what."""
 
     name: tuple | None = None
 
@@ -4143,15 +4144,8 @@ class _Memfd(_Private):
         except BaseException:
             os.close(self.fd)
             raise
-        self.name = next(_serial), "_Memfd", (os.getpid(), self.fd)
+        self.name = next(_serial), np.memmap, (f"/proc/{os.getpid()}/fd/{self.fd}", np.uint8, "r+")
         return memory
-
-    @staticmethod
-    def attach(pid: int, fd: int):
-        import mmap
-
-        with open(f"/proc/{pid}/fd/{fd}", "r+b") as file:
-            return mmap.mmap(file.fileno(), 0)
 
     def close(self) -> None:
         """Gives the memory back to the system, though workers may still have it mapped."""
@@ -4172,14 +4166,8 @@ class _Named(_Private):
 
         self.owner = shared_memory.SharedMemory(create=True, size=size)
         self.fd = getattr(self.owner, "_fd", -1)
-        self.name = next(_serial), "_Named", (self.owner.name,)
+        self.name = next(_serial), shared_memory.SharedMemory, (self.owner.name,)
         return self.owner.buf
-
-    @staticmethod
-    def attach(name: str):
-        from multiprocessing import shared_memory
-
-        return shared_memory.SharedMemory(name)
 
     def leave(self) -> None:
         self.owner.unlink()
@@ -4244,8 +4232,6 @@ class _Memory:
         try:
             segment = self.spend(_Shared, size)
         except (OSError, ImportError) as error:
-            if getattr(error, "errno", None) == errno.ENOMEM:
-                raise MemoryError(f"no {size} bytes of shared memory can be had") from error
             _warn_once(f"shared memory cannot be had here ({error}); computing in threads")
             return None
         self.shared[segment.name] = segment
@@ -4288,14 +4274,14 @@ class _Memory:
         self.clear(shared=True)
         if not self.shared:
             return
-        system = ctypes.CDLL(None, use_errno=True).mmap
+        system = ctypes.CDLL(None).mmap
         system.restype = ctypes.c_void_p
         system.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
         for name, segment in list(self.shared.items()):
             flags = mmap.MAP_PRIVATE | 0x10  # MAP_FIXED
             found = system(segment.address, segment.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, segment.fd, 0)
             if found != segment.address:
-                raise OSError(ctypes.get_errno(), "picograd: shared memory cannot be parted before a fork")
+                raise OSError("picograd: shared memory cannot be parted before a fork")
             self.shared.pop(name).leave()
 
 
@@ -4309,7 +4295,7 @@ def _describe(x: np.ndarray):
         base = base.base
     if type(base) is not _Lease or base.segment.name is None:
         return None
-    return base.segment.name, x.__array_interface__["data"][0] - base.segment.address, x.shape, x.strides, x.dtype
+    return base.segment.name, x.ctypes.data - base.segment.address, x.shape, x.strides, x.dtype
 
 
 # --- block programs ---
@@ -4393,18 +4379,13 @@ class _Job:
                     else:
                         np.copyto(target, args[0] if prim is _as_dtype else prim.forward(*args), "unsafe")
                 if self.reduction:
-                    name = "reduce"
-                    self.reduce(values[-1], block)
+                    name, (reducer, axes), parts = "reduce", self.reduction, self.targets[-1]
+                    places = [slice(s.start // n, s.start // n + 1) for s, n in zip(block, self.extents)]
+                    part = parts[tuple([places[i] if i in axes else s for i, s in enumerate(block)])]
+                    _REDUCERS[reducer].reduce(values[-1], axes, parts.dtype, part, True)
                 for array in scratch.values():
                     spare[array.dtype].append(array)
         return list(faults)
-
-    def reduce(self, x: np.ndarray, block: tuple) -> None:
-        """Writes the part of the reduction that a block gives."""
-        (name, axes), parts = self.reduction, self.targets[-1]
-        places = [slice(s.start // n, s.start // n + 1) for s, n in zip(block, self.extents)]
-        place = tuple([places[i] if i in axes else s for i, s in enumerate(block)])
-        _REDUCERS[name].reduce(x, axes, parts.dtype, parts[place], True)
 
 
 class _Local(threading.local):
@@ -4424,20 +4405,20 @@ class _Workers:
         self.lock = threading.RLock()  # held by the one job that has the processes
         self.pool, self.size = None, 0
 
-    @contextlib.contextmanager
-    def use(self, n: int) -> Iterator[Any]:
-        """The pool for n tasks, for one job at a time; None for another job, which does not wait: a finalizer, say,
-        may compute in a thread that the first job waits for. If that fails, waits until nobody works on it any more,
-        and forgets the pool: the next job gets a fresh one."""
+    def run(self, n: int, calls: list[tuple]) -> list | None:
+        """What n processes give for calls, for one job at a time; None for another job, which does not wait: a
+        finalizer, say, may compute in a thread that the first job waits for. If that fails, waits until nobody works
+        on it any more, and forgets the pool: the next job gets a fresh one."""
         if not self.lock.acquire(blocking=False):
-            yield None
-            return
+            return None
         try:
             if self.size < n:
                 if self.pool is not None:
                     self.pool.shutdown(wait=False)
                 self.pool, self.size = self.make(n), n
-            yield self.pool
+            with _without_main():
+                futures = [self.pool.submit(*call) for call in calls]
+            return [future.result() for future in futures]
         except BaseException:
             pool, self.pool, self.size = self.pool, None, 0
             if pool is not None:
@@ -4446,7 +4427,8 @@ class _Workers:
         finally:
             self.lock.release()
 
-    def make(self, n: int):
+    @staticmethod
+    def make(n: int):
         import concurrent.futures
         import multiprocessing
 
@@ -4532,7 +4514,7 @@ def _find(x):
         return x
     name, offset, shape, strides, dtype = x
     if name not in _attached:
-        _attached[name] = globals()[name[1]].attach(*name[2])
+        _attached[name] = name[1](*name[2])
     memory = _attached[name]
     return np.ndarray(shape, dtype, getattr(memory, "buf", memory), offset, strides)
 
@@ -4600,24 +4582,15 @@ def _in_processes(job: _Job, count: int, n: int) -> list | None:
     """Has n worker processes do a job of so many tasks; the faults that were met, or None if they could not do it."""
     from concurrent.futures import BrokenExecutor
 
-    travels = [not np.ndim(x) or x.nbytes <= _TRAVELS_BYTES for x in job.inputs]
-    inputs = [x if travel else _describe(x) for x, travel in zip(job.inputs, travels)]
+    inputs = [x if not np.ndim(x) or x.nbytes <= _TRAVELS_BYTES else _describe(x) for x in job.inputs]
     travelling = replace(job, inputs=inputs, targets=[_describe(x) for x in job.targets])
     if any([x is None for x in inputs + travelling.targets]):
         return None  # an array is where workers do not see it; to copy it there would cost more than to compute
-    cuts = [count * i // n for i in range(n + 1)]
-
-    def work():
-        with _workers.use(n) as pool:
-            if pool is None:
-                return None
-            with _without_main():
-                live = set(_memory.shared)
-                futures = [pool.submit(_remote, travelling, live, *ends) for ends in zip(cuts, cuts[1:])]
-            return [fault for future in futures for fault in future.result()]
-
+    ends, live = [count * i // n for i in range(n + 1)], set(_memory.shared)
+    calls = [(_remote, travelling, live, *cut) for cut in zip(ends, ends[1:])]
     try:
-        return _apart(work)[0]
+        found = _apart(lambda: _workers.run(n, calls))[0]
+        return found and [fault for faults in found for fault in faults]
     except (BrokenExecutor, OSError) as error:
         _warn_once(f"a worker process died, or none can be had ({error}); computing in threads")
     except RuntimeError as error:
@@ -4742,7 +4715,7 @@ class _Buffer:
         self.readers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # by id
         self.holder: Callable = lambda: None
 
-    def pending(self, found: dict[_Buffer, tuple]) -> dict[_Buffer, tuple]:
+    def pending(self, found: dict) -> dict[_Buffer, tuple]:
         """All that has to be computed for this beside what was found, operands first, with the steps."""
         step = self.step
         if step is not None and self not in found:
@@ -4760,42 +4733,30 @@ class _Buffer:
             waiting = self.pending({})
             if not waiting and not reduction:
                 return None  # somebody else was first
+            kept = [x for x in waiting if (x is self and not reduction) or (x.runs and x.holder() is not None)]
+            operands = [x for _, args, _ in waiting.values() for x in args] or [self]
+            inputs = list({id(x): x for x in operands if type(x) is not _Buffer or x not in waiting}.values())
+            raw = [x.array if type(x) is _Buffer else x for x in inputs]
+            places = {id(x): i for i, x in enumerate([*inputs, *waiting])}
+            prims = {x: (prim, tuple([places[id(y)] for y in args])) for x, (prim, args, _) in waiting.items()}
             few = math.prod(self.shape) * self.dtype.itemsize <= _FEW_BLOCKS * _BLOCK_BYTES
-            if few and not reduction and len(waiting) == 1 and waiting[self][0].ufunc:
-                kept, arrays, total = [self], [self.alone(*waiting[self])], None
-            else:
-                kept = [x for x in waiting if (x is self and not reduction) or (x.runs and x.holder() is not None)]
-                arrays, total = self.in_blocks(waiting, kept, reduction)
+            with np.errstate(**(waiting[self][2] if waiting else {})):
+                if few and not reduction and len(waiting) == 1 and waiting[self][0].ufunc:
+                    prim, args = prims[self]
+                    target = _memory.empty(self.shape, self.dtype, _shares())
+                    arrays, total = [prim.forward(*[raw[i] for i in args], out=target)], None
+                else:
+                    steps = tuple([(*step, x.dtype) for x, step in prims.items()])
+                    arrays, total = run_blocks(steps, raw, self.shape, [places[id(x)] for x in kept], reduction)
             if all([node.step is step for node, step in waiting.items()]):
                 break
         for node, array in zip(kept, arrays):
-            node.settle(array, waiting[node])
+            with _chunk_lock:
+                if node.step is waiting[node]:
+                    node.array, node.step = array, None
         for node in waiting:
             node.runs += 1
         return total
-
-    def alone(self, prim: Primitive, args: Sequence, state: dict) -> np.ndarray:
-        """The result of a step, by NumPy in one go."""
-        target = _memory.empty(self.shape, self.dtype, _shares())
-        with np.errstate(**state):
-            return prim.forward(*[x.array if type(x) is _Buffer else x for x in args], out=target)
-
-    def in_blocks(self, waiting: dict[_Buffer, tuple], kept: list, reduction: tuple | None) -> tuple[list, Any]:
-        """The results of steps that are kept, and the reduction."""
-        operands = [x for _, args, _ in waiting.values() for x in args] or [self]
-        inputs = list({id(x): x for x in operands if type(x) is not _Buffer or x not in waiting}.values())
-        places = {id(x): i for i, x in enumerate([*inputs, *waiting])}
-        steps = [(prim, tuple([places[id(x)] for x in args]), x.dtype) for x, (prim, args, _) in waiting.items()]
-        raw = [x.array if type(x) is _Buffer else x for x in inputs]
-        with np.errstate(**(waiting[self][2] if waiting else {})):
-            return run_blocks(tuple(steps), raw, self.shape, [places[id(x)] for x in kept], reduction)
-
-    def settle(self, array: np.ndarray, step: tuple) -> None:
-        """The data are there."""
-        with _chunk_lock:
-            if self.step is step:
-                self.array = array
-                self.step = None
 
     def force(self) -> np.ndarray:
         """The data, for reading at once."""
@@ -4809,10 +4770,7 @@ class _Buffer:
         with _chunk_lock:
             self.given = True  # from now on it stays where it is
             array = self.array
-        for ref in self.readers.valuerefs():
-            reader = ref()
-            if reader is None:
-                continue
+        for reader in filter(None, [ref() for ref in self.readers.valuerefs()]):
             try:
                 reader.force()
             except (MemoryError, Warning):
@@ -4909,9 +4867,6 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
     def __getitem__(self, index):
         return self.expose()[index]
 
-    def __len__(self):
-        return self.shape[0]
-
     def __bool__(self):
         return bool(self.force())
 
@@ -4921,7 +4876,7 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
         return getattr(self.expose(), name)
 
     def astype(self, dtype, copy=True):
-        return _evaluate(_as_dtype, (self,), {"dtype": np.dtype(dtype)}) if dtype != self.dtype or copy else self
+        return _evaluate(_as_dtype, (self,), {"dtype": np.dtype(dtype)})
 
     def __reduce__(self):
         return np.array, (self.force(),)
@@ -4944,8 +4899,7 @@ class _InBlocks(Kind):
     rank = 2
 
     def enter(self, data, dtype, choice, who):
-        dtype = np.dtype(dtype or data.dtype)
-        return Chunked(data.cast(dtype), choice is True) if HOOK.takes(data, choice) else data.force().astype(dtype)
+        return HOOK.adopt(Chunked(data.cast(np.dtype(dtype or data.dtype)), choice is True), choice)
 
     def evaluate(self, prim, raw, params):
         """Waits, is reduced, or is done at once."""
@@ -4965,7 +4919,7 @@ class _InBlocks(Kind):
                 x = raw[0].buffer
                 if x.step is not None or x.array.nbytes > 8 * _FEW_BLOCKS * _BLOCK_BYTES:  # else NumPy's one pass does
                     return _reduced(prim, x, state, **params)
-        return self.whole(prim, raw, params, forced or (None if _config.enabled else False))
+        return self.whole(prim, raw, params, forced or None)
 
     def whole(self, prim, raw, params, choice):
         """By NumPy, in one go. A view of an array of ours hands it out, and so does code that is not ours, which may
@@ -5022,9 +4976,8 @@ class _BlocksHook(_Hook):
         return self.distributed(raw, choice) and not _mode.tracing
 
     def distributed(self, raw, choice):
-        if not np.ndim(raw):
-            return False
-        return choice if choice is not None else _config.enabled and raw.size >= _config.min_elements_for_parallel
+        large = _config.enabled and np.size(raw) >= _config.min_elements_for_parallel
+        return np.ndim(raw) > 0 and (large if choice is None else choice)
 
 
 KINDS[Chunked] = _InBlocks()
