@@ -4230,11 +4230,12 @@ class _Memory:
         if len(self.shared) >= most and not self.clear(shared=True):
             return None
         try:
-            segment = self.spend(_Shared, size)
+            with self.lock:  # not in the middle of a fork
+                segment = self.spend(_Shared, size)
+                self.shared[segment.name] = segment
         except (OSError, ImportError) as error:
             _warn_once(f"shared memory cannot be had here ({error}); computing in threads")
             return None
-        self.shared[segment.name] = segment
         return segment
 
     def spend(self, function: Callable, *args):
@@ -4249,7 +4250,8 @@ class _Memory:
     def take_back(self, segment) -> None:
         """The array on a segment, and all views of it, are gone."""
         with self.lock:
-            self.free.append(segment)
+            if segment.name or type(segment) is _Private:  # a parted one still has a descriptor
+                self.free.append(segment)
             self.clear(bound=self.bound)
 
     def clear(self, shared: bool = False, bound: int = 0) -> int:
@@ -4351,7 +4353,7 @@ class _Job:
         A step writes to scratch memory that no later step reads, so that little of it goes through the cache.
         """
         faults: dict[tuple[str, str], None] = {}
-        spare = collections.defaultdict(list)  # scratch memory by dtype
+        spare, size = collections.defaultdict(list), math.prod(self.extents)  # scratch memory by dtype
         last = {i: step for step, (_, operands, _) in enumerate(self.steps) for i in operands}
         inputs = [np.broadcast_to(x, self.shape) if np.ndim(x) else x for x in self.inputs]
         state = {kind: "call" if how == "warn" else how for kind, how in self.state.items()}
@@ -4362,22 +4364,23 @@ class _Job:
         with np.errstate(**state, call=met):
             for block in tasks:
                 values, scratch = [x[block] if np.ndim(x) else x for x in inputs], {}
-                corner = tuple([slice(s.stop - s.start) for s in block])
+                shape = [s.stop - s.start for s in block]
                 for step, (prim, operands, dtype) in enumerate(self.steps):
                     place, args = len(values), [values[i] for i in operands]
                     for i in [i for i in scratch if last.get(i) == step]:
                         spare[scratch[i].dtype].append(scratch.pop(i))
-                    if place in self.outputs:
-                        target = self.targets[self.outputs.index(place)][block]
-                    else:
-                        scratch[place] = spare[dtype].pop() if spare[dtype] else _memory.empty(self.extents, dtype)
-                        target = scratch[place][corner]
+                    target = into = self.targets[self.outputs.index(place)][block] if place in self.outputs else None
+                    if into is None or not into.flags.c_contiguous:  # NumPy 2.4 writes wrong truths to what is not
+                        scratch[place] = spare[dtype].pop() if spare[dtype] else _memory.empty((size,), dtype)
+                        target = scratch[place][: math.prod(shape)].reshape(shape)
                     values.append(target)
                     name = "cast" if prim is _as_dtype else prim.name
                     if prim.ufunc:
                         prim.forward(*args, out=target)
                     else:
                         np.copyto(target, args[0] if prim is _as_dtype else prim.forward(*args), "unsafe")
+                    if into is not None and into is not target:
+                        np.copyto(into, target)
                 if self.reduction:
                     name, (reducer, axes), parts = "reduce", self.reduction, self.targets[-1]
                     places = [slice(s.start // n, s.start // n + 1) for s, n in zip(block, self.extents)]
@@ -4404,21 +4407,28 @@ class _Workers:
     def __init__(self):
         self.lock = threading.RLock()  # held by the one job that has the processes
         self.pool, self.size = None, 0
+        self.works: bool | None = None  # once that is known
 
-    def run(self, n: int, calls: list[tuple]) -> list | None:
-        """What n processes give for calls, for one job at a time; None for another job, which does not wait: a
-        finalizer, say, may compute in a thread that the first job waits for. If that fails, waits until nobody works
-        on it any more, and forgets the pool: the next job gets a fresh one."""
-        if not self.lock.acquire(blocking=False):
+    def run(self, n: int, describe: Callable) -> list | None:
+        """What n processes give for the calls that are described once nobody forks any more; None if they are not for
+        processes. One job at a time; another one does not wait: a finalizer, say, may compute in a thread that the
+        first job waits for. If a job fails, waits until nobody works on it, and forgets the pool: the next one gets a
+        fresh one."""
+        if self.works is False or not self.lock.acquire(blocking=False):
             return None
         try:
+            calls = describe()
+            if not calls:
+                return None
             if self.size < n:
                 if self.pool is not None:
                     self.pool.shutdown(wait=False)
                 self.pool, self.size = self.make(n), n
             with _without_main():
                 futures = [self.pool.submit(*call) for call in calls]
-            return [future.result() for future in futures]
+            results = [future.result() for future in futures]
+            self.works = True
+            return results
         except BaseException:
             pool, self.pool, self.size = self.pool, None, 0
             if pool is not None:
@@ -4474,13 +4484,13 @@ def _at_exit() -> None:
 
 def _before_fork() -> None:
     _workers.lock.acquire()  # no job of another thread has the workers
-    _chunk_lock.acquire()
+    _memory.lock.acquire()
     if not _local.depth:  # else it is a worker that starts
         _memory.part()
 
 
 def _after_fork() -> None:
-    _chunk_lock.release()
+    _memory.lock.release()
     _workers.lock.release()
 
 
@@ -4582,16 +4592,19 @@ def _in_processes(job: _Job, count: int, n: int) -> list | None:
     """Has n worker processes do a job of so many tasks; the faults that were met, or None if they could not do it."""
     from concurrent.futures import BrokenExecutor
 
-    inputs = [x if not np.ndim(x) or x.nbytes <= _TRAVELS_BYTES else _describe(x) for x in job.inputs]
-    travelling = replace(job, inputs=inputs, targets=[_describe(x) for x in job.targets])
-    if any([x is None for x in inputs + travelling.targets]):
-        return None  # an array is where workers do not see it; to copy it there would cost more than to compute
-    ends, live = [count * i // n for i in range(n + 1)], set(_memory.shared)
-    calls = [(_remote, travelling, live, *cut) for cut in zip(ends, ends[1:])]
+    def describe():
+        inputs = [x if not np.ndim(x) or x.nbytes <= _TRAVELS_BYTES else _describe(x) for x in job.inputs]
+        travelling = replace(job, inputs=inputs, targets=[_describe(x) for x in job.targets])
+        if any([x is None for x in inputs + travelling.targets]):
+            return None  # an array is where workers do not see it; to copy it there would cost more than to compute
+        ends, live = [count * i // n for i in range(n + 1)], set(_memory.shared)
+        return [(_remote, travelling, live, *cut) for cut in zip(ends, ends[1:])]
+
     try:
-        found = _apart(lambda: _workers.run(n, calls))[0]
+        found = _apart(lambda: _workers.run(n, describe))[0]
         return found and [fault for faults in found for fault in faults]
     except (BrokenExecutor, OSError) as error:
+        _workers.works = _workers.works or False  # none that never worked is tried again
         _warn_once(f"a worker process died, or none can be had ({error}); computing in threads")
     except RuntimeError as error:
         if "shutdown" not in str(error):  # as when Python ends

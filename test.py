@@ -740,6 +740,18 @@ class TestWorkers(Strict):
                         ours, theirs = (outcome(calls[i], on, dtype, past) for on in (True, False))
                         np.testing.assert_equal(ours, theirs, f"{i} {dtype} {past}")
 
+    def test_blocks_of_one_column(self):
+        """What NumPy's loops write to memory with gaps is not always right."""
+        data = np.random.default_rng(SEED).normal(size=(32, 97))
+        data[:, -1] = np.inf
+        with distributed_config(enabled=True), mock.patch.multiple(picograd, _BLOCK_BYTES=4096, _FEW_BLOCKS=0):
+            x = Tensor(data, np.float64, distributed=True)
+            functions = [f for f in TABLE if isinstance(f, np.ufunc) and f.nin < 3 and f.nout == 1]
+            for f in [f for f in functions if f"{'d' * f.nin}->?" in f.types]:
+                y = f(*[x] * f.nin)
+                y.any(axis=0), y.any(axis=0)  # the second one keeps y
+                np.testing.assert_array_equal(y.data, f(*[data] * f.nin), f.__name__)
+
     def test_a_reader_that_fails_is_its_own_loss(self):
         with distributed_config(enabled=True), mock.patch.object(picograd, "_FEW_BLOCKS", 0):
             x = Tensor(np.ones(3_000_000)) * 1
@@ -1208,6 +1220,75 @@ class TestWorkers(Strict):
                     """
                 )
                 self.assertEqual(out, "started\n", "the script is not run again by workers")
+
+    @unittest.skipUnless(sys.platform == "linux", "forks, and looks at /proc")
+    def test_forks_while_threads_compute(self):
+        for processes in (False, True):
+            out = self.script(
+                f"""
+                import os, threading, time, warnings
+                import numpy as np, picograd
+                from picograd import Tensor, set_distributed_config
+                warnings.simplefilter("ignore")
+                picograd._BLOCK_BYTES = 1 << 10
+                set_distributed_config(
+                    enabled=True, num_workers=2, use_processes={processes}, min_elements_for_parallel=100
+                )
+                base = np.arange(2400, dtype=np.float32).reshape(40, 60)
+                x = Tensor(base)
+                (x * 2 + 1).sum()
+                wrong, ended = [], []
+                def work():
+                    i = 0
+                    while not ended:
+                        i = (i + 1) % 50
+                        y = x * (2 + i) + 1
+                        z = y * 3
+                        if (y.numpy() != base * (2 + i) + 1).any() or (z.numpy() != (base * (2 + i) + 1) * 3).any():
+                            wrong.append(i)
+                threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+                for thread in threads:
+                    thread.start()
+                for _ in range(60):
+                    pid = os.fork()
+                    if not pid:
+                        os._exit(0)
+                    os.waitpid(pid, 0)
+                    time.sleep(0.01)
+                ended.append(True)
+                for thread in threads:
+                    thread.join(20)
+                    assert not thread.is_alive()
+                assert not wrong, wrong
+                assert len(os.listdir("/proc/self/fd")) < 80
+                print("right")
+                """
+            )
+            self.assertEqual(out, "right\n")
+
+    def test_workers_that_cannot_start(self):
+        """The module comes from outside of the path: spawned workers do not find it."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "script.py"
+            code = f"""
+                import importlib.util, multiprocessing, sys, warnings
+                import numpy as np
+                spec = importlib.util.spec_from_file_location("elsewhere", {picograd.__file__!r})
+                sys.modules["elsewhere"] = module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                multiprocessing.set_start_method("spawn")
+                module._BLOCK_BYTES, module._FEW_BLOCKS = 1 << 16, 0
+                module.set_distributed_config(enabled=True, use_processes=True, num_workers=2)
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    x = module.Tensor(np.ones(1_000_000))
+                    for _ in range(3):
+                        assert (x * 2 + 1).sum().item() == 3_000_000
+                print(len(caught), module._workers.pool)
+            """
+            path.write_text(textwrap.dedent(code), encoding="utf-8")
+            run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60)
+            self.assertEqual((run.returncode, run.stdout), (0, "1 None\n"), run.stderr)
 
     def test_inside_a_worker_of_somebody_else(self):
         out = self.script(
