@@ -4060,12 +4060,13 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
         if name not in vars(_config):
             raise TypeError(f"set_distributed_config: expected {', '.join(vars(_config))}; got {name!r}")
         changes[name] = value = _python_numbers(value)
-        kind, what = (bool, "True or False") if name in ("enabled", "use_processes") else (int, "an integer")
-        if name == "num_workers" and value is None:
-            continue
-        if type(value) is not kind:
+        if name in ("enabled", "use_processes"):
+            right, what = type(value) is bool, "True or False"
+        else:
+            right, what = type(value) is int or (name, value) == ("num_workers", None), "an integer"
+        if not right:
             raise TypeError(f"set_distributed_config: {name} must be {what}, got {value!r}")
-        if kind is int and value < 1:
+        if type(value) is int and value < 1:
             raise ValueError(f"set_distributed_config: {name} must be at least 1, got {value}")
     _config = replace(_config, **changes)
     HOOK.limit = _config.min_elements_for_parallel if _config.enabled else math.inf
@@ -4184,12 +4185,10 @@ class _Lease:
     """What an array on a segment has as its base: while that array, a view of it or a window on it is there, so is
     this; then the segment is free again."""
 
-    __slots__ = ("segment", "__array_interface__")
-
     def __init__(self, segment, shape: tuple, dtype: np.dtype):
-        self.segment = segment
         place = segment.address, False
         self.__array_interface__ = {"version": 3, "shape": shape, "typestr": dtype.str, "data": place}
+        self.segment = segment
 
     def __del__(self):
         if _memory is not None and hasattr(self, "segment"):  # else Python ends, or this was interrupted
@@ -4292,12 +4291,11 @@ _memory = _Memory()
 
 def _describe(x: np.ndarray):
     """How another process finds an array: in which segment, and where there; None if it is in private memory."""
-    base = x
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if type(base) is not _Lease or base.segment.name is None:
-        return None
-    return base.segment.name, x.ctypes.data - base.segment.address, x.shape, x.strides, x.dtype
+    for name, segment in list(_memory.shared.items()):
+        offset = x.ctypes.data - segment.address
+        if 0 <= offset < segment.size:
+            return name, offset, x.shape, x.strides, x.dtype
+    return None
 
 
 # --- block programs ---
@@ -4925,7 +4923,11 @@ class _InBlocks(Kind):
             if prim.elementwise and (not params or prim is _as_dtype) and all([_in_c_order(x) for x in raw]):
                 raw = raw if prim.ufunc else _strengthened(prim, raw)
                 with contextlib.suppress(ValueError):  # shapes that do not fit: NumPy says so
-                    dtype = np.dtype(params["dtype"]) if params else _result_dtype(prim, raw)
+                    dtype = (
+                        np.dtype(params["dtype"])
+                        if params
+                        else _result_dtype(prim, *[getattr(x, "dtype", x) for x in raw])
+                    )
                     if dtype.kind == "f" or (prim.forward is not np.power and dtype.kind in "iub"):  # fails on some
                         return Chunked(_step(prim, raw, dtype, state), forced)
             if prim.name in _REDUCTIONS and type(raw[0]) is Chunked and raw[0].size and params.keys() <= _REDUCED_BY:
@@ -5002,10 +5004,11 @@ def _in_c_order(x) -> bool:
     return not isinstance(x, np.ndarray) or x.flags.c_contiguous or _without_repeats(x).flags.c_contiguous
 
 
-def _result_dtype(prim: Primitive, args: Sequence) -> np.dtype:
-    """The dtype of a result: what one element gives. An error if a whole number does not fit."""
+@functools.lru_cache(1000, typed=True)
+def _result_dtype(prim: Primitive, *args) -> np.dtype:
+    """The dtype of a result for dtypes and numbers: what one element gives. An error if a whole number does not fit."""
     with np.errstate(all="ignore"):
-        return prim.forward(*[_ones(1, x.dtype) if hasattr(x, "dtype") else x for x in args]).dtype
+        return prim.forward(*[np.ones(1, x) if isinstance(x, np.dtype) else x for x in args]).dtype
 
 
 def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buffer:
@@ -5041,24 +5044,20 @@ def _reduced(prim: Primitive, x: _Buffer, state: dict, axis=None, keepdims=False
     """A reduction in one pass; var and std, which need the mean first, in two."""
     axis = tuple(range(len(x.shape))) if axis is None else axis
     axes = np.lib.array_utils.normalize_axis_tuple(axis if type(axis) is tuple else operator.index(axis), len(x.shape))
-    count, step, reducer = math.prod([x.shape[i] for i in axes]), x.step, prim.name
+    count, step = math.prod([x.shape[i] for i in axes]), x.step
     if step is not None and step[2] != state:
         x.force()
-    dtype = _result_dtype(prim, (x,))
+    dtype = _result_dtype(prim, x.dtype)
     wide = np.promote_types(dtype, np.float32) if dtype.kind == "f" else dtype
-    if reducer not in _REDUCERS:
-        if reducer != "mean":
-            mean = np.true_divide(x.compute(("sum", axes, wide)), count)
-            for function, others in (np.subtract, (mean,)), (np.square, ()):
-                x = _Buffer(x.shape, wide, (TABLE[function], (x, *others), state))
-            count = max(count - ddof, 0)
-        reducer = "sum"
-    total = x.compute((reducer, axes, wide))
+    if prim.name in ("var", "std"):
+        mean = np.true_divide(x.compute(("sum", axes, wide)), count)
+        for function, others in (np.subtract, (mean,)), (np.square, ()):
+            x = _Buffer(x.shape, wide, (TABLE[function], (x, *others), state))
+        count = max(count - ddof, 0)
+    total = x.compute((prim.name if prim.name in _REDUCERS else "sum", axes, wide))
     if prim.name not in _REDUCERS:
         total = np.true_divide(total, count)
-    if prim.name == "std":
-        total = np.sqrt(total)
-    total = total.astype(dtype, copy=False)
+    total = (np.sqrt(total) if prim.name == "std" else total).astype(dtype, copy=False)
     if not keepdims:
         total = total.reshape([n for i, n in enumerate(x.shape) if i not in axes])
     return total if total.ndim else total[()]
