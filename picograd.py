@@ -4122,7 +4122,7 @@ class _Private:
     """Memory of this process alone. Every segment has a size and an address; one that workers find has a name, too: its
     number, and what maps it when it is called with what."""
 
-    name: tuple | None = None
+    name = None
 
     def __init__(self, size: int):
         self.size, self.memory = size, self.get(size)
@@ -4199,8 +4199,7 @@ class _Memory:
     """The segments: `free` ones, the last freed at the end, and those that are `shared`, free or not."""
 
     def __init__(self):
-        self.free: list[Any] = []
-        self.shared: dict[tuple, Any] = {}  # by name
+        self.free, self.shared = [], {}  # by name
         self.bound = 0  # bytes of freed segments that are kept for the next results: none when nothing is distributed
         self.lock = threading.RLock()  # reentrant: an array may die, and come here, at any allocation
 
@@ -4219,7 +4218,7 @@ class _Memory:
         """The segment of that size that was freed last, if there is one."""
         with self.lock:
             for segment in reversed(self.free):
-                if segment.size == size and (segment.name is not None) == shared:
+                if segment.size == size and bool(segment.name) == shared:
                     self.free.remove(segment)
                     return segment
         return None
@@ -4350,8 +4349,7 @@ class _Job:
 
         A step writes to scratch memory that no later step reads, so that little of it goes through the cache.
         """
-        faults: dict[tuple[str, str], None] = {}
-        spare, size = collections.defaultdict(list), math.prod(self.extents)  # scratch memory by dtype
+        faults, spare, size = {}, collections.defaultdict(list), math.prod(self.extents)  # scratch memory by dtype
         last = {i: step for step, (_, operands, _) in enumerate(self.steps) for i in operands}
         inputs = [np.broadcast_to(x, self.shape) if np.ndim(x) else x for x in self.inputs]
         state = {kind: "call" if how == "warn" else how for kind, how in self.state.items()}
@@ -4405,7 +4403,7 @@ class _Workers:
     def __init__(self):
         self.lock = threading.RLock()  # held by the one job that has the processes
         self.pool, self.size = None, 0
-        self.works: bool | None = None  # once that is known
+        self.works = None  # whether processes do, once that is known
 
     def run(self, n: int, describe: Callable) -> list | None:
         """What n processes give for the calls that are described once nobody forks any more; None if they are not for
@@ -4513,7 +4511,7 @@ def _without_main() -> Iterator[None]:
         main.update(kept)
 
 
-_attached: dict[tuple, Any] = {}  # in a worker: the segments that it has mapped
+_attached = {}  # in a worker: the segments that it has mapped
 
 
 def _find(x):
@@ -4545,9 +4543,7 @@ def _apart(function: Callable, n: int = 1, meanwhile: Callable | None = None) ->
     No handler of a signal comes to those threads: an interrupt between two lines of `threading` or `queue` would leave
     a lock of a pool behind. An error or an interrupt is raised at the end; `meanwhile` may be called again.
     """
-    outcomes: list = []
-    failures: list[BaseException] = []
-    started, begun, ended = 0, itertools.count(1), _thread.allocate_lock()
+    outcomes, failures, started, begun, ended = [], [], 0, itertools.count(1), _thread.allocate_lock()
     ended.acquire()
 
     def run():
@@ -4723,8 +4719,7 @@ class _Buffer:
 
     def __init__(self, shape: tuple, dtype: np.dtype, step: tuple | None = None, array=None, given: bool = False):
         self.shape, self.dtype, self.step, self.array, self.given, self.runs = shape, dtype, step, array, given, 0
-        self.readers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # by id
-        self.holder: Callable = lambda: None
+        self.readers, self.holder = weakref.WeakValueDictionary(), lambda: None  # by id
 
     def pending(self, found: dict) -> dict[_Buffer, tuple]:
         """All that has to be computed for this beside what was found, operands first, with the steps."""
@@ -4749,16 +4744,16 @@ class _Buffer:
             inputs = list({id(x): x for x in operands if type(x) is not _Buffer or x not in waiting}.values())
             raw = [x.array if type(x) is _Buffer else x for x in inputs]
             places = {id(x): i for i, x in enumerate([*inputs, *waiting])}
-            prims = {x: (prim, tuple([places[id(y)] for y in args])) for x, (prim, args, _) in waiting.items()}
+            steps = [(prim, [places[id(y)] for y in args], x.dtype) for x, (prim, args, _) in waiting.items()]
             few = math.prod(self.shape) * self.dtype.itemsize <= _FEW_BLOCKS * _BLOCK_BYTES
             with np.errstate(**(waiting[self][2] if waiting else {})):
                 if few and not reduction and len(waiting) == 1 and waiting[self][0].ufunc:
-                    prim, args = prims[self]
-                    target = _memory.empty(self.shape, self.dtype, _shares())
-                    arrays, total = [prim.forward(*[raw[i] for i in args], out=target)], None
+                    (prim, args, dtype), total = steps[0], None
+                    arrays = [_memory.empty(self.shape, dtype, _shares())]
+                    prim.forward(*[raw[i] for i in args], out=arrays[0])
                 else:
-                    steps = tuple([(*step, x.dtype) for x, step in prims.items()])
-                    arrays, total = run_blocks(steps, raw, self.shape, [places[id(x)] for x in kept], reduction)
+                    outputs = [places[id(x)] for x in kept]
+                    arrays, total = run_blocks(tuple(steps), raw, self.shape, outputs, reduction)
             if all([node.step is step for node, step in waiting.items()]):
                 break
         for node, array in zip(kept, arrays):
@@ -4840,13 +4835,13 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
             buffer = new.buffer
             if buffer is self.buffer:
                 return
-            copy, holder = new.cast(self.dtype), weakref.ref(self)
+            copy = new.cast(self.dtype)
             with _chunk_lock:
                 if not self.buffer.given and new.buffer is buffer:
                     if not buffer.given and buffer.dtype == self.dtype:
                         # `new` becomes the copy, which waits: mostly nobody has it any more.
                         new.buffer, copy = copy, buffer
-                    copy.holder, self.buffer = holder, copy
+                    copy.holder, self.buffer = weakref.ref(self), copy
                     return
         np.copyto(self.expose(), new.force() if type(new) is Chunked else new, "same_kind")
 
@@ -5001,7 +4996,7 @@ HOOK = _BlocksHook()
 
 def _in_c_order(x) -> bool:
     """Whether NumPy would give a result of x in C order, as we do; else its layout is for NumPy to choose."""
-    return not isinstance(x, np.ndarray) or x.flags.c_contiguous or _without_repeats(x).flags.c_contiguous
+    return not isinstance(x, np.ndarray) or _without_repeats(x).flags.c_contiguous
 
 
 @functools.lru_cache(1000, typed=True)
