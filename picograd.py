@@ -51,6 +51,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class Primitive:
     """
 
     __slots__ = ("name", "symbol", "forward", "vjps", "reads", "scalar", "elementwise", "samples", "operands", "params")
-    __slots__ += ("typed", "ufunc", "builtin")
+    __slots__ += ("typed", "ufunc", "joint", "builtin")
 
     def __call__(self, *args, **kwargs):
         operands = args
@@ -158,6 +159,7 @@ def primitive(
     scalar: Callable | None = None,
     elementwise: bool | None = None,
     variadic: bool = False,
+    joint: bool = False,
     reads: str = "out operands",
     typed: Sequence[int] | None = None,
     samples: Sequence = (),
@@ -173,6 +175,8 @@ def primitive(
     scalar: a faster form on Python floats. May raise ArithmeticError or ValueError: then `forward` is used.
     elementwise: whether each output element depends on one element per operand (with broadcasting); so for ufuncs.
     variadic: any number of operands; then there is one rule, told which: `vjp(i, g, out, operands, **params)`.
+    joint: variadic, and one call of the rule gives the gradients of all operands that are wanted (a truth for each):
+        `vjp(wanted, g, out, operands, **params)` is a sequence, with None where there is none.
     reads: what the rules read besides g: "out", "operands", both or "". If no operands, then forward takes out=, and
         a result may be written over an operand that nobody else needs.
     typed: the operands that share one dtype, so that integers among them become floats where they meet floats. Unless
@@ -193,8 +197,8 @@ def primitive(
     for i, rule in enumerate(vjps):
         if rule is not None and not callable(rule):
             raise TypeError(f"primitive: the vjp of operand {i} must be callable or None, got {rule!r}")
-    new = Primitive()
-    new.name = name or forward.__name__
+    new, variadic = Primitive(), variadic or joint
+    new.name, new.joint = name or forward.__name__, joint
     new.symbol, new.scalar = _OPERATORS.get(forward, ("", new.name, scalar))[1:]
     new.forward, new.vjps, new.builtin = forward, vjps, False
     new.ufunc = isinstance(forward, np.ufunc)
@@ -269,8 +273,11 @@ def _recorded(x):
 
 
 def _matmul(x, y):
-    """`np.matmul`; of two matrices by their method dot, which gets to BLAS in half the time."""
-    return x.dot(y) if type(x) is type(y) is np.ndarray and x.ndim == y.ndim == 2 else np.matmul(x, y)
+    """`np.matmul`; of two matrices by their method dot, which gets to BLAS in half the time. But one number times a
+    matrix that does by what skips zeros, and with them nan and infinity."""
+    if type(x) is type(y) is np.ndarray and x.ndim == y.ndim == 2 and x.size > 1 < y.size:
+        return x.dot(y)
+    return np.matmul(x, y)
 
 
 # Python's operators: forward -> (special method, symbol, form on Python floats).
@@ -400,8 +407,16 @@ class _Weak(Kind):
                 return prim.scalar(*raw)
             except (ArithmeticError, ValueError):
                 pass
-        out = _settle(prim.forward(*map(self.hand_out, raw), **params))
-        return out if "dtype" in params or type(out) is np.ndarray else _number(out)
+        raw = [self.hand_out(x) for x in raw]
+        out = prim.forward(*raw, **params)
+        if not prim.builtin:
+            out = _result(prim, out)
+        if "dtype" in params:
+            return _settle(out)
+        if getattr(out, "dtype", None) in (np.float16, np.float32):  # as NumPy has functions of masks
+            out = prim.forward(*map(np.float64, raw), **params)
+        out = _settle(out)
+        return out if type(out) is np.ndarray else _number(out)
 
     def hand_out(self, raw):
         return np.float64(raw) if type(raw) is float else np.asarray(raw)[()]
@@ -651,6 +666,10 @@ def _lifted(prim: Primitive, operands: Sequence) -> tuple:
     for i, own in strong:
         if own != dtype and (own.kind == "f" or held) and not isinstance(operands[i], Array):
             operands[i] = operands[i].astype(dtype)
+    if dtype.kind == "f":
+        for i in range(len(operands)) if prim.typed is None else prim.typed:
+            if type(operands[i]) is int:
+                operands[i] = float(operands[i])
     return tuple(operands)
 
 
@@ -720,7 +739,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         out = WEAK.evaluate(prim, raw, params)
     elif plain and dtype.kind == "f":
         out = prim.forward(*raw, **params)  # what `_evaluate` would do for arrays of one dtype, without its questions
-        if type(out) is not ndarray or not out.ndim:
+        if type(out) is not ndarray or not out.ndim or not prim.builtin:
             out = _result(prim, out)
     else:
         constants = any([type(x) is not float and not isinstance(x, Array) for x in operands])
@@ -914,9 +933,10 @@ class Tensor(Array):
         if any(issubclass(kind, Value) for kind in kinds):
             return NotImplemented
         entry = TABLE.get(function)
-        if entry is None or "out" in kwargs or "where" in kwargs or "dtype" in kwargs:
-            return _on_arrays(function, args, kwargs)  # no gradient is needed: NumPy itself will do
-        return entry(*args, **kwargs)
+        if entry is not None and not {"out", "where", "dtype"} & kwargs.keys():
+            with contextlib.suppress(TypeError):  # of what the entry does not take
+                return _call_entry(entry, function, args, kwargs)
+        return _on_arrays(function, args, kwargs)  # no gradient is needed: NumPy itself will do
 
     def __setitem__(self, index, new):
         if not self.ndim:
@@ -981,32 +1001,45 @@ def _restored(cls: type, raw, choice) -> Tensor:
     return tensor
 
 
+def _each(f: Callable, x):
+    """f of everything in an argument, however nested."""
+    if not isinstance(x, (list, tuple)):
+        return f(x)
+    items = [_each(f, i) for i in x]
+    return type(x)(items) if type(x) in (list, tuple) else type(x)(*items)
+
+
 def _on_arrays(function, args, kwargs):
-    """Calls a function of NumPy on the arrays of Tensors, however nested, and wraps the arrays that come out."""
-
-    guard = contextlib.nullcontext()
-
-    def each(f, x):
-        if not isinstance(x, (list, tuple)):
-            return f(x)
-        items = [each(f, i) for i in x]
-        return type(x)(items) if type(x) in (list, tuple) else type(x)(*items)
+    """Calls a function of NumPy on the arrays of Tensors, however nested, and wraps what comes out; dtypes are settled
+    as for a primitive, but for integers, which may be indices, and masks: these only where a ufunc computes."""
+    operands = _members(*args)
+    held = [x for x in operands if isinstance(x, Tensor)]
+    weak = all([type(_raw(x)) in _WEAK_TYPES for x in operands if isinstance(x, (Tensor, np.ndarray))])
+    floats = [x.dtype for x in held if type(x._data) not in _WEAK_TYPES and x.dtype.kind == "f"]
+    settled = "fiub" if isinstance(getattr(function, "__self__", function), np.ufunc) else "f"
+    settled = "" if getattr(function, "__name__", "") in ("at", "reduceat") or not floats else settled
+    lazy = [_raw(x) for x in (*operands, *kwargs.values()) if isinstance(x, Array) and _lazy(x)]
 
     def bare(x):
-        nonlocal guard
-        x = _raw(x)
-        if not isinstance(x, np.ndarray) and _lazy(x):
-            guard = KINDS[type(x)].guard(function.__name__, x)
-        return x
+        raw = _raw(x)
+        strong = type(raw) is np.ndarray and raw.dtype.kind in settled
+        if strong and not (isinstance(x, Tensor) and raw.dtype.kind == "f"):
+            raw = raw.astype(np.result_type(*floats), copy=False)
+        return raw
 
-    args, kwargs = each(bare, args), {name: each(bare, x) for name, x in kwargs.items()}
-    with guard:
-        out = function(*args, **kwargs)
+    def wrapped(x):
+        if getattr(getattr(x, "dtype", None), "kind", "O") not in "fiub":
+            return x
+        x = _settle(x)
+        return _wrap(_number(x) if weak and isinstance(x, np.generic) else x)
+
     target = kwargs.get("out")
-    target = target[0] if isinstance(target, tuple) and len(target) == 1 else target
-    if target is not None:
-        return target
-    return each(lambda x: _wrap(_settle(x)) if getattr(getattr(x, "dtype", None), "kind", "O") in "fiub" else x, out)
+    guard = KINDS[type(lazy[0])].guard(function.__name__, lazy[0]) if lazy else contextlib.nullcontext()
+    with guard:
+        out = function(*_each(bare, args), **{name: _each(_raw, x) for name, x in kwargs.items()})
+    if target is None:
+        return _each(wrapped, out)
+    return target[0] if isinstance(target, tuple) and len(target) == 1 else target
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1047,14 +1080,16 @@ class Value(Array):
     is not noticed). Comparisons and the like give Values without gradient, which can stand in an `if`.
     """
 
-    __slots__ = ("_grad", "_prim", "_args", "_params", "_needs", "_number", "label")
+    # An operation on numbers has its operands in _x and _y (None if there is but one): then the node is the one object
+    # that Python's collector has to follow. Any other has all its operands in the tuple _x, and parameters in _y.
+    __slots__ = ("_grad", "_prim", "_x", "_y", "_needs", "_number", "label")
 
     def __init__(self, data: Any, dtype: Any = None, label: str = ""):
         if not isinstance(label, str):
             raise TypeError(f"Value: label must be a string, got {label!r}")
         self._data = data if type(data) is float and dtype is None else _as_raw(data, dtype, "Value", "f")
         self._grad = self._prim = None
-        self._args, self._params, self._needs, self._number, self.label = (), _NO_PARAMS, True, _next_number(), label
+        self._x, self._y, self._needs, self._number, self.label = (), _NO_PARAMS, True, _next_number(), label
 
     # --- data and gradient ---
 
@@ -1105,6 +1140,18 @@ class Value(Array):
         return self
 
     @property
+    def _args(self) -> tuple:
+        """The operands: Values, Tensors, and constants as raw values."""
+        if type(self._y) is dict:
+            return self._x
+        return (self._x,) if self._y is None else (self._x, self._y)
+
+    @property
+    def _params(self) -> dict[str, Any]:
+        """The parameters of the primitive, such as an axis."""
+        return self._y if type(self._y) is dict else _NO_PARAMS
+
+    @property
     def _prev(self) -> set[Value]:
         """The Values this one was made from, as micrograd calls them."""
         return {x for x in self._args if isinstance(x, Value)}
@@ -1120,7 +1167,7 @@ class Value(Array):
         and nn's networks and losses take a batch of another size. What computes shapes or indices when it is called
         (reshape to a shape, repeat, roll, split, trace, tile, pad, ...) goes on with those of the first time.
         """
-        for node in reversed(_newest_first(self, everything=True)):
+        for node in reversed(_newest_first(self)):
             if node._prim is not None:
                 _recompute(node)
         return self
@@ -1136,10 +1183,9 @@ class Value(Array):
 
         If it fails (a rule raises, Ctrl-C), the leaves' gradients are as before.
         """
-        grads = _at_home(_backpropagate(self, self._seed(gradient), retain=retain_grads), self)
-        grads.update(_deposited({node: g for node, g in grads.items() if node._prim is None}, grads))
-        for node, g in grads.items():
-            node._grad = g
+        grads = _backpropagate(self, self._seed(gradient), retain=retain_grads)
+        for leaf, g in _deposited(_at_home(grads, self)).items():
+            leaf._grad = g
 
     def _seed(self, gradient):
         """The raw gradient that a backward sweep starts from."""
@@ -1161,15 +1207,7 @@ class Value(Array):
         return _entry(ufunc)(*inputs)
 
     def __array_function__(self, function, kinds, args, kwargs):
-        entry = _entry(function)
-        if isinstance(entry, Primitive) and entry.operands:
-            n = len(entry.operands)
-            if len(args) == n and not kwargs:
-                return _apply(entry, args, _NO_PARAMS)
-            # By NumPy's names, in whose order they came; its defaults need no support.
-            given = dict(zip(_argument_names(function)[n:], args[n:])) | kwargs
-            return entry(*args[:n], **{k: x for k, x in given.items() if x is not None or k in entry.params})
-        return entry(*args, **kwargs)
+        return _call_entry(_entry(function), function, args, kwargs)
 
     def __array__(self, dtype=None, copy=None):
         raise TypeError(
@@ -1216,7 +1254,7 @@ class Value(Array):
         first: tuple = ()
         listed = None
         if self._args and not any([id(self) in known.ids for known in [ref() for ref in _mode.listed] if known]):
-            first = tuple(_newest_first(self, everything=True)[:0:-1])
+            first = tuple(_newest_first(self)[:0:-1])
             listed = _Listed(first)
         made = self._prim, self._args, self._params, self._needs, self._data, self._grad, self.label
         return _rebuild, (type(self), first, listed, *made), _extra(self, Value)
@@ -1233,10 +1271,23 @@ class Value(Array):
         return format(self.data, spec) if spec else repr(self)
 
 
+def _call_entry(entry: Callable, function: Callable, args: tuple, kwargs: dict):
+    """Calls the entry for a function of NumPy's with that function's arguments."""
+    if not isinstance(entry, Primitive) or not entry.operands:
+        return entry(*args, **kwargs)
+    n = len(entry.operands)
+    if len(args) == n and not kwargs:
+        return _apply(entry, args, _NO_PARAMS)
+    # By NumPy's names, in whose order they came; its defaults need no support.
+    given = dict(zip(_argument_names(function)[n:], args[n:])) | kwargs
+    return entry(*args[:n], **{k: x for k, x in given.items() if x is not None or k in entry.params})
+
+
 def _entry(function):
     if function not in TABLE:
+        module = (getattr(function, "__module__", None) or "numpy").replace("numpy", "np", 1)
         raise TypeError(
-            f"np.{function.__name__} is not in picograd's table, so it has no gradient: "
+            f"{module}.{function.__name__} is not in picograd's table, so it has no gradient: "
             "add it with picograd.primitive, or call it on .data.data where none is needed"
         )
     return TABLE[function]
@@ -1246,17 +1297,15 @@ def _node(data, prim, args, params) -> Value:
     """A new node; under `no_grad` a leaf, to which no gradient flows."""
     node = _new(Value)
     node._data, node._grad, node._number, node.label = data, None, _next_number(), ""
-    node._needs, place = False, 0
+    node._needs = False
     if not _mode.recording:
-        node._prim, node._args, node._params = None, (), _NO_PARAMS
+        node._prim, node._x, node._y = None, (), _NO_PARAMS
         return node
-    for x in args:
-        if isinstance(x, Value) and x._needs and prim and prim.vjps[place] is not None:
+    for x, rule in zip(args, prim.vjps if prim.operands else itertools.repeat(prim.vjps[0])):
+        if rule is not None and isinstance(x, Value) and x._needs:
             node._needs = True
             break
-        if prim.operands:
-            place += 1
-    node._prim, node._args, node._params = prim, args, params
+    node._prim, node._x, node._y = prim, args, params
     return node
 
 
@@ -1297,7 +1346,7 @@ def _with_extra(twin, extra):
 def _rebuild(cls, first, listed, prim, args, params, needs, data, grad, label) -> Value:
     """A pickled or deeply copied node; `first` are those that it depends on, which come before it."""
     node = _new(cls)
-    node._prim, node._args, node._params, node._needs = prim, args, params, needs
+    node._prim, node._x, node._y, node._needs = prim, args, params, needs
     node._data, node._grad, node._number, node.label = data, grad, _next_number(), label
     return node
 
@@ -1305,16 +1354,14 @@ def _rebuild(cls, first, listed, prim, args, params, needs, data, grad, label) -
 # --- the backward sweep ---
 
 
-def _newest_first(root: Value, stop=frozenset(), everything=False) -> list[Value]:
-    """The nodes that root depends on, newest first: those that a gradient flows to, or everything."""
+def _newest_first(root: Value) -> list[Value]:
+    """All nodes that root depends on, newest first."""
     if not isinstance(root, Value):
         raise TypeError(_two_copies(type(root)))
     seen, nodes = {root}, [root]
     for node in nodes:  # the list grows as it is walked
-        if stop and node in stop:
-            continue
         for x in node._args:
-            if isinstance(x, Value) and (x._needs or everything) and x not in seen:
+            if isinstance(x, Value) and x not in seen:
                 seen.add(x)
                 nodes.append(x)
     nodes.sort(key=_get_number, reverse=True)
@@ -1377,7 +1424,8 @@ def _at_home(grads: dict[Value, Any], root: Value) -> dict[Value, Any]:
 
     One pass computes them all, and nothing is changed before it is done.
     """
-    away = [x for x, g in grads.items() if x._prim is None and KINDS[type(g)].lazy and not KINDS[type(x._data)].lazy]
+    foreign = [x for x, g in grads.items() if type(g) not in _PLAIN and KINDS[type(g)].lazy]
+    away = [x for x in foreign if x._prim is None and not KINDS[type(x._data)].lazy]
     if away:
         lazy = KINDS[type(grads[away[0]])]
         with_root = KINDS[type(root._data)] is lazy and not root.ndim
@@ -1393,20 +1441,14 @@ def _owned(raw):
     return KINDS[type(raw)].own(raw)
 
 
-def _deposited(new: dict[Value, Any], held: dict[Value, Any]) -> dict[Value, Any]:
-    """The gradients that leaves have from now on, with new ones added. A leaf owns its gradient: what another leaf or
-    any of the nodes that hold a gradient has, or what is part of a larger array, is copied."""
-    result, taken = {}, None
+def _deposited(new: dict[Value, Any]) -> dict[Value, Any]:
+    """The gradients that leaves have from now on, with new ones added, which nobody else holds."""
+    result = {}
     for leaf, g in new.items():
         if leaf._grad is not None:
             g = leaf._grad + g
-        elif type(g) is not float:
-            if taken is None:
-                taken = {id(g) for node, g in held.items() if node not in new}
-            part = g.base is not None if type(g) is np.ndarray else KINDS[type(g)].shared(g)
-            own = _owned(g) if part or id(g) in taken else g
-            taken.add(id(g))
-            g = own
+        elif KINDS[type(g)].shared(g):  # a part of a larger array
+            g = _owned(g)
         result[leaf] = g
     return result
 
@@ -1439,81 +1481,149 @@ def _locate(error: Exception, node: Value) -> None:
         error.add_note(where)
 
 
-def _backpropagate(root: Value, seed, stop=frozenset(), retain=True, symbolic=False) -> dict[Value, Any]:
-    """The gradients of every node that root depends on; the sweep does not go past the nodes in `stop`.
+def _backpropagate(root: Value, seed, stop=frozenset(), retain=False, symbolic=False, since=0) -> dict[Value, Any]:
+    """The gradients of the leaves that root depends on, and of the other nodes at which the sweep ends.
 
-    Without `retain` only the gradients of leaves and of nodes in `stop` are kept. With `symbolic` gradients are Values.
+    It ends at nodes in `stop`, and at those whose number is at most `since`: they were made before.
+    retain: whether the nodes in between keep theirs as `.grad`. symbolic: whether gradients are Values.
     """
-    grads, ndarray, nodes = {root: seed}, np.ndarray, _newest_first(root, stop)
+    if not isinstance(root, Value):
+        raise TypeError(_two_copies(type(root)))
+    grads, heap, node = {root: seed}, [], root
+    if root._prim is not None and root not in stop and root._number > since:
+        heap.append((-root._number, root))
     try:
-        for node in nodes:
-            prim = node._prim
-            if prim is None:  # a leaf
-                continue
-            g = grads.get(node)
-            if g is None or (stop and node in stop):  # no rule gave it a gradient, or the sweep ends here
-                continue
-            args, params, out, variadic = node._args, node._params, node, prim.operands is None
-            if not retain:
-                del grads[node]
-                node._grad = None
-            if symbolic:
-                # A Tensor becomes a node: what a rule computes from it is recorded, too, and a replay reads it anew.
-                operands = [_record(_detach, (x,)) if isinstance(x, Tensor) else x for x in args]
-            else:
-                out = node._data
-                operands = [x._data if isinstance(x, (Value, Tensor)) else x for x in args]
-            if len(args) > 1 and type(node._data) is ndarray:
-                dtype = node._data.dtype
-                for x in operands:
-                    if type(x) is not float and getattr(x, "dtype", dtype) is not dtype:
-                        operands = _as_met(prim, operands, dtype)
-                        break
-            weak, kind = False, NUMPY
-            if type(out) is not ndarray or type(g) is not ndarray:
-                weak = type(out) is float and type(g) is float and not variadic
-                if not weak:
-                    kind = max([KINDS[type(_raw(x))] for x in (g, out, *operands)] + [NUMPY], key=_get_rank)
-            for i, x in enumerate(args):
-                if not isinstance(x, Value) or not x._needs:
-                    continue
-                rule = prim.vjps[0 if variadic else i]
-                if rule is None:
-                    continue
-                if weak:
-                    try:
-                        h = rule(g, out, *operands, **params) if params else rule(g, out, *operands)
-                        if type(h) is not float:
-                            h = float(h)
-                    except (ArithmeticError, ValueError, TypeError):  # also a complex power: NumPy has the IEEE answer
-                        h = float(rule(_public(g), _public(out), *map(_public, operands), **params))
-                else:
-                    if kind is not NUMPY:
-                        rule = kind.rule(prim, rule)
-                    if variadic:
-                        h = rule(i, g, out, operands, **params)
-                    else:
-                        h = rule(g, out, *operands, **params) if params else rule(g, out, *operands)
-                    if h is None:
-                        continue
-                    raw = x._data
-                    if not prim.builtin and not symbolic:
-                        h = _owned(
-                            _settle(np.asarray(h)) if KINDS[type(h)] in (None, WEAK) else h
-                        )  # a user may keep it
-                    if (
-                        type(h) is not ndarray
-                        or type(raw) is not ndarray
-                        or h.shape != raw.shape
-                        or h.dtype != raw.dtype
-                    ):
-                        h = _fit(h, raw)
+        while heap:
+            if not (symbolic or stop):
+                _sweep_numbers(heap, grads, retain, since)
+                if not heap:
+                    break
+            node = heappop(heap)[1]  # the newest: all that it sends its gradient to is older
+            g = grads.pop(node)
+            node._grad = g if retain else None
+            for x, h in _pulled(node, g, symbolic):
                 had = grads.get(x)
-                grads[x] = h if had is None else had + h
+                if had is not None:
+                    grads[x] = had + h
+                elif x._prim is None:
+                    grads[x] = _owned(h) if h is g and not symbolic else h  # a leaf's gradient is nobody else's
+                else:
+                    grads[x] = h
+                    if x not in stop and x._number > since:
+                        heappush(heap, (-x._number, x))
     except Exception as error:
         _locate(error, node)
         raise
     return grads
+
+
+def _sweep_numbers(heap: list, grads: dict[Value, Any], retain: bool, since: int) -> None:
+    """The sweep as long as operations are on numbers, spelled out, as there may be 10^5 of them: it takes a fifth of
+    the time. It leaves alone an operation on anything else, and one for which Python's arithmetic has no answer."""
+    get = grads.get
+    while heap:
+        node = heap[0][1]
+        x, y = node._x, node._y
+        if type(y) is dict:
+            return
+        g, out, rules = grads[node], node._data, node._prim.vjps
+        h = k = 0.0  # the gradients of x and y
+        try:
+            if y is None:
+                h = rules[0](g, out, x._data)
+            elif type(y) is float:
+                h = rules[0](g, out, x._data, y)
+                y = None
+            else:
+                a, b = x if type(x) is float else x._data, y._data
+                if type(x) is not float and x._needs:
+                    h = rules[0](g, out, a, b)
+                else:
+                    x = None
+                if y._needs:
+                    k = rules[1](g, out, a, b)
+                else:
+                    y = None
+        except _NO_ANSWER:
+            return
+        if type(h) is not float or type(k) is not float:
+            return
+        heappop(heap)
+        del grads[node]
+        node._grad = g if retain else None
+        if x is not None:
+            had = get(x)
+            grads[x] = h if had is None else had + h
+            if had is None and x._prim is not None and x._number > since:
+                heappush(heap, (-x._number, x))
+        if y is not None:
+            had = get(y)
+            grads[y] = k if had is None else had + k
+            if had is None and y._prim is not None and y._number > since:
+                heappush(heap, (-y._number, y))
+
+
+_NO_ANSWER = (ArithmeticError, ValueError, TypeError)  # where IEEE arithmetic has one
+
+
+def _on_numbers(rule: Callable, *numbers, **params) -> float | None:
+    """What a rule gives for numbers. Where Python raises, or makes a complex number, NumPy has the IEEE answer."""
+    with contextlib.suppress(*_NO_ANSWER):
+        h = rule(*numbers, **params)
+        if type(h) is float or h is None:
+            return h
+    return float(rule(*map(_public, numbers), **params))
+
+
+_PLAIN = frozenset((np.ndarray, np.float32, np.float64))  # what needs no kind to be asked
+
+
+def _pulled(node: Value, g, symbolic: bool) -> list[tuple[Value, Any]]:
+    """The operands of a node that a gradient flows to, each with the gradient that its rule makes of g."""
+    prim, args, params, out = node._prim, node._args, node._params, node._data
+    operands, kind = [x._data if isinstance(x, Array) else x for x in args], NUMPY
+    if not (type(out) in _PLAIN and type(g) in _PLAIN):
+        if type(out) is type(g) is float and prim.operands:
+            kind = WEAK
+        else:
+            kind = max([KINDS[type(_raw(x))] for x in (g, out, *operands)] + [NUMPY], key=_get_rank)
+    if symbolic:
+        # A Tensor becomes a node: what a rule computes from it is recorded, too, and a replay reads it anew.
+        operands = [_record(_detach, (x,)) if isinstance(x, Tensor) else x for x in args]
+    if len(args) > 1 and type(out) is not float:
+        for x in operands:
+            if type(x) is not float and getattr(x, "dtype", out.dtype) is not out.dtype:
+                operands = _as_met(prim, operands, out.dtype)
+                break
+    out = node if symbolic else out
+    if prim.joint:
+        wanted = [isinstance(x, Value) and x._needs for x in args]
+        rule = prim.vjps[0] if kind is NUMPY else kind.rule(prim, prim.vjps[0])
+        found = rule(wanted, g, out, operands, **params)
+        return [(x, _fitted(h, x, prim)) for x, h, wants in zip(args, found, wanted) if wants and h is not None]
+    pairs = []
+    for i, x in enumerate(args):
+        rule = prim.vjps[i if prim.operands else 0]
+        if rule is None or not isinstance(x, Value) or not x._needs:
+            continue
+        if kind is WEAK:
+            h = _on_numbers(rule, g, out, *operands, **params)
+        else:
+            rule = rule if kind is NUMPY else kind.rule(prim, rule)
+            h = rule(g, out, *operands, **params) if prim.operands else rule(i, g, out, operands, **params)
+        if h is not None:
+            pairs.append((x, h if type(h) is float and kind is WEAK else _fitted(h, x, prim)))
+    return pairs
+
+
+def _fitted(h, x: Value, prim: Primitive):
+    """A gradient, as a rule gave it, of the shape and dtype of the operand that it is for."""
+    raw = x._data
+    if not prim.builtin and not isinstance(h, Value):  # a user may keep it
+        h = _owned(_settle(np.asarray(h)) if KINDS[type(h)] in (None, WEAK) else h)
+    if type(h) is type(raw) is np.ndarray and h.shape == raw.shape and h.dtype is raw.dtype:
+        return h
+    return _fit(h, raw)
 
 
 @contextlib.contextmanager
@@ -1552,6 +1662,7 @@ def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Calla
     before, _mode.recording, _mode.depth = _mode.recording, True, _mode.depth + 1
     try:
         variables = [_variable(args[i], i) for i in numbers]
+        since = max([v._number for v in variables], default=0)  # what is newer may depend on them
         for i, variable in zip(numbers, variables):
             args[i] = variable
         try:
@@ -1566,8 +1677,10 @@ def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Calla
         for seed in seeds(_raw(out)):
             grads = {}
             if isinstance(out, Value) and out._needs:
-                grads = _backpropagate(out, _leaf(seed) if symbolic else seed, set(variables), False, symbolic)
-                grads = grads if symbolic else _deposited(_at_home(grads, out), {out: _raw(out)})
+                seed = _leaf(seed) if symbolic else seed
+                grads = _backpropagate(out, seed, symbolic=symbolic, since=since)
+                grads = {v: grads[v] for v in variables if v in grads}
+                grads = grads if symbolic else _deposited(_at_home(grads, out))
             rows.append([grads[v] if v in grads else _filled_like(v._data, 0) for v in variables])
     finally:
         _mode.recording, _mode.depth = before, _mode.depth - 1
@@ -2695,25 +2808,26 @@ TABLE[np.matmul] = primitive(
 
 def _dense_forward(x, w, b, activation=None):
     out = _matmul(x, w)
-    if type(out) is not np.ndarray or np.result_type(out, b) != out.dtype:
+    if type(out) is not np.ndarray or out.dtype is not b.dtype:
         out = out + b
         return activation.forward(out) if activation else out
     out += b
     return activation.forward(out, out=out) if activation else out
 
 
-def _dense_g(g, out, activation):
-    return activation.vjps[0](g, out, None) if activation else g
+def _dense_rule(wanted, g, out, operands, activation=None):
+    x, w, b = operands
+    g = activation.vjps[0](g, out, None) if activation else g
+    return wanted[0] and _matmul_x(g, out, x, w), wanted[1] and _matmul_y(g, out, x, w), g
 
 
 # activation(x @ w + b) in one buffer where three operations have three, of which no rule reads two: half the memory of
 # a large layer. `activation` is a primitive that reads its result only, or None; `optimize` makes it three again.
 _dense = primitive(
     _dense_forward,
-    lambda g, out, x, w, b, activation=None: _matmul_x(_dense_g(g, out, activation), out, x, w),
-    lambda g, out, x, w, b, activation=None: _matmul_y(_dense_g(g, out, activation), out, x, w),
-    lambda g, out, x, w, b, activation=None: _dense_g(g, out, activation),
+    _dense_rule,
     name="dense layer",
+    joint=True,
     samples=[(((2, 3), (3, 4), (4,)), {"activation": f}) for f in (TABLE[np.tanh], sigmoid, None)],
 )
 
@@ -3037,39 +3151,59 @@ for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
 
 
 def _value_operator(prim: Primitive, swapped=False):
-    scalar, differentiable, cls = prim.scalar, prim.vjps[0] is not None, Value  # this copy's, also after a reload
+    scalar, differentiable, cls, new = prim.scalar, prim.vjps[0] is not None, Value, object.__new__
 
     def method(self, other):
-        kind = type(other)
-        if kind is cls:
-            y = other._data
-        elif kind is float:
-            y = other
-        elif kind is int and (type(self._data) is float or self.dtype.kind == "f"):
-            y = other = float(other)
-        elif isinstance(other, _OPERANDS) or KINDS[kind] is not None:
-            y = None
-        else:
-            return NotImplemented
-        x = self._data
-        args = (other, self) if swapped else (self, other)
-        if type(x) is float and type(y) is float and scalar is not None and _mode.recording:
+        x, kind = self._data, type(other)
+        if type(x) is float and scalar is not None and _mode.recording:
             # The path of micrograd's world: what `_apply` would do, spelled out, as a graph has 10^5 such nodes.
+            needs = self._needs
+            if kind is cls:  # this copy's, also after a reload
+                y = other._data
+                needs = needs or other._needs
+            elif kind is float:
+                y = other
+            else:
+                y = other = float(other) if kind is int else other
+            if type(y) is float:
+                try:
+                    out = scalar(y, x) if swapped else scalar(x, y)
+                except (ArithmeticError, ValueError):
+                    return _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
+                node = new(cls)
+                node._data = out
+                node._grad = None
+                node._prim = prim
+                if swapped:
+                    node._x, node._y = other, self
+                else:
+                    node._x, node._y = self, other
+                node._needs = differentiable and needs
+                node._number = _next_number()
+                node.label = ""
+                return node
+        if not isinstance(other, _OPERANDS) and KINDS[kind] is None:
+            return NotImplemented
+        return _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
+
+    return method
+
+
+def _value_function(prim: Primitive):
+    """A method without arguments: the same path for functions of one number."""
+    scalar, differentiable, cls, new = prim.scalar, prim.vjps[0] is not None, Value, object.__new__
+
+    def method(self):
+        if type(self._data) is float and _mode.recording:
             try:
-                out = scalar(y, x) if swapped else scalar(x, y)
+                out = scalar(self._data)
             except (ArithmeticError, ValueError):
-                return _apply(prim, args, _NO_PARAMS)
-            node = _new(cls)
-            node._data = out
-            node._grad = None
-            node._prim = prim
-            node._args = args
-            node._params = _NO_PARAMS
-            node._needs = differentiable and (self._needs or (kind is cls and other._needs))
-            node._number = _next_number()
-            node.label = ""
+                return _apply(prim, (self,), _NO_PARAMS)
+            node = new(cls)
+            node._data, node._grad, node._prim, node._x, node._y = out, None, prim, self, None
+            node._needs, node._number, node.label = differentiable and self._needs, _next_number(), ""
             return node
-        return _apply(prim, args, _NO_PARAMS)
+        return _apply(prim, (self,), _NO_PARAMS)
 
     return method
 
@@ -3141,6 +3275,8 @@ for _forward, (_name, _, _) in _OPERATORS.items():
     _prim = TABLE[_forward]
     if len(_prim.vjps) == 1:
         setattr(Array, f"__{_name}__", lambda self, _prim=_prim: _prim(self))
+        if _prim.scalar:
+            setattr(Value, f"__{_name}__", _value_function(_prim))
         continue
     for _class, _operator in ((Value, _value_operator), (Tensor, _tensor_operator)):
         setattr(_class, f"__{_name}__", _operator(_prim))
@@ -3161,6 +3297,8 @@ for _key, _function in list(TABLE.items()):
         and (hasattr(np.ndarray, _name) or getattr(_function, "operands", None))
     ):
         setattr(Array, _name, lambda self, *args, _function=_function, **kwargs: _function(self, *args, **kwargs))
+        if getattr(_function, "scalar", None) and len(_function.vjps) == 1:
+            setattr(Value, _name, _value_function(_function))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3408,9 +3546,6 @@ def _layer_input(x, w: Value):
     return x
 
 
-_DENSE_ELEMENTS = 1 << 14  # below, memory is no matter, and a picture of each operation says more
-
-
 class Neuron(Module):
     """activation(x @ w + b), with w of shape (nin,) and b of (). In: (nin,) or (n, nin); out: () or (n,)."""
 
@@ -3437,9 +3572,9 @@ class Layer(Module):
 
     def __call__(self, x: Any) -> Value:
         x, f = _layer_input(x, self.w), self._function
-        if _DENSE_ELEMENTS <= math.prod(x.shape[:-1]) * self.w.shape[1] < HOOK.limit:
-            if f is None or (isinstance(f, Primitive) and f.builtin and f.reads == "out"):
-                return _dense(x, self.w, self.b, activation=f)
+        if f is None or (isinstance(f, Primitive) and f.builtin and f.reads == "out"):
+            if math.prod(x.shape[:-1]) * self.w.shape[1] < HOOK.limit:
+                return _apply(_dense, (x, self.w, self.b), {"activation": f})
         out = x @ self.w + self.b
         return f(out) if f else out
 
@@ -3503,10 +3638,22 @@ def _same_shape(name: str, first: str, second: str, x: Any, y: Any) -> tuple:
     return (x, y) if x.dtype.kind == "f" or y.dtype.kind == "f" else (x.astype(np.float64), y)
 
 
+def _mse_rule(wanted, g, out, operands):
+    x, y = operands
+    slope = (x - y) * (g * (2.0 * _share(x, None)))
+    return slope, wanted[1] and -slope
+
+
+_mse = primitive(
+    lambda x, y: np.mean(np.square(x - y)), _mse_rule, name="mse", joint=True, samples=[(((2, 3), (2, 3)), {})]
+)
+_mse.builtin = True
+
+
 def mse_loss(prediction: Value, target: Any) -> Value:
     """The mean of (prediction - target)**2, for two of the same shape."""
     prediction, target = _same_shape("mse_loss", "prediction", "target", prediction, target)
-    return np.mean(np.square(prediction - target))
+    return _apply(_mse, (prediction, target), _NO_PARAMS)
 
 
 def _label_mask_forward(labels, k):
@@ -3944,7 +4091,7 @@ def draw(
         ) from error
 
     root = root._picture()
-    values = _newest_first(root, everything=True)[::-1]
+    values = _newest_first(root)[::-1]
     # An object is one box however often it is used; a number is a box at each use, as equal numbers are not related.
     others = [x for v in values for x in v._args if not isinstance(x, Value)]
     numbers = sum(type(x) in _WEAK_TYPES for x in others)
@@ -5310,7 +5457,6 @@ _SIMPLER: dict[Primitive, Callable] = {
     TABLE[np.copy]: lambda node, a: a,
     _BROADCAST: lambda node, array, shape: array,
     _as_dtype: lambda node, a, dtype: a,
-    _dense: lambda node, x, w, b, activation=None: activation(x @ w + b) if activation else x @ w + b,
 }
 
 
@@ -6341,11 +6487,20 @@ def _tracing() -> Iterator[None]:
         _mode.tracing = before
 
 
+_PARTS: dict[Primitive, Callable] = {  # what is one operation to save time and memory, as several
+    _dense: lambda x, w, b, activation=None: activation(x @ w + b) if activation else x @ w + b,
+    _mse: lambda x, y: np.mean(np.square(np.subtract(x, y))),
+}
+
+
 def _traced(roots: Sequence[Value]) -> list[Value]:
     """A copy of the graph, with the programs in it written out as the graphs that they were made of."""
     programs: dict[_Program, list[Value]] = {}
 
     def rule(node, args):
+        if node._prim in _PARTS and _regular(node):
+            parts = _PARTS[node._prim](*args, **node._params)
+            return _twin(node, parts._prim, parts._args, parts._params)
         if node._prim is not _program:
             return _twin(node, node._prim, args, node._params)
         program, index = node._params.values()
@@ -6589,7 +6744,7 @@ class Optimized(Value):
         program, index = self._params.values()
         new = program.backward(index, seed)
         if type(new) is dict:
-            for x, g in _deposited(new, {self: seed}).items():
+            for x, g in _deposited(new).items():
                 x._grad = g
         else:  # what code makes is no other's
             for x, g in new:
@@ -6619,8 +6774,8 @@ def _optimized(program: _Program, index: int, grad=None, label: str = "") -> Opt
     node, data = _new(Optimized), program.results[index]
     # In a graph, an empty array beside leaves that are numbers: so its result is taken as it is, and not for a number.
     strong = () if type(data) in _WEAK_TYPES else (np.empty(0, np.float32),)
-    node._data, node._grad, node._prim, node._args = data, grad, _program, (*program.leaves[index], *strong)
-    node._params = {"program": program, "index": index}
+    node._data, node._grad, node._prim = data, grad, _program
+    node._x, node._y = (*program.leaves[index], *strong), {"program": program, "index": index}
     node._needs, node._number, node.label = program.traced[index]._needs, _next_number(), label
     program.nodes.append(weakref.ref(node))
     return node

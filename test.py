@@ -1617,6 +1617,47 @@ class TestTensor(Strict):
         if not CUT:
             set_distributed_config(**vars(picograd.DistributedConfig()))
 
+    def test_functions_outside_the_table_settle_dtypes_alike(self):
+        t, r = Tensor([1.0, 2.0]), np.array([0.1, 0.2])
+        for out in (
+            np.add(t, r, where=True),
+            np.copysign(t, r),
+            np.fmod(t, np.array([3, 4])),
+            np.multiply.outer(t, np.arange(3)),
+            np.hypot.outer(r, t),
+            np.cbrt(Tensor(8.0)) * t,
+            np.interp(Tensor(0.5), [0.0, 1.0], [0.0, 1.0]) * t,
+        ):
+            self.assertEqual(out.dtype, np.float32)
+        self.assertEqual(np.bincount(Tensor([1, 1], dtype=int), Tensor([0.5, 1.0])).tolist(), [0.0, 1.5])
+
+    def test_a_function_with_out_returns_it(self):
+        t, u = Tensor([1.0, 2.0]), Tensor([0.0, 0.0])
+        for call in (
+            lambda: np.add(t, 1, out=u),
+            lambda: np.clip(t, 0, 1, out=u),
+            lambda: np.cumsum(t, out=u),
+            lambda: np.multiply(t, t, out=(u,)),
+        ):
+            self.assertIs(call(), u)
+        self.assertEqual(u.tolist(), [1.0, 4.0])
+
+    def test_what_an_entry_does_not_take_is_numpys(self):
+        t = Tensor([[1.0, 2.0], [3.0, 5.0]])
+        for f in (
+            lambda x: np.std(x, 0, None),
+            lambda x: np.var(x, 0, None, None, 1),
+            lambda x: np.max(x, 0, None, True),
+            lambda x: np.max(x, initial=9.0),
+            lambda x: np.var(x, correction=1),
+            lambda x: np.pad(x, 1, mode="edge"),
+            lambda x: np.where(x > 1)[0],
+            lambda x: np.linalg.norm(x, 1),
+        ):
+            np.testing.assert_allclose(np.asarray(f(t)), f(t.data), rtol=1e-6)
+        with self.assertRaises(TypeError):
+            np.sum(t, nonsense=1)
+
     def test_integers_stay_integers(self):
         t = Tensor([0, 1], dtype=int)
         self.assertEqual([(t + 1).dtype, (2 * t).dtype, (t // 2).dtype], [np.int64] * 3)
@@ -1790,6 +1831,74 @@ class OwnTensor(Tensor):
 
 class TestValue(Strict):
     """Room 4: nodes, data and gradients, backward, functions of functions."""
+
+    def test_a_gradient_function_leaves_outer_graphs_alone(self):
+        w = Value(2.0)
+        h = w * 3.0
+        (h * h).backward()
+        self.assertEqual((w.grad.item(), h.grad.item()), (36.0, 12.0))
+        self.assertEqual(picograd.grad(lambda x: x * h + w * x)(5.0), 8.0)
+        self.assertEqual((w.grad.item(), h.grad.item()), (36.0, 12.0))
+
+    def test_a_graph_of_numbers_and_arrays_is_swept_as_one(self):
+        a, b, v = Value(2.0), Value(3.0), Value([1.0, 2.0])
+        c = a * b + a
+        d = (v * c).sum() + c * b
+        (d * a + c).backward()
+        # c = ab + a; loss = a(3c + cb) + c
+        self.assertEqual(a.grad.item(), (3 + 3) * 8.0 + 2.0 * 6.0 * 4.0 + 4.0)
+        self.assertEqual(b.grad.item(), 2.0 * (6.0 * 2.0 + 8.0) + 2.0)
+        np.testing.assert_array_equal(v.grad.data, [16.0, 16.0])
+
+    def test_operands_of_numbers_are_in_slots(self):
+        a = Value(2.0)
+        for node, args in ((a * 3.0, (a, 3.0)), (4.0 - a, (4.0, a)), (-a, (a,)), (a.exp(), (a,)), (np.exp(a), (a,))):
+            self.assertEqual((node._args, node._params, node._prev), (args, {}, {a}))
+        with self.assertRaises(AttributeError):
+            a._args = ()
+
+    def test_masks_of_numbers_are_numbers_in_double_precision(self):
+        for f in (np.exp, np.sqrt, np.sin):
+            out = f(Value(1.0) > 0.0)
+            self.assertEqual((out.item(), (out * Value([1.0])).dtype), (f(1.0), np.float32))
+
+    def test_0_d_operands_of_a_rule_are_as_the_forward_met_them(self):
+        x, y = Value(np.array(2.1), dtype=np.float16), Value(np.array(3.3), dtype=np.float64)
+        (x**y).backward()
+        exact = np.float64(np.float16(2.1))
+        self.assertEqual(y.grad.item(), exact**3.3 * np.log(exact))
+
+    def test_what_a_users_forward_gives_is_checked_on_every_path(self):
+        wrong = picograd.primitive(lambda x: x * 1j, lambda g, out, x: g, name="checked")
+        for x in (Value([1.0]), Value(2.0), Value(np.array(1.0)), Tensor([1.0])):
+            with self.assertRaisesRegex(TypeError, "checked: its forward must give real numbers, got dtype complex"):
+                wrong(x)
+        for x in (Value([1.0, 2.0]), Value(2.0)):  # a rule that gives nothing
+            twice = picograd.primitive(lambda x: [x, x], lambda g, out, x: None, name="checked")(x)
+            self.assertEqual(twice.shape, (2, *x.shape))
+            twice.sum().backward()
+            self.assertFalse(np.any(x.grad.data))
+
+    def test_products_with_one_number_keep_nan(self):
+        for a, b in (([[np.nan], [1.0]], [[0.0]]), ([[0.0]], [[np.inf, 1.0]]), ([[np.inf, 0.0]], [[0.0], [0.0]])):
+            with np.errstate(invalid="ignore"):
+                out = Value(a) @ Value(b)
+                np.testing.assert_array_equal(out.data, np.matmul(np.float32(a), np.float32(b)))
+
+    def test_joint_rules(self):
+        seen = []
+
+        def rule(wanted, g, out, operands, scale):
+            seen.append(wanted)
+            return [g * scale * operands[1], g * scale * operands[0]]
+
+        product = picograd.primitive(lambda x, y, scale: scale * x * y, rule, name="joint product", joint=True)
+        x, y = Value([1.0, 2.0]), Value([3.0, 4.0])
+        product(x, y, scale=2.0).sum().backward()
+        np.testing.assert_array_equal((x.grad.data, y.grad.data), ([6.0, 8.0], [2.0, 4.0]))
+        product(x, Tensor([1.0, 1.0]), scale=2.0).sum().backward()
+        self.assertEqual(seen, [[True, True], [True, False]])
+        self.assertEqual(picograd.hessian(lambda z: product(z, z, scale=2.0).sum())(np.ones(1)), [[4.0]])
 
     def test_gradients_need_a_number(self):
         for f in (lambda x: None, lambda x: "a"):
@@ -2003,7 +2112,7 @@ class TestValue(Strict):
                         found["w" if x.label else "loss" if not x.ndim else "inner"] = x
 
                 walk(copied(order))
-                graph = {id(node) for node in picograd._newest_first(found["loss"], everything=True)}
+                graph = {id(node) for node in picograd._newest_first(found["loss"])}
                 self.assertTrue({id(found["w"]), id(found["inner"])} <= graph)
                 np.testing.assert_array_equal(found["inner"].grad.data, inner.grad.data)
                 found["w"].grad = None
