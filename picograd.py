@@ -4460,8 +4460,8 @@ def _block_shape(shape: tuple, itemsize: int, reduced: tuple = ()) -> tuple:
         block = list(shape)
         for axis in order:
             block[axis] = max(1, min(shape[axis], limit * block[axis] // max(1, math.prod(block))))
-        parts = math.prod([-(-shape[i] // block[i]) for i in reduced])
-        if parts * 16 <= math.prod([shape[i] for i in reduced]):
+        parts = math.prod(-(-shape[i] // block[i]) for i in reduced)
+        if parts * 16 <= math.prod(shape[i] for i in reduced):
             break
     return tuple(block)
 
@@ -4472,8 +4472,8 @@ class _Job:
 
     steps: (primitive, places of its operands, dtype of its result), ...; places count the inputs first, then the steps.
     inputs: arrays, and numbers, that broadcast to `shape`, which is the shape of every step.
-    outputs: places whose results are written to targets. reduction: (name in _REDUCERS, axes) of the last place, or
-        None; a block's part of it is written to one more target.
+    outputs: places whose results are written to targets. reduction: (name in _REDUCERS, axes, dtype) of the last place,
+        or None; a block's part of it is written to one more target.
     extents: the shape of a block. state: of the caller's np.errstate.
     """
 
@@ -4525,10 +4525,10 @@ class _Job:
                     if into is not None and into is not target:
                         np.copyto(into, target)
                 if self.reduction:
-                    name, (reducer, axes), parts = "reduce", self.reduction, self.targets[-1]
+                    name, (reducer, axes, wide), parts = "reduce", self.reduction, self.targets[-1]
                     places = [slice(s.start // n, s.start // n + 1) for s, n in zip(block, self.extents)]
                     part = parts[tuple([places[i] if i in axes else s for i, s in enumerate(block)])]
-                    _REDUCERS[reducer].reduce(values[-1], axes, parts.dtype, part, True)
+                    _REDUCERS[reducer].reduce(values[-1], axes, wide, part, True)
                 for array in scratch.values():
                     spare[array.dtype].append(array)
         return list(faults)
@@ -4736,7 +4736,7 @@ def _in_processes(job: _Job, count: int, n: int) -> list | None:
     def describe():
         inputs = [x if not np.ndim(x) or x.nbytes <= _TRAVELS_BYTES else _describe(x) for x in job.inputs]
         travelling = replace(job, inputs=inputs, targets=[_describe(x) for x in job.targets])
-        if any([x is None for x in inputs + travelling.targets]):
+        if any(x is None for x in inputs + travelling.targets):
             return None  # an array is where workers do not see it; to copy it there would cost more than to compute
         ends, live = [count * i // n for i in range(n + 1)], set(_memory.shared)
         return [(_remote, travelling, live, *cut) for cut in zip(ends, ends[1:])]
@@ -4803,15 +4803,14 @@ def run_blocks(
     itemsizes = [dtype.itemsize for *_, dtype in steps] + [x.dtype.itemsize for x in inputs if np.ndim(x)]
     name, axes, dtype = reduction or (None, (), None)
     extents = _block_shape(shape, max(itemsizes), axes)
-    count = math.prod([-(-n // extent) for n, extent in zip(shape, extents)])
+    count = math.prod(-(-n // extent) for n, extent in zip(shape, extents))
     n = 1 if _in_worker() or count * work <= 2 * _FEW_BLOCKS else min(_config.num_workers or _usable_cores(), count)
     processes = shared and n > 1 and count * work > 4 * _FEW_BLOCKS
-    into = [_memory.empty(shape, steps[i - first][2], shared) for i in outputs] if into is None else list(into)
-    targets = list(into)
+    targets = [_memory.empty(shape, steps[i - first][2], shared) for i in outputs] if into is None else list(into)
     if reduction:
         kept = [-(-n // extents[i]) if i in axes else n for i, n in enumerate(shape)]
         targets.append(_memory.empty(tuple(kept), dtype, processes, 2 * _MAX_SEGMENTS))
-    job = _Job(steps, inputs, shape, outputs, targets, reduction and (name, axes), extents, np.geterr())
+    job = _Job(steps, inputs, shape, outputs, targets, reduction, extents, np.geterr())
     faults = None
     _local.depth += 1  # from here on a signal's handler finds a job under way
     try:
@@ -4824,12 +4823,12 @@ def run_blocks(
     for kind, where in dict.fromkeys(faults):
         warnings.warn(f"{kind} encountered in {where}", RuntimeWarning, stacklevel=2)
     if not reduction:
-        return into, None
-    total = targets[-1]
-    if any([total.shape[i] > 1 for i in axes]):
+        return targets, None
+    total = targets.pop()
+    if any(total.shape[i] > 1 for i in axes):
         wide = np.promote_types(dtype, np.float64) if name == "sum" and dtype.kind == "f" else dtype
         total = _REDUCERS[name].reduce(total, axes, wide, None, True)  # no error is added to that within the blocks
-    return into, total.astype(dtype, copy=False)
+    return targets, total.astype(dtype, copy=False)
 
 
 def _shares() -> bool:
@@ -4924,15 +4923,7 @@ class _Buffer:
             self.given = True  # from now on it stays where it is
             array = self.array
         for reader in filter(None, [ref() for ref in self.readers.valuerefs()]):
-            try:
-                reader.force()
-            except (MemoryError, Warning):
-                raise
-            except Exception:  # whoever looks at that one is told; it reads a copy from now on
-                prim, args, state = reader.step
-                copy = _Buffer(self.shape, self.dtype, array=array.copy())
-                reader.step = prim, tuple([copy if x is self else x for x in args]), state
-                self.readers.pop(id(reader), None)
+            reader.force()  # if that fails, nobody gets the data, and all is as it was
         return array
 
 
@@ -4995,16 +4986,17 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
     def __array__(self, dtype=None, copy=None):
         return np.array(self.expose(), dtype, copy=copy)
 
-    def __array_ufunc__(self, ufunc, method, *inputs, out=(), **kwargs):
-        prim = TABLE.get(ufunc)
-        if method == "__call__" and isinstance(prim, Primitive) and not kwargs and {Chunked}.issuperset(map(type, out)):
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        prim, out = TABLE.get(ufunc), kwargs.get("out", ())
+        ours = isinstance(prim, Primitive) and kwargs.keys() <= {"out"} and {Chunked}.issuperset(map(type, out))
+        if method == "__call__" and ours:
             new = _evaluate(prim, inputs, _NO_PARAMS)
             if not out:
                 return new
             if getattr(new, "shape", None) == out[0].shape:
                 out[0].assign(new)
                 return out[0]
-        return _exposed(getattr(ufunc, method), inputs, {"out": out, **kwargs} if out else kwargs)
+        return _exposed(getattr(ufunc, method), inputs, kwargs)
 
     def __array_function__(self, function, kinds, args, kwargs):
         prim = TABLE.get(function)
@@ -5186,7 +5178,7 @@ def _reduced(prim: Primitive, x: _Buffer, state: dict, axis=None, keepdims=False
     """A reduction in one pass; var and std, which need the mean first, in two."""
     axis = tuple(range(len(x.shape))) if axis is None else axis
     axes = np.lib.array_utils.normalize_axis_tuple(axis if type(axis) is tuple else operator.index(axis), len(x.shape))
-    count, step = math.prod([x.shape[i] for i in axes]), x.step
+    count, step = math.prod(x.shape[i] for i in axes), x.step
     if step is not None and step[2] != state:
         x.force()
     dtype = _result_dtype(prim, x.dtype)
