@@ -4557,6 +4557,10 @@ class _Workers:
         processes. One job at a time; another one does not wait: a finalizer, say, may compute in a thread that the
         first job waits for. If a job fails, waits until nobody works on it, and forgets the pool: the next one gets a
         fresh one."""
+        import concurrent.futures
+        import multiprocessing
+        from multiprocessing import resource_tracker
+
         if self.works is False or not self.lock.acquire(blocking=False):
             return None
         try:
@@ -4566,7 +4570,10 @@ class _Workers:
             if self.size < n:
                 if self.pool is not None:
                     self.pool.shutdown(wait=False)
-                self.pool, self.size = self.make(n), n
+                if _Shared is _Named and os.name == "posix":
+                    resource_tracker.ensure_running()  # one for all: a worker's own would remove the memory at its end
+                self.pool = concurrent.futures.ProcessPoolExecutor(n, multiprocessing.get_context(), _start_worker)
+                self.size = n
             with _without_main():
                 futures = [self.pool.submit(*call) for call in calls]
             results = [future.result() for future in futures]
@@ -4579,17 +4586,6 @@ class _Workers:
             raise
         finally:
             self.lock.release()
-
-    @staticmethod
-    def make(n: int):
-        import concurrent.futures
-        import multiprocessing
-
-        if _Shared is _Named and os.name == "posix":
-            from multiprocessing import resource_tracker
-
-            resource_tracker.ensure_running()  # one for all: a worker's own would remove the memory when that ends
-        return concurrent.futures.ProcessPoolExecutor(n, multiprocessing.get_context(), _start_worker)
 
 
 @functools.cache
@@ -5064,7 +5060,12 @@ class _InBlocks(Kind):
                     )
                     if dtype.kind == "f" or (prim.forward is not np.power and dtype.kind in "iub"):  # fails on some
                         return Chunked(_step(prim, raw, dtype, state), forced)
-            if prim.name in _REDUCTIONS and type(raw[0]) is Chunked and raw[0].size and params.keys() <= _REDUCED_BY:
+            if (
+                prim.name in _REDUCTIONS
+                and type(raw[0]) is Chunked
+                and raw[0].size
+                and params.keys() <= {"axis", "keepdims", "ddof"}
+            ):
                 x = raw[0].buffer
                 if x.step is not None or x.array.nbytes > 8 * _FEW_BLOCKS * _BLOCK_BYTES:  # else NumPy's one pass does
                     return _reduced(prim, x, state, **params)
@@ -5077,12 +5078,9 @@ class _InBlocks(Kind):
             return _exposed(NUMPY.evaluate, (prim, raw, params), {})
         arrays = [x.force() if type(x) is Chunked else x for x in raw]
         out = _memory.spend(NUMPY.evaluate, prim, arrays, params)
-        if type(out) is not np.ndarray:
-            return out
-        views = [x for x in raw if type(x) is Chunked and np.may_share_memory(x.force(), out)]
-        for x in views:
-            x.expose()
-        return HOOK.adopt(out, choice, new=True) if out.flags.owndata and not views else out
+        views = [x.expose() for x in raw if type(x) is Chunked and np.may_share_memory(x.force(), out)]
+        new = type(out) is np.ndarray and out.flags.owndata and not views
+        return HOOK.adopt(out, choice, new=True) if new else out
 
     def hand_out(self, raw):
         return raw.expose()
@@ -5162,16 +5160,16 @@ def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buff
             x = x.copy() if wait else x
         args.append(x)
     new = _Buffer(shape, dtype, (prim, tuple(args), state))
-    buffers = [x for x in args if type(x) is _Buffer]
-    for x in buffers:
-        x.readers[id(new)] = new
-    if not wait or any([x.given for x in buffers]) or len(new.pending({})) >= _MAX_PENDING:
+    for x in args:
+        if type(x) is _Buffer:
+            x.readers[id(new)] = new
+            wait = wait and not x.given
+    if not wait or len(new.pending({})) >= _MAX_PENDING:
         new.force()
     return new
 
 
 _REDUCTIONS = {*_REDUCERS, "mean", "var", "std"}
-_REDUCED_BY = {"axis", "keepdims", "ddof"}
 
 
 def _reduced(prim: Primitive, x: _Buffer, state: dict, axis=None, keepdims=False, ddof=0):
