@@ -5110,10 +5110,10 @@ class _BlocksHook(_Hook):
     has more than four blocks: with less, what it takes to wait would be felt beside the arithmetic."""
 
     def adopt(self, raw, choice, dtype=None, new=False):
-        takes = self.takes(raw, choice)
         if type(raw) is Chunked:
-            return raw if takes else raw.expose()
-        if takes and type(raw) is np.ndarray and raw.nbytes > 4 * _BLOCK_BYTES and raw.flags.carray:
+            return raw if self.takes(raw, choice) else raw.expose()
+        fits = type(raw) is np.ndarray and raw.nbytes > 4 * _BLOCK_BYTES and raw.flags.carray
+        if fits and self.takes(raw, choice):
             found = Chunked(_Buffer(raw.shape, raw.dtype, array=raw, given=not new), choice is True)
             return found if dtype is None else Chunked(found.cast(dtype), choice is True)
         return raw if dtype is None else self.adopt(raw.astype(dtype), choice, new=True)
