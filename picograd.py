@@ -4207,11 +4207,9 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
         if name not in vars(_config):
             raise TypeError(f"set_distributed_config: expected {', '.join(vars(_config))}; got {name!r}")
         changes[name] = value = _python_numbers(value)
-        if name in ("enabled", "use_processes"):
-            right, what = type(value) is bool, "True or False"
-        else:
-            right, what = type(value) is int or (name, value) == ("num_workers", None), "an integer"
-        if not right:
+        truth = name in ("enabled", "use_processes")
+        if type(value) is not (bool if truth else int) and (name, value) != ("num_workers", None):
+            what = "True or False" if truth else "an integer"
             raise TypeError(f"set_distributed_config: {name} must be {what}, got {value!r}")
         if type(value) is int and value < 1:
             raise ValueError(f"set_distributed_config: {name} must be at least 1, got {value}")
@@ -4527,7 +4525,7 @@ class _Job:
                 if self.reduction:
                     name, (reducer, axes, wide), parts = "reduce", self.reduction, self.targets[-1]
                     places = [slice(s.start // n, s.start // n + 1) for s, n in zip(block, self.extents)]
-                    part = parts[tuple([places[i] if i in axes else s for i, s in enumerate(block)])]
+                    part = parts[tuple(places[i] if i in axes else s for i, s in enumerate(block))]
                     _REDUCERS[reducer].reduce(values[-1], axes, wide, part, True)
                 for array in scratch.values():
                     spare[array.dtype].append(array)
@@ -4672,7 +4670,7 @@ def _remote(job: _Job, live: set, start: int, stop: int) -> list:
     """In a worker process: finds the arrays, and runs the tasks from start to stop."""
     for name in _attached.keys() - live:
         del _attached[name]
-    job.inputs, job.targets = [_find(x) for x in job.inputs], [_find(x) for x in job.targets]
+    job.inputs, job.targets = [*map(_find, job.inputs)], [*map(_find, job.targets)]
     return job.run(job.tasks()[start:stop])
 
 
@@ -4836,7 +4834,7 @@ def _without_repeats(x: np.ndarray) -> np.ndarray:
     """What a view repeats is there once."""
     if 0 not in x.strides:
         return x
-    return x[tuple([slice(0, 1) if step == 0 else slice(None) for step in x.strides])]
+    return x[tuple(slice(0, 1) if step == 0 else slice(None) for step in x.strides)]
 
 
 # --- arrays that wait ---
@@ -4896,7 +4894,7 @@ class _Buffer:
                 else:
                     outputs = [places[id(x)] for x in kept]
                     arrays, total = run_blocks(tuple(steps), raw, self.shape, outputs, reduction)
-            if all([node.step is step for node, step in waiting.items()]):
+            if all(node.step is step for node, step in waiting.items()):
                 break
         for node, array in zip(kept, arrays):
             with _chunk_lock:
@@ -5046,11 +5044,11 @@ class _InBlocks(Kind):
         """Waits, is reduced, or is done at once."""
         if prim is _detach:
             return raw[0]
-        state, forced = np.geterr(), any([type(x) is Chunked and x.forced for x in raw])
+        state, forced = np.geterr(), any(type(x) is Chunked and x.forced for x in raw)
         # What waits, or is cut into blocks, is of the catalogue, and nobody has to see its faults at once: as NumPy
         # does it, they may be an error, or a call, on the line that they come from.
         if (_config.enabled or forced) and not _mode.tracing and prim.builtin and _harmless(state):
-            if prim.elementwise and (not params or prim is _as_dtype) and all([_in_c_order(x) for x in raw]):
+            if prim.elementwise and (not params or prim is _as_dtype) and all(map(_in_c_order, raw)):
                 raw = raw if prim.ufunc else _strengthened(prim, raw)
                 with contextlib.suppress(ValueError):  # shapes that do not fit: NumPy says so
                     dtype = (
@@ -5111,20 +5109,16 @@ class _BlocksHook(_Hook):
 
     def adopt(self, raw, choice, dtype=None, new=False):
         if type(raw) is Chunked:
-            return raw if self.takes(raw, choice) else raw.expose()
+            return raw if self.distributed(raw, choice) else raw.expose()
         fits = type(raw) is np.ndarray and raw.nbytes > 4 * _BLOCK_BYTES and raw.flags.carray
-        if fits and self.takes(raw, choice):
+        if fits and self.distributed(raw, choice):
             found = Chunked(_Buffer(raw.shape, raw.dtype, array=raw, given=not new), choice is True)
             return found if dtype is None else Chunked(found.cast(dtype), choice is True)
         return raw if dtype is None else self.adopt(raw.astype(dtype), choice, new=True)
 
-    def takes(self, raw, choice):
-        """Whether a raw value is to be chunked."""
-        return self.distributed(raw, choice) and not _mode.tracing
-
     def distributed(self, raw, choice):
         large = _config.enabled and np.size(raw) >= _config.min_elements_for_parallel
-        return np.ndim(raw) > 0 and (large if choice is None else choice)
+        return not _mode.tracing and np.ndim(raw) > 0 and (large if choice is None else choice)
 
 
 KINDS[Chunked] = _InBlocks()
