@@ -4445,7 +4445,8 @@ def _describe(x: np.ndarray):
 # --- block programs ---
 
 _BLOCK_BYTES = 1 << 21  # of an array in a block: 512k float32. Smaller ones pass the interpreter's lock on too often
-_FEW_BLOCKS = 8  # of one operation: NumPy does them as fast in one go. Four times as many are worth other processes
+_FEW_BLOCKS = 8  # of one operation: NumPy does them as fast in one go; twice as many, counted for each step, are worth
+# other threads, and four times as many other processes
 _REDUCERS = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum, "any": np.logical_or}
 _REDUCERS |= {"all": np.logical_and}
 
