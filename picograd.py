@@ -4526,7 +4526,7 @@ class _Job:
                 if self.reduction:
                     name, (reducer, axes, wide), parts = "reduce", self.reduction, self.targets[-1]
                     places = [slice(s.start // n, s.start // n + 1) for s, n in zip(block, self.extents)]
-                    part = parts[tuple(places[i] if i in axes else s for i, s in enumerate(block))]
+                    part = parts[tuple([places[i] if i in axes else s for i, s in enumerate(block)])]
                     _REDUCERS[reducer].reduce(values[-1], axes, wide, part, True)
                 for array in scratch.values():
                     spare[array.dtype].append(array)
@@ -4798,7 +4798,7 @@ def run_blocks(
     itemsizes = [dtype.itemsize for *_, dtype in steps] + [x.dtype.itemsize for x in inputs if np.ndim(x)]
     name, axes, dtype = reduction or (None, (), None)
     extents = _block_shape(shape, max(itemsizes), axes)
-    count = math.prod(-(-n // extent) for n, extent in zip(shape, extents))
+    count = math.prod([-(-n // extent) for n, extent in zip(shape, extents)])
     n = 1 if _in_worker() or count * work <= 2 * _FEW_BLOCKS else min(_config.num_workers or _usable_cores(), count)
     processes = shared and n > 1 and count * work > 4 * _FEW_BLOCKS
     targets = [_memory.empty(shape, steps[i - first][2], shared) for i in outputs] if into is None else list(into)
@@ -4820,7 +4820,7 @@ def run_blocks(
     if not reduction:
         return targets, None
     total = targets.pop()
-    if any(total.shape[i] > 1 for i in axes):
+    if any([total.shape[i] > 1 for i in axes]):
         wide = np.promote_types(dtype, np.float64) if name == "sum" and dtype.kind == "f" else dtype
         total = _REDUCERS[name].reduce(total, axes, wide, None, True)  # no error is added to that within the blocks
     return targets, total.astype(dtype, copy=False)
@@ -4835,7 +4835,7 @@ def _without_repeats(x: np.ndarray) -> np.ndarray:
     """What a view repeats is there once."""
     if 0 not in x.strides:
         return x
-    return x[tuple(slice(0, 1) if step == 0 else slice(None) for step in x.strides)]
+    return x[tuple([slice(0, 1) if step == 0 else slice(None) for step in x.strides])]
 
 
 # --- arrays that wait ---
@@ -4895,7 +4895,7 @@ class _Buffer:
                 else:
                     outputs = [places[id(x)] for x in kept]
                     arrays, total = run_blocks(tuple(steps), raw, self.shape, outputs, reduction)
-            if all(node.step is step for node, step in waiting.items()):
+            if all([node.step is step for node, step in waiting.items()]):
                 break
         for node, array in zip(kept, arrays):
             with _chunk_lock:
@@ -5045,7 +5045,7 @@ class _InBlocks(Kind):
         """Waits, is reduced, or is done at once."""
         if prim is _detach:
             return raw[0]
-        state, forced = np.geterr(), any(type(x) is Chunked and x.forced for x in raw)
+        state, forced = np.geterr(), any([type(x) is Chunked and x.forced for x in raw])
         # What waits, or is cut into blocks, is of the catalogue, and nobody has to see its faults at once: as NumPy
         # does it, they may be an error, or a call, on the line that they come from.
         if (_config.enabled or forced) and not _mode.tracing and prim.builtin and _harmless(state):
@@ -5171,7 +5171,7 @@ def _reduced(prim: Primitive, x: _Buffer, state: dict, axis=None, keepdims=False
     """A reduction in one pass; var and std, which need the mean first, in two."""
     axis = tuple(range(len(x.shape))) if axis is None else axis
     axes = np.lib.array_utils.normalize_axis_tuple(axis if type(axis) is tuple else operator.index(axis), len(x.shape))
-    count, step = math.prod(x.shape[i] for i in axes), x.step
+    count, step = math.prod([x.shape[i] for i in axes]), x.step
     if step is not None and step[2] != state:
         x.force()
     dtype = _result_dtype(prim, x.dtype)
