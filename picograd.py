@@ -753,10 +753,8 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         out = _evaluate(prim, raw, params)
     if result is Value:
         return _node(out, prim, operands, params)
-    if len(operands) == 1:
-        return _wrap(out, operands[0]._choice)
     choices = {x._choice for x in operands if isinstance(x, Tensor)}
-    return _wrap(out, True if True in choices else None if None in choices else False)
+    return _wrap(out, next(choice for choice in (True, None, False) if choice in choices))
 
 
 class Array:
@@ -806,7 +804,9 @@ class Array:
         return np.reshape(self, shape[0] if len(shape) == 1 else shape)
 
     def transpose(self, *axes):
-        return np.transpose(self, (axes[0] if isinstance(axes[0], (tuple, list)) else axes) if axes else None)
+        if len(axes) == 1 and not isinstance(axes[0], (int, np.integer)):
+            axes = axes[0]
+        return np.transpose(self, axes or None)
 
     def flatten(self):
         """A copy in one dimension; `ravel` is a view where it can be."""
@@ -1301,8 +1301,8 @@ def _node(data, prim, args, params) -> Value:
     if not _mode.recording:
         node._prim, node._x, node._y = None, (), _NO_PARAMS
         return node
-    for x, rule in zip(args, prim.vjps if prim.operands else itertools.repeat(prim.vjps[0])):
-        if rule is not None and isinstance(x, Value) and x._needs:
+    for i, x in enumerate(args):
+        if isinstance(x, Value) and x._needs and prim.vjps[i if prim.operands else 0] is not None:
             node._needs = True
             break
     node._prim, node._x, node._y = prim, args, params
@@ -1351,7 +1351,7 @@ def _rebuild(cls, first, listed, prim, args, params, needs, data, grad, label) -
     return node
 
 
-# --- the backward sweep ---
+# --- walks, and what gradients are ---
 
 
 def _newest_first(root: Value) -> list[Value]:
@@ -1479,6 +1479,20 @@ def _locate(error: Exception, node: Value) -> None:
             error.args = (f"{error.args[0]} ({where})",)
     elif hasattr(error, "add_note"):  # Python 3.11
         error.add_note(where)
+
+
+# --- the backward sweep ---
+#
+# Nodes are taken newest first: then all gradients that come to a node are summed when its turn comes. With a, b = 2, 3:
+#
+#     c = a * b + a**2      number   made by   its gradient   sends on
+#                           5  c     m + s     1              1 to m, 1 to s
+#                           4  s     a**2      1              2 * a = 4 to a
+#                           3  m     a * b     1              b = 3 to a, a = 2 to b
+#                           2  b     -         2
+#                           1  a     -         4 + 3
+#
+# A heap gives the newest node that has a gradient; leaves are not put there, and what is left in `grads` is theirs.
 
 
 def _backpropagate(root: Value, seed, stop=frozenset(), retain=False, symbolic=False, since=0) -> dict[Value, Any]:
@@ -1817,8 +1831,13 @@ def check_gradients(
             weights.append(np.random.default_rng(0).uniform(0.5, 1.5, out.shape))
         return np.sum(out * weights[0]) if out.ndim else out
 
+    def value(i, x):
+        if i not in free:
+            return x
+        return _leaf(float(x) if i in weak else _settle(x.copy()))
+
     def values():
-        return [_leaf(float(x) if i in weak else _settle(x.copy())) if i in free else x for i, x in enumerate(raws)]
+        return [value(i, x) for i, x in enumerate(raws)]
 
     for i in free:
         gradient = np.asarray(grad(total, i)(*values()).data)
@@ -3152,39 +3171,44 @@ for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
 
 def _value_operator(prim: Primitive, swapped=False):
     scalar, differentiable, cls, new = prim.scalar, prim.vjps[0] is not None, Value, object.__new__
+    forward, ndarray = prim.forward, np.ndarray
 
     def method(self, other):
         x, kind = self._data, type(other)
-        if type(x) is float and scalar is not None and _mode.recording:
+        if kind is cls:  # this copy's, also after a reload
+            y = other._data
+        elif kind is float:
+            y = other
+        elif kind is int and (type(x) is float or self.dtype.kind == "f"):
+            y = other = float(other)
+        else:
+            y = None
+        if type(x) is float and type(y) is float and scalar is not None and _mode.recording:
             # The path of micrograd's world: what `_apply` would do, spelled out, as a graph has 10^5 such nodes.
-            needs = self._needs
-            if kind is cls:  # this copy's, also after a reload
-                y = other._data
-                needs = needs or other._needs
-            elif kind is float:
-                y = other
+            try:
+                out = scalar(y, x) if swapped else scalar(x, y)
+            except (ArithmeticError, ValueError):
+                return _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
+            node = new(cls)
+            node._data = out
+            node._grad = None
+            node._prim = prim
+            if swapped:
+                node._x, node._y = other, self
             else:
-                y = other = float(other) if kind is int else other
-            if type(y) is float:
-                try:
-                    out = scalar(y, x) if swapped else scalar(x, y)
-                except (ArithmeticError, ValueError):
-                    return _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
-                node = new(cls)
-                node._data = out
-                node._grad = None
-                node._prim = prim
-                if swapped:
-                    node._x, node._y = other, self
-                else:
-                    node._x, node._y = self, other
-                node._needs = differentiable and needs
-                node._number = _next_number()
-                node.label = ""
-                return node
-        if not isinstance(other, _OPERANDS) and KINDS[kind] is None:
+                node._x, node._y = self, other
+            node._needs = differentiable and (self._needs or (kind is cls and other._needs))
+            node._number = _next_number()
+            node.label = ""
+            return node
+        args = (other, self) if swapped else (self, other)
+        if type(x) is ndarray and x.dtype.kind == "f" and x.size < HOOK.limit:
+            # And the path of small arrays, whose arithmetic costs less than the questions.
+            if type(y) is float or (type(y) is ndarray and y.dtype is x.dtype and y.size < HOOK.limit):
+                return _node(forward(y, x) if swapped else forward(x, y), prim, args, _NO_PARAMS)
+        if y is None and not isinstance(other, _OPERANDS) and KINDS[kind] is None:
             return NotImplemented
-        return _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
+        return _apply(prim, args, _NO_PARAMS)
 
     return method
 

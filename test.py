@@ -1833,6 +1833,47 @@ class OwnTensor(Tensor):
 class TestValue(Strict):
     """Room 4: nodes, data and gradients, backward, functions of functions."""
 
+    def test_paths_that_are_spelled_out_do_what_the_one_way_does(self):
+        numbers = [2.0, 0.0, -1.5, 3, np.float32(2.0), True]
+        arrays = [np.array([1.0, -2.0, 0.0]), np.array([2.0, 0.5, 1.0], np.float32), np.array([1, 2, 3])]
+        others = [*numbers, *arrays, Value(0.5), Value(-0.0), Value(arrays[0]), Value(arrays[0], dtype=np.float64)]
+        others += [
+            Tensor(2.0),
+            Tensor(arrays[0]),
+            Tensor(arrays[2], dtype=int),
+            Value(0.5) > 0.0,
+            Value(arrays[0]) > 0.0,
+        ]
+
+        def same(a, b):
+            self.assertIs(type(a), type(b))
+            self.assertIs(type(a._data), type(b._data))
+            self.assertEqual((a.dtype, a.shape), (b.dtype, b.shape))
+            np.testing.assert_array_equal(a._data, b._data)
+            if isinstance(a, Value):
+                self.assertEqual(
+                    (a._prim, a._params, a._needs, len(a._args)), (b._prim, b._params, b._needs, len(b._args))
+                )
+
+        with np.errstate(all="ignore"):
+            for forward, (name, _, _) in picograd._OPERATORS.items():
+                prim = TABLE[forward]
+                for x in (Value(0.7), Value(0.0), Value(arrays[0]), Tensor(arrays[0])):
+                    if len(prim.vjps) == 1 and name != "invert":
+                        with self.subTest(name=name, x=x):
+                            same(getattr(x, f"__{name}__")(), picograd._apply(prim, (x,), {}))
+                    for y in others if len(prim.vjps) == 2 else ():
+                        for special, args in ((f"__{name}__", (x, y)), (f"__r{name}__", (y, x))):
+                            if not hasattr(x, special) or (isinstance(x, Tensor) and isinstance(y, Value)):
+                                continue
+                            with self.subTest(special=special, x=x, y=y):
+                                try:
+                                    expected = picograd._apply(prim, args, {})
+                                except (TypeError, ValueError) as error:  # masks, and products of numbers
+                                    self.assertRaises(type(error), getattr(x, special), y)
+                                else:
+                                    same(getattr(x, special)(y), expected)
+
     def test_a_gradient_function_leaves_outer_graphs_alone(self):
         w = Value(2.0)
         h = w * 3.0
