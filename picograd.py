@@ -4080,19 +4080,15 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
     """
     global _config
     for name, value in changes.items():
-        if name not in DistributedConfig.__dataclass_fields__:
-            known = ", ".join(DistributedConfig.__dataclass_fields__)
-            raise TypeError(f"set_distributed_config: expected {known}; got {name!r}")
-        if name in ("enabled", "use_processes"):
-            if not isinstance(value, (bool, np.bool_)):
-                raise TypeError(f"set_distributed_config: {name} must be True or False, got {value!r}")
-            changes[name] = bool(value)
-        elif not (name == "num_workers" and value is None):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise TypeError(f"set_distributed_config: {name} must be an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"set_distributed_config: {name} must be at least 1, got {value}")
-            changes[name] = int(value)
+        if name not in vars(_config):
+            raise TypeError(f"set_distributed_config: expected {', '.join(vars(_config))}; got {name!r}")
+        changes[name] = value = _python_numbers(value)
+        truth = name in ("enabled", "use_processes")
+        if type(value) is not (bool if truth else int) and (name, value) != ("num_workers", None):
+            what = "True or False" if truth else "an integer"
+            raise TypeError(f"set_distributed_config: {name} must be {what}, got {value!r}")
+        if type(value) is int and value < 1:
+            raise ValueError(f"set_distributed_config: {name} must be at least 1, got {value}")
     _config = replace(_config, **changes)
     HOOK.limit = _config.min_elements_for_parallel if _config.enabled else math.inf
     if not _config.enabled:
@@ -4111,84 +4107,69 @@ def distributed_config(**changes: Any) -> Iterator[DistributedConfig]:
         set_distributed_config(**vars(before))
 
 
-def _usable_cores() -> int:
-    """The cores that this process may use: by its affinity, and by the quota of its control group."""
+def _granted(per: int, *paths: str) -> float:
+    """What the control group of this process grants it, by the first of these files that sets a limit: a number, which
+    counts per another number if that follows, else per what is given."""
     from pathlib import Path
 
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            limit, period = [*Path("/sys/fs/cgroup", path).read_text().split(), per][:2]
+            if int(limit) > 0:
+                return int(limit) / int(period)
+    return math.inf
+
+
+@functools.cache
+def _usable_cores() -> int:
+    """The cores that this process may use: by its affinity, and by the quota of its control group."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for path, parse in (
-        ("/sys/fs/cgroup/cpu.max", lambda text: text.split()),
-        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", lambda text: (text, 100_000)),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = parse(Path(path).read_text())
-            if int(quota) > 0:
-                cores = min(cores, max(1, round(int(quota) / int(period))))
-    return cores
+    return max(1, round(min(cores, _granted(100_000, "cpu.max", "cpu/cpu.cfs_quota_us"))))
 
 
-def _num_workers() -> int:
-    global _cores
-    if _config.num_workers is not None:
-        return _config.num_workers
-    _cores = _cores or _usable_cores()
-    return _cores
+# --- memory: buffers that are used again, since fresh pages cost more than the arithmetic on them ---
 
-
-_cores: int | None = None
-
-# --- memory: buffers that are used again, since fresh pages cost as much as the arithmetic on them ---
-
-_SMALL_BYTES = 1 << 22  # below, malloc does as well
+_SMALL_BYTES = 1 << 20  # below, malloc does as well
 _MAX_SEGMENTS = 64  # that are shared at a time: each takes two descriptors
 
 
 def _physical_bytes() -> int:
     """The memory that this process may use: of the machine, or of its control group."""
-    from pathlib import Path
-
-    sizes = [1 << 32]
+    machine = 1 << 32
     with contextlib.suppress(AttributeError, OSError, ValueError):
-        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes":
-        with contextlib.suppress(OSError, ValueError):
-            sizes.append(int(Path(path).read_text()))
-    return min(sizes)
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min(machine, _granted(1, "memory.max", "memory/memory.limit_in_bytes")))
 
 
 class _Private:
-    """Memory of this process alone. Every segment has a size, an address, and a name by which workers find it."""
+    """Memory of this process alone. Every segment has a size and an address; one that workers find has a name, too: its
+    number, and what maps it when it is called with what."""
 
-    name: tuple | None = None
+    name = None
 
     def __init__(self, size: int):
-        self.size, self.memory = size, np.empty(size, np.uint8)
-        self.address = self.memory.ctypes.data
+        self.size, self.memory = size, self.get(size)
+        self.address = np.frombuffer(self.memory, np.uint8).ctypes.data
+
+    def get(self, size: int):
+        return np.empty(size, np.uint8)
 
 
-class _Memfd:
+class _Memfd(_Private):
     """Anonymous shared memory of Linux, which ends with the last process that has it, also after a crash."""
 
-    def __init__(self, size: int):
+    def get(self, size):
         import mmap
 
-        self.size, self.fd = size, os.memfd_create("picograd")
+        self.fd = os.memfd_create("picograd")
         try:
             os.ftruncate(self.fd, size)
-            self.memory = mmap.mmap(self.fd, size)
+            memory = mmap.mmap(self.fd, size)
         except BaseException:
             os.close(self.fd)
             raise
-        self.address = np.frombuffer(self.memory, np.uint8).ctypes.data
-        self.name = next(_serial), "_Memfd", (os.getpid(), self.fd)
-
-    @staticmethod
-    def attach(pid: int, fd: int) -> tuple:
-        import mmap
-
-        with open(f"/proc/{pid}/fd/{fd}", "r+b") as file:
-            memory = mmap.mmap(file.fileno(), 0)
-        return memory, memory
+        self.name = next(_serial), np.memmap, (f"/proc/{os.getpid()}/fd/{self.fd}", np.uint8, "r+")
+        return memory
 
     def close(self) -> None:
         """Gives the memory back to the system, though workers may still have it mapped."""
@@ -4201,26 +4182,19 @@ class _Memfd:
         self.name = None
 
 
-class _Named:
+class _Named(_Private):
     """Shared memory with a name in the system, `multiprocessing.shared_memory`."""
 
-    def __init__(self, size: int):
+    def get(self, size):
         from multiprocessing import shared_memory
 
-        self.size, self.memory = size, shared_memory.SharedMemory(create=True, size=size)
-        self.address = np.frombuffer(self.memory.buf, np.uint8).ctypes.data
-        self.fd = getattr(self.memory, "_fd", -1)
-        self.name = next(_serial), "_Named", (self.memory.name,)
-
-    @staticmethod
-    def attach(name: str) -> tuple:
-        from multiprocessing import shared_memory
-
-        memory = shared_memory.SharedMemory(name)
-        return memory, memory.buf
+        self.owner = shared_memory.SharedMemory(create=True, size=size)
+        self.fd = getattr(self.owner, "_fd", -1)
+        self.name = next(_serial), shared_memory.SharedMemory, (self.owner.name,)
+        return self.owner.buf
 
     def leave(self) -> None:
-        self.memory.unlink()
+        self.owner.unlink()
         self.name = None
 
     close = leave
@@ -4234,16 +4208,10 @@ class _Lease:
     """What an array on a segment has as its base: while that array, a view of it or a window on it is there, so is
     this; then the segment is free again."""
 
-    __slots__ = ("segment", "__array_interface__")
-
     def __init__(self, segment, shape: tuple, dtype: np.dtype):
+        place = segment.address, False
+        self.__array_interface__ = {"version": 3, "shape": shape, "typestr": dtype.str, "data": place}
         self.segment = segment
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": shape,
-            "typestr": dtype.str,
-            "data": (segment.address, False),
-        }
 
     def __del__(self):
         if _memory is not None and hasattr(self, "segment"):  # else Python ends, or this was interrupted
@@ -4254,70 +4222,70 @@ class _Memory:
     """The segments: `free` ones, the last freed at the end, and those that are `shared`, free or not."""
 
     def __init__(self):
-        self.free: list[Any] = []
-        self.shared: dict[tuple, Any] = {}  # by name
+        self.free, self.shared = [], {}  # by name
         self.bound = 0  # bytes of freed segments that are kept for the next results: none when nothing is distributed
         self.lock = threading.RLock()  # reentrant: an array may die, and come here, at any allocation
 
-    def empty(self, shape: tuple, dtype, shared: bool, brief: bool = False) -> np.ndarray:
-        """A new array, where worker processes find it if they are to share it and it can be had; brief: for a job."""
-        dtype = np.dtype(dtype)
+    def empty(self, shape: tuple, dtype: np.dtype, shared: bool = False, most: int = _MAX_SEGMENTS) -> np.ndarray:
+        """A new array, where worker processes find it if they are to share it and it can be had; most: segments that
+        may be shared then, more for what lasts as long as a job."""
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < _SMALL_BYTES and not shared:
             return np.empty(shape, dtype)
         size = -(-max(nbytes, 1) >> 20) << 20
         self.bound = self.bound or _physical_bytes() // 16
-        segment = self.take(size, shared)
-        most = 2 * _MAX_SEGMENTS if brief else _MAX_SEGMENTS
-        if segment is None and shared and len(self.shared) >= most and not self.clear(shared=True):
-            segment = self.take(size, False)
-            shared = False
-        if segment is None and shared:
-            try:
-                segment = self.spend(_Shared, size)
-                self.shared[segment.name] = segment
-            except (OSError, ImportError) as error:
-                if getattr(error, "errno", None) == errno.ENOMEM:
-                    raise MemoryError(f"no {size} bytes of shared memory can be had") from error
-                _workers.warn(f"shared memory cannot be had here ({error}); computing in threads")
+        segment = self.take(size, shared) or (shared and self.share(size, most)) or self.take(size, False)
         return np.asarray(_Lease(segment or self.spend(_Private, size), shape, dtype))
 
     def take(self, size: int, shared: bool):
         """The segment of that size that was freed last, if there is one."""
         with self.lock:
             for segment in reversed(self.free):
-                if segment.size == size and (segment.name is not None) == shared:
+                if segment.size == size and bool(segment.name) == shared:
                     self.free.remove(segment)
                     return segment
         return None
 
-    def spend(self, function: Callable, *args, **kwargs):
+    def share(self, size: int, most: int):
+        """A new segment that workers find; None if there are too many, or none can be had."""
+        if len(self.shared) >= most and not self.clear(shared=True):
+            return None
+        try:
+            with self.lock:  # not in the middle of a fork
+                segment = self.spend(_Shared, size)
+                self.shared[segment.name] = segment
+        except (OSError, ImportError) as error:
+            _warn_once(f"shared memory cannot be had here ({error}); computing in threads")
+            return None
+        return segment
+
+    def spend(self, function: Callable, *args):
         """Calls a function that takes memory; if there is none left, again without what is kept."""
         try:
-            return function(*args, **kwargs)
+            return function(*args)
         except (MemoryError, OSError):
             if not self.clear():
                 raise
-        return function(*args, **kwargs)
+        return function(*args)
 
     def take_back(self, segment) -> None:
         """The array on a segment, and all views of it, are gone."""
         with self.lock:
-            self.free.append(segment)
-            while sum([segment.size for segment in self.free]) > self.bound:
-                self.close(self.free[0])
+            if segment.name or type(segment) is _Private:  # a parted one still has a descriptor
+                self.free.append(segment)
+            self.clear(bound=self.bound)
 
-    def close(self, segment) -> None:
-        self.free.remove(segment)
-        if self.shared.pop(segment.name, None):
-            segment.close()
-
-    def clear(self, shared: bool = False) -> int:
-        """Gives freed segments back to the system, or the shared ones only; how many they were."""
+    def clear(self, shared: bool = False, bound: int = 0) -> int:
+        """Gives freed segments, or the shared ones only, back to the system, those that were freed first, until no
+        more than so many bytes are left; how many there were."""
         with self.lock:
             segments = [segment for segment in self.free if segment.name or not shared]
             for segment in segments:
-                self.close(segment)
+                if sum([x.size for x in self.free]) <= bound:
+                    break
+                self.free.remove(segment)
+                if self.shared.pop(segment.name, None):
+                    segment.close()
         return len(segments)
 
     def part(self) -> None:
@@ -4329,14 +4297,14 @@ class _Memory:
         self.clear(shared=True)
         if not self.shared:
             return
-        system = ctypes.CDLL(None, use_errno=True).mmap
+        system = ctypes.CDLL(None).mmap
         system.restype = ctypes.c_void_p
         system.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
         for name, segment in list(self.shared.items()):
             flags = mmap.MAP_PRIVATE | 0x10  # MAP_FIXED
             found = system(segment.address, segment.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, segment.fd, 0)
             if found != segment.address:
-                raise OSError(ctypes.get_errno(), "picograd: shared memory cannot be parted before a fork")
+                raise OSError("picograd: shared memory cannot be parted before a fork")
             self.shared.pop(name).leave()
 
 
@@ -4345,212 +4313,161 @@ _memory = _Memory()
 
 def _describe(x: np.ndarray):
     """How another process finds an array: in which segment, and where there; None if it is in private memory."""
-    base = x
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if type(base) is not _Lease or base.segment.name is None:
-        return None
-    return base.segment.name, x.__array_interface__["data"][0] - base.segment.address, x.shape, x.strides, x.dtype
+    for name, segment in list(_memory.shared.items()):
+        offset = x.ctypes.data - segment.address
+        if 0 <= offset < segment.size:
+            return name, offset, x.shape, x.strides, x.dtype
+    return None
 
 
 # --- block programs ---
 
 _BLOCK_BYTES = 1 << 21  # of an array in a block: 512k float32. Smaller ones pass the interpreter's lock on too often
-_FEW_BLOCKS = 8  # of one operation: NumPy does them as fast in one go. Four times as many are worth other processes
+_FEW_BLOCKS = 8  # of one operation: NumPy does them as fast in one go; twice as many, counted for each step, are worth
+# other threads, and four times as many other processes
 _REDUCERS = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum, "any": np.logical_or}
 _REDUCERS |= {"all": np.logical_and}
-_BUILTIN = dict(PRIMITIVES)  # what is cut into blocks, and worker processes know: a primitive of a user runs whole
 
 
-def _block_shape(shape: tuple, itemsize: int, reduced: tuple = ()) -> list[int]:
+def _block_shape(shape: tuple, itemsize: int, reduced: tuple = ()) -> tuple:
     """The shape of a block: the first axes are cut first, so that its memory is in one piece. That would leave many
     partial results of a reduction over few rows: then the axes that stay are cut."""
-
-    def cut(order):
+    limit, axes = max(1, _BLOCK_BYTES // itemsize), range(len(shape))
+    for order in axes, sorted(axes, key=lambda axis: axis in reduced):
         block = list(shape)
         for axis in order:
             block[axis] = max(1, min(shape[axis], limit * block[axis] // max(1, math.prod(block))))
-        return block
-
-    limit = max(1, _BLOCK_BYTES // itemsize)
-    block = cut(range(len(shape)))
-    parts = math.prod(-(-shape[i] // block[i]) for i in reduced)
-    if parts * 16 > math.prod(shape[i] for i in reduced):
-        block = cut(sorted(range(len(shape)), key=lambda axis: axis in reduced))
-    return block
+        parts = math.prod(-(-shape[i] // block[i]) for i in reduced)
+        if parts * 16 <= math.prod(shape[i] for i in reduced):
+            break
+    return tuple(block)
 
 
 @dataclass
 class _Job:
     """A block program on its arrays.
 
-    steps: (primitive, places of the operands, dtype of the result), ...; places count the inputs first, then the steps.
+    steps: (primitive, places of its operands, dtype of its result), ...; places count the inputs first, then the steps.
     inputs: arrays, and numbers, that broadcast to `shape`, which is the shape of every step.
-    outputs: {place: array of that shape to write to}.
-    reduction: (name in _REDUCERS, axes) for the last place, or None. A block's part of it is written to `parts`.
+    outputs: places whose results are written to targets. reduction: (name in _REDUCERS, axes, dtype) of the last place,
+        or None; a block's part of it is written to one more target.
+    extents: the shape of a block. state: of the caller's np.errstate.
     """
 
     steps: tuple
-    inputs: list
+    inputs: Sequence
     shape: tuple[int, ...]
-    outputs: dict
+    outputs: Sequence[int]
+    targets: list
     reduction: tuple | None
-    parts: np.ndarray | None
-    extents: list
+    extents: tuple[int, ...]
+    state: dict
 
     def tasks(self) -> list[tuple]:
-        """The blocks, each with the place of its part; what can be done at once, in any order."""
-        cuts = [
-            [slice(i, min(i + extent, n)) for i in range(0, n, extent)] for n, extent in zip(self.shape, self.extents)
-        ]
-        blocks = list(itertools.product(*cuts))
-        if not self.reduction:
-            return [(block, None) for block in blocks]
-        for axis in self.reduction[1]:
-            cuts[axis] = [slice(i, i + 1) for i in range(len(cuts[axis]))]
-        return list(zip(blocks, itertools.product(*cuts)))
+        """The blocks, which can be done at once, in any order."""
+        cuts = zip(self.shape, self.extents)
+        return list(itertools.product(*[[slice(i, min(i + n, end)) for i in range(0, end, n)] for end, n in cuts]))
 
-    def buffers(self) -> list[int]:
-        """For each step the number of the scratch buffer for its result: one that no later step reads, if there is
-        one, so that few are in the cache."""
-        n = len(self.inputs)
+    def run(self, tasks: Iterable[tuple]) -> list[tuple[str, str]]:
+        """Does blocks in this thread; the floating-point faults met, by kind and operation, to be warned of once.
+
+        A step writes to scratch memory that no later step reads, so that little of it goes through the cache.
+        """
+        faults, spare, size = {}, collections.defaultdict(list), math.prod(self.extents)  # scratch memory by dtype
         last = {i: step for step, (_, operands, _) in enumerate(self.steps) for i in operands}
-        taken, free, numbers = {}, [], []
-        for step, (_, operands, dtype) in enumerate(self.steps):
-            free += [taken.pop(i) for i in set(operands) if last[i] == step and i in taken]
-            found = next((i for i in free if self.steps[i][2] == dtype), step)
-            if found != step:
-                free.remove(found)
-            taken[n + step] = found
-            numbers.append(found)
-        return numbers
+        inputs = [np.broadcast_to(x, self.shape) if np.ndim(x) else x for x in self.inputs]
+        state = {kind: "call" if how == "warn" else how for kind, how in self.state.items()}
 
-    def run(self, tasks: Iterable[tuple]) -> None:
-        numbers, scratch, ndim = self.buffers(), {}, len(self.shape)
-        for block, place in tasks:
-            shape = tuple([s.stop - s.start for s in block])
-            values: list = []
-            for x in self.inputs:
-                if np.ndim(x):
-                    x = x[tuple([slice(None) if n == 1 else s for n, s in zip(x.shape, block[ndim - x.ndim :])])]
-                values.append(x)
-            for step, (prim, operands, dtype) in enumerate(self.steps):
-                args, target, number = [values[i] for i in operands], self.outputs.get(len(values)), numbers[step]
-                _local.step = "cast" if prim is _as_dtype else prim.name
-                if target is not None:
-                    target = target[block]
-                elif prim.ufunc or prim is _as_dtype:
-                    if number not in scratch:
-                        scratch[number] = np.empty(math.prod(self.extents), dtype)
-                    target = scratch[number][: math.prod(shape)].reshape(shape)
-                values.append(_compute_step(prim, args, target))
-            if self.reduction:
-                _local.step, (name, axes) = "reduce", self.reduction
-                result = values[-1] if np.shape(values[-1]) == shape else np.broadcast_to(values[-1], shape)
-                _REDUCERS[name].reduce(result, axes, self.parts.dtype, self.parts[place], True)
+        def met(kind, flag):
+            faults[kind, name] = None
 
-
-def _compute_step(prim: Primitive, args: Sequence, target: np.ndarray | None) -> np.ndarray:
-    """An element-wise operation on arrays, written to target if there is one; never an operand itself, which may be
-    scratch memory."""
-    if prim is _as_dtype and target is not None:
-        np.copyto(target, args[0], "unsafe")
-    elif prim.ufunc:
-        return prim.forward(*args, out=target)
-    else:
-        out = prim.forward(*args)
-        if target is None:
-            return np.array(out) if any([np.may_share_memory(out, x) for x in args]) else out
-        np.copyto(target, out)
-    return target
+        with np.errstate(**state, call=met):
+            for block in tasks:
+                values, scratch = [x[block] if np.ndim(x) else x for x in inputs], {}
+                shape = [s.stop - s.start for s in block]
+                for step, (prim, operands, dtype) in enumerate(self.steps):
+                    place, args = len(values), [values[i] for i in operands]
+                    for i in [i for i in scratch if last.get(i) == step]:
+                        spare[scratch[i].dtype].append(scratch.pop(i))
+                    target = into = self.targets[self.outputs.index(place)][block] if place in self.outputs else None
+                    if into is None or not into.flags.c_contiguous:  # NumPy 2.4 writes wrong truths to what is not
+                        scratch[place] = spare[dtype].pop() if spare[dtype] else _memory.empty((size,), dtype)
+                        target = scratch[place][: math.prod(shape)].reshape(shape)
+                    values.append(target)
+                    name = "cast" if prim is _as_dtype else prim.name
+                    if prim.ufunc:
+                        prim.forward(*args, out=target)
+                    else:
+                        np.copyto(target, args[0] if prim is _as_dtype else prim.forward(*args), "unsafe")
+                    if into is not None and into is not target:
+                        np.copyto(into, target)
+                if self.reduction:
+                    name, (reducer, axes, wide), parts = "reduce", self.reduction, self.targets[-1]
+                    places = [slice(s.start // n, s.start // n + 1) for s, n in zip(block, self.extents)]
+                    part = parts[tuple([places[i] if i in axes else s for i, s in enumerate(block)])]
+                    _REDUCERS[reducer].reduce(values[-1], axes, wide, part, True)
+                for array in scratch.values():
+                    spare[array.dtype].append(array)
+        return list(faults)
 
 
 class _Local(threading.local):
-    """What this thread is at: in how many jobs, at which operation, and the floating-point faults met, by kind and
-    operation, to be warned of once."""
-
-    depth = 0
-    step = ""
-    found: dict[tuple[str, str], None] = {}
-
-    def __call__(self, kind, flag):
-        self.found[kind, self.step] = None
+    depth = 0  # how many jobs this thread is at
 
 
 _local = _Local()
-
-
-def _run_tasks(job: _Job, tasks: Iterable[tuple], state: dict) -> list:
-    """Runs tasks in this thread; the floating-point faults that were met."""
-    before, _local.found = _local.found, {}
-    _local.depth += 1
-    try:
-        with np.errstate(**{kind: "call" if how == "warn" else how for kind, how in state.items()}, call=_local):
-            job.run(tasks)
-        return list(_local.found)
-    finally:
-        _local.found = before
-        _local.depth -= 1
 
 
 # --- the executor ---
 
 
 class _Workers:
-    """The `concurrent.futures` pools, of threads and of processes, made at first use, as large as was asked for yet."""
+    """The `concurrent.futures` pool of processes, made at first use, as large as was asked for yet."""
 
     def __init__(self):
-        self.lock = threading.RLock()  # held by the one job that has the workers
-        self.pools: dict[bool, tuple[int, Any]] = {}  # of processes? -> (size, pool)
-        self.warned: set[str] = set()
+        self.lock = threading.RLock()  # held by the one job that has the processes
+        self.pool, self.size = None, 0
+        self.works = None  # whether processes do, once that is known
 
-    @contextlib.contextmanager
-    def use(self, processes: bool, n: int) -> Iterator[Any]:
-        """A pool of a kind for n tasks, for one job at a time; None for another job, which does not wait: a finalizer,
-        say, may compute in a thread that the first job waits for. If that fails or is interrupted, even while the pool
-        is handed over, waits until nobody works on it any more, and forgets the pool: the next job gets a fresh one.
-        """
-        pool = None
-        try:
-            if self.lock.acquire(blocking=False):
-                size, pool = self.pools.get(processes, (0, None))
-                if size < n:
-                    if pool is not None:
-                        pool.shutdown(wait=False)
-                    pool = self.make(processes, n)
-                    self.pools[processes] = n, pool
-            yield pool
-        except BaseException as error:
-            if pool is None:
-                raise
-            self.pools.pop(processes, None)
-            for _ in range(9):  # further interrupts; one is on its way already
-                with contextlib.suppress(KeyboardInterrupt, RuntimeError):
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    break
-            if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
-                raise error.__context__ from None  # it found threading.Condition between two locks
-            raise
-        finally:
-            with contextlib.suppress(RuntimeError):  # it is not ours
-                self.lock.release()
-
-    def make(self, processes: bool, n: int):
+    def run(self, n: int, describe: Callable) -> list | None:
+        """What n processes give for the calls that are described once nobody forks any more; None if they are not for
+        processes. One job at a time; another one does not wait: a finalizer, say, may compute in a thread that the
+        first job waits for. If a job fails, waits until nobody works on it, and forgets the pool: the next one gets a
+        fresh one."""
         import concurrent.futures
         import multiprocessing
+        from multiprocessing import resource_tracker
 
-        if not processes:
-            return concurrent.futures.ThreadPoolExecutor(n, "picograd")
-        if _Shared is _Named and os.name == "posix":
-            from multiprocessing import resource_tracker
+        if self.works is False or not self.lock.acquire(blocking=False):
+            return None
+        try:
+            calls = describe()
+            if not calls:
+                return None
+            if self.size < n:
+                if self.pool is not None:
+                    self.pool.shutdown(wait=False)
+                if _Shared is _Named and os.name == "posix":
+                    resource_tracker.ensure_running()  # one for all: a worker's own would remove the memory at its end
+                self.pool = concurrent.futures.ProcessPoolExecutor(n, multiprocessing.get_context(), _start_worker)
+                self.size = n
+            with _without_main():
+                futures = [self.pool.submit(*call) for call in calls]
+            results = [future.result() for future in futures]
+            self.works = True
+            return results
+        except BaseException:
+            pool, self.pool, self.size = self.pool, None, 0
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        finally:
+            self.lock.release()
 
-            resource_tracker.ensure_running()  # one for all: a worker's own would remove the memory when that ends
-        return concurrent.futures.ProcessPoolExecutor(n, multiprocessing.get_context(), _start_worker)
 
-    def warn(self, text: str) -> None:
-        if text not in self.warned:
-            self.warned.add(text)
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 def _start_worker() -> None:
@@ -4575,21 +4492,21 @@ _workers = _Workers()
 
 @atexit.register
 def _at_exit() -> None:
-    """Forgets the pools, while what their ends need is still there; and shared memory with a name loses it."""
-    _workers.pools.clear()
+    """Forgets the pool, while what its end needs is still there; and shared memory with a name loses it."""
+    _workers.pool, _workers.size = None, 0
     for name in list(_memory.shared):
         _memory.shared.pop(name).leave()
 
 
 def _before_fork() -> None:
     _workers.lock.acquire()  # no job of another thread has the workers
-    _chunk_lock.acquire()
+    _memory.lock.acquire()
     if not _local.depth:  # else it is a worker that starts
         _memory.part()
 
 
 def _after_fork() -> None:
-    _chunk_lock.release()
+    _memory.lock.release()
     _workers.lock.release()
 
 
@@ -4605,20 +4522,16 @@ if hasattr(os, "register_at_fork"):
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
     """Hides the user's script from worker processes that start: they need nothing of it, and would run it again."""
-    main, missing = sys.modules.get("__main__"), object()
-    kept = {name: vars(main).get(name, missing) for name in ("__file__", "__spec__")} if main else {}
+    main = vars(sys.modules["__main__"])
+    kept = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
     try:
-        if main:
-            vars(main).pop("__file__", None)
-            main.__spec__ = None
+        main["__spec__"] = None
         yield
     finally:
-        for name, value in kept.items():
-            if value is not missing:
-                setattr(main, name, value)
+        main.update(kept)
 
 
-_attached: dict[tuple, tuple] = {}  # in a worker: the segments that it has mapped
+_attached = {}  # in a worker: the segments that it has mapped
 
 
 def _find(x):
@@ -4627,135 +4540,109 @@ def _find(x):
         return x
     name, offset, shape, strides, dtype = x
     if name not in _attached:
-        _attached[name] = globals()[name[1]].attach(*name[2])
-    return np.ndarray(shape, dtype, _attached[name][1], offset, strides)
+        _attached[name] = name[1](*name[2])
+    memory = _attached[name]
+    return np.ndarray(shape, dtype, getattr(memory, "buf", memory), offset, strides)
 
 
-def _remote(job: _Job, live: set, start: int, stop: int, state: dict) -> list:
+def _remote(job: _Job, live: set, start: int, stop: int) -> list:
     """In a worker process: finds the arrays, and runs the tasks from start to stop."""
     for name in _attached.keys() - live:
         del _attached[name]
-    job.steps = tuple([(_BUILTIN[name], operands, dtype) for name, operands, dtype in job.steps])
-    job.inputs, job.parts = [_find(x) for x in job.inputs], _find(job.parts)
-    job.outputs = {place: _find(x) for place, x in job.outputs.items()}
-    return _run_tasks(job, job.tasks()[start:stop], state)
+    job.inputs, job.targets = [*map(_find, job.inputs)], [*map(_find, job.targets)]
+    return job.run(job.tasks()[start:stop])
 
 
 _TRAVELS_BYTES = 1 << 16  # arrays below travel with the instructions
 
 
-def _results(futures: list, cancel: bool = False) -> list:
-    """What was computed, without what has not begun yet if that is cancelled. An interrupt between two lines of
-    `threading` leaves a future's lock with this thread, and then who works on it would never end."""
-    try:
-        return [future.result() for future in futures if not (cancel and future.cancel())]
-    except BaseException:
-        for future in futures:
-            with contextlib.suppress(RuntimeError):  # as soon as it is not ours
-                while True:
-                    future._condition.release()
-        raise
+def _apart(function: Callable, n: int = 1, meanwhile: Callable | None = None) -> list:
+    """Calls a function in n threads of its own and returns what it gave once all have ended; or calls another one here
+    meanwhile, after which nobody need begin any more.
 
-
-def _apart(function: Callable):
-    """Calls a function in a thread of its own, where no handler of a signal comes: an interrupt between two lines of
-    `threading` or `queue` would leave a lock of the pool behind. An interrupt is raised once the function has ended."""
-    outcome: list[tuple] = []
-    interrupt = started = None
-    done, first = threading.Lock(), threading.Lock()
-    done.acquire()
+    No handler of a signal comes to those threads: an interrupt between two lines of `threading` or `queue` would leave
+    a lock of a pool behind. An error or an interrupt is raised at the end; `meanwhile` may be called again.
+    """
+    outcomes, failures, started, begun, ended = [], [], 0, itertools.count(1), _thread.allocate_lock()
+    ended.acquire()
 
     def run():
-        if first.acquire(blocking=False):  # an interrupt may have it started twice
-            _local.depth += 1
-            try:
-                outcome.append((function(), None))
-            except BaseException as error:
-                outcome.append((None, error))
-            done.release()
-
-    while not outcome:
+        if next(begun) > n:  # too late, or an interrupt had one started twice
+            return
+        _local.depth += 1
         try:
-            started = started or _thread.start_new_thread(run, ())
-            done.acquire()
+            outcomes.append(function())
         except BaseException as error:
-            if isinstance(error, RuntimeError) and not started:
-                raise  # no thread can be had
-            interrupt = error
-    result, failure = outcome.pop()
+            failures.append(error)
+            outcomes.append(None)
+        _local.depth -= 1
+        with contextlib.suppress(RuntimeError):  # another one has ended, and that is not noticed yet
+            ended.release()
+
+    while len(outcomes) < n:
+        try:
+            while started < n:
+                try:
+                    _thread.start_new_thread(run, ())
+                except RuntimeError:  # no thread can be had, as when Python ends
+                    run()
+                started += 1
+            if meanwhile:
+                meanwhile()
+                outcomes.extend(itertools.takewhile(n.__ge__, begun))  # who has not begun is not waited for
+            if len(outcomes) < n:
+                ended.acquire()
+        except BaseException as error:
+            failures.append(error)
     try:
-        if interrupt or failure:
-            raise interrupt or failure
-        return result
+        if failures:
+            raise failures[-1]
+        return outcomes
     finally:
-        del interrupt, failure  # their tracebacks hold this frame, and so the pool
+        failures.clear()  # their tracebacks hold this frame, and so the pool
 
 
-def _in_processes(job: _Job, count: int, n: int, state: dict) -> list | None:
+def _in_processes(job: _Job, count: int, n: int) -> list | None:
     """Has n worker processes do a job of so many tasks; the faults that were met, or None if they could not do it."""
-    from concurrent.futures.process import BrokenProcessPool
+    from concurrent.futures import BrokenExecutor
 
-    def place(x, travels=True):
-        return (_describe(x) or (x if travels and x.nbytes <= _TRAVELS_BYTES else None)) if np.ndim(x) else x
-
-    travelling = replace(
-        job,
-        steps=tuple([(prim.name, operands, dtype) for prim, operands, dtype in job.steps]),
-        inputs=[place(x) for x in job.inputs],
-        outputs={i: place(x, False) for i, x in job.outputs.items()},
-        parts=None if job.parts is None else place(job.parts, False),
-    )
-    there = [*travelling.inputs, *travelling.outputs.values(), travelling.parts if job.reduction else 0]
-    if any(x is None for x in there):
-        return None  # an array is where workers do not see it; to copy it there would cost more than to compute
-    cuts = [count * i // n for i in range(n + 1)]
-
-    def work():
-        with _workers.use(True, n) as pool:
-            if pool is None:
-                return None
-            with _without_main():
-                live = set(_memory.shared)
-                futures = [pool.submit(_remote, travelling, live, a, b, state) for a, b in zip(cuts, cuts[1:])]
-            return _results(futures)
+    def describe():
+        inputs = [x if not np.ndim(x) or x.nbytes <= _TRAVELS_BYTES else _describe(x) for x in job.inputs]
+        travelling = replace(job, inputs=inputs, targets=[_describe(x) for x in job.targets])
+        if any(x is None for x in inputs + travelling.targets):
+            return None  # an array is where workers do not see it; to copy it there would cost more than to compute
+        ends, live = [count * i // n for i in range(n + 1)], set(_memory.shared)
+        return [(_remote, travelling, live, *cut) for cut in zip(ends, ends[1:])]
 
     try:
-        return _apart(work)
-    except BrokenProcessPool:
-        warnings.warn("a worker process died; its work is done again, in threads", RuntimeWarning, stacklevel=2)
-    except OSError as error:
-        _workers.warn(f"worker processes cannot be had here ({error}); computing in threads")
+        found = _apart(lambda: _workers.run(n, describe))[0]
+        return found and [fault for faults in found for fault in faults]
+    except (BrokenExecutor, OSError) as error:
+        _workers.works = _workers.works or False  # none that never worked is tried again
+        _warn_once(f"a worker process died, or none can be had ({error}); computing in threads")
     except RuntimeError as error:
         if "shutdown" not in str(error):  # as when Python ends
             raise
     return None
 
 
-def _in_threads(job: _Job, tasks: list, n: int, state: dict) -> list:
+def _in_threads(job: _Job, n: int) -> list:
     """Does a job's tasks in n threads, of which this is one, each taking the next; the faults that were met."""
-    queue, futures = collections.deque(tasks), []
+    faults, tasks = [], job.tasks()
+    following = iter(tasks)
 
     def work():
-        def taken():
-            with contextlib.suppress(IndexError):
-                while True:
-                    yield queue.popleft()
-
-        return _run_tasks(job, taken(), state)
-
-    if n == 1:
-        return [work()]
-    with _workers.use(False, n - 1) as pool:
         try:
-            try:
-                for _ in range(n - 1 if pool else 0):
-                    futures.append(pool.submit(work))
-            except RuntimeError as error:
-                if "shutdown" not in str(error):
-                    raise  # else Python ends, and there are no more threads: this one does it
-            return [work(), *_results(futures, cancel=True)]
-        finally:
-            queue.clear()  # after an error or an interrupt, the others stop at the next block
+            faults.extend(job.run(following))
+        except BaseException:
+            tasks.clear()  # the others stop at the next block
+            raise
+
+    if n > 1:
+        _apart(work, n - 1, work)
+    else:
+        work()
+    return faults
 
 
 def _in_worker() -> bool:
@@ -4785,40 +4672,36 @@ def run_blocks(
     Returns the arrays, and the reduction's result with its axes kept as length 1. Floating-point faults are warned of
     as the caller's `np.errstate` says, once for each primitive.
     """
-    state, first = np.geterr(), len(inputs)
+    shared, work, first = _shares(), len(steps) + bool(reduction), len(inputs)
     itemsizes = [dtype.itemsize for *_, dtype in steps] + [x.dtype.itemsize for x in inputs if np.ndim(x)]
-    inputs = [_without_repeats(x) if isinstance(x, np.ndarray) else x for x in inputs]
-    dtypes = {i: steps[i - first][2] for i in outputs}
     name, axes, dtype = reduction or (None, (), None)
     extents = _block_shape(shape, max(itemsizes), axes)
     count = math.prod([-(-n // extent) for n, extent in zip(shape, extents)])
-    if not all([prim.builtin for prim, *_ in steps]):
-        extents, count = [max(1, n) for n in shape], 1
-    n = 1 if _in_worker() else min(_num_workers(), count)
-    processes = _shares() and n > 1 and count * (len(steps) + bool(reduction)) > 4 * _FEW_BLOCKS
-    if into is None:
-        into = [_memory.empty(shape, dtype, _shares()) for dtype in dtypes.values()]
-    parts = None
+    n = 1 if _in_worker() or count * work <= 2 * _FEW_BLOCKS else min(_config.num_workers or _usable_cores(), count)
+    processes = shared and n > 1 and count * work > 4 * _FEW_BLOCKS
+    targets = [_memory.empty(shape, steps[i - first][2], shared) for i in outputs] if into is None else list(into)
     if reduction:
-        wide = np.promote_types(dtype, np.float32) if name == "sum" and dtype.kind == "f" else dtype
         kept = [-(-n // extents[i]) if i in axes else n for i, n in enumerate(shape)]
-        parts = _memory.empty(tuple(kept), wide, processes, brief=True)
-    job = _Job(steps, inputs, shape, dict(zip(dtypes, into)), (name, axes) if reduction else None, parts, extents)
+        targets.append(_memory.empty(tuple(kept), dtype, processes, 2 * _MAX_SEGMENTS))
+    job = _Job(steps, inputs, shape, outputs, targets, reduction, extents, np.geterr())
     faults = None
     _local.depth += 1  # from here on a signal's handler finds a job under way
     try:
         if processes:
-            faults = _in_processes(job, count, n, state)
+            faults = _in_processes(job, count, n)
         if faults is None:
-            faults = _in_threads(job, job.tasks(), n, state)
+            faults = _in_threads(job, n)
     finally:
         _local.depth -= 1
-    for kind, where in dict.fromkeys(fault for found in faults for fault in found):
+    for kind, where in dict.fromkeys(faults):
         warnings.warn(f"{kind} encountered in {where}", RuntimeWarning, stacklevel=2)
-    if reduction and any(parts.shape[i] > 1 for i in axes):
+    if not reduction:
+        return targets, None
+    total = targets.pop()
+    if any([total.shape[i] > 1 for i in axes]):
         wide = np.promote_types(dtype, np.float64) if name == "sum" and dtype.kind == "f" else dtype
-        parts = _REDUCERS[name].reduce(parts, axes, wide, None, True)  # no error is added to that within the blocks
-    return list(into), parts if parts is None else parts.astype(dtype, copy=False)
+        total = _REDUCERS[name].reduce(total, axes, wide, None, True)  # no error is added to that within the blocks
+    return targets, total.astype(dtype, copy=False)
 
 
 def _shares() -> bool:
@@ -4843,8 +4726,8 @@ class _Buffer:
     """What an array holds: its data, or the step (prim, args, state of np.errstate) that computes them when somebody
     needs them, and which waits. Data change only once they were handed out, and then nothing waits to read them.
 
-    given: whether it was handed out. readers: what waits for it. holder: the array that holds it, and runs: how often
-        it was computed without being kept, from which to guess what is worth keeping.
+    given: whether it was handed out. readers: what was to read it. holder: gives the array that holds it, if that is
+    there still. runs: how often it was computed without being kept.
 
     A finalizer, a signal's handler or another thread may come at any moment, and hand out or compute what is here.
     So a step is read once, registered with what it reads before it is asked whether that was handed out, and counts
@@ -4853,96 +4736,52 @@ class _Buffer:
 
     __slots__ = ("shape", "dtype", "array", "given", "step", "holder", "runs", "readers", "__weakref__")
 
-    def __init__(self, array=None, given=False, shape=None, dtype=None, step: tuple | None = None):
-        self.array, self.given, self.step, self.runs = array, given, step, 0
-        self.shape, self.dtype = (shape, dtype) if array is None else (array.shape, array.dtype)
-        self.readers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # by id
-        self.holder: weakref.ref | None = None
+    def __init__(self, shape: tuple, dtype: np.dtype, step: tuple | None = None, array=None, given: bool = False):
+        self.shape, self.dtype, self.step, self.array, self.given, self.runs = shape, dtype, step, array, given, 0
+        self.readers, self.holder = weakref.WeakValueDictionary(), lambda: None  # by id
 
-    def pending(self) -> dict[_Buffer, tuple]:
-        """All that has to be computed for this, operands first, with the steps."""
-        found: dict[_Buffer, tuple] = {}
-        stack = [self]
-        while stack:
-            node = stack[-1]
-            step = node.step
-            if step is None or node in found:
-                stack.pop()
-                continue
-            rest = [x for x in step[1] if type(x) is _Buffer and x.step is not None and x not in found]
-            if rest:
-                stack += rest
-            else:
-                found[stack.pop()] = step
+    def pending(self, found: dict) -> dict[_Buffer, tuple]:
+        """All that has to be computed for this beside what was found, operands first, with the steps."""
+        step = self.step
+        if step is not None and self not in found:
+            for x in step[1]:
+                if type(x) is _Buffer:
+                    x.pending(found)
+            found[self] = step
         return found
 
     def compute(self, reduction: tuple | None = None):
         """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
-        kept, and may be wanted again, is kept now: nothing is computed a third time. A small operation alone is done
-        by NumPy in one go."""
+        kept, and some array still holds, is kept now: that is not computed a third time. A small operation alone is
+        done by NumPy in one go."""
         while True:
-            waiting = self.pending()
+            waiting = self.pending({})
             if not waiting and not reduction:
                 return None  # somebody else was first
+            kept = [x for x in waiting if (x is self and not reduction) or (x.runs and x.holder() is not None)]
+            operands = [x for _, args, _ in waiting.values() for x in args] or [self]
+            inputs = list({id(x): x for x in operands if type(x) is not _Buffer or x not in waiting}.values())
+            raw = [x.array if type(x) is _Buffer else x for x in inputs]
+            places = {id(x): i for i, x in enumerate([*inputs, *waiting])}
+            steps = [(prim, [places[id(y)] for y in args], x.dtype) for x, (prim, args, _) in waiting.items()]
             few = math.prod(self.shape) * self.dtype.itemsize <= _FEW_BLOCKS * _BLOCK_BYTES
-            if few and not reduction and len(waiting) == 1:
-                kept, total = [self], None
-                arrays = [self.alone(*waiting[self])]
-            else:
-                kept = [x for x in waiting if (x is self and reduction is None) or (x.runs and x.wanted())]
-                arrays, total = self.in_blocks(waiting, kept, reduction)
+            with np.errstate(**(waiting[self][2] if waiting else {})):
+                if few and not reduction and len(waiting) == 1 and waiting[self][0].ufunc:
+                    (prim, args, dtype), total = steps[0], None
+                    arrays = [_memory.empty(self.shape, dtype, _shares())]
+                    prim.forward(*[raw[i] for i in args], out=arrays[0])
+                else:
+                    outputs = [places[id(x)] for x in kept]
+                    arrays, total = run_blocks(tuple(steps), raw, self.shape, outputs, reduction)
             if all([node.step is step for node, step in waiting.items()]):
                 break
         for node, array in zip(kept, arrays):
-            node.settle(array, waiting[node])
+            with _chunk_lock:
+                if node.step is waiting[node]:
+                    node.array, node.step = array, None
         for node in waiting:
             node.runs += 1
         return total
-
-    def alone(self, prim: Primitive, args: Sequence, state: dict) -> np.ndarray:
-        """The result of a step, by NumPy."""
-        args, target = [x.array if type(x) is _Buffer else x for x in args], None
-        with np.errstate(**state):
-            if prim.ufunc or prim is _as_dtype:
-                target = _memory.empty(self.shape, self.dtype, _shares())
-            array = _memory.spend(_compute_step, prim, args, target)
-        if array.shape != self.shape:  # what operands repeat is there once, also in the result
-            array = np.broadcast_to(array, self.shape).copy()
-        return array
-
-    def in_blocks(self, waiting: dict[_Buffer, tuple], kept: list, reduction: tuple | None) -> tuple[list, Any]:
-        """The results of steps that are kept, and the reduction."""
-        operands = [x for _, args, _ in waiting.values() for x in args] or [self]
-        inputs = list({id(x): x for x in operands if type(x) is not _Buffer or x not in waiting}.values())
-        places = {id(x): i for i, x in enumerate([*inputs, *waiting])}
-        steps = [(prim, tuple([places[id(x)] for x in args]), x.dtype) for x, (prim, args, _) in waiting.items()]
-        raw = [x.where_workers_are() if type(x) is _Buffer else x for x in inputs]
-        with np.errstate(**(waiting[self][2] if waiting else {})):
-            return run_blocks(tuple(steps), raw, self.shape, [places[id(x)] for x in kept], reduction)
-
-    def wanted(self) -> bool:
-        """Whether anybody may need this beside the one that waits for it."""
-        return len(self.readers) > 1 or (self.holder is not None and self.holder() is not None)
-
-    def settle(self, array: np.ndarray, step: tuple) -> None:
-        """Waits no longer; only now is this struck off where it was to read."""
-        with _chunk_lock:
-            if self.step is step:
-                self.array = array
-                self.step = None
-        for x in step[1]:
-            if type(x) is _Buffer:
-                x.readers.pop(id(self), None)
-
-    def where_workers_are(self) -> np.ndarray:
-        """The data, in process mode in shared memory if nobody knows where they are."""
-        if not self.given and _shares() and len(_memory.shared) < _MAX_SEGMENTS and _describe(self.array) is None:
-            shared = _memory.empty(self.shape, self.dtype, True)
-            np.copyto(shared, self.array)
-            with _chunk_lock:
-                if not self.given:
-                    self.array = shared
-        return self.array
 
     def force(self) -> np.ndarray:
         """The data, for reading at once."""
@@ -4956,19 +4795,8 @@ class _Buffer:
         with _chunk_lock:
             self.given = True  # from now on it stays where it is
             array = self.array
-        for ref in self.readers.valuerefs():
-            reader = ref()
-            if reader is None:
-                continue
-            try:
-                reader.force()
-            except (MemoryError, Warning):
-                raise
-            except Exception:  # whoever looks at that one is told; it reads a copy from now on
-                prim, args, state = reader.step
-                copy = _Buffer(array.copy())
-                reader.step = prim, tuple([copy if x is self else x for x in args]), state
-                self.readers.pop(id(reader), None)
+        for reader in filter(None, [ref() for ref in self.readers.valuerefs()]):
+            reader.force()  # if that fails, nobody gets the data, and all is as it was
         return array
 
 
@@ -4976,10 +4804,10 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
     """A large array that computes in blocks; element-wise operations on it wait until somebody needs the result.
 
     Raw values of distributed Tensors and Values are of this kind. It is what is written to, in place: it holds a
-    buffer, and in place another one, unless the one it has was handed out.
+    buffer, and in place another one, unless the one it has was handed out. It speaks NumPy's protocols, so that the
+    primitives' rules run on it; what else is asked of it, the array answers, handed out.
 
-    data: an array in C order, or a buffer. given: whether others may have the array, too. forced: whether it is
-        distributed whatever the configuration.
+    forced: whether it is distributed whatever the configuration.
     """
 
     __slots__ = ("shape", "dtype", "buffer", "forced", "__weakref__")
@@ -4987,14 +4815,10 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
 
     ndim = property(lambda self: len(self.shape))
     size = property(lambda self: math.prod(self.shape))
-    nbytes = property(lambda self: self.size * self.dtype.itemsize)
-    T = property(lambda self: self.expose().T)
 
-    def __init__(self, data, given: bool = True, forced: bool = False):
-        self.forced = forced
-        self.buffer = data if type(data) is _Buffer else _Buffer(data, given)
-        self.buffer.holder = weakref.ref(self)
-        self.shape, self.dtype = self.buffer.shape, self.buffer.dtype
+    def __init__(self, buffer: _Buffer, forced: bool = False):
+        self.buffer, self.shape, self.dtype, self.forced = buffer, buffer.shape, buffer.dtype, forced
+        buffer.holder = weakref.ref(self)
 
     def force(self) -> np.ndarray:
         """The array, for reading at once."""
@@ -5008,60 +4832,44 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
             if buffer is self.buffer:
                 return array
 
+    def cast(self, dtype: np.dtype) -> _Buffer:
+        """A copy of a dtype, which waits."""
+        return _step(_as_dtype, (self,), dtype, np.geterr())
+
     def assign(self, new) -> None:
         """In place: the data of `new`, of this shape. TypeError if its dtype does not cast to this one's kind."""
         if not np.can_cast(new.dtype, self.dtype, "same_kind"):
             raise TypeError(f"in place: cannot cast {new.dtype} to {self.dtype}")
         if not self.buffer.given:
-            copy = None
             if type(new) is not Chunked:
-                buffer = _Buffer(np.array(new, self.dtype, order="C"))
-            else:
-                buffer = new.buffer
-                if buffer is self.buffer:
-                    return
-                copy = _step(_as_dtype, (new,), self.dtype, np.geterr())
-                if new.dtype != self.dtype or buffer.given:
-                    buffer, copy = copy, None
-            holder = weakref.ref(self)
-            with _chunk_lock:
-                done = not self.buffer.given and (copy is None or (new.buffer is buffer and not buffer.given))
-                if done:
-                    buffer.holder, self.buffer = holder, buffer
-                    if copy is not None:  # `new` becomes a copy, which waits: mostly nobody has it any more
-                        new.buffer = copy
-            if done:
+                new = Chunked(_Buffer(self.shape, self.dtype, array=np.array(new, self.dtype, order="C")))
+            buffer = new.buffer
+            if buffer is self.buffer:
                 return
+            copy = new.cast(self.dtype)
+            with _chunk_lock:
+                if not self.buffer.given and new.buffer is buffer:
+                    if not buffer.given and buffer.dtype == self.dtype:
+                        # `new` becomes the copy, which waits: mostly nobody has it any more.
+                        new.buffer, copy = copy, buffer
+                    copy.holder, self.buffer = weakref.ref(self), copy
+                    return
         np.copyto(self.expose(), new.force() if type(new) is Chunked else new, "same_kind")
 
-    # --- NumPy's protocols: so that the primitives' rules run on it ---
-
     def __array__(self, dtype=None, copy=None):
-        if copy:
-            return np.array(self.force(), dtype)
-        return np.asarray(self.expose(), dtype)
+        return np.array(self.expose(), dtype, copy=copy)
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
-        prim = TABLE.get(ufunc)
-        if method == "__call__" and isinstance(prim, Primitive):
-            if not kwargs:
-                return _evaluate(prim, inputs, _NO_PARAMS)
-            out = kwargs["out"][0] if kwargs.keys() == {"out"} else None
-            if type(out) is Chunked and _waits(prim, np.geterr()):
-                new = _evaluate(prim, inputs, _NO_PARAMS)
-                if type(new) is Chunked and new.shape == out.shape and np.can_cast(new.dtype, out.dtype, "same_kind"):
-                    out.assign(new)
-                    return out
-        out = kwargs.pop("out", ())
-        if out:
-            kwargs["out"] = tuple([x.expose() if type(x) is Chunked else x for x in out])
-        ours = [x for x in inputs if type(x) is Chunked]
-        if method == "at" and type(inputs[0]) is Chunked:
-            inputs[0].expose()
-        result = _whole(getattr(ufunc, method), inputs, ours, False if out else None, **kwargs)
-        if not out:
-            return result
-        return out if len(out) > 1 else out[0]
+        prim, out = TABLE.get(ufunc), kwargs.get("out", ())
+        ours = isinstance(prim, Primitive) and kwargs.keys() <= {"out"} and {Chunked}.issuperset(map(type, out))
+        if method == "__call__" and ours:
+            new = _evaluate(prim, inputs, _NO_PARAMS)
+            if not out:
+                return new
+            if getattr(new, "shape", None) == out[0].shape:
+                out[0].assign(new)
+                return out[0]
+        return _exposed(getattr(ufunc, method), inputs, kwargs)
 
     def __array_function__(self, function, kinds, args, kwargs):
         prim = TABLE.get(function)
@@ -5069,49 +4877,38 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
             return getattr(self, function.__name__)
         if function in (np.empty_like, np.zeros_like, np.ones_like, np.full_like):
             like = np.broadcast_to(np.zeros((), self.dtype), self.shape)
-            return _whole(function, (like, *args[1:]), (), self.forced or None, **kwargs)
+            return HOOK.adopt(function(like, *args[1:], **kwargs), self.forced or None, new=True)
         if isinstance(prim, Primitive) and set(kwargs) <= {*prim.params, *(prim.operands or ())}:
             return prim(*args, **kwargs)
-
-        def plain(x):
-            if isinstance(x, (list, tuple)):
-                return type(x)(map(plain, x))
-            return x.expose() if type(x) is Chunked else x
-
-        return function(*map(plain, args), **{name: plain(x) for name, x in kwargs.items()})
+        return _exposed(function, args, kwargs)
 
     def __getitem__(self, index):
         return self.expose()[index]
 
-    def __len__(self):
-        return self.shape[0]
-
     def __bool__(self):
         return bool(self.force())
 
+    def __getattr__(self, name):
+        if name.startswith("__"):  # other protocols than NumPy's
+            raise AttributeError(name)
+        return getattr(self.expose(), name)
+
     def astype(self, dtype, copy=True):
-        return _evaluate(_as_dtype, (self,), {"dtype": np.dtype(dtype)}) if dtype != self.dtype or copy else self
-
-    def copy(self):
-        return Chunked(_step(_as_dtype, (self,), self.dtype, np.geterr()), forced=self.forced)
-
-    def reshape(self, *shape):
-        return self.expose().reshape(*shape)
-
-    def swapaxes(self, a, b):
-        return self.expose().swapaxes(a, b)
-
-    def tolist(self):
-        return self.force().tolist()
+        return _evaluate(_as_dtype, (self,), {"dtype": np.dtype(dtype)})
 
     def __reduce__(self):
         return np.array, (self.force(),)
 
 
-def _waits(prim: Primitive, state: dict) -> bool:
-    """Whether an operation may wait, or be cut into blocks: one of the catalogue, whose faults nobody has to see at
-    once; as NumPy does them, they may be an error, or a call, on the line that they come from."""
-    return prim.builtin and _harmless(state)
+def _exposed(function: Callable, args, kwargs: dict):
+    """Calls code that may keep what it gets, and write to it, on the arrays of chunked ones, which are handed out."""
+
+    def plain(x):
+        if isinstance(x, (list, tuple)):
+            return type(x)(map(plain, x))
+        return x.expose() if type(x) is Chunked else x
+
+    return function(*map(plain, args), **{name: plain(x) for name, x in kwargs.items()})
 
 
 class _InBlocks(Kind):
@@ -5120,31 +4917,42 @@ class _InBlocks(Kind):
     rank = 2
 
     def enter(self, data, dtype, choice, who):
-        if HOOK.takes(data, choice):
-            return Chunked(_step(_as_dtype, (data,), np.dtype(dtype or data.dtype), np.geterr()), forced=choice is True)
-        return data.force().astype(dtype or data.dtype)
+        return HOOK.adopt(Chunked(data.cast(np.dtype(dtype or data.dtype)), choice is True), choice)
 
     def evaluate(self, prim, raw, params):
         """Waits, is reduced, or is done at once."""
-        ours = [x for x in raw if type(x) is Chunked]
-        forced = any([x.forced for x in ours])
         if prim is _detach:
             return raw[0]
-        state = np.geterr()
-        if (_config.enabled or forced) and not _mode.tracing and _waits(prim, state):
-            if prim.elementwise and (not params or prim is _as_dtype) and all([_in_c_order(x) for x in raw]):
+        state, forced = np.geterr(), any([type(x) is Chunked and x.forced for x in raw])
+        # What waits, or is cut into blocks, is of the catalogue, and nobody has to see its faults at once: as NumPy
+        # does it, they may be an error, or a call, on the line that they come from.
+        if (_config.enabled or forced) and not _mode.tracing and prim.builtin and _harmless(state):
+            if prim.elementwise and (not params or prim is _as_dtype) and all(map(_in_c_order, raw)):
                 raw = raw if prim.ufunc else _strengthened(prim, raw)
                 with contextlib.suppress(ValueError):  # shapes that do not fit: NumPy says so
-                    dtype = np.dtype(params["dtype"]) if params else _result_dtype(prim, raw)
+                    if params:
+                        dtype = np.dtype(params["dtype"])
+                    else:
+                        dtype = _result_dtype(prim, *[getattr(x, "dtype", x) for x in raw])
                     if dtype.kind == "f" or (prim is not TABLE[np.power] and dtype.kind in "iub"):  # fails on some
-                        return Chunked(_step(prim, raw, dtype, state), forced=forced)
-            if prim.name in _REDUCTIONS and type(raw[0]) is Chunked and raw[0].size and params.keys() <= _REDUCED_BY:
+                        return Chunked(_step(prim, raw, dtype, state), forced)
+            known = prim.name in _REDUCTIONS and params.keys() <= {"axis", "keepdims", "ddof"}
+            if known and type(raw[0]) is Chunked and raw[0].size:
                 x = raw[0].buffer
                 if x.step is not None or x.array.nbytes > 8 * _FEW_BLOCKS * _BLOCK_BYTES:  # else NumPy's one pass does
-                    return _reduced(prim.name, x, **params)
-        if not prim.builtin:  # code that is not ours may keep what it gets, and what it returns
-            return NUMPY.evaluate(prim, [x.expose() if type(x) is Chunked else x for x in raw], params)
-        return _whole(NUMPY.evaluate, (prim, raw, params), ours, forced or (None if _config.enabled else False))
+                    return _reduced(prim, x, state, **params)
+        return self.whole(prim, raw, params, forced or None)
+
+    def whole(self, prim, raw, params, choice):
+        """By NumPy, in one go. A view of an array of ours hands it out, and so does code that is not ours, which may
+        keep what it gets; what is new is a chunked array, where that may pay."""
+        if not prim.builtin:
+            return _exposed(NUMPY.evaluate, (prim, raw, params), {})
+        arrays = [x.force() if type(x) is Chunked else x for x in raw]
+        out = _memory.spend(NUMPY.evaluate, prim, arrays, params)
+        views = [x.expose() for x in raw if type(x) is Chunked and np.may_share_memory(x.force(), out)]
+        new = type(out) is np.ndarray and out.flags.owndata and not views
+        return HOOK.adopt(out, choice, new=True) if new else out
 
     def hand_out(self, raw):
         return raw.expose()
@@ -5153,7 +4961,7 @@ class _InBlocks(Kind):
         return [raw.force() for raw in raws]
 
     def own(self, raw):
-        return raw.copy()
+        return Chunked(raw.cast(raw.dtype), raw.forced)
 
     def shared(self, raw):
         return raw.buffer.given
@@ -5171,73 +4979,36 @@ class _InBlocks(Kind):
 
 class _BlocksHook(_Hook):
     """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed, if it
-    has more than two blocks."""
+    has more than four blocks: with less, what it takes to wait would be felt beside the arithmetic."""
 
     def adopt(self, raw, choice, dtype=None, new=False):
-        takes = self.takes(raw, choice)
         if type(raw) is Chunked:
-            return raw if takes else raw.expose()
-        if dtype is not None:
-            large = takes and raw.size * dtype.itemsize > 2 * _BLOCK_BYTES and raw.flags.c_contiguous
-            steps = ((_as_dtype, (0,), dtype),)
-            raw = run_blocks(steps, [raw], raw.shape, [1])[0][0] if large else raw.astype(dtype)
-            new = True
-        fits = takes and type(raw) is np.ndarray and raw.nbytes > 2 * _BLOCK_BYTES and raw.flags.carray
-        return Chunked(raw, not new, choice is True) if fits else raw
-
-    def takes(self, raw, choice):
-        """Whether a raw value is to be chunked."""
-        return self.distributed(raw, choice) and not _mode.tracing
+            return raw if self.distributed(raw, choice) else raw.expose()
+        fits = type(raw) is np.ndarray and raw.nbytes > 4 * _BLOCK_BYTES and raw.flags.carray
+        if fits and self.distributed(raw, choice):
+            found = Chunked(_Buffer(raw.shape, raw.dtype, array=raw, given=not new), choice is True)
+            return found if dtype is None else Chunked(found.cast(dtype), choice is True)
+        return raw if dtype is None else self.adopt(raw.astype(dtype), choice, new=True)
 
     def distributed(self, raw, choice):
-        if not np.ndim(raw):
-            return False
-        return choice if choice is not None else _config.enabled and raw.size >= _config.min_elements_for_parallel
+        large = _config.enabled and np.size(raw) >= _config.min_elements_for_parallel
+        return not _mode.tracing and np.ndim(raw) > 0 and (large if choice is None else choice)
 
 
 KINDS[Chunked] = _InBlocks()
 HOOK = _BlocksHook()
 
 
-def _whole(function: Callable, args: Sequence, ours: Sequence[Chunked], choice: bool | None = None, **kwargs):
-    """Calls a function of NumPy's on the arrays. If what it returns is a view of one of ours, that is handed out; if it
-    is new, it is a chunked array, where that may pay."""
-
-    def plain(x):
-        if type(x) is Chunked:
-            return x.force()
-        return type(x)(map(plain, x)) if type(x) in (list, tuple) else x
-
-    out = _memory.spend(function, *map(plain, args), **{name: plain(x) for name, x in kwargs.items()})
-    seen = [y for y in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(y, np.ndarray)]
-    views = [x for x in ours if any(np.may_share_memory(x.force(), y) for y in seen)]
-    for x in views:
-        x.expose()
-    one = type(out) is np.ndarray and out.flags.owndata and not views
-    return HOOK.adopt(out, choice, new=True) if one else out
-
-
 def _in_c_order(x) -> bool:
     """Whether NumPy would give a result of x in C order, as we do; else its layout is for NumPy to choose."""
-    if not isinstance(x, np.ndarray) or x.flags.c_contiguous:
-        return True
-    steps = [step for step, n in zip(x.strides, x.shape) if n > 1 and step]
-    return all(a > b for a, b in zip(steps, [*steps[1:], 0]))
+    return not isinstance(x, np.ndarray) or _without_repeats(x).flags.c_contiguous
 
 
-def _result_dtype(prim: Primitive, args: Sequence) -> np.dtype:
-    """The dtype of an element-wise result: what one element gives. An error if a whole number does not fit."""
-    most = 62 if any([hasattr(x, "dtype") and x.dtype.kind == "f" for x in args]) else 0  # bits that fit anywhere
-    key = prim, *[getattr(x, "dtype", x if type(x) is int and x.bit_length() > most else type(x)) for x in args]
-    if key not in _dtypes:
-        if len(_dtypes) > 1000:
-            _dtypes.clear()
-        with np.errstate(all="ignore"):
-            _dtypes[key] = prim.forward(*[np.ones(1, x.dtype) if hasattr(x, "dtype") else x for x in args]).dtype
-    return _dtypes[key]
-
-
-_dtypes: dict[tuple, np.dtype] = {}
+@functools.lru_cache(1000, typed=True)
+def _result_dtype(prim: Primitive, *args) -> np.dtype:
+    """The dtype of a result for dtypes and numbers: what one element gives. An error if a whole number does not fit."""
+    with np.errstate(all="ignore"):
+        return prim.forward(*[np.ones(1, x) if isinstance(x, np.dtype) else x for x in args]).dtype
 
 
 def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buffer:
@@ -5256,54 +5027,40 @@ def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buff
             wait = wait and x.nbytes <= _TRAVELS_BYTES
             x = x.copy() if wait else x
         args.append(x)
-    new = _Buffer(None, False, shape, np.dtype(dtype), (prim, tuple(args), state))
-    buffers = [x for x in args if type(x) is _Buffer]
-    for x in buffers:
-        x.readers[id(new)] = new
-    if not wait or any([x.given for x in buffers]) or len(new.pending()) >= _MAX_PENDING:
+    new = _Buffer(shape, dtype, (prim, tuple(args), state))
+    for x in args:
+        if type(x) is _Buffer:
+            x.readers[id(new)] = new
+            wait = wait and not x.given
+    if not wait or len(new.pending({})) >= _MAX_PENDING:
         new.force()
     return new
 
 
-@functools.lru_cache(100)
-def _reduced_dtype(name: str, dtype: np.dtype) -> np.dtype:
-    return _REDUCERS[name].reduce(np.ones(1, dtype)).dtype
-
-
 _REDUCTIONS = {*_REDUCERS, "mean", "var", "std"}
-_REDUCED_BY = {"axis", "keepdims", "ddof"}
 
 
-def _reduced(name: str, x: _Buffer, axis=None, keepdims=False, ddof=0):
+def _reduced(prim: Primitive, x: _Buffer, state: dict, axis=None, keepdims=False, ddof=0):
     """A reduction in one pass; var and std, which need the mean first, in two."""
-    ndim, state = len(x.shape), np.geterr()
-    axis = tuple(range(ndim)) if axis is None else axis if type(axis) is tuple else operator.index(axis)
-    axes = np.lib.array_utils.normalize_axis_tuple(axis, ndim)
-    count = math.prod(x.shape[i] for i in axes)
-    step = x.step
+    axis = tuple(range(len(x.shape))) if axis is None else axis
+    axes = np.lib.array_utils.normalize_axis_tuple(axis if type(axis) is tuple else operator.index(axis), len(x.shape))
+    count, step = math.prod([x.shape[i] for i in axes]), x.step
     if step is not None and step[2] != state:
         x.force()
-    if name in ("var", "std"):
-        wide = np.promote_types(x.dtype, np.float32) if x.dtype.kind == "f" else np.dtype(np.float64)
-        steps = [(_as_dtype, ()), (TABLE[np.subtract], (_mean(x, axes, count, wide),)), (TABLE[np.square], ())]
-        squares = x
-        for prim, others in steps[x.dtype == wide :]:
-            squares = _Buffer(None, False, x.shape, wide, (prim, (squares, *others), state))
-        total = np.true_divide(squares.compute(("sum", axes, wide)), max(count - ddof, 0))
-        total = np.sqrt(total) if name == "std" else total
-        total = total.astype(x.dtype if x.dtype.kind == "f" else wide, copy=False)
-    elif name == "mean":
-        total = _mean(x, axes, count, x.dtype if x.dtype.kind == "f" else np.dtype(np.float64))
-    else:
-        total = x.compute((name, axes, _reduced_dtype(name, x.dtype)))
+    dtype = _result_dtype(prim, x.dtype)
+    wide = np.promote_types(dtype, np.float32) if dtype.kind == "f" else dtype
+    if prim.name in ("var", "std"):
+        mean = np.true_divide(x.compute(("sum", axes, wide)), count)
+        for function, others in (np.subtract, (mean,)), (np.square, ()):
+            x = _Buffer(x.shape, wide, (TABLE[function], (x, *others), state))
+        count = max(count - ddof, 0)
+    total = x.compute((prim.name if prim.name in _REDUCERS else "sum", axes, wide))
+    if prim.name not in _REDUCERS:
+        total = np.true_divide(total, count)
+    total = (np.sqrt(total) if prim.name == "std" else total).astype(dtype, copy=False)
     if not keepdims:
         total = total.reshape([n for i, n in enumerate(x.shape) if i not in axes])
     return total if total.ndim else total[()]
-
-
-def _mean(x: _Buffer, axes: tuple, count: int, dtype: np.dtype) -> np.ndarray:
-    wide = np.promote_types(dtype, np.float32)
-    return np.true_divide(x.compute(("sum", axes, wide)), count, dtype=wide).astype(dtype, copy=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1848,14 +1848,14 @@ class Values:
 
 
 # The first statement of programs that are checked with distribution on, where smallest arrays have many blocks.
-IN_BLOCKS = "in_blocks = 'min_elements_for_parallel=1, _BLOCK_BYTES=64, _FEW_BLOCKS=0'"
+IN_BLOCKS = "in_blocks = 'min_elements_for_parallel=1, _BLOCK_BYTES=32, _FEW_BLOCKS=0'"
 
 
 def _check_optimizer(program):
     if program[0] != IN_BLOCKS:
         return _check_optimized(program)
     with (
-        mock.patch.multiple(picograd, _BLOCK_BYTES=64, _FEW_BLOCKS=0),
+        mock.patch.multiple(picograd, _BLOCK_BYTES=32, _FEW_BLOCKS=0),
         picograd.distributed_config(enabled=True, min_elements_for_parallel=1),
     ):
         _check_optimized(program)

@@ -45,7 +45,7 @@ from picograd import Tensor, Value, distributed_config, no_grad, primitive, set_
 HELPERS = '''\
 warnings.simplefilter("ignore")
 set_distributed_config(enabled=True, min_elements_for_parallel=1, num_workers=2, use_processes=False)
-picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = 32, 0  # small arrays have many blocks, and none is left to NumPy
+picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = 16, 0  # small arrays have many blocks, and none is left to NumPy
 cell = {}  # what user primitives read beside their operands
 
 
@@ -711,7 +711,7 @@ def check(program: list[str]):
         warnings.simplefilter("ignore")
         picograd.set_distributed_config(enabled=True, min_elements_for_parallel=1, num_workers=2)
         picograd.set_distributed_config(use_processes=PROCESSES)
-        picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = 32, 0
+        picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = 16, 0
         faulthandler.dump_traceback_later(4 * _TIMEOUT, exit=True)  # in case not even a signal ends it
         try:
             with _deadline():
@@ -983,7 +983,7 @@ class _Writer:
 
     def write(self) -> list[str]:
         pick = self.pick
-        self.add(f"picograd._BLOCK_BYTES = {pick([32, 64, 128, 512])}")
+        self.add(f"picograd._BLOCK_BYTES = {pick([16, 32, 64, 256])}")
         if self.chance(0.04):
             self.add("set_distributed_config(use_processes=True)")
         elif self.chance(0.5):
