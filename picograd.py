@@ -552,7 +552,7 @@ def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub", choice: bool |
         if dtype.kind not in kinds:
             raise TypeError(f"{who}: dtype must be {expected}, got {dtype}")
     if isinstance(data, Array):
-        data = data._data
+        data = data._held
         dtype = dtype or getattr(data, "dtype", None)
         if dtype is not None and dtype.kind not in kinds:
             raise TypeError(f"{who}: the dtype of data must be {expected}, got {dtype}; pass dtype=")
@@ -633,7 +633,7 @@ def _result(prim: Primitive, out):
 
 def _raw(x):
     """The raw value of a Value or Tensor; anything else as it is."""
-    return x._data if isinstance(x, Array) else x
+    return x._held if isinstance(x, Array) else x
 
 
 def _public(raw):
@@ -740,9 +740,9 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
     result, floats, plain, dtype, limit, ndarray, raw = None, True, True, None, HOOK.limit, np.ndarray, []
     for x in operands:
         if isinstance(x, Value):
-            result, x = Value, x._data
+            result, x = Value, x._held
         elif isinstance(x, Tensor):
-            result, x = result or Tensor, x._data
+            result, x = result or Tensor, x._held
         if type(x) is ndarray:
             floats, own = False, x.dtype
             if own is not dtype:
@@ -771,7 +771,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
             operands = _lifted(prim, operands)
         if constants or limit < math.inf:
             for x in operands:
-                if isinstance(x, Array) and type(x._data) is np.ndarray and x._data.size >= limit:
+                if isinstance(x, Array) and type(x._held) is np.ndarray and x._held.size >= limit:
                     x._adopt()
             raw = [_raw(x) for x in operands]
         out = _evaluate(prim, raw, params)
@@ -784,25 +784,25 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
 class Array:
     """What Tensor and Value share. Operators, and a method for every entry of the table, are added in room 5."""
 
-    __slots__ = ("_data", "__weakref__")
+    __slots__ = ("_held", "__weakref__")
     __hash__ = object.__hash__
     _picograd = True  # how another copy of this file is known
 
-    shape: tuple[int, ...] = property(lambda self: getattr(self._data, "shape", ()))
+    shape: tuple[int, ...] = property(lambda self: getattr(self._held, "shape", ()))
     ndim: int = property(lambda self: len(self.shape))
     size: int = property(lambda self: math.prod(self.shape))
-    dtype: np.dtype = property(lambda self: (self._data if hasattr(self._data, "dtype") else _public(self._data)).dtype)
+    dtype: np.dtype = property(lambda self: (self._held if hasattr(self._held, "dtype") else _public(self._held)).dtype)
     nbytes: int = property(lambda self: self.size * self.dtype.itemsize)
     T = property(lambda self: np.transpose(self))
     mT = property(lambda self: np.matrix_transpose(self))
 
     def _adopt(self) -> None:
         """Lets the hook take over the raw value, which is of its limit or more."""
-        self._data = HOOK.adopt(self._data, None)
+        self._held = HOOK.adopt(self._held, None)
 
     def item(self) -> float | int | bool:
         """The one element as a Python number; ValueError if there are more."""
-        raw = self._data
+        raw = self._held
         if type(raw) is float:
             return raw
         if isinstance(raw, np.generic):
@@ -816,12 +816,12 @@ class Array:
 
     def _look(self):
         """The numbers as NumPy's, to be read at once. A node that is one lazy number keeps it for the next look."""
-        raw = _fetched(self._data)
-        if _lazy(self._data) and not self.ndim:
-            holder = getattr(self, "_owner", None) or (self, "_data")
-            if getattr(holder[0], "_prim", None) and getattr(*holder) is self._data:
+        raw = _fetched(self._held)
+        if _lazy(self._held) and not self.ndim:
+            holder = getattr(self, "_owner", None) or (self, "_held")
+            if getattr(holder[0], "_prim", None) and getattr(*holder) is self._held:
                 setattr(*holder, raw)
-                self._data = raw
+                self._held = raw
         return raw
 
     def reshape(self, *shape):
@@ -838,7 +838,7 @@ class Array:
 
     def copy(self):
         """A copy in C order, as of ndarray's method; `np.copy` keeps the order."""
-        if type(self._data) is np.ndarray and not self._data.flags.c_contiguous:
+        if type(self._held) is np.ndarray and not self._held.flags.c_contiguous:
             return np.reshape(np.ravel(self), self.shape)
         return np.copy(self)
 
@@ -862,10 +862,10 @@ class Array:
         return (self[i] for i in range(len(self)))
 
     def __contains__(self, x):
-        return bool(np.any(np.equal(self._data, _raw(x))))
+        return bool(np.any(np.equal(self._held, _raw(x))))
 
     def __bool__(self):
-        return bool(self._data)
+        return bool(self._held)
 
     def __float__(self):
         return float(self.item())
@@ -900,51 +900,51 @@ class Tensor(Array):
     def __init__(self, data: Any, dtype: Any = None, distributed: bool | None = None):
         if not (distributed is None or isinstance(distributed, bool)):
             raise TypeError(f"Tensor: distributed must be True, False or None, got {distributed!r}")
-        self._data = _as_raw(data, dtype, "Tensor", choice=distributed)
+        self._held = _as_raw(data, dtype, "Tensor", choice=distributed)
         self._choice, self._owner = distributed, None
 
     @property
     def data(self) -> np.ndarray | np.generic:
         """The array itself (writing to it is seen here); a NumPy scalar for 0-d."""
-        return _public(self._data)
+        return _public(self._held)
 
     @data.setter
     def data(self, new):
-        if not _written_back(new, self._data, self, None):
-            self._become(_conform(new, self._data, "Tensor.data", self._choice))
+        if not _written_back(new, self._held, self, None):
+            self._become(_conform(new, self._held, "Tensor.data", self._choice))
 
     def _become(self, raw) -> None:
         """Holds another raw value from now on; so does the Value that handed this Tensor out."""
-        self._data = raw
+        self._held = raw
         if self._owner:
             setattr(*self._owner, raw)
 
     def _adopt(self) -> None:
         if self._choice is not False:
-            raw = HOOK.adopt(self._data, self._choice)
-            if self._owner and getattr(*self._owner) is self._data:
+            raw = HOOK.adopt(self._held, self._choice)
+            if self._owner and getattr(*self._owner) is self._held:
                 setattr(*self._owner, raw)
-            self._data = raw
+            self._held = raw
 
     @property
     def distributed(self) -> bool:
         """Whether it counts as distributed: forced, or large enough by the configuration in force; never if 0-d."""
-        return KINDS[type(self._data)].lazy or HOOK.distributed(self._data, self._choice)
+        return KINDS[type(self._held)].lazy or HOOK.distributed(self._held, self._choice)
 
     def enable_distributed(self) -> None:
         """From now on, distributed whatever its size. RuntimeError where the file was cut above room 8."""
-        self._data, self._choice = HOOK.adopt(self._data, True), True
+        self._held, self._choice = HOOK.adopt(self._held, True), True
 
     def disable_distributed(self) -> None:
         """From now on, computed by NumPy whatever its size."""
-        self._data, self._choice = HOOK.adopt(self._data, False), False
+        self._held, self._choice = HOOK.adopt(self._held, False), False
 
     def numpy(self) -> np.ndarray:
         """A copy as an ndarray."""
-        return np.array(_fetched(self._data))
+        return np.array(_fetched(self._held))
 
     def __array__(self, dtype=None, copy=None):
-        return np.array(_fetched(self._data), dtype) if copy else np.asarray(_public(self._data), dtype)
+        return np.array(_fetched(self._held), dtype) if copy else np.asarray(_public(self._held), dtype)
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         if any(isinstance(x, Value) for x in inputs):
@@ -969,19 +969,19 @@ class Tensor(Array):
         if isinstance(new, Value):
             new._end("tensor[...] = Value")
         new = _raw(new)
-        _public(self._data)[index] = new if KINDS[type(self._data)].lazy else _fetched(new)
+        _public(self._held)[index] = new if KINDS[type(self._held)].lazy else _fetched(new)
 
     def __reduce__(self):
-        return _restored, (type(self), self._data, self._choice), _extra(self, Tensor)
+        return _restored, (type(self), self._held, self._choice), _extra(self, Tensor)
 
     def __copy__(self):
-        return _with_extra(_restored(type(self), _owned(self._data), self._choice), _extra(self, Tensor))
+        return _with_extra(_restored(type(self), _owned(self._held), self._choice), _extra(self, Tensor))
 
     def __repr__(self):
         if not self.ndim:
-            return f"Tensor({self._data})"
-        kind = KINDS[type(self._data)]
-        values = kind.text(self._data)
+            return f"Tensor({self._held})"
+        kind = KINDS[type(self._held)]
+        values = kind.text(self._held)
         if not kind.lazy and self.size <= 8:
             values = f", data={self.tolist()}"
         return f"Tensor(shape={self.shape}, dtype={self.dtype}, distributed={self.distributed}{values})"
@@ -1003,7 +1003,7 @@ def _public_index(i):
 def _wrap(raw, choice=None, owner=None) -> Tensor:
     """A Tensor around a raw value, not copied; with an owner (object, attribute), assigning to .data writes through."""
     tensor = _new(Tensor)
-    tensor._data, tensor._choice, tensor._owner = raw, choice, owner
+    tensor._held, tensor._choice, tensor._owner = raw, choice, owner
     return tensor
 
 
@@ -1015,13 +1015,13 @@ def _written_back(new, raw, owner, attribute) -> bool:
     if not isinstance(new, Array):
         return KINDS[type(raw)].same(raw, new)
     whose = getattr(new, "_owner", None)
-    return new._data is raw and whose is not None and whose[0] is owner and whose[1] == attribute
+    return new._held is raw and whose is not None and whose[0] is owner and whose[1] == attribute
 
 
 def _restored(cls: type, raw, choice) -> Tensor:
     """A pickled or copied Tensor."""
     tensor = _new(cls)
-    tensor._data, tensor._choice, tensor._owner = raw if choice is None else HOOK.adopt(raw, choice), choice, None
+    tensor._held, tensor._choice, tensor._owner = raw if choice is None else HOOK.adopt(raw, choice), choice, None
     return tensor
 
 
@@ -1039,7 +1039,7 @@ def _on_arrays(function, args, kwargs):
     operands = _members(*args)
     held = [x for x in operands if isinstance(x, Tensor)]
     weak = all([type(_raw(x)) in _WEAK_TYPES for x in operands if isinstance(x, (Tensor, np.ndarray))])
-    floats = [x.dtype for x in held if type(x._data) not in _WEAK_TYPES and x.dtype.kind == "f"]
+    floats = [x.dtype for x in held if type(x._held) not in _WEAK_TYPES and x.dtype.kind == "f"]
     settled = "fiub" if isinstance(getattr(function, "__self__", function), np.ufunc) else "f"
     settled = "" if getattr(function, "__name__", "") in ("at", "reduceat") or not floats else settled
     lazy = [_raw(x) for x in (*operands, *kwargs.values()) if isinstance(x, Array) and _lazy(x)]
@@ -1111,7 +1111,7 @@ class Value(Array):
     def __init__(self, data: Any, dtype: Any = None, label: str = ""):
         if not isinstance(label, str):
             raise TypeError(f"Value: label must be a string, got {label!r}")
-        self._data = data if type(data) is float and dtype is None else _as_raw(data, dtype, "Value", "f")
+        self._held = data if type(data) is float and dtype is None else _as_raw(data, dtype, "Value", "f")
         self._grad = self._prim = None
         self._x, self._y, self._needs, self._number, self.label = (), _NO_PARAMS, True, _next_number(), label
 
@@ -1120,21 +1120,21 @@ class Value(Array):
     @property
     def data(self) -> Tensor:
         """The data as a Tensor; assigning to it, or to its `.data`, changes this Value."""
-        return _wrap(self._data, None, (self, "_data"))
+        return _wrap(self._held, None, (self, "_held"))
 
     @data.setter
     def data(self, new):
-        if not _written_back(new, self._data, self, "_data"):
-            new = _conform(new, self._data, "Value.data")
+        if not _written_back(new, self._held, self, "_held"):
+            new = _conform(new, self._held, "Value.data")
             if np.shape(new) != self.shape:
                 self._grad = None  # it was that of other data
-            self._data = new
+            self._held = new
 
     @property
     def grad(self) -> Tensor:
         """The gradient as a Tensor, zeros before any backward; assign 0 or None to reset it."""
         if self._grad is None:
-            self._grad = _filled_like(self._data, 0)
+            self._grad = _filled_like(self._held, 0)
         elif type(self._grad) is np.ndarray and not self._grad.flags.writeable:  # a broadcast view of an inner node
             self._grad = self._grad.copy()
         return _wrap(self._grad, None, (self, "_grad"))
@@ -1144,10 +1144,10 @@ class Value(Array):
         if new is None:
             self._grad = None
         elif self._grad is None or not _written_back(new, self._grad, self, "_grad"):
-            new = _conform(new, _filled_like(self._data, 0), "Value.grad")
+            new = _conform(new, _filled_like(self._held, 0), "Value.grad")
             if type(new) is not float and np.shape(new) != self.shape:
                 raise ValueError(f"Value.grad: expected shape {self.shape}, got {np.shape(new)}")
-            self._grad = _fetched(new) if _lazy(new) and not _lazy(self._data) else new
+            self._grad = _fetched(new) if _lazy(new) and not _lazy(self._held) else new
 
     @property
     def distributed(self) -> bool:
@@ -1216,10 +1216,10 @@ class Value(Array):
         if not self._needs:
             raise TypeError(f"backward: no gradient flows to {self!r}, there is nothing to differentiate")
         if gradient is None:
-            return _filled_like(self._data, 1)
+            return _filled_like(self._held, 1)
         if np.shape(_raw(gradient)) != self.shape:
             raise ValueError(f"backward: gradient must have shape {self.shape}, got {np.shape(_raw(gradient))}")
-        return _conform(gradient, self._data, "backward: gradient")
+        return _conform(gradient, self._held, "backward: gradient")
 
     # --- what Python and NumPy ask of a number or array ---
 
@@ -1269,7 +1269,7 @@ class Value(Array):
 
     def __copy__(self):
         grad = None if self._grad is None else _owned(self._grad)
-        made = self._prim, self._args, self._params, self._needs, _owned(self._data), grad, self.label
+        made = self._prim, self._args, self._params, self._needs, _owned(self._held), grad, self.label
         return _with_extra(_rebuild(type(self), (), None, *made), _extra(self, Value))
 
     def __reduce__(self):
@@ -1280,16 +1280,16 @@ class Value(Array):
         if self._args and not any([id(self) in known.ids for known in [ref() for ref in _mode.listed] if known]):
             first = tuple(_newest_first(self)[:0:-1])
             listed = _Listed(first)
-        made = self._prim, self._args, self._params, self._needs, self._data, self._grad, self.label
+        made = self._prim, self._args, self._params, self._needs, self._held, self._grad, self.label
         return _rebuild, (type(self), first, listed, *made), _extra(self, Value)
 
     def __repr__(self):
         label = f", label={self.label!r}" if self.label else ""
         made = f", op={self._prim.name!r}" if self._prim else ""
-        kind = KINDS[type(self._data)]
+        kind = KINDS[type(self._held)]
         if self.ndim or kind.lazy:
-            return f"Value(shape={self.shape}, dtype={self.dtype}{kind.text(self._data)}{made}{label})"
-        return f"Value(data={self._data}, grad={self._grad or 0.0}{made}{label})"
+            return f"Value(shape={self.shape}, dtype={self.dtype}{kind.text(self._held)}{made}{label})"
+        return f"Value(data={self._held}, grad={self._grad or 0.0}{made}{label})"
 
     def __format__(self, spec):
         return format(self.data, spec) if spec else repr(self)
@@ -1320,7 +1320,7 @@ def _entry(function):
 def _node(data, prim, args, params) -> Value:
     """A new node; under `no_grad` a leaf, to which no gradient flows."""
     node = _new(Value)
-    node._data, node._grad, node._number, node.label = data, None, _next_number(), ""
+    node._held, node._grad, node._number, node.label = data, None, _next_number(), ""
     node._needs = False
     if not _mode.recording:
         node._prim, node._x, node._y = None, (), _NO_PARAMS
@@ -1371,7 +1371,7 @@ def _rebuild(cls, first, listed, prim, args, params, needs, data, grad, label) -
     """A pickled or deeply copied node; `first` are those that it depends on, which come before it."""
     node = _new(cls)
     node._prim, node._x, node._y, node._needs = prim, args, params, needs
-    node._data, node._grad, node._number, node.label = data, grad, _next_number(), label
+    node._held, node._grad, node._number, node.label = data, grad, _next_number(), label
     return node
 
 
@@ -1449,14 +1449,14 @@ def _at_home(grads: dict[Value, Any], root: Value) -> dict[Value, Any]:
     One pass computes them all, and nothing is changed before it is done.
     """
     foreign = [x for x, g in grads.items() if type(g) not in _PLAIN and KINDS[type(g)].lazy]
-    away = [x for x in foreign if x._prim is None and not KINDS[type(x._data)].lazy]
+    away = [x for x in foreign if x._prim is None and not KINDS[type(x._held)].lazy]
     if away:
         lazy = KINDS[type(grads[away[0]])]
-        with_root = KINDS[type(root._data)] is lazy and not root.ndim
-        done = lazy.fetch([grads[x] for x in away] + [root._data] * with_root)
+        with_root = KINDS[type(root._held)] is lazy and not root.ndim
+        done = lazy.fetch([grads[x] for x in away] + [root._held] * with_root)
         if with_root:
-            root._data = done[-1]
-        grads.update((x, float(g) if type(x._data) is float else g) for x, g in zip(away, done))
+            root._held = done[-1]
+        grads.update((x, float(g) if type(x._held) is float else g) for x, g in zip(away, done))
     return grads
 
 
@@ -1479,7 +1479,7 @@ def _deposited(new: dict[Value, Any]) -> dict[Value, Any]:
 
 def _recompute(node: Value) -> None:
     """Computes a node's data anew from its operands."""
-    node._data = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
+    node._held = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
 
 
 def _as_met(prim: Primitive, operands: Sequence, dtype: np.dtype) -> Sequence:
@@ -1564,16 +1564,16 @@ def _sweep_numbers(heap: list, grads: dict[Value, Any], retain: bool, since: int
         x, y = node._x, node._y
         if type(y) is dict:
             return
-        g, out, rules = grads[node], node._data, node._prim.vjps
+        g, out, rules = grads[node], node._held, node._prim.vjps
         h = k = 0.0  # the gradients of x and y
         try:
             if y is None:
-                h = rules[0](g, out, x._data)
+                h = rules[0](g, out, x._held)
             elif type(y) is float:
-                h = rules[0](g, out, x._data, y)
+                h = rules[0](g, out, x._held, y)
                 y = None
             else:
-                a, b = x if type(x) is float else x._data, y._data
+                a, b = x if type(x) is float else x._held, y._held
                 if type(x) is not float and x._needs:
                     h = rules[0](g, out, a, b)
                 else:
@@ -1618,8 +1618,8 @@ _PLAIN = frozenset((np.ndarray, np.float32, np.float64))  # what needs no kind t
 
 def _pulled(node: Value, g, symbolic: bool) -> list[tuple[Value, Any]]:
     """The operands of a node that a gradient flows to, each with the gradient that its rule makes of g."""
-    prim, args, params, out = node._prim, node._args, node._params, node._data
-    operands, kind = [x._data if isinstance(x, Array) else x for x in args], NUMPY
+    prim, args, params, out = node._prim, node._args, node._params, node._held
+    operands, kind = [x._held if isinstance(x, Array) else x for x in args], NUMPY
     if not (type(out) in _PLAIN and type(g) in _PLAIN):
         if type(out) is type(g) is float and prim.operands:
             kind = WEAK
@@ -1656,7 +1656,7 @@ def _pulled(node: Value, g, symbolic: bool) -> list[tuple[Value, Any]]:
 
 def _fitted(h, x: Value, prim: Primitive):
     """A gradient, as a rule gave it, of the shape and dtype of the operand that it is for."""
-    raw = x._data
+    raw = x._held
     if not prim.builtin and not isinstance(h, Value):  # a user may keep it
         h = _owned(_settle(np.asarray(h)) if KINDS[type(h)] in (None, WEAK) else h)
     if type(h) is type(raw) is np.ndarray and h.shape == raw.shape and h.dtype is raw.dtype:
@@ -1719,7 +1719,7 @@ def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Calla
                 grads = _backpropagate(out, seed, symbolic=symbolic, since=since)
                 grads = {v: grads[v] for v in variables if v in grads}
                 grads = grads if symbolic else _deposited(_at_home(grads, out))
-            rows.append([grads[v] if v in grads else _filled_like(v._data, 0) for v in variables])
+            rows.append([grads[v] if v in grads else _filled_like(v._held, 0) for v in variables])
     finally:
         _mode.recording, _mode.depth = before, _mode.depth - 1
     return out, rows
@@ -1742,7 +1742,7 @@ def _variable(x, i):
 def _leaf(raw) -> Value:
     """A Value around a raw value, which is not copied."""
     leaf = Value(0.0)
-    leaf._data = raw
+    leaf._held = raw
     return leaf
 
 
@@ -2978,9 +2978,9 @@ def _value_operator(prim: Primitive, swapped=False):
     forward, ndarray = prim.forward, np.ndarray
 
     def method(self, other):
-        x, kind = self._data, type(other)
+        x, kind = self._held, type(other)
         if kind is cls:  # this copy's, also after a reload
-            y = other._data
+            y = other._held
         elif kind is float:
             y = other
         elif kind is int and (type(x) is float or self.dtype.kind == "f"):
@@ -2994,7 +2994,7 @@ def _value_operator(prim: Primitive, swapped=False):
             except (ArithmeticError, ValueError):
                 return _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
             node = new(cls)
-            node._data = out
+            node._held = out
             node._grad = None
             node._prim = prim
             if swapped:
@@ -3022,13 +3022,13 @@ def _value_function(prim: Primitive):
     scalar, differentiable, cls, new = prim.scalar, prim.vjps[0] is not None, Value, object.__new__
 
     def method(self):
-        if type(self._data) is float and _mode.recording:
+        if type(self._held) is float and _mode.recording:
             try:
-                out = scalar(self._data)
+                out = scalar(self._held)
             except (ArithmeticError, ValueError):
                 return _apply(prim, (self,), _NO_PARAMS)
             node = new(cls)
-            node._data, node._grad, node._prim, node._x, node._y = out, None, prim, self, None
+            node._held, node._grad, node._prim, node._x, node._y = out, None, prim, self, None
             node._needs, node._number, node.label = differentiable and self._needs, _next_number(), ""
             return node
         return _apply(prim, (self,), _NO_PARAMS)
@@ -3040,7 +3040,7 @@ def _tensor_operator(prim: Primitive, swapped=False):
     forward, ndarray = prim.forward, np.ndarray
 
     def method(self, other):
-        x, kind = self._data, type(other)
+        x, kind = self._held, type(other)
         if kind is Value:
             return NotImplemented
         if type(x) is ndarray and x.size < HOOK.limit:
@@ -3049,14 +3049,14 @@ def _tensor_operator(prim: Primitive, swapped=False):
                 other, kind = float(other), float
             y, alike = other, kind is float
             if kind is Tensor and other._choice is self._choice:
-                y = other._data
+                y = other._held
                 alike = type(y) is ndarray and y.dtype is x.dtype and y.size <= x.size
             if alike:
                 return _wrap(forward(y, x) if swapped else forward(x, y), self._choice)
         if not _is_operand(other):
             return NotImplemented
         out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
-        return np.bool_(out._data) if prim.ufunc and isinstance(out._data, (bool, np.bool_)) else out  # a plain truth
+        return np.bool_(out._held) if prim.ufunc and isinstance(out._held, (bool, np.bool_)) else out  # a plain truth
 
     return method
 
@@ -3067,7 +3067,7 @@ def _in_place_operator(prim: Primitive):
     def method(self, other):
         if isinstance(other, Value) or not _is_operand(other):
             return NotImplemented
-        x = KINDS[type(self._data)].target(self._data) if prim.ufunc and self.size > _LITTLE else None
+        x = KINDS[type(self._held)].target(self._held) if prim.ufunc and self.size > _LITTLE else None
         if x is not None and x.dtype.kind == "f" and _harmless(np.geterr()):
             # Where nothing can fail half-way, without an array in between.
             y = float(other) if type(other) is int else _raw(other)
@@ -3082,8 +3082,8 @@ def _in_place_operator(prim: Primitive):
             raise ValueError(f"Tensor: in place, shape {self.shape} cannot take a result of shape {out.shape}")
         if not np.can_cast(out.dtype, self.dtype, "same_kind"):
             raise TypeError(f"Tensor: in place, dtype {self.dtype} cannot take a result of dtype {out.dtype}")
-        raw = KINDS[type(self._data)].write(self._data, out._data)
-        if raw is not self._data:
+        raw = KINDS[type(self._held)].write(self._held, out._held)
+        if raw is not self._held:
             self._become(raw)
         return self
 
@@ -3260,9 +3260,9 @@ class Module:
         missing = [name for name in parameters if name not in arrays]
         if missing:
             raise _Mismatch(f"{which}{missing[0]!r} is not in the file")
-        new = {name: _conform(arrays[name], p._data, f"load: parameter {name!r}") for name, p in parameters.items()}
+        new = {name: _conform(arrays[name], p._held, f"load: parameter {name!r}") for name, p in parameters.items()}
         for name, p in parameters.items():
-            p._data = new[name]
+            p._held = new[name]
 
     def _by_name(self, who: str) -> dict[str, Value]:
         import zipfile
@@ -3480,7 +3480,7 @@ def _mse_rule(wanted, g, out, operands):
     return slope, wanted[1] and -slope
 
 
-_mse = primitive(lambda x, y: np.mean(np.square(x - y)), _mse_rule, name="mse", joint=True)
+_mse = primitive(lambda x, y: _mean(np.square(x - y)), _mse_rule, name="mse", joint=True)
 
 
 def mse_loss(prediction: Value, target: Any) -> Value:
@@ -3579,7 +3579,7 @@ class _State(dict):
         self.like, self.shape, self.dtype = p, p.shape, np.dtype(np.float32) if p.dtype == np.float16 else p.dtype
 
     def __missing__(self, name):
-        self[name] = np.zeros_like(self.like._data, self.dtype)
+        self[name] = np.zeros_like(self.like._held, self.dtype)
         return self[name]
 
 
@@ -3598,7 +3598,7 @@ class _Optimizer:
                 raise TypeError(f"params must be {expected}, got also a {_type_name(p)}")
             if p._prim is not None:
                 raise ValueError("params must be leaves; one of them is the result of an operation")
-            if _lazy(p._data):
+            if _lazy(p._held):
                 raise TypeError("params must be held in NumPy: optimizers work in place")
         if len(set(self.params)) < len(self.params):
             raise ValueError("params must name each parameter once")
@@ -3631,10 +3631,10 @@ class _Optimizer:
         arrays, scalars, numbers, usual, ndarray = [], [], [], True, np.ndarray
         if self._scalars:
             scalars = [p for p in self._scalars if p._grad is not None]
-            numbers = [x for p in scalars for x in (p._data, p._grad)]
+            numbers = [x for p in scalars for x in (p._held, p._grad)]
             usual = _SCALARS.issuperset(map(type, numbers))
         for p, state in self._arrays:
-            data, g = p._data, p._grad
+            data, g = p._held, p._grad
             if g is not None:
                 if not (type(data) is ndarray and data.shape == g.shape == state.shape and data.flags.writeable):
                     usual = False
@@ -3647,7 +3647,7 @@ class _Optimizer:
     def _check(self):
         """Raises if a parameter cannot be stepped."""
         for i, (p, shape) in enumerate(zip(self.params, self._shapes)):
-            data, grad = p._data, p._grad
+            data, grad = p._held, p._grad
             if grad is None:
                 continue
             which = f"step: parameter {i} ({p.label!r})" if p.label else f"step: parameter {i}"
@@ -3663,13 +3663,13 @@ class _Optimizer:
     def _step_or_stay(self, *live: list):
         """`_step`; if it fails, all is as it was before."""
         states = [state for _, state in self._arrays] + [self._scalar_state]
-        data = [_owned(p._data) for p in self.params]
+        data = [_owned(p._held) for p in self.params]
         kept = [{name: _owned(x) for name, x in state.items()} for state in states]
         try:
             self._step(*live)
         except BaseException:
             for p, x in zip(self.params, data):
-                p._data = KINDS[type(x)].write(p._data, x) if p.ndim else x
+                p._held = KINDS[type(x)].write(p._held, x) if p.ndim else x
             for state, x in zip(states, kept):
                 state.clear()
                 state.update(x)
@@ -3696,7 +3696,7 @@ class _Optimizer:
         for name, x in state.items():
             every[name][places] = x
         for p, x in zip(scalars, data.tolist()):
-            p._data = x if type(p._data) is float else p._data.dtype.type(x)
+            p._held = x if type(p._held) is float else p._held.dtype.type(x)
 
     def __repr__(self):
         options = ", ".join(f"{name}={x}" for name, x in vars(self).items() if name[0] != "_" and name != "params")
@@ -5080,8 +5080,8 @@ def _reduced(prim: Primitive, x: _Buffer, state: dict, axis=None, keepdims=False
 #     >>> a, b = Value(2.0, label="a"), Value(3.0, label="b")
 #     >>> print(optimize(a * b + a**2).source.partition("\n\n")[0])
 #     def forward():
-#         x0 = i8._data
-#         x1 = i9._data
+#         x0 = i8._held
+#         x1 = i9._held
 #         t0 = x0 * x1
 #         t1 = x0 * x0
 #         t2 = t0 + t1
@@ -5127,7 +5127,7 @@ def _regular(node):
     if prim in _AS_THEY_ARE or not prim.builtin:
         return prim in _AS_THEY_ARE
     for i, x in enumerate(node._args):
-        sort = _sort(x._data if isinstance(x, Array) else x)
+        sort = _sort(x._held if isinstance(x, Array) else x)
         if sort is bool:
             if i not in _MASKS.get(prim, ()):
                 return False
@@ -5137,7 +5137,7 @@ def _regular(node):
             if dtype not in (None, sort):
                 return False
             dtype = sort
-    out = _sort(node._data)
+    out = _sort(node._held)
     if out is bool:
         return prim.vjps[0] is None or prim in _VIEWS
     if out is float:
@@ -5147,7 +5147,7 @@ def _regular(node):
 
 def _twin(node, prim, args, params=_NO_PARAMS):
     """A node with the data of another."""
-    new = _node(node._data, prim, args, params)
+    new = _node(node._held, prim, args, params)
     new.label = node.label
     return new
 
@@ -5271,7 +5271,7 @@ def _permutation(node):
 
 def fold_constants(node: Value):
     """Computes what depends on constants only: x * (2 * 3) -> x * 6. Leaves and Tensors are variables."""
-    return node if any([isinstance(x, Array) for x in node._args]) else node._data
+    return node if any([isinstance(x, Array) for x in node._args]) else node._held
 
 
 def _simpler_add(node, x, y):
@@ -5467,7 +5467,7 @@ class _Batch:
             return x
         if x not in self.new:
             number, place = self.places[x]
-            part, kind = self.stacks[number][place], type(x._data)
+            part, kind = self.stacks[number][place], type(x._held)
             part = _as_dtype(part, float) if kind in _WEAK_TYPES else part
             self.new[x] = np.not_equal(part, 0.0) if kind is bool else part
         return self.new[x]
@@ -5555,7 +5555,7 @@ class _Batch:
         rows, the dot products are a matrix product."""
         node, layout = nodes[0], (len(nodes),)
         end, zero = 2 * node._params["products"], _starts_at_zero(node)
-        dtype = np.float64 if type(node._data) is float else node.dtype
+        dtype = np.float64 if type(node._held) is float else node.dtype
 
         def block(rows):
             stack = self.gather([x for row in rows for x in row], (len(rows), len(rows[0])), dtype)
@@ -5692,7 +5692,7 @@ def fuse(roots: Sequence, smallest: int = 1, products: bool = True) -> list:
 
     def plain(x):
         part = x._prim is not None and x._prim.elementwise and (not x._params or x._prim is _as_dtype)
-        return part and type(x._data) is np.ndarray and x._data.size >= smallest and _regular(x)
+        return part and type(x._held) is np.ndarray and x._held.size >= smallest and _regular(x)
 
     def fits(x, node):
         return x.shape == node.shape and plain(node) and (plain(x) or (products and _is(x, _PRODUCT)))
@@ -5816,7 +5816,7 @@ def _number_form(low, node):
     if not params and np.ndarray not in kinds:
         if prim.forward in _INFIX:
             return _INFIX[prim.forward]
-        f = prim.forward if prim.ufunc and isinstance(node._data, np.generic) else None
+        f = prim.forward if prim.ufunc and isinstance(node._held, np.generic) else None
         f = prim.scalar if kinds == {float} and prim.scalar else f
         return f and f"{low.function(f)}({{all}})"
     if prim is _as_dtype:
@@ -5868,8 +5868,8 @@ def _scatter_form(low, node, a, *parts, shape, index):
 
 
 def _pack_form(low, node, *numbers, dtype):
-    if _are_leaves(numbers) and type(numbers[0]._data) is float:
-        return f"{{out}}[:] = [x._data for x in {low.bind('c', numbers)}]"  # their data is read here, not as inputs
+    if _are_leaves(numbers) and type(numbers[0]._held) is float:
+        return f"{{out}}[:] = [x._held for x in {low.bind('c', numbers)}]"  # their data is read here, not as inputs
     return "{out}[:] = {all}"
 
 
@@ -5956,7 +5956,7 @@ class _Lowering:
         if len(sections) > 2:
             last.update((x, math.inf) for x in sections[0] if last[x] >= len(sections[0]))
         for node in reversed(nodes):
-            if type(node._data) is np.ndarray and "{out}" not in (self.forms[node] or ""):
+            if type(node._held) is np.ndarray and "{out}" not in (self.forms[node] or ""):
                 for x in node._args:
                     if isinstance(x, Value):
                         last[x] = max(last[x], last[node])
@@ -6033,7 +6033,7 @@ class _Lowering:
         prim, params = node._prim, node._params
         if prim is None or not _regular(node):
             return None
-        if type(node._data) is not np.ndarray:
+        if type(node._held) is not np.ndarray:
             return _number_form(self, node)
         if prim in _VIEWS and (not hasattr(_raw(node._args[0]), "dtype") or len(node._args) > 1):
             return None
@@ -6065,7 +6065,7 @@ class _Lowering:
     def viewed(self, node):
         """Whether it is a view of what is always the same array: made now, it costs nothing in a run."""
         base = self.fixed.get(self.name(node._args[0]))
-        if base is None or "{out}" in self.forms[node] or type(node._data) is not np.ndarray:
+        if base is None or "{out}" in self.forms[node] or type(node._held) is not np.ndarray:
             return False
         view = node._prim.forward(base, **node._params)
         if np.may_share_memory(view, base):
@@ -6082,7 +6082,7 @@ class _Lowering:
             call = f"_evaluate({self.bind('f', prim)}, ({names}), {self.bind('c', params)})"
         else:
             call = f"{self.bind('f', functools.partial(prim.forward, **params))}({names})"
-        if type(node._data) is np.ndarray and (prim is _getitem or not prim.builtin):  # its shape may be another
+        if type(node._held) is np.ndarray and (prim is _getitem or not prim.builtin):  # its shape may be another
             return f"_as_before({call}, {node.shape}, {self.bind('c', node.dtype)})"
         return call
 
@@ -6094,22 +6094,22 @@ class _Lowering:
             for i, (g, own) in enumerate(zip(gradients, owners)):
                 name = names[i]
                 if not _alike(g, own[0]):  # the numbers of a pack
-                    names[i] = f"*{name}.tolist()" if type(own[0]._data) is float else f"*{name}"
-                elif type(g._data) is np.ndarray and (name not in self.outputs or name in handed):
+                    names[i] = f"*{name}.tolist()" if type(own[0]._held) is float else f"*{name}"
+                elif type(g._held) is np.ndarray and (name not in self.outputs or name in handed):
                     names[i] = f"np.array({name})"  # a leaf owns its gradient
                 handed.add(name)
             tails.append(f"return [{', '.join(names)}]")
         saved = "".join(f"{name}, " for name in self.saved)
         results = [self.name(root) for root in self.roots]
-        results = [f"np.array({x})" if type(r._data) is np.ndarray else x for x, r in zip(results, self.roots)]
+        results = [f"np.array({x})" if type(r._held) is np.ndarray else x for x, r in zip(results, self.roots)]
         head = []
         for name, x in self.inputs.items():
             source = self.bind("i", x)
-            head.append(f"{name} = {source}._data")
-            if type(x._data) is np.ndarray:
+            head.append(f"{name} = {source}._held")
+            if type(x._held) is np.ndarray:
                 wrong = f"type({name}) is not _array or {name}.shape != {x.shape}"
                 head.append(f"if {wrong}: {name} = _checked({source}, {x.shape})")
-            elif isinstance(x._data, np.generic):
+            elif isinstance(x._held, np.generic):
                 head.append(f"if {name}.shape != (): _checked({source}, ())")
         bodies = {"forward()": [*head, *self.lines[0], f"return [{', '.join(results)}], ({saved})"]}
         for i, ((seeds, *_), lines, tail) in enumerate(zip(self.sweeps, self.lines[1:], tails)):
@@ -6147,7 +6147,7 @@ def _checked(x, shape):
             f"optimize: {type(x).__name__}{label} had shape {shape} when the graph was optimized, and now has "
             f"{x.shape}; build and optimize the graph anew for another shape"
         )
-    raw = _public(x._data)
+    raw = _public(x._held)
     if type(raw) is not np.ndarray:
         raise _Resized
     return raw
@@ -6197,7 +6197,7 @@ def _as_nodes(graph):
 
 def _are_leaves(xs):
     """Whether they are leaves and Tensors, and numbers of one type."""
-    kinds = {type(x._data) if isinstance(x, Tensor) or getattr(x, "_args", None) == () else None for x in xs}
+    kinds = {type(x._held) if isinstance(x, Tensor) or getattr(x, "_args", None) == () else None for x in xs}
     return len(kinds) == 1 and None not in kinds
 
 
@@ -6233,16 +6233,16 @@ class _Program:
             nodes = _oldest_first(self.traced)
             for node in nodes:
                 for x in (node, *node._args):
-                    if isinstance(x, Array) and type(x._data) is Chunked:
-                        x._data = x._data.expose()  # the passes look at arrays
-            self.foreign = self.replays = any([_lazy(node._data) for node in nodes])
+                    if isinstance(x, Array) and type(x._held) is Chunked:
+                        x._held = x._held.expose()  # the passes look at arrays
+            self.foreign = self.replays = any([_lazy(node._held) for node in nodes])
             graph = batch(flatten(_pass(fold_constants, merge_common(swept=False))(self.traced)))
             self.graph = _as_nodes(_pass(simplify, merge_common(swept=False))(graph))
         self.leaves = [node for node in nodes if node._prim is None]
         reach = _reach(self.traced, nodes)
         self.reach = {x: reach[x] for x in self.leaves}
         self.nodes = []  # the Values that show the results, and which
-        self.show([_owned(root._data) for root in roots])
+        self.show([_owned(root._held) for root in roots])
         self.hub = lambda: None  # and the node that they are made of
         self.saved = None  # what backward needs of the last forward
         first = next((i for i, root in enumerate(self.graph) if root._needs), 0)
@@ -6250,7 +6250,7 @@ class _Program:
         self.guess = True
         self.code = self.compiled(self.graph)
         for node in {*nodes, *_oldest_first(self.graph)}.difference(self.leaves):
-            node._data = None
+            node._held = None
 
     def compiled(self, graph):
         """The code for the sweeps; None if there is to be none."""
@@ -6276,7 +6276,7 @@ class _Program:
     def swept(self, graph, which):
         """A sweep as a graph: the seeds, the gradients, and whose they are: a leaf's, or those of numbers in a pack."""
         packs = {x for x in _oldest_first(graph) if x._prim is _pack and _are_leaves(x._args)}
-        reached, seeds = self.leaves_of(which), {i: _leaf(_filled_like(graph[i]._data, 1)) for i in which}
+        reached, seeds = self.leaves_of(which), {i: _leaf(_filled_like(graph[i]._held, 1)) for i in which}
         gradients, owners = [], []
         for x, g in _backpropagate(_joined(graph), _Parts(seeds), packs, False, True).items():
             leaves = x._args if x in packs else (x,)
@@ -6312,7 +6312,7 @@ class _Program:
         for node in _oldest_first(graph):
             if node._prim is not None:
                 _recompute(node)
-        return [_owned(root._data) for root in graph], graph
+        return [_owned(root._held) for root in graph], graph
 
     def forward(self):
         """Computes the roots from the current data of leaves and Tensors."""
@@ -6326,7 +6326,7 @@ class _Program:
         self.results = results
         for ref, index in self.nodes:
             if (node := ref()) is not None:
-                node._data = results[index]
+                node._held = results[index]
 
     def backward(self, which, seeds):
         """Pairs of leaf and gradient, to be added up, for the seeds of those roots. Results do not change."""
@@ -6348,7 +6348,7 @@ class _Program:
             self.saved = None
             found = _at_home(_backpropagate(_joined(saved), _Parts(zip(which, seeds)), retain=False), saved[which[0]])
             if self.foreign:  # the root may be computed by now
-                self.show([root._data for root in saved])
+                self.show([root._held for root in saved])
             reached = self.leaves_of(which)
             return [(x, _owned(g)) for x, g in found.items() if x in reached]
 
@@ -6400,7 +6400,7 @@ class _Hub(Value):
     __slots__ = ()
 
     def __reduce__(self):
-        return _Program.node, (self._data,)
+        return _Program.node, (self._held,)
 
 
 class _AsTheyAre(Kind):
@@ -6436,7 +6436,7 @@ for _prim in (_join, _dot, _pack, _fused, _program, _root):
 def _pictured(node, args):
     """A node as it is drawn: numbers that were packed are one leaf, and a fused chain is called by its formula."""
     if node._prim is _pack:
-        leaf = _leaf(node._data)
+        leaf = _leaf(node._held)
         leaf.label = f"{node.size} numbers"
         return leaf
     if node._prim is not _fused:
@@ -6481,7 +6481,7 @@ class Optimized(Value):
 
     def __copy__(self):
         twin = _optimized(*self._params.values(), None if self._grad is None else _owned(self._grad), self.label)
-        twin._data = _owned(self._data)
+        twin._held = _owned(self._held)
         return twin
 
     def __reduce__(self):
