@@ -756,6 +756,8 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         raw.append(x)
     if result is None:
         kinds = [KINDS[type(x)] for x in operands]
+        if None in kinds:
+            operands = tuple([_constant(x, prim.name) for x in operands])
         if any([kind is not None and kind.rank > NUMPY.rank for kind in kinds]):
             return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
@@ -1687,6 +1689,8 @@ def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Calla
     seeds: maps the raw output to the gradients that the backward sweeps start from.
     On a Value, or inside another gradient function, the gradients are Values again, to be differentiated further.
     """
+    if not callable(f):
+        raise TypeError(f"expected a function to differentiate, got {f!r}")
     numbers = tuple(argnums) if isinstance(argnums, (tuple, list)) else (argnums,)
     if not all(isinstance(i, (int, np.integer)) for i in numbers):
         raise TypeError(f"argnums: expected an integer or a tuple of integers, got {argnums!r}")
