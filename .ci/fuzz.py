@@ -1505,6 +1505,8 @@ def total_of(program, seed, xp):
 
     def total(raws):
         run = run_model(program, raws, wide=True, xp=xp)
+        if isinstance(run.error, ValueError):
+            raise Aside("kink")  # a step to the side selects other elements
         if run.error:
             raise run.error
         with computing(True, xp):
