@@ -3387,26 +3387,26 @@ class _Affine(Module):
         self._function = function
 
     def __call__(self, x: Any) -> Value:
-        x, f = self._input(x), self._function
-        w, b = self.w, self.b
-        if b.ndim and (f is None or (isinstance(f, Primitive) and f.builtin and f.reads == "out")):
-            if math.prod(x.shape[:-1]) * w.shape[1] < HOOK.limit:
+        w, b, f = self.w, self.b, self._function
+        x, (nin, *nout) = self._input(x), w.shape
+        shape = x.shape
+        if len(shape) not in (1, 2) or shape[-1] != nin:
+            raise ValueError(f"input: expected width {nin}, shape ({nin},) or (n, {nin}); got shape {shape}")
+        if nout and (f is None or (isinstance(f, Primitive) and f.builtin and f.reads == "out")):
+            if math.prod(shape[:-1]) * nout[0] < HOOK.limit:
                 return _apply(_dense, (x, w, b), {"activation": f})
         out = x @ w + b
         return f(out) if f else out
 
     def _input(self, x):
         """One sample (nin,) or a batch (n, nin); a list of numbers and Values becomes one sample."""
-        w = self.w
+        if isinstance(x, (Array, np.ndarray)) or _lazy(x):
+            return x
+        dtype = self.w.dtype
         if isinstance(x, (list, tuple)) and any(isinstance(i, Array) for i in x):
             x = np.stack([i if isinstance(i, Value) else Value(i) for i in x])
-            x = x if x.dtype == w.dtype else x.astype(w.dtype)
-        elif not isinstance(x, (Array, np.ndarray)) and not _lazy(x):
-            x = _as_raw(x, w.dtype, "input")
-        shape, nin = x.shape, w.shape[0]
-        if len(shape) not in (1, 2) or shape[-1] != nin:
-            raise ValueError(f"input: expected width {nin}, shape ({nin},) or (n, {nin}); got shape {shape}")
-        return x
+            return x if x.dtype == dtype else x.astype(dtype)
+        return _as_raw(x, dtype, "input")
 
     def __repr__(self):
         return f"{type(self).__name__}({', '.join(map(str, self.w.shape))}, activation={self.activation!r})"
