@@ -2782,6 +2782,10 @@ def _einsum_i(i, g, out, operands, subscripts):
 
 
 def _diagonal_of(x, subscripts):
+    lengths: dict = {}
+    for letter, n in zip(subscripts, x.shape):
+        if lengths.setdefault(letter, n) != n:  # NumPy may read beyond an empty array
+            raise ValueError(f"einsum: {letter!r} names axes of different lengths in shape {x.shape}")
     return np.einsum(subscripts, x)
 
 

@@ -164,7 +164,14 @@ def compute(function, xs: list, call, typed=True, plain=0):
     )
     if not any(isinstance(x, Model) for x in xs):
         return call(_alias(function), xs)  # of picograd's functions, too, results are plain where all operands are
-    return wrap(call(_alias(function), lift(xs, typed, plain)), weak)
+    lifted = lift(xs, typed, plain)
+    out = call(_alias(function), lifted)
+    if weak and getattr(out, "dtype", None) in (
+        np.float16,
+        np.float32,
+    ):  # of masks: weak numbers are in double precision
+        out = call(_alias(function), [np.float64(x) for x in lifted])
+    return wrap(out, weak)
 
 
 def _alias(function):
