@@ -2139,6 +2139,17 @@ def _mean(a, axis=None, keepdims=False):
     return np.mean(a, axis=axis, keepdims=keepdims)
 
 
+def _deviation(function):
+    """`np.var` or `np.std`; of float16 in single precision, where NumPy's own sums overflow."""
+
+    def forward(a, axis=None, ddof=0, keepdims=False):
+        if type(a) is not np.ndarray or a.dtype != np.float16:
+            return function(a, axis=axis, ddof=ddof, keepdims=keepdims)
+        return function(a.astype(np.float32), axis=axis, ddof=ddof, keepdims=keepdims).astype(np.float16)
+
+    return forward
+
+
 def _unreduce(g, a, axis, keepdims):
     """Gives back to a reduced array, as length 1, the axes that the reduction dropped."""
     return g if keepdims or axis is None or axis == () or not np.ndim(a) else np.expand_dims(g, axis)
@@ -2282,8 +2293,8 @@ TABLE[np.mean] = primitive(
     name="mean",
 )
 primitive(np.prod, _prod_a)
-primitive(np.var, _var_a)
-primitive(np.std, _std_a)
+TABLE[np.var] = primitive(_deviation(np.var), _var_a, name="var")
+TABLE[np.std] = primitive(_deviation(np.std), _std_a, name="std")
 TABLE[np.amax] = primitive(np.max, _extremum_a)
 TABLE[np.amin] = primitive(np.min, _extremum_a)
 primitive(np.cumsum, _along_one(lambda g, a, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis)))

@@ -174,8 +174,16 @@ def compute(function, xs: list, call, typed=True, plain=0):
     return wrap(out, weak)
 
 
+def deviation(function, a, *args, **kwargs):
+    if getattr(a, "dtype", None) != np.float16:
+        return function(a, *args, **kwargs)
+    return function(a.astype(np.float32), *args, **kwargs).astype(np.float16)
+
+
 def _alias(function):
-    """autograd's twin of a function of NumPy's, in wide mode."""
+    """autograd's twin of a function of NumPy's, in wide mode; var and std without NumPy's overflow of float16."""
+    if mode.xp is np and function in (np.var, np.std):
+        return functools.partial(deviation, function)
     if mode.xp is np or isinstance(function, str):
         return function
     name = getattr(function, "__name__", "")
