@@ -427,10 +427,12 @@ class _Weak(Kind):
 
     def evaluate(self, prim, raw, params):
         if prim.scalar is not None and not params and all([type(x) is float for x in raw]):
-            try:
-                return prim.scalar(*raw)
-            except (ArithmeticError, ValueError):
-                pass
+            with contextlib.suppress(ArithmeticError, ValueError):
+                out = prim.scalar(*raw)
+                if prim.builtin:
+                    return out
+                if isinstance(out, _NUMBERS):
+                    return _number(out)
         raw = [self.hand_out(x) for x in raw]
         out = prim.forward(*raw, **params)
         if not prim.builtin:
@@ -1035,15 +1037,23 @@ def _each(f: Callable, x):
     return type(x)(items) if type(x) in (list, tuple) else type(x)(*items)
 
 
+# Functions that write to an argument, or take whole numbers for something else than operands.
+_AS_GIVEN = set("at reduceat ldexp copyto put putmask place put_along_axis fill_diagonal".split())
+
+
 def _on_arrays(function, args, kwargs):
     """Calls a function of NumPy on the arrays of Tensors, however nested, and wraps what comes out; dtypes are settled
     as for a primitive, but for integers, which may be indices, and masks: these only where a ufunc computes."""
+    names, called = _argument_names(function), {function.__name__, getattr(function, "__self__", function).__name__}
+    if "out" in names[: len(args)]:
+        place = names.index("out")
+        args, kwargs = args[:place], dict(zip(names[place:], args[place:])) | kwargs
     operands = _members(*args)
     held = [x for x in operands if isinstance(x, Tensor)]
     weak = all([type(_raw(x)) in _WEAK_TYPES for x in operands if isinstance(x, (Tensor, np.ndarray))])
     floats = [x.dtype for x in held if type(x._held) not in _WEAK_TYPES and x.dtype.kind == "f"]
     settled = "fiub" if isinstance(getattr(function, "__self__", function), np.ufunc) else "f"
-    settled = "" if getattr(function, "__name__", "") in ("at", "reduceat") or not floats else settled
+    settled = settled if floats and not called & _AS_GIVEN else ""
     lazy = [_raw(x) for x in (*operands, *kwargs.values()) if isinstance(x, Array) and _lazy(x)]
 
     def bare(x):
@@ -1051,7 +1061,7 @@ def _on_arrays(function, args, kwargs):
         strong = type(raw) is np.ndarray and raw.dtype.kind in settled
         if strong and not (isinstance(x, Tensor) and raw.dtype.kind == "f"):
             raw = raw.astype(np.result_type(*floats), copy=False)
-        return raw
+        return np.result_type(*floats).type(raw) if floats and "outer" in called and type(raw) is float else raw
 
     def wrapped(x):
         if getattr(getattr(x, "dtype", None), "kind", "O") not in "fiub":
@@ -1676,6 +1686,19 @@ def no_grad() -> Iterator[None]:
         _mode.recording = before
 
 
+@contextlib.contextmanager
+def _recording(tracing=False):
+    """The opposite of `no_grad`: a program is made, and goes on, as otherwise. While a graph is rewritten (`tracing`),
+    arrays are plain in this thread, and arithmetic on examples warns of nothing."""
+    before = _mode.recording, _mode.tracing
+    _mode.recording, _mode.tracing = True, tracing or _mode.tracing
+    try:
+        with np.errstate(all="ignore") if tracing else contextlib.nullcontext():
+            yield
+    finally:
+        _mode.recording, _mode.tracing = before
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Gradients
 #
@@ -1911,7 +1934,7 @@ _elementwise = functools.partial(primitive, elementwise=True)
 
 def _power_x(g, out, x, y):
     if not isinstance(y, (int, float)):
-        pole = (y == 0) & (np.abs(x) < np.finfo(np.result_type(_raw(out))).tiny)  # 0 * x**-1, which may be infinite
+        pole = (y == 0) & ~(np.abs(x) >= np.finfo(np.result_type(_raw(out))).tiny)  # 0 * x**-1, infinite or nan
         return g * np.where(pole, 0.0, y * np.where(pole, 1.0, x) ** (y - 1.0))
     slope = x ** (y - 1.0) if type(x) is float else _pow(x, y - 1.0)  # the usual x**2: no masks needed
     return g * (y * slope) if y else g * 0.0
@@ -2563,8 +2586,10 @@ def take(a, indices, axis=None):
     indices = _index_array(indices)
     if getattr(getattr(indices, "dtype", None), "kind", "i") == "b":
         raise TypeError("take: indices must be integers, got booleans")
+    weak = type(_raw(a)) in _WEAK_TYPES and not np.ndim(indices)
     a = ravel(a) if axis is None or not np.ndim(a) else a
-    return _along(a, axis or 0, indices)
+    taken = _along(a, axis or 0, indices)
+    return _as_dtype(taken, float) if weak else taken
 
 
 @composed(np.take_along_axis)
@@ -2612,18 +2637,21 @@ def _origins(function):
         known = np.flatnonzero(moved)
         return known, moved[known] - 1
 
-    kept = functools.lru_cache(32)(places)
+    kept: dict = {}
 
     def rule(*args, **params):
         g, _, a = args
         if _lazy(g):
             raise TypeError(f"{function.__name__}: no gradient flows back to an array of {type(_raw(g)).__module__}")
-        find, n = places, math.prod(np.shape(a))
-        if math.prod(np.shape(g)) < 1 << 16:  # few enough to be kept
-            with contextlib.suppress(TypeError):  # parameters that are no keys, such as an array
-                hash(tuple(params.values()))
-                find = kept
-        known, origins = find(np.shape(a), **params)
+        n, key = math.prod(np.shape(a)), (np.shape(a), repr(params))  # in which a truth is no number
+        found = kept.get(key) or places(np.shape(a), **params)
+        if math.prod(np.shape(g)) < 1 << 16 and not any(
+            [isinstance(x, np.ndarray) for x in _members(*params.values())]
+        ):
+            if len(kept) >= 32:
+                kept.clear()
+            kept[key] = found  # few enough, of parameters that are told apart by how they are written
+        known, origins = found
         return np.reshape(_scatter(np.ravel(g)[known], shape=(n,), index=(origins,)), np.shape(a))
 
     return rule
@@ -2742,7 +2770,7 @@ def dot(a, b):
 
 @composed(np.inner)
 def inner(a, b):
-    return dot(a, np.swapaxes(b, -1, -2) if np.ndim(b) > 1 else b)
+    return dot(a, np.swapaxes(b, -1, -2) if np.ndim(a) and np.ndim(b) > 1 else b)
 
 
 @composed(np.vdot)
@@ -2763,6 +2791,8 @@ def outer(a, b):
 
 @composed(np.kron)
 def kron(a, b):
+    if not (np.ndim(a) and np.ndim(b)):
+        return np.multiply(a, b)
     ndim = max(np.ndim(a), np.ndim(b))
     a, b = (np.reshape(x, (1,) * (ndim - np.ndim(x)) + np.shape(x)) for x in _together((a, b)))
     s, t = string.ascii_letters[:ndim], string.ascii_letters[ndim : 2 * ndim]
@@ -2881,8 +2911,9 @@ def _cofactors(a):
     with contextlib.suppress(np.linalg.LinAlgError), np.errstate(all="ignore"):
         inverse = np.linalg.inv(a)
         squares = (np.einsum("...ij,...ij->...", x, x) for x in (a, inverse))  # of Frobenius' norms
-        if not np.any(math.prod(squares) > 1 / np.finfo(inverse.dtype).eps):
-            return np.linalg.det(a)[..., None, None] * _t(inverse)
+        det = np.linalg.det(a)
+        if np.all((math.prod(squares) <= 1 / np.finfo(inverse.dtype).eps) & (np.abs(det) >= np.finfo(det.dtype).tiny)):
+            return det[..., None, None] * _t(inverse)
     finite = np.isfinite(a).all((-1, -2), keepdims=True)
     u, s, v = np.linalg.svd(np.where(finite, a, np.zeros_like(a)))
     sign = np.sign(np.linalg.det(u) * np.linalg.det(v))[..., None, None]
@@ -2891,9 +2922,10 @@ def _cofactors(a):
 
 def _cofactors_a(g, out, a):
     x, n = np.positive(a) if isinstance(a, Value) else _leaf(a), np.shape(a)[-1]
-    rest = np.array([[j for j in range(n) if j != i] for i in range(n)], int).reshape(n, -1)
-    minors = x[..., rest[:, None, :, None], rest[:, None, :]]
-    cofactors = np.linalg.det(minors) * (-1.0) ** np.add.outer(range(n), range(n))
+    rest = np.array([[j for j in range(n) if j != i] for i in range(n)], int).reshape(n, max(n - 1, 0))
+    with _recording():
+        minors = x[..., rest[:, None, :, None], rest[:, None, :]]
+        cofactors = np.linalg.det(minors) * (-1.0) ** np.add.outer(range(n), range(n))
     return _backpropagate(cofactors, g, {x}, False, isinstance(a, Value))[x]
 
 
@@ -3112,8 +3144,17 @@ def _in_place_operator(prim: Primitive):
 _LITTLE = 1 << 12  # elements up to which an array in between costs nothing
 
 
-def _method(function):
+def _method(function, numpys):
+    """A method; arguments that NumPy has in another order, or under names that are not the table's, it sorts out."""
+    params, direct = set(getattr(function, "params", ())), math.inf
+    if isinstance(function, Primitive) and function.operands and TABLE.get(numpys) is function:
+        direct = len(function.operands) - 1
+        names = _argument_names(numpys)[direct + 1 :]
+        direct += sum(itertools.takewhile(bool, map(operator.eq, names, function.params)))
+
     def method(self, *args, **kwargs):
+        if len(args) > direct or (kwargs and direct < math.inf and not kwargs.keys() <= params):
+            return numpys(self, *args, **kwargs)
         return function(self, *args, **kwargs)
 
     return method
@@ -3129,7 +3170,7 @@ def _put_in(cls: type, name: str, method: Callable, like: str) -> None:
 
 
 def _add_method(name: str, function: Callable, like: str) -> None:
-    _put_in(Array, name, _method(function), like)
+    _put_in(Array, name, _method(function, getattr(np, like, None)), like)
     if getattr(function, "scalar", None) and len(function.vjps) == 1:
         _put_in(Value, name, _value_function(function), like)
 
@@ -5516,7 +5557,7 @@ class _Batch:
         # What is in no stack yet becomes one, in the order in which it is wanted here; a stack has either constants, or
         # what sends its gradients to the same roots: a zero from one to which others send none would make inf nan.
         loose = {k: x for k, x in zip(keys, xs) if k not in self.places}
-        kinds = {k: self.reach.get(x, 0) if isinstance(x, Array) else None for k, x in loose.items()}
+        kinds = {k: (self.reach.get(x, 0), _kind(x)) if isinstance(x, Array) else None for k, x in loose.items()}
         for kind in dict.fromkeys(kinds.values()):
             self.stack({k: x for k, x in loose.items() if kinds[k] == kind}, dtype)
         found, shape = [self.places[key] for key in keys], _shape(xs[0])
@@ -5821,6 +5862,7 @@ _OUT = ", out={out})"
 _INFIX = {np.add: "{0} + {1}", np.subtract: "{0} - {1}", np.multiply: "{0} * {1}", np.divide: "{0} / {1}"}
 _INFIX |= {np.greater: "{0} > {1}", np.less: "{0} < {1}", np.square: "{0} * {0}", np.negative: "-{0}"}
 _MAX_LINES = 30_000  # of a forward: compiling takes 0.2 ms a line with its gradient. Larger graphs are replayed.
+_MAX_SWEEPS = 4  # of a program, from different roots, that are compiled; others are done node by node
 
 
 def _number_form(low, node):
@@ -6095,7 +6137,10 @@ class _Lowering:
         """The forward of a primitive on whatever operands and parameters it has."""
         prim, params, names = node._prim, node._params, [self.name(x) for x in node._args]
         if not prim.builtin:  # code that is not ours may keep what it gets
-            names = [f"{name}.copy()" if name in self.fixed and name.startswith("b") else name for name in names]
+            names = [
+                f"{name}.copy()" if name[0] in "bt" and type(_raw(x)) is np.ndarray else name
+                for name, x in zip(names, node._args)
+            ]
         names = "".join([f"{name}, " for name in names])
         if prim.builtin:
             call = f"_evaluate({self.bind('f', prim)}, ({names}), {self.bind('c', params)})"
@@ -6175,19 +6220,6 @@ def _checked(x, shape):
 # --- programs ---
 
 
-@contextlib.contextmanager
-def _recording(tracing=False):
-    """The opposite of `no_grad`: a program is made, and goes on, as otherwise. While a graph is rewritten (`tracing`),
-    arrays are plain in this thread, and arithmetic on examples warns of nothing."""
-    before = _mode.recording, _mode.tracing
-    _mode.recording, _mode.tracing = True, tracing or _mode.tracing
-    try:
-        with np.errstate(all="ignore") if tracing else contextlib.nullcontext():
-            yield
-    finally:
-        _mode.recording, _mode.tracing = before
-
-
 _WHOLE: dict[Primitive, Callable] = {  # what is one operation to save time and memory, as several
     _dense: lambda x, w, b, activation=None: activation(x @ w + b) if activation else x @ w + b,
     _mse: lambda x, y: np.mean(np.square(np.subtract(x, y))),
@@ -6263,7 +6295,7 @@ class _Program:
         self.nodes = []  # the Values that show the results, and which
         self.show([_owned(root._held) for root in roots])
         self.hub = lambda: None  # and the node that they are made of
-        self.saved = None  # what backward needs of the last forward
+        self.saved = self.late = None  # what backward needs of the last forward: by code, and by eager mode
         first = next((i for i, root in enumerate(self.graph) if root._needs), 0)
         self.sweeps = [(first,)]  # the roots of each sweep that is compiled: at first a guess
         self.guess = True
@@ -6320,7 +6352,7 @@ class _Program:
                 raise
             except _Resized:
                 self.graph, self.code, self.replays = self.traced, None, True
-            except RuntimeWarning:  # where warnings are errors, only those of eager mode are
+            except (RuntimeWarning, FloatingPointError):  # where warnings are errors, only those of eager mode are
                 return self.replay(self.traced)
             except (ArithmeticError, ValueError):
                 pass
@@ -6336,7 +6368,7 @@ class _Program:
     def forward(self):
         """Computes the roots from the current data of leaves and Tensors."""
         with self.lock:
-            self.saved = None
+            self.saved = self.late = None
             results, self.saved = self.run()
             self.show(results)
         return self
@@ -6347,15 +6379,29 @@ class _Program:
             if (node := ref()) is not None:
                 node._held = results[index]
 
+    def compile_for(self, which):
+        """Makes code for the sweep from those roots, if there is none, and not too much for others."""
+        if which in self.sweeps or self.code is None or len(self.sweeps) >= _MAX_SWEEPS:
+            return
+        self.run()  # which says so if a shape has changed
+        self.saved, before = None, self.sweeps
+        self.sweeps = [which] if self.guess else [*before, which]
+        try:
+            self.code = self.compiled(_replayed(self.graph))
+        except BaseException:
+            self.sweeps = before
+            raise
+
     def backward(self, which, seeds):
         """Pairs of leaf and gradient, to be added up, for the seeds of those roots. Results do not change."""
         with self.lock:
-            if which not in self.sweeps and self.code is not None:
-                self.sweeps = [which] if self.guess else [*self.sweeps, which]
-                self.saved, self.code = None, self.compiled(_replayed(self.graph))
+            self.compile_for(which)
             self.guess = False
-            saved = self.run()[1] if self.saved is None else self.saved
-            self.saved = saved if len(self.sweeps) > 1 else None  # the only sweep uses buffers up
+            if self.code is None or which in self.sweeps:
+                saved = self.run()[1] if self.saved is None else self.saved
+                self.saved = saved if len(self.sweeps) > 1 or type(saved) is list else None  # one sweep uses buffers up
+            else:
+                saved = self.late = self.late or self.replay(self.graph)[1]
             if type(saved) is tuple:
                 if Chunked in map(type, seeds):
                     seeds = [g.expose() if type(g) is Chunked else g for g in seeds]
@@ -6363,8 +6409,7 @@ class _Program:
                 try:
                     return zip(leaves, sweep(saved, *seeds))
                 except (ArithmeticError, ValueError, RuntimeWarning, _Resized):
-                    saved = self.replay(self.traced)[1]
-            self.saved = None
+                    self.saved, saved = None, self.replay(self.traced)[1]
             found = _at_home(_backpropagate(_joined(saved), _Parts(zip(which, seeds)), retain=False), saved[which[0]])
             if self.foreign:  # the root may be computed by now
                 self.show([root._held for root in saved])
@@ -6410,7 +6455,10 @@ class _Program:
 
 
 def _retraced(roots):
-    return _Program([root.forward() for root in roots])
+    for node in _oldest_first(roots):
+        if node._prim is not None:
+            _recompute(node)
+    return _Program(roots)
 
 
 class _Hub(Value):
@@ -6477,7 +6525,8 @@ class Optimized(Value):
         return self._params["program"].source
 
     def forward(self) -> Value:
-        self._params["program"].forward()
+        program, index = self._params.values()
+        self._held = program.forward().results[index]
         return self
 
     def backward(self, gradient: Any = None, retain_grads: bool = True) -> None:
@@ -6500,6 +6549,7 @@ class Optimized(Value):
 
     def __copy__(self):
         twin = _optimized(*self._params.values(), None if self._grad is None else _owned(self._grad), self.label)
+        self._params["program"].nodes.pop()  # a copy has its own data
         twin._held = _owned(self._held)
         return twin
 

@@ -368,6 +368,39 @@ class TestArrays(Strict):
         if not CUT:
             set_distributed_config(**vars(picograd.DistributedConfig()))
 
+    def test_functions_that_write_to_an_argument_write_to_it(self):
+        t, buffer = Tensor([1.0, 2.0]), np.zeros(2)
+        np.copyto(buffer, t)
+        self.assertEqual(buffer.tolist(), [1.0, 2.0])
+        np.put(buffer, [0], Tensor([5.0]))
+        self.assertEqual(buffer.tolist(), [5.0, 2.0])
+        self.assertIs(np.cumsum(t, 0, None, buffer), buffer)
+        self.assertEqual(buffer.tolist(), [1.0, 3.0])
+        u = Tensor([0.0, 0.0])
+        self.assertIs(np.cumsum(t, 0, None, u), u)
+        self.assertEqual(np.ldexp(t, np.array([1, 2])).tolist(), [2.0, 8.0])
+        self.assertEqual(np.add.outer(Tensor(0.5), t).dtype, np.float32)
+
+    def test_methods_take_numpys_order_of_arguments(self):
+        x = np.arange(6.0).reshape(2, 3)
+        for f in (
+            lambda x: x.std(0, None, None, 1),
+            lambda x: x.max(0, None, True),
+            lambda x: x.mean(1, None, None, True),
+            lambda x: x.sum(0),
+            lambda x: x.var(ddof=1),
+        ):
+            for kind in (Value, Tensor):
+                np.testing.assert_allclose(np.asarray(f(kind(x)).data.data), f(x), rtol=1e-6)
+        self.assertEqual(Tensor(x).sum(dtype=float).item(), 15.0)
+
+    def test_scalar_forms_of_users_are_checked(self):
+        root = picograd.primitive(np.sqrt, lambda g, out, x: g / (2.0 * out), name="root", scalar=lambda x: x**0.5)
+        with np.errstate(invalid="ignore"):
+            self.assertTrue(math.isnan(root(Value(-1.0)).item()))
+        sine = picograd.primitive(lambda x: np.sin(x), lambda g, out, x: g, name="sine", scalar=np.sin)
+        self.assertEqual((sine(Value(1.0)) * Value([1.0])).dtype, np.float32)
+
     def test_functions_outside_the_table_settle_dtypes_alike(self):
         t, r = Tensor([1.0, 2.0]), np.array([0.1, 0.2])
         for out in (
@@ -1246,6 +1279,28 @@ class TestGradients(Strict):
 
 class TestCatalogue(Strict):
     """Room 5: every operation on awkward operands, and NumPy's functions on Values against NumPy."""
+
+    def test_what_was_kept_for_other_parameters_is_not_taken(self):
+        for index, slope in (((0, 1), [0.0, 0.0]), ((False, True), [1.0, 0.0]), ((0, 1), [0.0, 0.0])):
+            v = Value([3.0, 4.0])
+            np.delete(v, index).sum().backward()
+            self.assertEqual(v.grad.tolist(), slope)
+
+    def test_corners_of_products_and_determinants(self):
+        self.assertEqual(np.inner(Value(2.0), np.ones((2, 3))).shape, (2, 3))
+        v = Value(np.diag([1e-23, 1e-23]))
+        np.linalg.det(v).backward()
+        np.testing.assert_allclose(v.grad.data, np.diag([1e-23, 1e-23]), rtol=1e-6)
+        slopes = picograd.grad(np.linalg.det)(v := Value(np.eye(2))).sum()
+        with picograd.no_grad():
+            slopes.backward()
+        np.testing.assert_allclose(v.grad.data, [[1.0, -1.0], [-1.0, 1.0]])
+        self.assertEqual(picograd.hessian(np.linalg.det)(np.zeros((0, 0))).shape, (0, 0, 0, 0))
+        x, y = Value(math.nan), Value(0.0)
+        (x**y).backward()
+        self.assertEqual(x.grad.item(), 0.0)
+        for out in (np.kron(Value(2.0), 3.0), np.take(Value(2.0), 0)):  # of weak numbers alone
+            self.assertEqual((out * Value([1.0])).dtype, np.float32)
 
     def test_axes_and_indices_are_checked_as_numpy_does(self):
         m, v = Value(np.arange(4.0).reshape(2, 2)), Value(np.arange(3.0))
@@ -3849,6 +3904,70 @@ class TestOptimizer(Strict):
 
     def names(self, root):
         return sorted(node._prim.name for node in picograd._oldest_first([root]) if node._prim)
+
+    def test_a_sweep_that_cannot_be_compiled_leaves_the_others_alone(self):
+        w, c = Value(np.ones((2, 3))), Value(np.ones((3, 2)))
+        a, b = picograd.optimize((w * w).sum(), (w @ c).sum())
+        w.data = np.ones((2, 4))
+        with self.assertRaisesRegex(ValueError, "had shape"):
+            b.backward()
+        w.data = np.ones((2, 3))
+        b.forward().backward()
+        np.testing.assert_array_equal(c.grad.data, np.full((3, 2), 2.0))
+        a.forward().backward()
+        np.testing.assert_array_equal(w.grad.data, np.full((2, 3), 4.0))
+
+    def test_many_sets_of_roots_are_not_compiled_for_ever(self):
+        w = Value([0.5, 1.5])
+        losses = [(np.tanh(w * float(i)) * w).sum() for i in range(1, 31)]
+        roots = picograd.optimize(*losses)
+        rng = np.random.default_rng(0)
+        for _ in range(12):
+            chosen = rng.choice(30, 4, False)
+            w.grad = 0
+            sum(roots[i] for i in chosen).backward()
+            got, w.grad = w.grad.numpy(), 0
+            sum(losses[i] for i in chosen).backward()
+            np.testing.assert_allclose(got, w.grad.data, rtol=1e-5)
+        self.assertLessEqual(len(roots[0]._params["program"].sweeps), 4)
+
+    def test_packs_do_not_widen_what_others_take_from_them(self):
+        s, w = [Value(np.array(1.0)) for _ in range(20)], Value(1.0)
+        root = sum(np.tanh(u * w + w * u + 0.3) for u in s) + sum(np.exp(u) for u in s[:16])
+        program = picograd.optimize(root)
+        self.assertEqual((root.dtype, program.dtype, program.forward().dtype), (np.float32,) * 3)
+
+    def test_what_users_code_gets_is_not_overwritten_even_if_a_view(self):
+        kept = []
+
+        def keep(x):
+            kept.append(x)
+            return x * 1.0
+
+        for view in (np.flip, lambda x: np.einsum("ii->i", x), np.rot90, lambda x: np.diagonal(x)):
+            w = Value([[1.0, 2.0], [3.0, 4.0]])
+            program = picograd.optimize(picograd.primitive(keep, lambda g, out, x: g, name="keep")(view(np.sin(w))))
+            kept.clear()
+            program.forward()
+            was = kept[0].copy()
+            w.data = [[5.0, 6.0], [7.0, 8.0]]
+            program.forward()
+            np.testing.assert_array_equal(kept[0], was)
+
+    def test_a_copied_program_keeps_its_data(self):
+        w = Value([1.0, 2.0])
+        program = picograd.optimize(w * w)
+        best = copy.copy(program)
+        w.data = [3.0, 4.0]
+        program.forward()
+        self.assertEqual((best.data.tolist(), best.forward().data.tolist()), ([1.0, 4.0], [9.0, 16.0]))
+
+    def test_faults_that_eager_mode_has_not_raise_nothing(self):
+        v = [Value(1.0) for _ in range(20)]
+        program = picograd.optimize(sum(np.tanh(x * x) for x in v))
+        v[3].data = 1e200
+        with np.errstate(all="raise"):
+            self.assertAlmostEqual(program.forward().item(), 19 * math.tanh(1.0) + 1.0)
 
     def test_fold_constants(self):
         x, one = Value(3.0), Value(np.ones(2))
