@@ -284,7 +284,7 @@ def _power(x, y, out=None):
     if form is None or (y % 1.0 and not x.min(initial=0.0) > -np.inf):
         return np.power(x, y, out)
     if out is None or np.may_share_memory(x, out):
-        made = form(x, np.empty_like(x))
+        made = form(x, np.empty(x.shape, x.dtype) if 0 in x.strides else np.empty_like(x))
         return made if out is None else np.positive(made, out)
     return form(x, out)
 

@@ -944,6 +944,8 @@ REACHED |= {
     "weights of logsumexp",
     "matrix of cofactors",
     "dense layer",
+    "var",
+    "std",
     "power",
     "pad",
     "solve",
