@@ -403,9 +403,12 @@ class Kind:
         np.copyto(raw, _fetched(new), casting="same_kind")
         return raw
 
-    def target(self, raw) -> np.ndarray | None:
-        """The array to which an operation in place may write its result at once; None if there is none."""
-        return raw if type(raw) is np.ndarray else None
+    def update(self, prim: Primitive, raw, y) -> bool:
+        """In place: gives raw the result of a ufunc on it and a number, or raw value of its shape; whether it did."""
+        if type(raw) is not np.ndarray:
+            return False
+        prim.forward(raw, y if type(y) is float else _fetched(y), out=raw)
+        return True
 
     def rule(self, prim: Primitive, rule: Callable) -> Callable:
         """A rule, as it is to be called on operands or gradients of this kind."""
@@ -3067,13 +3070,12 @@ def _in_place_operator(prim: Primitive):
     def method(self, other):
         if isinstance(other, Value) or not _is_operand(other):
             return NotImplemented
-        x = KINDS[type(self._held)].target(self._held) if prim.ufunc and self.size > _LITTLE else None
-        if x is not None and x.dtype.kind == "f" and _harmless(np.geterr()):
+        x = self._held
+        if prim.ufunc and self.size > _LITTLE and x.dtype.kind == "f" and _harmless(np.geterr()):
             # Where nothing can fail half-way, without an array in between.
             y = float(other) if type(other) is int else _raw(other)
-            alike = getattr(y, "dtype", None) is x.dtype and y.shape == x.shape and not _lazy(y)
-            if alike or type(y) is float:
-                prim.forward(x, _fetched(y) if alike else y, out=x)
+            alike = type(y) is float or (getattr(y, "dtype", None) is x.dtype and y.shape == x.shape and not _lazy(y))
+            if alike and KINDS[type(x)].update(prim, x, y):
                 return self
         out = _apply(prim, (self, other), _NO_PARAMS)
         if not self.ndim and not out.ndim:
@@ -4726,7 +4728,7 @@ class _Buffer:
     """What an array holds: its data, or the step (prim, args, state of np.errstate) that computes them when somebody
     needs them, and which waits. Data change only once they were handed out, and then nothing waits to read them.
 
-    given: whether it was handed out. readers: what was to read it. holder: gives the array that holds it, if that is
+    given: how often it was handed out. readers: what was to read it. holder: gives the array that holds it, if that is
     there still. runs: how often it was computed without being kept.
 
     A finalizer, a signal's handler or another thread may come at any moment, and hand out or compute what is here.
@@ -4736,9 +4738,13 @@ class _Buffer:
 
     __slots__ = ("shape", "dtype", "array", "given", "step", "holder", "runs", "readers", "__weakref__")
 
-    def __init__(self, shape: tuple, dtype: np.dtype, step: tuple | None = None, array=None, given: bool = False):
+    def __init__(self, shape: tuple, dtype: np.dtype, step: tuple | None = None, array=None, given: int = 0):
         self.shape, self.dtype, self.step, self.array, self.given, self.runs = shape, dtype, step, array, given, 0
         self.readers, self.holder = weakref.WeakValueDictionary(), lambda: None  # by id
+
+    def blocks(self) -> float:
+        """How many blocks its data are."""
+        return math.prod(self.shape) * self.dtype.itemsize / _BLOCK_BYTES
 
     def pending(self, found: dict) -> dict[_Buffer, tuple]:
         """All that has to be computed for this beside what was found, operands first, with the steps."""
@@ -4764,9 +4770,9 @@ class _Buffer:
             raw = [x.array if type(x) is _Buffer else x for x in inputs]
             places = {id(x): i for i, x in enumerate([*inputs, *waiting])}
             steps = [(prim, [places[id(y)] for y in args], x.dtype) for x, (prim, args, _) in waiting.items()]
-            few = math.prod(self.shape) * self.dtype.itemsize <= _FEW_BLOCKS * _BLOCK_BYTES
+            alone = len(waiting) == 1 and not reduction and self.blocks() <= _FEW_BLOCKS
             with np.errstate(**(waiting[self][2] if waiting else {})):
-                if few and not reduction and len(waiting) == 1 and waiting[self][0].ufunc:
+                if alone and waiting[self][0].ufunc:
                     (prim, args, dtype), total = steps[0], None
                     arrays = [_memory.empty(self.shape, dtype, _shares())]
                     prim.forward(*[raw[i] for i in args], out=arrays[0])
@@ -4793,7 +4799,7 @@ class _Buffer:
         """The data, for somebody who may keep them and write to them."""
         self.force()
         with _chunk_lock:
-            self.given = True  # from now on it stays where it is
+            self.given += 1  # from now on it stays where it is
             array = self.array
         for reader in filter(None, [ref() for ref in self.readers.valuerefs()]):
             reader.force()  # if that fails, nobody gets the data, and all is as it was
@@ -4939,7 +4945,7 @@ class _InBlocks(Kind):
             known = prim.name in _REDUCTIONS and params.keys() <= {"axis", "keepdims", "ddof"}
             if known and type(raw[0]) is Chunked and raw[0].size:
                 x = raw[0].buffer
-                if x.step is not None or x.array.nbytes > 8 * _FEW_BLOCKS * _BLOCK_BYTES:  # else NumPy's one pass does
+                if x.blocks() * 8 ** len(x.pending({})) > 8 * _FEW_BLOCKS:  # else NumPy's passes do, of which we save few
                     return _reduced(prim, x, state, **params)
         return self.whole(prim, raw, params, forced or None)
 
@@ -4969,8 +4975,16 @@ class _InBlocks(Kind):
     def same(self, raw, x):
         return x is raw or (raw.buffer.given and x is raw.buffer.array)
 
-    def target(self, raw):
-        return raw.buffer.array if raw.buffer.given else None
+    def update(self, prim, raw, y):
+        """At once where it is handed out, and where it is small, for which it is handed out to us as long as we write."""
+        buffer = raw.buffer
+        ours = not buffer.given
+        if ours and (buffer.step is not None or buffer.blocks() > _FEW_BLOCKS):
+            return False
+        NUMPY.update(prim, buffer.hand_out(), y)
+        with _chunk_lock:
+            buffer.given -= ours
+        return True
 
     def write(self, raw, new):
         raw.assign(new)
@@ -4979,12 +4993,12 @@ class _InBlocks(Kind):
 
 class _BlocksHook(_Hook):
     """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed, if it
-    has more than four blocks: with less, what it takes to wait would be felt beside the arithmetic."""
+    has more than a block: with less, what it takes to wait would be felt beside the arithmetic."""
 
     def adopt(self, raw, choice, dtype=None, new=False):
         if type(raw) is Chunked:
             return raw if self.distributed(raw, choice) else raw.expose()
-        fits = type(raw) is np.ndarray and raw.nbytes > 4 * _BLOCK_BYTES and raw.flags.carray
+        fits = type(raw) is np.ndarray and raw.nbytes > _BLOCK_BYTES and raw.flags.carray
         if fits and self.distributed(raw, choice):
             found = Chunked(_Buffer(raw.shape, raw.dtype, array=raw, given=not new), choice is True)
             return found if dtype is None else Chunked(found.cast(dtype), choice is True)
