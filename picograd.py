@@ -740,7 +740,8 @@ def _evaluate(prim: Primitive, raw: Sequence, params: dict):
 
 def _apply(prim: Primitive, operands: tuple, params: dict):
     """Computes a primitive on any sort of operands: a node if one is a Value, a Tensor if one is, else a raw result."""
-    result, floats, plain, dtype, limit, ndarray, raw = None, True, True, None, HOOK.limit, np.ndarray, []
+    result, floats, plain, large, dtype, limit, raw = None, True, True, False, None, HOOK.limit, []
+    ndarray = np.ndarray
     for x in operands:
         if isinstance(x, Value):
             result, x = Value, x._held
@@ -751,7 +752,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
             if own is not dtype:
                 plain, dtype = plain and dtype is None, own
             if x.size >= limit:
-                plain = False
+                plain, large = False, True
         elif type(x) is not float:
             floats = plain = False
         elif not prim.ufunc:
@@ -772,9 +773,9 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         constants = any([type(x) is not float and not isinstance(x, Array) for x in operands])
         if constants:
             operands = _lifted(prim, operands)
-        if constants or limit < math.inf:
+        if constants or large:
             for x in operands:
-                if isinstance(x, Array) and type(x._held) is np.ndarray and x._held.size >= limit:
+                if isinstance(x, Array) and type(x._held) is ndarray and x._held.size >= limit:
                     x._adopt()
             raw = [_raw(x) for x in operands]
         out = _evaluate(prim, raw, params)
@@ -3046,10 +3047,10 @@ def _tensor_operator(prim: Primitive, swapped=False):
         x, kind = self._held, type(other)
         if kind is Value:
             return NotImplemented
+        if kind is int and type(x) not in _WEAK_TYPES and x.dtype.kind == "f":
+            other, kind = float(other), float
         if type(x) is ndarray and x.size < HOOK.limit:
             # What `_apply` would do for small arrays, spelled out: there, its checks cost more than the arithmetic.
-            if kind is int and x.dtype.kind == "f":
-                other, kind = float(other), float
             y, alike = other, kind is float
             if kind is Tensor and other._choice is self._choice:
                 y = other._held
@@ -4377,7 +4378,8 @@ class _Job:
         """
         faults, spare, size = {}, collections.defaultdict(list), math.prod(self.extents)  # scratch memory by dtype
         last = {i: step for step, (_, operands, _) in enumerate(self.steps) for i in operands}
-        inputs = [np.broadcast_to(x, self.shape) if np.ndim(x) else x for x in self.inputs]
+        inputs = [np.broadcast_to(x, self.shape) if getattr(x, "shape", ()) else x for x in self.inputs]
+        arrays = [i for i, x in enumerate(inputs) if getattr(x, "shape", ())]
         state = {kind: "call" if how == "warn" else how for kind, how in self.state.items()}
 
         def met(kind, flag):
@@ -4385,7 +4387,9 @@ class _Job:
 
         with np.errstate(**state, call=met):
             for block in tasks:
-                values, scratch = [x[block] if np.ndim(x) else x for x in inputs], {}
+                values, scratch = inputs.copy(), {}
+                for i in arrays:
+                    values[i] = inputs[i][block]
                 shape = [s.stop - s.start for s in block]
                 for step, (prim, operands, dtype) in enumerate(self.steps):
                     place, args = len(values), [values[i] for i in operands]
@@ -4758,8 +4762,7 @@ class _Buffer:
 
     def compute(self, reduction: tuple | None = None):
         """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
-        kept, and some array still holds, is kept now: that is not computed a third time. A small operation alone is
-        done by NumPy in one go."""
+        kept, and some array still holds, is kept now: that is not computed a third time."""
         while True:
             waiting = self.pending({})
             if not waiting and not reduction:
@@ -4770,29 +4773,35 @@ class _Buffer:
             raw = [x.array if type(x) is _Buffer else x for x in inputs]
             places = {id(x): i for i, x in enumerate([*inputs, *waiting])}
             steps = [(prim, [places[id(y)] for y in args], x.dtype) for x, (prim, args, _) in waiting.items()]
-            alone = len(waiting) == 1 and not reduction and self.blocks() <= _FEW_BLOCKS
+            outputs = [places[id(x)] for x in kept]
             with np.errstate(**(waiting[self][2] if waiting else {})):
-                if alone and waiting[self][0].ufunc:
-                    (prim, args, dtype), total = steps[0], None
-                    arrays = [_memory.empty(self.shape, dtype, _shares())]
-                    prim.forward(*[raw[i] for i in args], out=arrays[0])
-                else:
-                    outputs = [places[id(x)] for x in kept]
-                    arrays, total = run_blocks(tuple(steps), raw, self.shape, outputs, reduction)
+                arrays, total = run_blocks(tuple(steps), raw, self.shape, outputs, reduction)
             if all([node.step is step for node, step in waiting.items()]):
                 break
         for node, array in zip(kept, arrays):
-            with _chunk_lock:
-                if node.step is waiting[node]:
-                    node.array, node.step = array, None
+            node.keep(waiting[node], array)
         for node in waiting:
             node.runs += 1
         return total
 
+    def keep(self, step: tuple, array: np.ndarray) -> None:
+        """Holds what the step gave, unless somebody else was first."""
+        with _chunk_lock:
+            if self.step is step:
+                self.array, self.step = array, None
+
     def force(self) -> np.ndarray:
-        """The data, for reading at once."""
-        while self.step is not None:
-            self.compute()
+        """The data, for reading at once. A small operation alone is done by NumPy in one go."""
+        while (step := self.step) is not None:
+            prim, args, state = step
+            alone = not any([type(x) is _Buffer and x.step is not None for x in args])
+            if alone and prim.ufunc and self.blocks() <= _FEW_BLOCKS:
+                array = _memory.empty(self.shape, self.dtype, _shares())
+                with np.errstate(**state):
+                    prim.forward(*[x.array if type(x) is _Buffer else x for x in args], out=array)
+                self.keep(step, array)
+            else:
+                self.compute()
         return self.array
 
     def hand_out(self) -> np.ndarray:
@@ -4945,7 +4954,7 @@ class _InBlocks(Kind):
             known = prim.name in _REDUCTIONS and params.keys() <= {"axis", "keepdims", "ddof"}
             if known and type(raw[0]) is Chunked and raw[0].size:
                 x = raw[0].buffer
-                if x.blocks() * 8 ** len(x.pending({})) > 8 * _FEW_BLOCKS:  # else NumPy's passes do, of which we save few
+                if x.blocks() * 8 ** len(x.pending({})) > 8 * _FEW_BLOCKS:  # else NumPy's few passes do
                     return _reduced(prim, x, state, **params)
         return self.whole(prim, raw, params, forced or None)
 
@@ -4956,9 +4965,10 @@ class _InBlocks(Kind):
             return _exposed(NUMPY.evaluate, (prim, raw, params), {})
         arrays = [x.force() if type(x) is Chunked else x for x in raw]
         out = _memory.spend(NUMPY.evaluate, prim, arrays, params)
+        if type(out) is not np.ndarray:
+            return out
         views = [x.expose() for x in raw if type(x) is Chunked and np.may_share_memory(x.force(), out)]
-        new = type(out) is np.ndarray and out.flags.owndata and not views
-        return HOOK.adopt(out, choice, new=True) if new else out
+        return HOOK.adopt(out, choice, new=True) if out.flags.owndata and not views else out
 
     def hand_out(self, raw):
         return raw.expose()
@@ -4976,7 +4986,7 @@ class _InBlocks(Kind):
         return x is raw or (raw.buffer.given and x is raw.buffer.array)
 
     def update(self, prim, raw, y):
-        """At once where it is handed out, and where it is small, for which it is handed out to us as long as we write."""
+        """At once where it is handed out; and where it is small: that is handed out to us as long as we write."""
         buffer = raw.buffer
         ours = not buffer.given
         if ours and (buffer.step is not None or buffer.blocks() > _FEW_BLOCKS):
