@@ -663,7 +663,7 @@ def _harmless(state: dict) -> bool:
     """Whether no floating-point fault becomes an error or a call, by NumPy's errstate and the filters of warnings."""
     if not _QUIET.issuperset(state.values()):
         return False
-    return not any([how == "error" and issubclass(RuntimeWarning, kind) for how, _, kind, *_ in warnings.filters])
+    return not any([x[0] == "error" and issubclass(RuntimeWarning, x[2]) for x in warnings.filters])
 
 
 _QUIET = frozenset(("ignore", "warn"))
@@ -741,11 +741,13 @@ def _evaluate(prim: Primitive, raw: Sequence, params: dict):
 def _apply(prim: Primitive, operands: tuple, params: dict):
     """Computes a primitive on any sort of operands: a node if one is a Value, a Tensor if one is, else a raw result."""
     result, floats, plain, large, dtype, limit, raw = None, True, True, False, None, HOOK.limit, []
-    ndarray = np.ndarray
+    choice, ndarray = False, np.ndarray
     for x in operands:
         if isinstance(x, Value):
             result, x = Value, x._held
         elif isinstance(x, Tensor):
+            if choice is not True and x._choice is not False:
+                choice = x._choice
             result, x = result or Tensor, x._held
         if type(x) is ndarray:
             floats, own = False, x.dtype
@@ -781,8 +783,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         out = _evaluate(prim, raw, params)
     if result is Value:
         return _node(out, prim, operands, params)
-    choices = {x._choice for x in operands if isinstance(x, Tensor)}
-    return _wrap(out, next(choice for choice in (True, None, False) if choice in choices))
+    return _wrap(out, choice)
 
 
 class Array:
@@ -3072,7 +3073,7 @@ def _in_place_operator(prim: Primitive):
         if isinstance(other, Value) or not _is_operand(other):
             return NotImplemented
         x = self._held
-        if prim.ufunc and self.size > _LITTLE and x.dtype.kind == "f" and _harmless(np.geterr()):
+        if prim.ufunc and getattr(x, "size", 0) > _LITTLE and x.dtype.kind == "f" and _harmless(np.geterr()):
             # Where nothing can fail half-way, without an array in between.
             y = float(other) if type(other) is int else _raw(other)
             alike = type(y) is float or (getattr(y, "dtype", None) is x.dtype and y.shape == x.shape and not _lazy(y))
