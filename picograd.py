@@ -777,7 +777,7 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
             operands = _lifted(prim, operands)
         if constants or large:
             for x in operands:
-                if isinstance(x, Array) and type(x._held) is ndarray and x._held.size >= limit:
+                if large and isinstance(x, Array) and type(x._held) is ndarray:  # a small one stays as it is
                     x._adopt()
             raw = [_raw(x) for x in operands]
         out = _evaluate(prim, raw, params)
