@@ -403,9 +403,12 @@ class Kind:
         np.copyto(raw, _fetched(new), casting="same_kind")
         return raw
 
-    def target(self, raw) -> np.ndarray | None:
-        """The array to which an operation in place may write its result at once; None if there is none."""
-        return raw if type(raw) is np.ndarray else None
+    def update(self, prim: Primitive, raw, y) -> bool:
+        """In place: gives raw the result of a ufunc on it and a number, or raw value of its shape; whether it did."""
+        if type(raw) is not np.ndarray:
+            return False
+        prim.forward(raw, y if type(y) is float else _fetched(y), out=raw)
+        return True
 
     def rule(self, prim: Primitive, rule: Callable) -> Callable:
         """A rule, as it is to be called on operands or gradients of this kind."""
@@ -662,7 +665,7 @@ def _harmless(state: dict) -> bool:
     """Whether no floating-point fault becomes an error or a call, by NumPy's errstate and the filters of warnings."""
     if not _QUIET.issuperset(state.values()):
         return False
-    return not any([how == "error" and issubclass(RuntimeWarning, kind) for how, _, kind, *_ in warnings.filters])
+    return not any([x[0] == "error" and issubclass(RuntimeWarning, x[2]) for x in warnings.filters])
 
 
 _QUIET = frozenset(("ignore", "warn"))
@@ -739,18 +742,21 @@ def _evaluate(prim: Primitive, raw: Sequence, params: dict):
 
 def _apply(prim: Primitive, operands: tuple, params: dict):
     """Computes a primitive on any sort of operands: a node if one is a Value, a Tensor if one is, else a raw result."""
-    result, floats, plain, dtype, limit, ndarray, raw = None, True, True, None, HOOK.limit, np.ndarray, []
+    result, floats, plain, large, dtype, limit, raw = None, True, True, False, None, HOOK.limit, []
+    choice, ndarray = False, np.ndarray
     for x in operands:
         if isinstance(x, Value):
             result, x = Value, x._held
         elif isinstance(x, Tensor):
+            if choice is not True and x._choice is not False:
+                choice = x._choice
             result, x = result or Tensor, x._held
         if type(x) is ndarray:
             floats, own = False, x.dtype
             if own is not dtype:
                 plain, dtype = plain and dtype is None, own
             if x.size >= limit:
-                plain = False
+                plain, large = False, True
         elif type(x) is not float:
             floats = plain = False
         elif not prim.ufunc:
@@ -773,16 +779,15 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         constants = any([type(x) is not float and not isinstance(x, Array) for x in operands])
         if constants:
             operands = _lifted(prim, operands)
-        if constants or limit < math.inf:
+        if constants or large:
             for x in operands:
-                if isinstance(x, Array) and type(x._held) is np.ndarray and x._held.size >= limit:
+                if large and isinstance(x, Array) and type(x._held) is ndarray:  # a small one stays as it is
                     x._adopt()
             raw = [_raw(x) for x in operands]
         out = _evaluate(prim, raw, params)
     if result is Value:
         return _node(out, prim, operands, params)
-    choices = {x._choice for x in operands if isinstance(x, Tensor)}
-    return _wrap(out, next(choice for choice in (True, None, False) if choice in choices))
+    return _wrap(out, choice)
 
 
 class Array:
@@ -3094,10 +3099,10 @@ def _tensor_operator(prim: Primitive, swapped=False):
         x, kind = self._held, type(other)
         if kind is Value:
             return NotImplemented
+        if kind is int and type(x) not in _WEAK_TYPES and x.dtype.kind == "f":
+            other, kind = float(other), float
         if type(x) is ndarray and x.size < HOOK.limit:
             # What `_apply` would do for small arrays, spelled out: there, its checks cost more than the arithmetic.
-            if kind is int and x.dtype.kind == "f":
-                other, kind = float(other), float
             y, alike = other, kind is float
             if kind is Tensor and other._choice is self._choice:
                 y = other._held
@@ -3118,13 +3123,12 @@ def _in_place_operator(prim: Primitive):
     def method(self, other):
         if isinstance(other, Value) or not _is_operand(other):
             return NotImplemented
-        x = KINDS[type(self._held)].target(self._held) if prim.ufunc and self.size > _LITTLE else None
-        if x is not None and x.dtype.kind == "f" and _harmless(np.geterr()):
+        x = self._held
+        if prim.ufunc and getattr(x, "size", 0) > _LITTLE and x.dtype.kind == "f" and _harmless(np.geterr()):
             # Where nothing can fail half-way, without an array in between.
             y = float(other) if type(other) is int else _raw(other)
-            alike = getattr(y, "dtype", None) is x.dtype and y.shape == x.shape and not _lazy(y)
-            if alike or type(y) is float:
-                prim.forward(x, _fetched(y) if alike else y, out=x)
+            alike = type(y) is float or (getattr(y, "dtype", None) is x.dtype and y.shape == x.shape and not _lazy(y))
+            if alike and KINDS[type(x)].update(prim, x, y):
                 return self
         out = _apply(prim, (self, other), _NO_PARAMS)
         if not self.ndim and not out.ndim:
@@ -4435,7 +4439,8 @@ class _Job:
         """
         faults, spare, size = {}, collections.defaultdict(list), math.prod(self.extents)  # scratch memory by dtype
         last = {i: step for step, (_, operands, _) in enumerate(self.steps) for i in operands}
-        inputs = [np.broadcast_to(x, self.shape) if np.ndim(x) else x for x in self.inputs]
+        inputs = [np.broadcast_to(x, self.shape) if getattr(x, "shape", ()) else x for x in self.inputs]
+        arrays = [i for i, x in enumerate(inputs) if getattr(x, "shape", ())]
         state = {kind: "call" if how == "warn" else how for kind, how in self.state.items()}
 
         def met(kind, flag):
@@ -4443,7 +4448,9 @@ class _Job:
 
         with np.errstate(**state, call=met):
             for block in tasks:
-                values, scratch = [x[block] if np.ndim(x) else x for x in inputs], {}
+                values, scratch = inputs.copy(), {}
+                for i in arrays:
+                    values[i] = inputs[i][block]
                 shape = [s.stop - s.start for s in block]
                 for step, (prim, operands, dtype) in enumerate(self.steps):
                     place, args = len(values), [values[i] for i in operands]
@@ -4786,7 +4793,7 @@ class _Buffer:
     """What an array holds: its data, or the step (prim, args, state of np.errstate) that computes them when somebody
     needs them, and which waits. Data change only once they were handed out, and then nothing waits to read them.
 
-    given: whether it was handed out. readers: what was to read it. holder: gives the array that holds it, if that is
+    given: how often it was handed out. readers: what was to read it. holder: gives the array that holds it, if that is
     there still. runs: how often it was computed without being kept.
 
     A finalizer, a signal's handler or another thread may come at any moment, and hand out or compute what is here.
@@ -4796,9 +4803,13 @@ class _Buffer:
 
     __slots__ = ("shape", "dtype", "array", "given", "step", "holder", "runs", "readers", "__weakref__")
 
-    def __init__(self, shape: tuple, dtype: np.dtype, step: tuple | None = None, array=None, given: bool = False):
+    def __init__(self, shape: tuple, dtype: np.dtype, step: tuple | None = None, array=None, given: int = 0):
         self.shape, self.dtype, self.step, self.array, self.given, self.runs = shape, dtype, step, array, given, 0
         self.readers, self.holder = weakref.WeakValueDictionary(), lambda: None  # by id
+
+    def blocks(self) -> float:
+        """How many blocks its data are."""
+        return math.prod(self.shape) * self.dtype.itemsize / _BLOCK_BYTES
 
     def pending(self, found: dict) -> dict[_Buffer, tuple]:
         """All that has to be computed for this beside what was found, operands first, with the steps."""
@@ -4812,8 +4823,7 @@ class _Buffer:
 
     def compute(self, reduction: tuple | None = None):
         """Computes what waits for this in one pass, and the reduction of it. What was computed before without being
-        kept, and some array still holds, is kept now: that is not computed a third time. A small operation alone is
-        done by NumPy in one go."""
+        kept, and some array still holds, is kept now: that is not computed a third time."""
         while True:
             waiting = self.pending({})
             if not waiting and not reduction:
@@ -4824,36 +4834,42 @@ class _Buffer:
             raw = [x.array if type(x) is _Buffer else x for x in inputs]
             places = {id(x): i for i, x in enumerate([*inputs, *waiting])}
             steps = [(prim, [places[id(y)] for y in args], x.dtype) for x, (prim, args, _) in waiting.items()]
-            few = math.prod(self.shape) * self.dtype.itemsize <= _FEW_BLOCKS * _BLOCK_BYTES
+            outputs = [places[id(x)] for x in kept]
             with np.errstate(**(waiting[self][2] if waiting else {})):
-                if few and not reduction and len(waiting) == 1 and waiting[self][0].ufunc:
-                    (prim, args, dtype), total = steps[0], None
-                    arrays = [_memory.empty(self.shape, dtype, _shares())]
-                    prim.forward(*[raw[i] for i in args], out=arrays[0])
-                else:
-                    outputs = [places[id(x)] for x in kept]
-                    arrays, total = run_blocks(tuple(steps), raw, self.shape, outputs, reduction)
+                arrays, total = run_blocks(tuple(steps), raw, self.shape, outputs, reduction)
             if all([node.step is step for node, step in waiting.items()]):
                 break
         for node, array in zip(kept, arrays):
-            with _chunk_lock:
-                if node.step is waiting[node]:
-                    node.array, node.step = array, None
+            node.keep(waiting[node], array)
         for node in waiting:
             node.runs += 1
         return total
 
+    def keep(self, step: tuple, array: np.ndarray) -> None:
+        """Holds what the step gave, unless somebody else was first."""
+        with _chunk_lock:
+            if self.step is step:
+                self.array, self.step = array, None
+
     def force(self) -> np.ndarray:
-        """The data, for reading at once."""
-        while self.step is not None:
-            self.compute()
+        """The data, for reading at once. A small operation alone is done by NumPy in one go."""
+        while (step := self.step) is not None:
+            prim, args, state = step
+            alone = not any([type(x) is _Buffer and x.step is not None for x in args])
+            if alone and prim.ufunc and self.blocks() <= _FEW_BLOCKS:
+                array = _memory.empty(self.shape, self.dtype, _shares())
+                with np.errstate(**state):
+                    prim.forward(*[x.array if type(x) is _Buffer else x for x in args], out=array)
+                self.keep(step, array)
+            else:
+                self.compute()
         return self.array
 
     def hand_out(self) -> np.ndarray:
         """The data, for somebody who may keep them and write to them."""
         self.force()
         with _chunk_lock:
-            self.given = True  # from now on it stays where it is
+            self.given += 1  # from now on it stays where it is
             array = self.array
         for reader in filter(None, [ref() for ref in self.readers.valuerefs()]):
             reader.force()  # if that fails, nobody gets the data, and all is as it was
@@ -4999,7 +5015,7 @@ class _InBlocks(Kind):
             known = prim.name in _REDUCTIONS and params.keys() <= {"axis", "keepdims", "ddof"}
             if known and type(raw[0]) is Chunked and raw[0].size:
                 x = raw[0].buffer
-                if x.step is not None or x.array.nbytes > 8 * _FEW_BLOCKS * _BLOCK_BYTES:  # else NumPy's one pass does
+                if x.blocks() * 8 ** len(x.pending({})) > 8 * _FEW_BLOCKS:  # else NumPy's few passes do
                     return _reduced(prim, x, state, **params)
         return self.whole(prim, raw, params, forced or None)
 
@@ -5010,9 +5026,10 @@ class _InBlocks(Kind):
             return _exposed(NUMPY.evaluate, (prim, raw, params), {})
         arrays = [x.force() if type(x) is Chunked else x for x in raw]
         out = _memory.spend(NUMPY.evaluate, prim, arrays, params)
+        if type(out) is not np.ndarray:
+            return out
         views = [x.expose() for x in raw if type(x) is Chunked and np.may_share_memory(x.force(), out)]
-        new = type(out) is np.ndarray and out.flags.owndata and not views
-        return HOOK.adopt(out, choice, new=True) if new else out
+        return HOOK.adopt(out, choice, new=True) if out.flags.owndata and not views else out
 
     def hand_out(self, raw):
         return raw.expose()
@@ -5029,8 +5046,16 @@ class _InBlocks(Kind):
     def same(self, raw, x):
         return x is raw or (raw.buffer.given and x is raw.buffer.array)
 
-    def target(self, raw):
-        return raw.buffer.array if raw.buffer.given else None
+    def update(self, prim, raw, y):
+        """At once where it is handed out; and where it is small: that is handed out to us as long as we write."""
+        buffer = raw.buffer
+        ours = not buffer.given
+        if ours and (buffer.step is not None or buffer.blocks() > _FEW_BLOCKS):
+            return False
+        NUMPY.update(prim, buffer.hand_out(), y)
+        with _chunk_lock:
+            buffer.given -= ours
+        return True
 
     def write(self, raw, new):
         raw.assign(new)
@@ -5039,12 +5064,12 @@ class _InBlocks(Kind):
 
 class _BlocksHook(_Hook):
     """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed, if it
-    has more than four blocks: with less, what it takes to wait would be felt beside the arithmetic."""
+    has more than a block: with less, what it takes to wait would be felt beside the arithmetic."""
 
     def adopt(self, raw, choice, dtype=None, new=False):
         if type(raw) is Chunked:
             return raw if self.distributed(raw, choice) else raw.expose()
-        fits = type(raw) is np.ndarray and raw.nbytes > 4 * _BLOCK_BYTES and raw.flags.carray
+        fits = type(raw) is np.ndarray and raw.nbytes > _BLOCK_BYTES and raw.flags.carray
         if fits and self.distributed(raw, choice):
             found = Chunked(_Buffer(raw.shape, raw.dtype, array=raw, given=not new), choice is True)
             return found if dtype is None else Chunked(found.cast(dtype), choice is True)

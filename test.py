@@ -2900,6 +2900,33 @@ class TestBlocks(Strict):
                         ours, theirs = (outcome(calls[i], on, dtype, past) for on in (True, False))
                         np.testing.assert_equal(ours, theirs, f"{i} {dtype} {past}")
 
+    def test_in_place_at_once(self):
+        """What is small is written to at once, after all that waits to read it; what waits later fuses as before."""
+        with distributed_config(enabled=True):
+            x = Tensor(np.zeros(1_100_000))
+            y, before = x * 2, x._held.buffer.array
+            x += 1
+            x *= x
+            x -= x * 0.5  # of which no block is computed
+            self.assertIs(x._held.buffer.array, before)
+            self.assertEqual((x.max().item(), y.max().item(), bool(x._held.buffer.given)), (0.5, 0, False))
+            with mock.patch.object(picograd, "run_blocks", wraps=picograd.run_blocks) as runs:
+                self.assertEqual((x * 2 + 1).sum().item(), 2 * x.size)
+                self.assertEqual(runs.call_count, 1)
+            seen = x.data
+            x += 1
+            self.assertEqual((seen is x.data, seen[0], x._held.buffer.given > 0), (True, 1.5, True))
+
+            def look(*args, out=None, forward=np.add):  # as the handler of a signal may do
+                self.assertEqual(x.data.size, 1_100_000)
+                return forward(*args, out=out)
+
+            x = Tensor(np.zeros(1_100_000))
+            add = picograd.TABLE[np.add]
+            with mock.patch.object(add, "forward", look):
+                x += 1
+            self.assertEqual((x._held.buffer.given, x.data[0]), (1, 1))
+
     def test_blocks_of_one_column(self):
         """What NumPy's loops write to memory with gaps is not always right."""
         data = np.random.default_rng(SEED).normal(size=(32, 97))

@@ -706,7 +706,7 @@ def _deadline():
 
 def check(program: list[str]):
     """None if picograd does what NumPy does, a Skip if that cannot be said, else how it differs."""
-    kept = picograd._BLOCK_BYTES, getattr(picograd, "_FEW_BLOCKS", None)
+    kept = picograd._BLOCK_BYTES, picograd._FEW_BLOCKS, picograd._LITTLE
     with warnings.catch_warnings(), np.errstate(all="warn"), picograd.distributed_config():
         warnings.simplefilter("ignore")
         picograd.set_distributed_config(enabled=True, min_elements_for_parallel=1, num_workers=2)
@@ -720,7 +720,7 @@ def check(program: list[str]):
             return f"hangs: no end after {_TIMEOUT} s"
         finally:
             faulthandler.cancel_dump_traceback_later()
-            picograd._BLOCK_BYTES, picograd._FEW_BLOCKS = kept
+            picograd._BLOCK_BYTES, picograd._FEW_BLOCKS, picograd._LITTLE = kept
             sys.setprofile(None)
 
 
@@ -984,6 +984,8 @@ class _Writer:
     def write(self) -> list[str]:
         pick = self.pick
         self.add(f"picograd._BLOCK_BYTES = {pick([16, 32, 64, 256])}")
+        if self.chance(0.2):
+            self.add("picograd._FEW_BLOCKS, picograd._LITTLE = 8, 0")  # NumPy does what is small, and at once in place
         if self.chance(0.04):
             self.add("set_distributed_config(use_processes=True)")
         elif self.chance(0.5):
