@@ -3108,7 +3108,9 @@ def _tensor_operator(prim: Primitive, swapped=False):
                 y = other._held
                 alike = type(y) is ndarray and y.dtype is x.dtype and y.size <= x.size
             if alike:
-                return _wrap(forward(y, x) if swapped else forward(x, y), self._choice)
+                out = _new(Tensor)
+                out._held, out._choice, out._owner = forward(y, x) if swapped else forward(x, y), self._choice, None
+                return out
         if not _is_operand(other):
             return NotImplemented
         out = _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
@@ -3919,6 +3921,8 @@ def _parameter(name: str, x) -> str:
             return f"array{x.shape}"
         if isinstance(x, (np.generic, np.dtype)):
             return str(x)
+        if isinstance(x, Primitive):
+            return x.name
         return "..." if x is Ellipsis else getattr(x, "__name__", None) or reprlib.repr(x)
 
     return f"[{', '.join(map(short, x))}]" if name == "index" and isinstance(x, tuple) else f"{name}={short(x)}"
