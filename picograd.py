@@ -5400,6 +5400,8 @@ def _simpler_mean(node, a, **params):
 
 def _simpler_reshape(node, x, shape):
     inner = x._args[0] if _is(x, _reshape) else x
+    if type(_raw(inner)) in _WEAK_TYPES and inner is not x and not node.ndim:
+        return None  # a number that was an array on the way is strong
     if _alike(inner, node):
         return inner
     return None if inner is x else _twin(node, _reshape, (inner,), {"shape": node.shape})
@@ -6167,7 +6169,7 @@ class _Lowering:
         prim, params, names = node._prim, node._params, [self.name(x) for x in node._args]
         if not prim.builtin:  # code that is not ours may keep what it gets
             names = [
-                f"{name}.copy()" if name[0] in "bt" and type(_raw(x)) is np.ndarray else name
+                f"{name}.copy()" if name[0] in "btos" and type(_raw(x)) is np.ndarray else name
                 for name, x in zip(names, node._args)
             ]
         names = "".join([f"{name}, " for name in names])
@@ -6319,6 +6321,8 @@ class _Program:
             graph = batch(flatten(_pass(fold_constants, merge_common(swept=False))(self.traced)))
             self.graph = _as_nodes(_pass(simplify, merge_common(swept=False))(graph))
         self.leaves = [node for node in nodes if node._prim is None]
+        inputs = [x for node in nodes for x in (node, *node._args) if isinstance(x, Array)]
+        self.shapes = {x: _shape(x) for x in inputs if not getattr(x, "_prim", None)}
         reach = _reach(self.traced, nodes)
         self.reach = {x: reach[x] for x in self.leaves}
         self.nodes = []  # the Values that show the results, and which
@@ -6388,7 +6392,10 @@ class _Program:
         return self.replay(self.graph)
 
     def replay(self, graph):
-        """The results and the graph, by the code of eager mode."""
+        """The results and the graph, by the code of eager mode. What the passes made holds for the shapes of then."""
+        for x, shape in self.shapes.items() if graph is not self.traced else ():
+            if _shape(x) != shape:
+                _checked(x, shape)
         for node in _oldest_first(graph):
             if node._prim is not None:
                 _recompute(node)
@@ -6555,7 +6562,8 @@ class Optimized(Value):
 
     def forward(self) -> Value:
         program, index = self._params.values()
-        self._held = program.forward().results[index]
+        raw = program.forward().results[index]
+        self._held = raw if self._held is raw else _owned(raw)  # of a copy
         return self
 
     def backward(self, gradient: Any = None, retain_grads: bool = True) -> None:
@@ -6603,7 +6611,8 @@ def optimize(*roots: Value) -> Any:
     as what the graph became; it nests in further expressions, pickles, and can be optimized again. Values and gradients
     are the eager ones up to rounding. `.source` is the program.
 
-    A trace holds what happened when the graph was built: Python's own branches and loops on values are frozen. Shapes
+    A trace holds what happened when the graph was built: Python's own branches and loops on values are frozen,
+    and so are the numbers in raw arrays and indices. Shapes
     of leaves and Tensors may not change: ValueError names the leaf. Gradients are those at the data of the last
     forward: where data changed since, as in eager mode, they are undefined, and a second backward may see the change.
 

@@ -3939,6 +3939,46 @@ class TestOptimizer(Strict):
     def names(self, root):
         return sorted(node._prim.name for node in picograd._oldest_first([root]) if node._prim)
 
+    @mock.patch.dict(TABLE)
+    @mock.patch.dict(PRIMITIVES)
+    def test_a_users_rule_may_write_to_what_it_gets(self):
+        def rule(g, out, x):
+            g *= 2
+            return g
+
+        twice = picograd.primitive(lambda x: x * 2.0, rule, name="in place")
+        for build in (lambda u, w: np.sin(twice(u) + w), lambda u, w: twice(u) + w):
+            u, w = Value([1.0, 2.0]), Value([0.5, 0.25])
+            picograd.optimize(build(u, w)).backward()
+            expected = np.cos([2.5, 4.25]) if build(u, w)._prim.name == "sin" else [1.0, 1.0]
+            np.testing.assert_allclose(w.grad.data, expected, rtol=1e-5)
+
+    @mock.patch.dict(TABLE)
+    @mock.patch.dict(PRIMITIVES)
+    def test_replayed_programs_name_a_shape_that_changed(self):
+        def rule(g, out, x):
+            raise KeyError("no rule")
+
+        bad = picograd.primitive(lambda x: x * 1.0, rule, name="without rule")
+        w, x = Value(2.0), Tensor([1.0, 2.0])
+        program = picograd.optimize((x * w).mean() + bad(w))
+        x.data = np.array([1.0, 2.0, 3.0, 6.0])
+        with self.assertRaisesRegex(ValueError, r"had shape \(2,\)"):
+            program.forward()
+
+    def test_numbers_that_were_arrays_on_the_way_stay_strong(self):
+        v, w = Value(-0.5), Value(np.ones(2), dtype=np.float32)
+        z = np.reshape(np.reshape(v, (1,)), ()) * w
+        self.assertEqual(picograd.optimize(z).forward().dtype, z.dtype)
+
+    def test_a_copy_shares_nothing_after_a_forward(self):
+        w = Value([1.0, 2.0])
+        program = picograd.optimize(w * 2)
+        twin = copy.copy(program)
+        twin.forward()
+        twin.data.data[0] = 9.0
+        self.assertEqual(program.data.tolist(), [2.0, 4.0])
+
     def test_a_sweep_that_cannot_be_compiled_leaves_the_others_alone(self):
         w, c = Value(np.ones((2, 3))), Value(np.ones((3, 2)))
         a, b = picograd.optimize((w * w).sum(), (w @ c).sum())
