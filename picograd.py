@@ -1050,23 +1050,28 @@ def _on_arrays(function, args, kwargs):
     """Calls a function of NumPy on the arrays of Tensors, however nested, and wraps what comes out; dtypes are settled
     as for a primitive, but for integers, which may be indices, and masks: these only where a ufunc computes."""
     names, called = _argument_names(function), {function.__name__, getattr(function, "__self__", function).__name__}
-    if "out" in names[: len(args)]:
-        place = names.index("out")
-        args, kwargs = args[:place], dict(zip(names[place:], args[place:])) | kwargs
+    ufunc = isinstance(getattr(function, "__self__", function), np.ufunc)
+    place = 2 if function in (np.dot, np.concatenate) else names.index("out") if "out" in names else len(args)
+    if place < len(args) and function is not np.einsum:  # whose `out` has no place
+        args, kwargs = args[:place], dict(zip(("out", *names[place + 1 :]), args[place:])) | kwargs
+    if ufunc and called & {"__call__", "outer"}:
+        args = tuple([x if isinstance(x, Array) else _constant(x, function.__self__.__name__) for x in args])
     operands = _members(*args)
     held = [x for x in operands if isinstance(x, Tensor)]
     weak = all([type(_raw(x)) in _WEAK_TYPES for x in operands if isinstance(x, (Tensor, np.ndarray))])
     floats = [x.dtype for x in held if type(x._held) not in _WEAK_TYPES and x.dtype.kind == "f"]
-    settled = "fiub" if isinstance(getattr(function, "__self__", function), np.ufunc) else "f"
+    settled = "fiub" if ufunc else "f"
     settled = settled if floats and not called & _AS_GIVEN else ""
     lazy = [_raw(x) for x in (*operands, *kwargs.values()) if isinstance(x, Array) and _lazy(x)]
 
     def bare(x):
         raw = _raw(x)
-        strong = type(raw) is np.ndarray and raw.dtype.kind in settled
+        if floats and "outer" in called and type(raw) in _WEAK_TYPES:
+            return np.result_type(*floats).type(raw)
+        strong = (type(raw) is np.ndarray or (ufunc and isinstance(raw, np.generic))) and raw.dtype.kind in settled
         if strong and not (isinstance(x, Tensor) and raw.dtype.kind == "f"):
             raw = raw.astype(np.result_type(*floats), copy=False)
-        return np.result_type(*floats).type(raw) if floats and "outer" in called and type(raw) is float else raw
+        return raw
 
     def wrapped(x):
         if getattr(getattr(x, "dtype", None), "kind", "O") not in "fiub":
@@ -1074,13 +1079,14 @@ def _on_arrays(function, args, kwargs):
         x = _settle(x)
         return _wrap(_number(x) if weak and isinstance(x, np.generic) else x)
 
-    target = kwargs.get("out")
     guard = KINDS[type(lazy[0])].guard(function.__name__, lazy[0]) if lazy else contextlib.nullcontext()
     with guard:
         out = function(*_each(bare, args), **{name: _each(_raw, x) for name, x in kwargs.items()})
-    if target is None:
-        return _each(wrapped, out)
-    return target[0] if isinstance(target, tuple) and len(target) == 1 else target
+    targets = kwargs.get("out")
+    if not isinstance(targets, tuple):
+        return _each(wrapped, out) if targets is None else targets
+    results = [wrapped(x) if t is None else t for x, t in zip(out if isinstance(out, tuple) else (out,), targets)]
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1482,11 +1488,11 @@ def _owned(raw):
     return KINDS[type(raw)].own(raw)
 
 
-def _deposited(new: dict[Value, Any]) -> dict[Value, Any]:
+def _deposited(new: dict[Value, Any], add=True) -> dict[Value, Any]:
     """The gradients that leaves have from now on, with new ones added, which nobody else holds."""
     result = {}
     for leaf, g in new.items():
-        if leaf._grad is not None:
+        if add and leaf._grad is not None:
             g = leaf._grad + g
         elif KINDS[type(g)].shared(g):  # a part of a larger array
             g = _owned(g)
@@ -1750,7 +1756,7 @@ def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Calla
                 seed = _leaf(seed) if symbolic else seed
                 grads = _backpropagate(out, seed, symbolic=symbolic, since=since)
                 grads = {v: grads[v] for v in variables if v in grads}
-                grads = grads if symbolic else _deposited(_at_home(grads, out))
+                grads = grads if symbolic else _deposited(_at_home(grads, out), add=False)
             rows.append([grads[v] if v in grads else _filled_like(v._held, 0) for v in variables])
     finally:
         _mode.recording, _mode.depth = before, _mode.depth - 1
@@ -1940,7 +1946,7 @@ _elementwise = functools.partial(primitive, elementwise=True)
 def _power_x(g, out, x, y):
     if not isinstance(y, (int, float)):
         pole = (y == 0) & ~(np.abs(x) >= np.finfo(np.result_type(_raw(out))).tiny)  # 0 * x**-1, infinite or nan
-        return g * np.where(pole, 0.0, y * np.where(pole, 1.0, x) ** (y - 1.0))
+        return g * np.where(pole, 0.0, y * _pow(np.where(pole, 1.0, x), y - 1.0))
     slope = x ** (y - 1.0) if type(x) is float else _pow(x, y - 1.0)  # the usual x**2: no masks needed
     return g * (y * slope) if y else g * 0.0
 
@@ -2961,7 +2967,7 @@ _norm = primitive(
 @composed(np.linalg.norm)
 def norm(x, ord=None, axis=None, keepdims=False):
     """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices; its gradient at 0 is 0."""
-    if ord is not None or np.ndim(axis):
+    if ord is not None or axis is not None:
         np.linalg.norm(np.ones((1,) * np.ndim(x)), ord, axis)  # NumPy's own checks and errors
     x, vector = _floating(x), (np.ndim(x) if axis is None else np.size(axis)) == 1
     if ord is None or ord == (2 if vector else "fro"):
@@ -2969,7 +2975,7 @@ def norm(x, ord=None, axis=None, keepdims=False):
     reduce = {1: np.sum, np.inf: np.max, -np.inf: np.min}.get(ord)
     if not vector or reduce is None:
         raise TypeError(f"norm: ord={ord!r} is not supported for axis {axis} of a Value or Tensor")
-    reduce = reduce if x.size else np.sum  # of none, it is 0
+    reduce = np.sum if ord == np.inf and not x.size else reduce  # of none, it is 0
     return reduce(np.abs(x), axis=axis, keepdims=keepdims)
 
 

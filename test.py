@@ -369,6 +369,32 @@ class TestArrays(Strict):
         if not CUT:
             set_distributed_config(**vars(picograd.DistributedConfig()))
 
+    def test_numbers_and_lists_beside_tensors_settle_dtypes_alike(self):
+        t = Tensor([1.0, 2.0])
+        for f in (
+            lambda: np.fmod(t, np.float64(3)),
+            lambda: np.copysign(t, [1.0, 2.0]),
+            lambda: np.add.outer(t, 3),
+            lambda: np.multiply.outer(t, [1, 2]),
+            lambda: np.add.outer(t, Tensor(np.array(2), dtype=int)),
+            lambda: np.maximum.accumulate(t),
+            lambda: np.ldexp(t, [1, 2]),
+        ):
+            self.assertEqual(f().dtype, np.float32)
+
+    def test_every_place_of_out_is_written(self):
+        t, out = Tensor([[1.0, 2.0], [3.0, 4.0]]), np.zeros((2, 2), np.float32)
+        for f, expected in (
+            (lambda: np.dot(t, t, out), [[7.0, 10.0], [15.0, 22.0]]),
+            (lambda: np.concatenate([t[:1], t[1:]], 0, out), [[1.0, 2.0], [3.0, 4.0]]),
+            (lambda: np.einsum("ij,jk", t, t, out=out), [[7.0, 10.0], [15.0, 22.0]]),
+        ):
+            self.assertIs(f(), out)
+            self.assertEqual(out.tolist(), expected)
+        whole, rest = np.divmod(Tensor([1.0, 3.0]), 2.0, out=(buffer := np.zeros(2), None))
+        self.assertIs(whole, buffer)
+        self.assertEqual((whole.tolist(), rest.tolist()), ([0.0, 1.0], [1.0, 1.0]))
+
     def test_functions_that_write_to_an_argument_write_to_it(self):
         t, buffer = Tensor([1.0, 2.0]), np.zeros(2)
         np.copyto(buffer, t)
@@ -1223,6 +1249,13 @@ class TestValue(Strict):
 
 class TestGradients(Strict):
     """Room 4: `grad` and its kin, at every order."""
+
+    def test_what_the_function_does_to_its_variable_is_its_own(self):
+        def f(x):
+            (x * x).backward()
+            return 5 * x
+
+        self.assertEqual((picograd.grad(f)(3.0), picograd.grad(f)(Value(3.0)).item()), (5.0, 5.0))
 
     def test_gradients_need_a_number(self):
         for f in (lambda x: None, lambda x: "a"):
