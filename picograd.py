@@ -1046,14 +1046,21 @@ def _each(f: Callable, x):
 _AS_GIVEN = set("at reduceat ldexp copyto put putmask place put_along_axis fill_diagonal".split())
 
 
+def _with_out_named(function, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments of a function of NumPy's, with `out` and what is behind it by name."""
+    names = _argument_names(function)
+    place = {np.dot: 2, np.concatenate: 2, np.einsum: len(args)}.get(function)  # which do not show it, or by name only
+    if place is None:
+        place = names.index("out") if "out" in names else len(args)
+    return args[:place], dict(zip(("out", *names[place + 1 :]), args[place:])) | kwargs
+
+
 def _on_arrays(function, args, kwargs):
     """Calls a function of NumPy on the arrays of Tensors, however nested, and wraps what comes out; dtypes are settled
     as for a primitive, but for integers, which may be indices, and masks: these only where a ufunc computes."""
-    names, called = _argument_names(function), {function.__name__, getattr(function, "__self__", function).__name__}
+    called = {function.__name__, getattr(function, "__self__", function).__name__}
     ufunc = isinstance(getattr(function, "__self__", function), np.ufunc)
-    place = 2 if function in (np.dot, np.concatenate) else names.index("out") if "out" in names else len(args)
-    if place < len(args) and function is not np.einsum:  # whose `out` has no place
-        args, kwargs = args[:place], dict(zip(("out", *names[place + 1 :]), args[place:])) | kwargs
+    args, kwargs = _with_out_named(function, args, kwargs)
     if ufunc and called & {"__call__", "outer"}:
         args = tuple([x if isinstance(x, Array) else _constant(x, function.__self__.__name__) for x in args])
     operands = _members(*args)
