@@ -1101,7 +1101,7 @@ def _on_arrays(function, args, kwargs):
 #
 # A node of the graph: raw data, the primitive that made it and its operands. Nodes are numbered as they are made, after
 # their operands; so "newest first" is an order in which every node comes before its operands, and the backward sweep is
-# a loop over nodes sorted by number, with no recursion however deep the graph.
+# a loop that takes the newest node with a gradient, with no recursion however deep the graph.
 # Invariant: once made, only a node's data (in a replay) and its gradient change.
 # ---------------------------------------------------------------------------------------------------------------------
 
