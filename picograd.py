@@ -77,8 +77,8 @@ __all__ += ["mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "hi
 # it back, or spreads it out.
 # An operand whose rule is None carries no gradient.
 #
-# `TABLE` maps NumPy's callables to primitives, or, where an operation is a composition of others, to a function; and some
-# primitives to the function that computes them with keywords that they do not take themselves, such as where=.
+# `TABLE` maps NumPy's callables to primitives, or, where an operation is a composition of others, to a function; and a
+# primitive to what computes it with more keywords than it takes itself, such as where=.
 # ---------------------------------------------------------------------------------------------------------------------
 
 TABLE: dict[Callable, Callable] = {}  # NumPy callable -> Primitive, or a function composed of primitives
@@ -209,7 +209,7 @@ def primitive(
     names = names or _argument_names(forward)
     new.operands = None if variadic else (names or ("x", "y", "z"))[: len(vjps)]
     params = names if variadic else names[len(vjps) :]
-    new.params = tuple(name for name in params if name not in ("out", "where"))
+    new.params = tuple(name for name in params if name not in ("out", "where", "return_indices"))
     TABLE[forward] = new
     if not getattr(PRIMITIVES.get(new.name), "builtin", False):  # those keep their names
         PRIMITIVES[new.name] = new
@@ -1957,8 +1957,13 @@ def check_gradients(
 # Tensors and Values. Out: what NumPy gives for the same arrays. Invariant: a rule has an answer wherever the operation
 # has one, and costs no more than the operation does. Where there is no derivative, or more than one, it is:
 #
-#     abs, relu, norm, std, hypot, arctan2     0 at 0; std also where numbers are equal, but their mean is rounded
+#     abs, fabs, copysign, relu, norm, std,    0 at 0; std also where numbers are equal, but their mean is rounded
+#     hypot, arctan2
 #     max, min, maximum, fmax and their kin    shared equally by ties, 0.0 and -0.0 too; to nan where that is taken
+#     maximum.accumulate and its kin           step by step: shared by the largest so far and the next
+#     nansum, nanmax, ... nanquantile          0 to nan
+#     sort, quantiles, unique                  to the elements that are taken, whatever is equal to them
+#     fmod, modf, frexp, nextafter, unwrap     as if there were no jumps
 #     clip                                     passes at the bounds; where they are in the wrong order, to the upper one
 #     power                                    0 for x**0 by x, and for 0**y by y where y is not negative
 #     logaddexp, logsumexp                     weights that sum to 1: infinity takes all, equal infinities share
@@ -2083,7 +2088,7 @@ for _ufunc, _rule_of in {
 primitive(np.tanh, lambda g, out, x: -out * out * g + g, scalar=math.tanh, reads="out")
 _elementwise(np.sinc, _sinc_x)
 
-# Bessel's integral for i0' = i1 (DLMF 10.32.3); by the midpoint rule it is exact to double precision wherever i0 is finite.
+# Bessel's integral for i0' = i1 (DLMF 10.32.3); by the midpoint rule it is exact wherever i0 is finite.
 _ANGLES = np.cos((np.arange(64) + 0.5) * (math.pi / 128))
 _elementwise(np.i0, lambda g, out, x: g * np.matmul(np.sinh(np.expand_dims(x, -1) * _ANGLES), _ANGLES / 64))
 _elementwise(np.real, lambda g, out, val: g)
@@ -2328,7 +2333,7 @@ def _along_one(rule):
     return whole
 
 
-def _scan(forward, ufunc, name):
+def _scan(ufunc, forward=None):
     """A primitive that applies a function of two numbers again and again: out_i = f(out_{i-1}, a_i)."""
 
     def rule(g, out, a, axis):
@@ -2348,7 +2353,8 @@ def _scan(forward, ufunc, name):
             shift, scale, step = shift + scale * ahead(shift), scale * ahead(scale), 2 * step
         return np.moveaxis(np.concatenate([one, q], axis=-1) * shift, -1, axis)
 
-    return primitive(forward, _along_one(rule), name=name)
+    name = getattr(forward, "__name__", f"{ufunc.__name__}.accumulate")
+    return primitive(forward or (lambda a, axis: ufunc.accumulate(a, axis)), _along_one(rule), name=name)
 
 
 def _peak(a, axis):
@@ -2414,7 +2420,7 @@ TABLE[np.std] = primitive(_deviation(np.std), _std_a, name="std")
 TABLE[np.amax] = primitive(np.max, _extremum_a)
 TABLE[np.amin] = primitive(np.min, _extremum_a)
 primitive(np.cumsum, _along_one(lambda g, out, a, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis)))
-_scan(np.cumprod, np.multiply, "cumprod")
+_scan(np.multiply, np.cumprod)
 _weights_of = primitive(
     _logsumexp_weights,
     lambda g, out, a, total, axis=None: _softmax_a(g, out, a, axis),
@@ -2424,149 +2430,6 @@ _weights_of = primitive(
 logsumexp = primitive(_logsumexp, _logsumexp_a, name="logsumexp")
 softmax = primitive(_softmax, _softmax_a, name="softmax")
 log_softmax = primitive(_log_softmax, _log_softmax_a, name="log_softmax")
-
-
-# --- where=, initial= and dtype= of reductions, and what is made of them ---
-
-
-def _in_dtype(prim, a, dtype):
-    """a in the dtype that a reduction was told to compute in."""
-    if dtype is None:
-        return a
-    if np.dtype(dtype).kind != "f" and np.result_type(_raw(a)).kind == "f":
-        raise TypeError(f"{prim.name}: dtype must be floating for floating numbers, got {np.dtype(dtype)}")
-    return _as_dtype(a, np.dtype(dtype))
-
-
-def _keywords(prim, merge, neutral):
-    """Enters what computes a reduction with keywords: to what is left out by where= it is as if it were `neutral`, and
-    `merge` adds initial=."""
-
-    @composed(prim)
-    def reduction(a, *, dtype=None, initial=None, where=True, **params):
-        a, fill = _in_dtype(prim, a, dtype), neutral
-        if merge in (np.maximum, np.minimum):
-            if initial is None:
-                raise ValueError(f"{prim.name}: where= needs initial=, as nothing may be left")
-            fill = neutral if np.result_type(_raw(a)).kind == "f" else initial
-            params["initial"] = fill
-        if where is not True:
-            a = np.where(where, a, fill)
-        out = prim(a, **params)
-        return out if initial is None else merge(out, initial)
-
-
-for _name, _merge, _neutral in (
-    ("sum", np.add, 0),
-    ("prod", np.multiply, 1),
-    ("max", np.maximum, -np.inf),
-    ("min", np.minimum, np.inf),
-    ("logsumexp", np.logaddexp, -np.inf),
-):
-    _keywords(PRIMITIVES[_name], _merge, _neutral)
-
-
-def _taken(a, where, **params):
-    """How many elements a reduction takes together where it leaves out some."""
-    return np.sum(np.broadcast_to(where, np.shape(a)), **params)
-
-
-@composed(PRIMITIVES["mean"])
-def mean(a, *, dtype=None, where=True, **params):
-    return np.sum(a, dtype=dtype, where=where, **params) / _taken(a, where, **params)
-
-
-def _deviating(prim):
-    @composed(prim)
-    def deviation(a, *, axis=None, dtype=None, ddof=0, keepdims=False, where=True, correction=None):
-        a, ddof = _in_dtype(prim, a, dtype), ddof if correction is None else correction
-        if where is True:
-            return prim(a, axis=axis, ddof=ddof, keepdims=keepdims)
-        kept = {"axis": axis, "where": where}
-        a = a - _detach(np.max(a, keepdims=True, initial=-np.inf, **kept))  # equal numbers become 0, with no rounding
-        centred = np.where(where, a - np.mean(a, keepdims=True, **kept), 0)  # where a is nan, no slope is
-        out = np.sum(np.square(centred), axis=axis, keepdims=keepdims)
-        out = out / np.maximum(_taken(a, where, axis=axis, keepdims=keepdims) - ddof, 0)
-        flat = out == 0
-        return out if prim.name == "var" else np.where(flat, out, np.sqrt(np.where(flat, 1.0, out)))
-
-
-_deviating(PRIMITIVES["var"])
-_deviating(PRIMITIVES["std"])
-
-
-def _skipping_nan(twin, function, fill=None):
-    """Enters the twin of a function that takes nan for `fill`, or that leaves nan out by where=."""
-    names = _argument_names(twin)[1:]
-
-    def skip(a, *args, **kwargs):
-        kwargs = {name: x for name, x in (dict(zip(names, args)) | kwargs).items() if x is not None}
-        if np.result_type(_raw(a)).kind != "f":
-            return function(a, **kwargs)
-        nan = np.isnan(a)
-        if fill is None:
-            return function(a, **kwargs | {"where": np.logical_and(np.logical_not(nan), kwargs.get("where", True))})
-        out = function(np.where(nan, fill, a), **kwargs)
-        if math.isfinite(fill):
-            return out
-        none = np.all(nan, axis=kwargs.get("axis"), keepdims=kwargs.get("keepdims", False))
-        return np.where(none, np.nan, out)
-
-    TABLE[twin] = skip
-
-
-for _twin, _function, _fill in (
-    (np.nansum, np.sum, 0),
-    (np.nanprod, np.prod, 1),
-    (np.nanmax, np.max, -np.inf),
-    (np.nanmin, np.min, np.inf),
-    (np.nancumsum, np.cumsum, 0),
-    (np.nancumprod, np.cumprod, 1),
-    (np.nanmean, np.mean, None),
-    (np.nanvar, np.var, None),
-    (np.nanstd, np.std, None),
-):
-    _skipping_nan(_twin, _function, _fill)
-
-
-def _scanning(prim):
-    composed(prim)(lambda a, *, dtype=None, **params: prim(_in_dtype(prim, a, dtype), **params))
-
-
-def _cumulative(function, scan, first):
-    """Enters a scan of the array API standard, which may begin with what there is before the first element."""
-
-    @composed(function)
-    def cumulative(x, *, axis=None, dtype=None, include_initial=False):
-        if axis is None and np.ndim(x) > 1:
-            raise ValueError(f"{function.__name__}: axis must be given for shape {np.shape(x)}")
-        x = np.atleast_1d(x)
-        axis = _axis(axis or 0, x)
-        out = scan(x, axis=axis, dtype=dtype)
-        return np.pad(out, [(i == axis, 0) for i in range(x.ndim)], constant_values=first) if include_initial else out
-
-
-_scanning(PRIMITIVES["cumsum"])
-_scanning(PRIMITIVES["cumprod"])
-if hasattr(np, "cumulative_sum"):  # NumPy 2.1
-    _cumulative(np.cumulative_sum, np.cumsum, 0)
-    _cumulative(np.cumulative_prod, np.cumprod, 1)
-
-
-def _repeated(ufunc, reduction, scan=None):
-    """Enters the methods of a ufunc that apply it again and again."""
-    forward, name = (lambda a, axis: ufunc.accumulate(a, axis)), f"{ufunc.__name__}.accumulate"
-    scan = scan or _scan(forward, ufunc, name)
-    TABLE[ufunc.reduce] = lambda array, axis=0, **params: reduction(array, axis=axis, **params)
-    TABLE[ufunc.accumulate] = lambda array, axis=0, **params: scan(array, axis=axis, **params)
-
-
-_repeated(np.add, np.sum, np.cumsum)
-_repeated(np.multiply, np.prod, np.cumprod)
-_repeated(np.maximum, np.max)
-_repeated(np.minimum, np.min)
-_repeated(np.logaddexp, TABLE[logsumexp])
-composed(np.ptp)(lambda a, axis=None, **params: np.max(a, axis=axis, **params) - np.min(a, axis=axis, **params))
 
 
 @composed(np.average)
@@ -2870,7 +2733,7 @@ def _quantiles(twin, unit=1.0, q=None):
     ones get the gradient."""
 
     def quantile(a, q, axis=None, *, overwrite_input=False, method="linear", keepdims=False):
-        q, axes = np.asarray(q, float) / unit, _axes(a, axis)
+        q = np.asarray(q, float) / unit
         rows = np.sort(_rows(a, axis)[0], axis=-1)
         if not rows.shape[-1]:
             rows = np.full((*rows.shape[:-1], 1), np.nan, rows.dtype)
@@ -2878,8 +2741,8 @@ def _quantiles(twin, unit=1.0, q=None):
         low, high = (np.take_along_axis(rows, _as_dtype(f(place), np.dtype(int)), -1) for f in (np.floor, np.ceil))
         part = _as_dtype(np.remainder(place, 1.0), np.result_type(_raw(_floating(rows))))
         out = np.where(part == 0, low, low * (1.0 - part) + high * part)
-        shape = [1 if i in axes else n for i, n in enumerate(np.shape(a)) if keepdims or i not in axes]
-        out = np.reshape(np.moveaxis(out, -1, 0), (*q.shape, *shape))
+        shape = np.shape(np.any(np.empty(np.shape(a), bool), axis=axis, keepdims=keepdims))
+        out = np.reshape(np.moveaxis(out, -1, 0), q.shape + shape)
         return _as_dtype(out, float) if type(_raw(a)) in _WEAK_TYPES and not out.ndim else out
 
     composed(twin)(quantile if q is None else lambda a, axis=None, **params: quantile(a, q, axis, **params))
@@ -2898,7 +2761,9 @@ _distinct = primitive(
 
 
 @composed(np.unique)
-def unique(ar, return_index=False, return_inverse=False, return_counts=False, axis=None, *, equal_nan=True, sorted=True):
+def unique(
+    ar, return_index=False, return_inverse=False, return_counts=False, axis=None, *, equal_nan=True, sorted=True
+):
     """`np.unique`; the gradient of each goes to where it is first."""
 
     def found(part):
@@ -2929,33 +2794,27 @@ def nonzero(a):
 
 # --- counting, and statistics ---
 
-_occurrences = primitive(lambda x, minlength=0: np.bincount(x, None, minlength), None, name="bincount")
-_weight_of = primitive(np.bincount, None, lambda g, out, x, weights, minlength=0: g[x], name="bincount with weights")
-_bin_of = primitive(
-    lambda a, edges: np.where(
-        (a >= edges[0]) & (a <= edges[-1]),
-        np.minimum(np.searchsorted(edges, a, "right"), len(edges) - 1) - 1,
-        len(edges) - 1,
-    ),
-    None,
-    None,
-    name="bins",
+_bincount = primitive(
+    lambda *arrays, minlength: np.bincount(*arrays, minlength=minlength),
+    lambda i, g, out, arrays, minlength: g[arrays[0]] if i else None,
+    name="bincount",
+    variadic=True,
+    typed=(),
 )
 
 
 @composed(np.bincount)
 def bincount(x, weights=None, minlength=0):
-    if weights is None:
-        return _occurrences(x, minlength=minlength)
-    return _weight_of(x, weights, minlength=minlength)
+    return _bincount(x, *([] if weights is None else [weights]), minlength=minlength)
 
 
 @composed(np.histogram)
 def histogram(a, bins=10, range=None, density=None, weights=None):
     """`np.histogram`, also with differentiable weights; no gradient flows to a, nor through the edges."""
     edges = np.histogram_bin_edges(a, bins=bins, range=range)
+    ends = np.concatenate([edges[:-1], np.nextafter(edges[-1:], np.inf)])  # the last bin has its upper end, too
     weights = weights if weights is None else np.ravel(weights)
-    counts = np.bincount(np.ravel(_bin_of(a, edges)), weights, len(edges))[:-1]
+    counts = np.bincount(np.digitize(np.ravel(a), ends), weights, len(ends) + 1)[1:-1]
     if weights is not None:
         counts = _as_dtype(counts, np.result_type(_raw(weights)))
     return (counts / np.sum(counts) / np.diff(edges) if density else counts), edges
@@ -2963,32 +2822,22 @@ def histogram(a, bins=10, range=None, density=None, weights=None):
 
 @composed(np.trapezoid)
 def trapezoid(y, x=None, dx=1.0, axis=-1):
+    y = np.moveaxis(y, axis, -1)
     if x is not None:
-        y, x = _together((y, x))
-        dx = np.diff(x, axis=axis if np.ndim(x) > 1 else 0)
-        dx = np.reshape(dx, (-1,) + (1,) * (np.ndim(y) - 1 - _axis(axis, y))) if np.ndim(x) == 1 else dx
-    return np.sum(dx * (_along(y, axis, slice(1, None)) + _along(y, axis, slice(None, -1))) / 2.0, axis=axis)
+        dx = np.diff(np.moveaxis(x, axis, -1) if np.ndim(x) > 1 else x)
+    return np.sum(dx * (y[..., 1:] + y[..., :-1]) / 2.0, axis=-1)
 
 
 @composed(np.cov)
 def cov(m, y=None, rowvar=True, bias=False, ddof=None, fweights=None, aweights=None, *, dtype=None):
-    """`np.cov`, also with differentiable aweights; in double precision, unless dtype says otherwise."""
-    x = np.concatenate([_variables(z, rowvar) for z in (m, y) if z is not None])
+    """`np.cov`, also with differentiable aweights; in double precision unless dtype says otherwise."""
+    x = np.concatenate([np.atleast_2d(z if rowvar else np.transpose(z)) for z in (m, y) if z is not None])
     x = _as_dtype(x, np.dtype(dtype or np.result_type(_raw(x), np.float64)))
-    weights = [w for w in (fweights, aweights) if w is not None]
-    w = functools.reduce(operator.mul, weights, np.ones(x.shape[1]))
-    total = np.sum(w)
-    ddof = (not bias) if ddof is None else ddof
+    w = functools.reduce(operator.mul, [w for w in (fweights, aweights) if w is not None], np.ones(x.shape[1:]))
+    total, ddof = np.sum(w), (not bias) if ddof is None else ddof
     lost = ddof if aweights is None or not ddof else ddof * np.sum(w * aweights) / total
-    x = x - np.expand_dims(np.matmul(x, w) / total, 1)
+    x = x - np.expand_dims(np.einsum("ij,j", x, w) / total, 1)
     return np.squeeze(np.matmul(x * w, _t(x)) / np.maximum(total - lost, 0))
-
-
-def _variables(z, rowvar):
-    """Data of `cov` with a row for each variable."""
-    if np.ndim(z) > 2:
-        raise ValueError(f"cov: data must have at most two dimensions, got shape {np.shape(z)}")
-    return np.atleast_2d(z) if rowvar or np.ndim(z) < 2 else np.transpose(z)
 
 
 @composed(np.corrcoef)
@@ -3391,7 +3240,16 @@ def _on_data(function):
     return lambda *args, **kwargs: function(*map(_raw, args), **{k: _raw(v) for k, v in kwargs.items()})
 
 
-for _function in (np.shape, np.ndim, np.allclose, np.array_equal, np.array_equiv, np.result_type, np.iscomplexobj, np.isrealobj):
+for _function in (
+    np.shape,
+    np.ndim,
+    np.allclose,
+    np.array_equal,
+    np.array_equiv,
+    np.result_type,
+    np.iscomplexobj,
+    np.isrealobj,
+):
     TABLE[_function] = _on_data(_function)
 TABLE[np.size] = lambda a, axis=None: np.size(np.broadcast_to(0.0, np.shape(a)), axis)  # Dask does not offer it
 
@@ -3412,6 +3270,130 @@ def _like(function):
 
 for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
     _like(_function)
+
+
+# --- where=, initial= and dtype= of reductions, and what is made of them ---
+
+
+def _in_dtype(prim, a, dtype):
+    """a in the dtype that a reduction was told to compute in."""
+    if dtype is None:
+        return a
+    if np.dtype(dtype).kind != "f" and np.result_type(_raw(a)).kind == "f":
+        raise TypeError(f"{prim.name}: dtype must be floating for floating numbers, got {np.dtype(dtype)}")
+    return _as_dtype(a, np.dtype(dtype))
+
+
+def _keywords(prim, merge, neutral):
+    """Enters what computes a reduction with keywords: to what is left out by where= it is as if it were `neutral`, and
+    `merge` adds initial=."""
+
+    @composed(prim)
+    def reduction(a, *, dtype=None, initial=None, where=True, **params):
+        a, fill = _in_dtype(prim, a, dtype), neutral
+        if merge in (np.maximum, np.minimum):
+            if initial is None:
+                raise ValueError(f"{prim.name}: where= needs initial=, as nothing may be left")
+            fill = neutral if np.result_type(_raw(a)).kind == "f" else initial
+            params["initial"] = fill
+        if where is not True:
+            a = np.where(where, a, fill)
+        out = prim(a, **params)
+        return out if initial is None else merge(out, initial)
+
+
+for _name, _merge, _neutral in (
+    ("sum", np.add, 0),
+    ("prod", np.multiply, 1),
+    ("max", np.maximum, -np.inf),
+    ("min", np.minimum, np.inf),
+    ("any", np.logical_or, False),
+    ("all", np.logical_and, True),
+    ("cumsum", None, None),
+    ("cumprod", None, None),
+):
+    _keywords(PRIMITIVES[_name], _merge, _neutral)
+
+
+def _taken(a, where, **params):
+    """How many elements a reduction takes together where it leaves out some."""
+    return np.sum(np.broadcast_to(where, np.shape(a)), **params)
+
+
+@composed(PRIMITIVES["mean"])
+def mean(a, *, dtype=None, where=True, **params):
+    return np.sum(a, dtype=dtype, where=where, **params) / _taken(a, where, **params)
+
+
+def _deviating(prim):
+    @composed(prim)
+    def deviation(a, axis=None, ddof=0, keepdims=False, *, where):
+        a = a - _detach(np.max(a, axis=axis, keepdims=True, initial=-np.inf, where=where))  # equal numbers become 0
+        centred = np.where(where, a - np.mean(a, axis=axis, keepdims=True, where=where), 0)
+        count = np.maximum(_taken(a, where, axis=axis, keepdims=keepdims) - ddof, 0)
+        if prim.name == "var":
+            return np.sum(np.square(centred), axis=axis, keepdims=keepdims) / count
+        return _norm(centred, axis=axis, keepdims=keepdims) / _as_dtype(np.sqrt(count), np.result_type(_raw(centred)))
+
+
+_deviating(PRIMITIVES["var"])
+_deviating(PRIMITIVES["std"])
+
+
+def _skipping_nan(name, fill):
+    """Enters the twin of a function that takes nan for `fill`, or with None leaves it out by where=."""
+    function = getattr(np, name)
+
+    def skip(a, axis=None, **kwargs):
+        nan = np.isnan(a)
+        if np.result_type(_raw(a)).kind != "f":
+            return function(a, axis=axis, **kwargs)
+        if fill is None:
+            return function(a, axis=axis, where=np.logical_not(nan), **kwargs)
+        out = function(np.where(nan, fill, a), axis=axis, **kwargs)
+        if math.isfinite(fill):
+            return out
+        return np.where(np.all(nan, axis=axis, keepdims=kwargs.get("keepdims", False)), np.nan, out)
+
+    TABLE[getattr(np, f"nan{name}")] = skip
+
+
+for _name, _fill in {"sum": 0, "cumsum": 0, "prod": 1, "cumprod": 1, "max": -np.inf, "min": np.inf}.items():
+    _skipping_nan(_name, _fill)
+for _name in ("mean", "var", "std"):
+    _skipping_nan(_name, None)
+
+
+def _cumulative(function, scan, first):
+    """Enters a scan of the array API standard, which may begin with what there is before the first element."""
+
+    @composed(function)
+    def cumulative(x, *, axis=None, dtype=None, include_initial=False):
+        if axis is None and np.ndim(x) > 1:
+            raise ValueError(f"{function.__name__}: axis must be given for shape {np.shape(x)}")
+        x = np.atleast_1d(x)
+        axis = _axis(axis or 0, x)
+        out = scan(x, axis=axis, dtype=dtype)
+        return np.pad(out, [(i == axis, 0) for i in range(x.ndim)], constant_values=first) if include_initial else out
+
+
+if hasattr(np, "cumulative_sum"):  # NumPy 2.1
+    _cumulative(np.cumulative_sum, np.cumsum, 0)
+    _cumulative(np.cumulative_prod, np.cumprod, 1)
+
+
+def _repeated(ufunc, reduction, scan):
+    """Enters the methods of a ufunc that apply it again and again."""
+    TABLE[ufunc.reduce] = lambda array, axis=0, **params: reduction(array, axis=axis, **params)
+    TABLE[ufunc.accumulate] = lambda array, axis=0, **params: scan(array, axis=axis, **params)
+
+
+_repeated(np.add, np.sum, np.cumsum)
+_repeated(np.multiply, np.prod, np.cumprod)
+_repeated(np.maximum, np.max, _scan(np.maximum))
+_repeated(np.minimum, np.min, _scan(np.minimum))
+_repeated(np.logaddexp, logsumexp, _scan(np.logaddexp))
+composed(np.ptp)(lambda a, axis=None, **params: np.max(a, axis=axis, **params) - np.min(a, axis=axis, **params))
 
 
 # --- operators and methods of both classes, all from the table ---
