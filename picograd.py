@@ -3349,9 +3349,10 @@ def _skipping_nan(name, fill):
         if np.result_type(_raw(a)).kind != "f":
             return function(a, axis=axis, **kwargs)
         if fill is None:
-            return function(a, axis=axis, where=np.logical_not(nan), **kwargs)
+            kwargs["where"] = np.logical_and(np.logical_not(nan), kwargs.get("where", True))
+            return function(a, axis=axis, **kwargs)
         out = function(np.where(nan, fill, a), axis=axis, **kwargs)
-        if math.isfinite(fill):
+        if math.isfinite(fill) or "initial" in kwargs:
             return out
         return np.where(np.all(nan, axis=axis, keepdims=kwargs.get("keepdims", False)), np.nan, out)
 
