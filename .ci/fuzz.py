@@ -557,7 +557,9 @@ OPERATORS = "+ - * / ** // % @ < <= > >= == != & | ^".split()
 OPERATOR_WEIGHTS = np.array([5, 4, 7, 4, 2, 1, 1, 2, 1, 1, 2, 1, 1, 1, 0.5, 0.5, 0.5])
 OPERATOR_WEIGHTS /= OPERATOR_WEIGHTS.sum()
 SIZE_LIMIT = 200
-FLAT = re.compile(r"//|1d\(|bin_edges|sign|floor|ceil|rint|trunc|round|detach|like|slogdet.*\[0\]|\.ndim|\.size|np\.size|equal")
+FLAT = re.compile(
+    r"//|(union|intersect|setdiff|setxor)1d|histogram|sign|floor|ceil|rint|trunc|round|detach|like|slogdet.*\[0\]|\.ndim|\.size|np\.size|equal"
+)
 
 
 REFUSED = re.compile("out of bounds|numpy boolean|negative integer power")
@@ -903,8 +905,7 @@ ARGUMENTS = {
     "divmod": lambda w, x: f"{x}, {w.beside(x)})[{w.whole(0, 1)}",
     "ldexp": _texts(0, "{x}, 2", "{x}, -1"),
     "float_power": lambda w, x: f"np.abs({x}) + 0.5, {w.beside(x)}",
-    **dict.fromkeys("unique unique_values argwhere flatnonzero".split(), _texts(0, "{x}")),
-    **dict.fromkeys("unique_all unique_inverse unique_counts".split(), lambda w, x: f"{x})[{w.whole(0, 1)}"),
+    **dict.fromkeys("unique argwhere flatnonzero".split(), _texts(0, "{x}")),
     "nonzero": _texts(1, "{x})[0", "{x})[-1"),
     "argpartition": _texts(1, "{x}, 0, {axis}"),
     "lexsort": _texts(1, "({x}, -{x}), {axis}"),
