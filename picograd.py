@@ -5081,12 +5081,12 @@ class _InBlocks(Kind):
 
 class _BlocksHook(_Hook):
     """What becomes a chunked array: what is large while distribution is on, and what was told to be distributed, if it
-    has more than a block: with less, what it takes to wait would be felt beside the arithmetic."""
+    has more than two blocks: with less, what it takes to wait is felt beside the arithmetic, and saves none."""
 
     def adopt(self, raw, choice, dtype=None, new=False):
         if type(raw) is Chunked:
             return raw if self.distributed(raw, choice) else raw.expose()
-        fits = type(raw) is np.ndarray and raw.nbytes > _BLOCK_BYTES and raw.flags.carray
+        fits = type(raw) is np.ndarray and raw.nbytes > 2 * _BLOCK_BYTES and raw.flags.carray
         if fits and self.distributed(raw, choice):
             found = Chunked(_Buffer(raw.shape, raw.dtype, array=raw, given=not new), choice is True)
             return found if dtype is None else Chunked(found.cast(dtype), choice is True)
