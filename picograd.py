@@ -2749,6 +2749,8 @@ def _quantiles(twin, unit=1.0, q=None):
     """Enters a function that gives quantiles, q in units of its own or always the same, by sorting and gathering."""
 
     def quantile(a, q, axis=None, *, overwrite_input=False, method="linear", keepdims=False):
+        if method != "linear" and np.result_type(_raw(a)).kind != "f":
+            raise TypeError(f"{twin.__name__}: method must be 'linear' for whole numbers, got {method!r}")
         q = np.asarray(q, float) / unit
         rows = np.sort(_rows(a, axis)[0], axis=-1)
         if not rows.shape[-1]:

@@ -278,7 +278,10 @@ class Model(np.lib.mixins.NDArrayOperatorsMixin):
 
             return f(*map(fill, args), **{k: fill(x) for k, x in kwargs.items()})
 
-        return compute(function, operands, call, plain=int(name in ("where", "bincount")))
+        out = compute(function, operands, call, plain=int(name in ("where", "bincount")))
+        if name not in ENDS or not any(isinstance(x, Model) for x in operands):
+            return out
+        return tuple(map(_detach, out)) if isinstance(out, tuple) else _detach(out)
 
     def __getitem__(self, index):
         return compute(
@@ -309,6 +312,10 @@ class Model(np.lib.mixins.NDArrayOperatorsMixin):
     dtype = property(lambda self: self.raw.dtype if hasattr(self.raw, "dtype") else np.dtype(_WEAK[type(self.raw)]))
     T = property(lambda self: np.transpose(self))
     mT = property(lambda self: np.swapaxes(self, -1, -2))
+
+
+# Through these no gradient flows, though what they give depends on the numbers.
+ENDS = set("union1d intersect1d setdiff1d setxor1d histogram histogram_bin_edges".split())
 
 
 class Hole(int):
@@ -550,7 +557,7 @@ NUMERALS += "np.float64(1.5) np.float32(0.5) np.float16(2) np.int64(2) np.bool_(
 AWKWARD = (0.0, -0.0, np.inf, -np.inf, np.nan, 1e30, -1e30, 1e-30, 1.0, 65000.0)
 # Where a function is defined on a part of the numbers only: an operand that lies there.
 DOMAIN = {"arcsin": "0.9 * np.tanh({})", "arccosh": "np.abs({}) + 1.25", "log1p": "np.abs({})"}
-DOMAIN |= dict.fromkeys(["log", "log2", "log10", "sqrt", "reciprocal"], "np.abs({}) + 0.5")
+DOMAIN |= dict.fromkeys(["log", "log2", "log10", "sqrt", "cbrt", "reciprocal"], "np.abs({}) + 0.5")
 DOMAIN |= dict.fromkeys(["arccos", "arctanh"], DOMAIN["arcsin"])
 SECOND = {"divide": "np.abs({}) + 0.5"} | dict.fromkeys(["remainder", "fmod", "floor_divide"], "np.abs({}) + 1.5")
 OPERATORS = "+ - * / ** // % @ < <= > >= == != & | ^".split()
@@ -846,6 +853,15 @@ def _norm(w, x):
     return f"{x}, axis={w.one_axis(x)}" if n and w.chance(0.5) else x
 
 
+def _quantile(*texts):
+    """Of finite floating numbers: NumPy makes nan beside infinity."""
+    return lambda w, x: (
+        _texts(len(texts) - 1, *texts)(w, x)
+        if np.asarray(w.raw(x)).dtype.kind == "f" and np.isfinite(w.raw(x)).all()
+        else None
+    )
+
+
 def _split(w, x):
     return f"{x}, {w.one([1, w.shape(x)[0] or 1, [1]])})[{w.one([0, -1])}" if w.shape(x) else None
 
@@ -898,8 +914,10 @@ ARGUMENTS = {
     **dict.fromkeys(["cumulative_sum", "cumulative_prod"], _texts(1, "{x}, axis={axis}, include_initial=True")),
     "reduce": _texts(0, "{x}", "{x}, axis=None"),
     "accumulate": _texts(1, "{x}", "{x}, {axis}"),
-    **dict.fromkeys(["quantile", "nanquantile"], _texts(0, "{x}, 0.3", "{x}, [0.25, 1.0], method='lower'")),
-    **dict.fromkeys(["percentile", "nanpercentile"], _texts(1, "{x}, 40", "{x}, 75, axis={axis}, keepdims=True")),
+    **dict.fromkeys(
+        ["quantile", "nanquantile"], _quantile("{x}, 0.3", "{x}, [0.25, 1.0], axis={axis}, method='lower'")
+    ),
+    **dict.fromkeys(["percentile", "nanpercentile"], _quantile("{x}, 40", "{x}, 75, axis={axis}, keepdims=True")),
     **dict.fromkeys(["median", "nanmedian"], _reduction),
     **dict.fromkeys(["modf", "frexp"], lambda w, x: f"{x})[{w.whole(0, 1)}"),
     "divmod": lambda w, x: f"{x}, {w.beside(x)})[{w.whole(0, 1)}",
@@ -1076,7 +1094,7 @@ def _elementwise(name, n, w, x):
 def call(w, x) -> str | None:
     """A call of an entry of the table, as a function or as a method."""
     spelled = w.one(w.calls)
-    if spelled.startswith("picograd.") and np.asarray(w.raw(x)).dtype.kind != "f":
+    if spelled.startswith(("picograd.", "np.logaddexp.reduce")) and np.asarray(w.raw(x)).dtype.kind != "f":
         return None  # what these make of integers is left open
     args = ENTRIES[spelled](w, x)
     if args is None:
@@ -1581,8 +1599,11 @@ def total_of(program, seed, xp):
             raise Aside("kink")  # a step to the side selects other elements
         if run.error:
             raise run.error
+        root = plain(run.root(program))
+        if xp is np and np.shape(root) != np.shape(seed):
+            raise Aside("kink")
         with computing(True, xp):
-            return xp.sum(plain(run.root(program)) * seed)
+            return xp.sum(root * seed)
 
     return total
 
