@@ -127,6 +127,7 @@ SAMPLES = {
         [f"{name}.accumulate" for name in ("maximum", "minimum", "logaddexp")],
         [(((3, 4),), {"axis": axis}) for axis in (0, -1)],
     ),
+    **dict.fromkeys("left_shift right_shift gcd lcm".split(), [((np.array([1, 2]), np.array([2, 1])), {})]),
     "bincount": [((np.array([0, 2, 0]), (3,)), {"minlength": 4})],
     **dict.fromkeys(["softmax", "log_softmax"], [(((2, 3),), {"axis": 0}), (((3,),), {})]),
     "weights of logsumexp": [(((2, 3), (2, 1)), {"axis": -1})],

@@ -1789,7 +1789,8 @@ def check_functions(program, raws, seed):
     )
     eps = max(eps, 1e-15) * 4
     check_gradient(program, "grad", list(map(np.asarray, found)), wide, seed, eps, code)
-    if sum(np.size(x) for x in wide) > 24 or len(program) > 14 or ".detach()" in "".join(program):
+    parts = re.findall(r"\w+", " ".join(program))
+    if sum(np.size(x) for x in wide) > 24 or len(program) > 14 or not (ENDS | {"detach"}).isdisjoint(parts):
         return
     check_second(program, total, every, inputs, eps, code.replace("grad", "grad of grad"))
 
