@@ -1267,16 +1267,16 @@ class Value(Array):
     # --- what Python and NumPy ask of a number or array ---
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if method == "__call__" and not kwargs:
+            return _entry(ufunc)(*inputs)
         if method not in ("__call__", "outer"):
             return _entry(getattr(ufunc, method))(*inputs, **kwargs)
         if kwargs:
             raise TypeError(f"{ufunc.__name__}: {', '.join(kwargs)}= is not supported on a Value")
-        if method == "outer":
-            x, y = map(_recorded, inputs)
-            if np.ndim(x) and np.ndim(y):
-                x = np.reshape(x, np.shape(x) + (1,) * np.ndim(y))
-            inputs = x, y
-        return _entry(ufunc)(*inputs)
+        x, y = map(_recorded, inputs)
+        if np.ndim(x) and np.ndim(y):
+            x = np.reshape(x, np.shape(x) + (1,) * np.ndim(y))
+        return _entry(ufunc)(x, y)
 
     def __array_function__(self, function, kinds, args, kwargs):
         return _call_entry(_entry(function), function, args, kwargs)

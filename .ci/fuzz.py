@@ -930,7 +930,8 @@ ARGUMENTS = {
     "searchsorted": lambda w, x: f"np.sort({x}), [0.5, -0.5]" if len(w.shape(x)) == 1 else None,
     "digitize": _texts(0, "{x}, [-1.0, 0.0, 1.0]"),
     **dict.fromkeys(
-        "isin union1d intersect1d setdiff1d setxor1d".split(), lambda w, x: f"{x}, {w.numbers((3,), w.floating())}"
+        "isin union1d intersect1d setdiff1d setxor1d".split(),
+        lambda w, x: f"{x}, {w.numbers((3,), w.floating())}" if np.asarray(w.raw(x)).dtype.kind == "f" else None,
     ),
     "bincount": lambda w, x: (
         f"{w.rng.integers(0, 4, w.shape(x)).tolist()}, {x}" if len(w.shape(x)) == 1 and w.shape(x)[0] else None
