@@ -1361,7 +1361,7 @@ def _call_entry(entry: Callable, function: Callable, args: tuple, kwargs: dict):
     if len(args) == n and not kwargs:
         return _apply(entry, args, _NO_PARAMS)
     # By NumPy's names, in whose order they came; its defaults need no support.
-    given = dict(zip(_argument_names(function)[n:], args[n:])) | kwargs
+    given = dict(zip(_argument_names(function)[n:], args[n:])) | kwargs if len(args) > n else kwargs
     given = {k: x for k, x in given.items() if x is not None or k in entry.params}
     if entry in TABLE and not given.keys() <= _USUAL:
         entry = TABLE[entry]
