@@ -2374,19 +2374,14 @@ def _scan(ufunc, forward=None):
     def rule(g, out, a, axis):
         # With p and q the slopes of f, a_i gets q_i * S_i where S_i = g_i + p_{i+1} * S_{i+1}. The recurrence is a
         # composition of affine maps, done by doubling (Hillis and Steele 1986); no division, so zeros are exact.
-        shift, out, x = (np.moveaxis(z, axis, -1) for z in (g, out, a))
-        one, step = np.ones_like(x[..., :1]), 1
-        met = np.ones_like(x[..., 1:]), out[..., 1:], out[..., :-1], x[..., 1:]
-        p, q = (vjp(*met) for vjp in TABLE[ufunc].vjps)
-
-        def ahead(z):
-            """z as it is `step` further on; there it ends with zeros."""
-            return np.concatenate([z[..., step:], np.zeros_like(z[..., :step])], axis=-1)
-
-        scale = np.concatenate([p, np.zeros_like(one)], axis=-1)
+        total, out, x = (np.moveaxis(z, axis, -1) for z in (g, out, a))
+        scale, q = (vjp(1.0, out[..., 1:], out[..., :-1], x[..., 1:]) for vjp in TABLE[ufunc].vjps)
+        step = 1
         while step < np.shape(x)[-1]:
-            shift, scale, step = shift + scale * ahead(shift), scale * ahead(scale), 2 * step
-        return np.moveaxis(np.concatenate([one, q], axis=-1) * shift, -1, axis)
+            near = total[..., :-step] + scale * total[..., step:]
+            total = np.concatenate([near, total[..., -step:]], axis=-1)
+            scale, step = scale[..., :-step] * scale[..., step:], 2 * step
+        return np.moveaxis(np.concatenate([total[..., :1], q * total[..., 1:]], axis=-1), -1, axis)
 
     name = getattr(forward, "__name__", f"{ufunc.__name__}.accumulate")
     return primitive(forward or (lambda a, axis: ufunc.accumulate(a, axis)), _along_one(rule), name=name)
