@@ -3324,8 +3324,8 @@ def _in_dtype(prim, a, dtype):
     """a in the dtype that a reduction was told to compute in."""
     if dtype is None:
         return a
-    if np.dtype(dtype).kind != "f" and np.result_type(_raw(a)).kind == "f":
-        raise TypeError(f"{prim.name}: dtype must be floating for floating numbers, got {np.dtype(dtype)}")
+    if np.dtype(dtype).kind != "f":
+        raise TypeError(f"{prim.name}: dtype must be floating, got {np.dtype(dtype)}")
     return _as_dtype(a, np.dtype(dtype))
 
 
