@@ -4,9 +4,9 @@
     python demo.py data.csv --target species               a table of numbers; see `python demo.py --help`
     python demo.py --dask                                  the same on a Dask cluster, here of two local processes
 
-The pictures in graph/ (beside this file) show the network and its loss on one sample, the first that it trains on:
-initial_graph.png as it was built, optimized_graph.png as `optimize` rewrote it, and trained_model.png trained, with
-gradients. Without Graphviz it trains all the same.
+The pictures in graph/ (beside this file) show the network and its loss on the first four samples that it trains on:
+initial_graph.png as code builds it that takes them one by one, optimized_graph.png as `optimize` rewrote that, and
+trained_model.png trained, on all four at once, with gradients. Without Graphviz it trains all the same.
 """
 
 import signal
@@ -373,11 +373,21 @@ def train(model, x, y, classes, epochs, rng, stopped, dask=False) -> int:
 # --- the command ---
 
 
-def picture(loss: Value, name: str, failures: dict[str, str]) -> None:
+def one_by_one(model: MLP, x: np.ndarray, y: np.ndarray, classes: int) -> Value:
+    """The mean loss of samples, built in a loop over them."""
+    losses = [loss_of(model, Tensor(row), label, classes) for row, label in zip(x, y)]
+    loss = np.mean(np.stack(losses))
+    for part in losses:
+        part.label = ""
+    loss.label = "loss"
+    return loss
+
+
+def picture(loss: Value, name: str, caption: str, failures: dict[str, str]) -> None:
     """Draws into graph/, or notes why not."""
     try:
         GRAPHS.mkdir(exist_ok=True)
-        draw(loss, GRAPHS / name)
+        draw(loss, GRAPHS / name, caption=caption)
     except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         failures[f"graph/{name}"] = printable(str(error).split(". ")[0].splitlines()[0])
 
@@ -402,18 +412,20 @@ def run(data: str | None, target: str, epochs: int, seed: int, dask: bool) -> in
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one ends everything
 
     signal.signal(signal.SIGINT, interrupt)
-    sample, failures = (Tensor(x[~held][0]), y[~held][0], classes), {}
-    loss = loss_of(model, *sample)
-    picture(loss, "initial_graph.png", failures)
-    picture(optimize(loss), "optimized_graph.png", failures)
+    samples, failures = (x[~held][:4], y[~held][:4], classes), {}
+    loss = one_by_one(model, *samples)
+    fast, built = optimize(loss), operations(loss)
+    picture(loss, "initial_graph.png", f"Built sample by sample: {built} operations", failures)
+    left = operations(fast.graph)
+    picture(fast, "optimized_graph.png", f"Optimized: {left} operations, {built - left} fewer", failures)
     with local_cluster() if dask else contextlib.nullcontext():
         done = train(model, x[~held], y[~held], classes, epochs, rng, lambda: interrupts, dask)
     if done < epochs:
         print("\n" * sys.stdout.isatty() + f"Interrupted: {done} of {epochs} epochs are complete.", flush=True)
     model.zero_grad()
-    loss = loss_of(model, *sample)
+    loss = loss_of(model, *samples)
     loss.backward()
-    picture(loss, "trained_model.png", failures)
+    picture(loss, "trained_model.png", "Trained: the loss of four samples, and its gradients", failures)
     if failures:
         print(f"Not drawn: {', '.join(failures)}: {'; '.join(dict.fromkeys(failures.values()))}")
     else:

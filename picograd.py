@@ -419,8 +419,11 @@ class Kind:
         return contextlib.nullcontext()
 
     def text(self, raw) -> str:
-        """What repr adds to shape and dtype."""
-        return ""
+        """What repr adds to shape and dtype: up to eight numbers, else how many are nan."""
+        if np.size(raw) <= 8:
+            return f", data={_in_a_line(_fetched(raw))}"
+        nans = _count_nans(raw)
+        return f", nan={nans}" if nans else ""
 
 
 class _Weak(Kind):
@@ -644,6 +647,15 @@ def _raw(x):
 def _public(raw):
     """A raw value as it is handed out: weak numbers become NumPy scalars."""
     return KINDS[type(raw)].hand_out(raw)
+
+
+def _in_a_line(array, form: Callable = str) -> str:
+    """An array as nested lists of its numbers, each in that form."""
+    return " ".join(np.array2string(np.asarray(array), separator=", ", formatter={"all": form}).split())
+
+
+def _count_nans(raw) -> int:
+    return np.isnan(_wrap(raw)).sum().item() if raw.dtype.kind == "f" else 0
 
 
 def _lazy(x) -> bool:
@@ -899,18 +911,28 @@ class Tensor(Array):
         distributed.
     dtype: a floating, integer or boolean NumPy dtype.
     distributed: True or False to force it, None to leave it to `set_distributed_config`.
+    label: a name, for pictures and messages.
 
     A 0-d Tensor behaves like a number: comparisons give NumPy's bool, formatting works, and `+=` makes a new one.
     What is computed of Tensors alone is a new Tensor, which a replay does not compute anew.
     """
 
-    __slots__ = ("_choice", "_owner")
+    __slots__ = ("_choice", "_owner", "_label")
 
-    def __init__(self, data: Any, dtype: Any = None, distributed: bool | None = None):
+    def __init__(self, data: Any, dtype: Any = None, distributed: bool | None = None, label: str = ""):
         if not (distributed is None or isinstance(distributed, bool)):
             raise TypeError(f"Tensor: distributed must be True, False or None, got {distributed!r}")
         self._held = _as_raw(data, dtype, "Tensor", choice=distributed)
-        self._choice, self._owner = distributed, None
+        self._choice, self._owner, self.label = distributed, None, _checked_label("Tensor", label)
+
+    @property
+    def label(self) -> str:
+        """A name, for pictures and messages; a result has none at first, and costs no time for it."""
+        return getattr(self, "_label", "")
+
+    @label.setter
+    def label(self, new: str):
+        self._label = new
 
     @property
     def data(self) -> np.ndarray | np.generic:
@@ -981,19 +1003,18 @@ class Tensor(Array):
         _public(self._held)[index] = new if KINDS[type(self._held)].lazy else _fetched(new)
 
     def __reduce__(self):
-        return _restored, (type(self), self._held, self._choice), _extra(self, Tensor)
+        return _restored, (type(self), self._held, self._choice, self.label), _extra(self, Tensor)
 
     def __copy__(self):
-        return _with_extra(_restored(type(self), _owned(self._held), self._choice), _extra(self, Tensor))
+        twin = _restored(type(self), _owned(self._held), self._choice, self.label)
+        return _with_extra(twin, _extra(self, Tensor))
 
     def __repr__(self):
+        label = f", label={self.label!r}" if self.label else ""
         if not self.ndim:
-            return f"Tensor({self._held})"
-        kind = KINDS[type(self._held)]
-        values = kind.text(self._held)
-        if not kind.lazy and self.size <= 8:
-            values = f", data={self.tolist()}"
-        return f"Tensor(shape={self.shape}, dtype={self.dtype}, distributed={self.distributed}{values})"
+            return f"Tensor({self._held}{label})"
+        numbers = KINDS[type(self._held)].text(self._held)
+        return f"Tensor(shape={self.shape}, dtype={self.dtype}, distributed={self.distributed}{numbers}{label})"
 
     def __str__(self):
         return repr(self) if self.ndim else str(self._look())
@@ -1027,11 +1048,18 @@ def _written_back(new, raw, owner, attribute) -> bool:
     return new._held is raw and whose is not None and whose[0] is owner and whose[1] == attribute
 
 
-def _restored(cls: type, raw, choice) -> Tensor:
+def _restored(cls: type, raw, choice, label="") -> Tensor:
     """A pickled or copied Tensor."""
     tensor = _new(cls)
     tensor._held, tensor._choice, tensor._owner = raw if choice is None else HOOK.adopt(raw, choice), choice, None
+    tensor.label = label
     return tensor
+
+
+def _checked_label(who: str, label: str) -> str:
+    if not isinstance(label, str):
+        raise TypeError(f"{who}: label must be a string, got {label!r}")
+    return label
 
 
 def _each(f: Callable, x):
@@ -1139,11 +1167,10 @@ class Value(Array):
     __slots__ = ("_grad", "_prim", "_x", "_y", "_needs", "_number", "label")
 
     def __init__(self, data: Any, dtype: Any = None, label: str = ""):
-        if not isinstance(label, str):
-            raise TypeError(f"Value: label must be a string, got {label!r}")
         self._held = data if type(data) is float and dtype is None else _as_raw(data, dtype, "Value", "f")
         self._grad = self._prim = None
-        self._x, self._y, self._needs, self._number, self.label = (), _NO_PARAMS, True, _next_number(), label
+        self._x, self._y, self._needs, self._number = (), _NO_PARAMS, True, _next_number()
+        self.label = _checked_label("Value", label)
 
     # --- data and gradient ---
 
@@ -3300,6 +3327,21 @@ class Module:
         for p in self.parameters():
             p._grad = None
 
+    def __str__(self):
+        """A table: the parts that have parameters, the shapes of these, how many numbers they are, and the total."""
+        parts, total = collections.defaultdict(list), 0
+        for name, p in self.named_parameters():
+            part, _, own = name.rpartition(".")
+            parts[part].append((own, p))
+            total += p.size
+        rows = [(type(self).__name__, "parameters", "numbers")]
+        for part, own in parts.items():
+            shapes = ", ".join([f"{name} {p.shape}" for name, p in own])
+            rows.append((part, shapes, f"{sum([p.size for _, p in own]):,}"))
+        rows.append(("total", "", f"{total:,}"))
+        first, second, third = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join([f"{part:{first}}  {shapes:{second}}  {n:>{third}}" for part, shapes, n in rows])
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes the parameters to a .npz file of exactly that path, all or nothing.
 
@@ -3583,6 +3625,19 @@ def _label_mask_forward(labels, k):
 _label_mask = primitive(_label_mask_forward, None, name="label mask")
 
 
+def _entropy(x, mask):
+    """The cross-entropy of logits, with the mask of their labels; of no sample, nan as other means."""
+    return np.mean(np.where(mask, log_softmax(x) * -float(np.shape(x)[-1]), 0.0))
+
+
+_cross_entropy = primitive(
+    _entropy,
+    lambda g, out, x, mask: (softmax(x) - mask) * (g * _share(x, tuple(range(np.ndim(x) - 1)))),
+    None,
+    name="cross entropy",
+)
+
+
 def cross_entropy(logits: Value, labels: Any) -> Value:
     """The mean of -log(softmax(logits)[label]), for logits (n, k) or (k,) and integer labels (n,) or () below k."""
     logits, labels = _numbers("cross_entropy", "logits", logits), _numbers("cross_entropy", "labels", labels)
@@ -3599,7 +3654,7 @@ def cross_entropy(logits: Value, labels: Any) -> Value:
         mask = _record(_label_mask, (labels,), {"k": k})
     else:
         mask = _label_mask(labels, k=k)
-    return -np.mean(np.sum(np.where(mask, log_softmax(logits), 0.0), axis=-1))
+    return _apply(_cross_entropy, (logits, mask), _NO_PARAMS)
 
 
 _sigmoid_entropy = primitive(  # softplus(x) - x * y, with no difference of large numbers where y is 1
@@ -3609,7 +3664,7 @@ _sigmoid_entropy = primitive(  # softplus(x) - x * y, with no difference of larg
     name="sigmoid entropy",
     elementwise=True,
 )
-_mse.builtin = _label_mask.builtin = _sigmoid_entropy.builtin = True
+_mse.builtin = _label_mask.builtin = _cross_entropy.builtin = _sigmoid_entropy.builtin = True
 
 
 def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
@@ -3869,28 +3924,41 @@ sys.modules[nn.__name__] = nn
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. draw
 #
-# In: a Value. Out: the picture of the graph it came from, as a `graphviz.Digraph`, and a file if asked for. Boxes are
-# Values, Tensors and constants; ellipses are operations. Graphviz (the Python package, and the program `dot` to make
-# picture files) is imported and needed only here.
+# In: a Value. Out: the picture of the graph it came from, as a `graphviz.Digraph`, and a file if asked for. A box shows
+# a Value with the operation that made it, a Tensor or a constant array. Graphviz (the Python package, and the program
+# `dot` to make picture files) is imported and needed only here.
 # Invariant: text that others chose (labels, names, parameters) reaches Graphviz through `_text` alone, in HTML-like
 # labels, where nothing but our own tags is markup.
+#
+#     >>> a, b = Value(2.0, label="a"), Value(3.0, label="b")
+#     >>> graph = draw(a * b + a**2)  # in a notebook, that shows it; of five boxes, one says: · ** 2, and 4
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Text has a contrast of at least 12:1 on every fill (WCAG 2 asks for 4.5:1), borders at least 5:1 on the white page.
 # The kinds differ in shape or line as well, for eyes and printers that do not tell the colours apart.
 _INK = {"fontname": "Helvetica,Arial,sans-serif", "fontsize": "10", "fontcolor": "#1a1a1a"}
-_BOXES = {
-    "leaf": {"fillcolor": "#cfe3fa", "color": "#1f5c99"},
-    "input": {"fillcolor": "#d3efd0", "color": "#2a6b2f", "style": "filled"},
-    "constant": {"fillcolor": "#eeeeee", "color": "#5f5f5f", "style": "filled,dashed"},
-    "intermediate": {"fillcolor": "#ffffff", "color": "#5f5f5f"},
-    "result": {"fillcolor": "#ffdf94", "color": "#8a5300", "penwidth": "2"},
+_TINT = "#e6daf5"  # of the head of a box, which names the operation
+_LOOKS = {  # of each kind of box, as attributes of an HTML-like table
+    "leaf": {"bgcolor": "#cfe3fa", "color": "#1f5c99", "style": "rounded"},
+    "input": {"bgcolor": "#d3efd0", "color": "#2a6b2f"},
+    "constant": {"bgcolor": "#eeeeee", "color": "#5f5f5f", "style": "dashed"},
+    "operation": {"bgcolor": "#ffffff", "color": "#6a3fa0"},
+    "result": {"bgcolor": "#ffdf94", "color": "#8a5300", "border": "2"},
+    "not finite": {"color": "#c00000", "border": "3"},
 }
-_BOX = {"shape": "box", "style": "filled,rounded", "width": "0", "height": "0", "margin": "0.08,0.05"}
-_ELLIPSE = {"shape": "ellipse", "style": "filled", "width": "0.42", "height": "0.36", "margin": "0.02,0.01"}
-_ELLIPSE |= {"fillcolor": "#ece3f6", "color": "#6a3fa0", "fontsize": "11"}
-# The points of an ellipse where operands enter, so that a - b differs from b - a; more than three are numbered instead.
-_ENTRIES = {"LR": {1: "w", 2: "nw sw", 3: "nw w sw"}, "TB": {1: "n", 2: "nw ne", 3: "nw n ne"}}
+_STYLES = {"head": '<font point-size="11">{}</font>', "name": "<b>{}</b>", "value": "{}", "gradient": "<i>{}</i>"}
+_NOTES = {  # what is in a picture: what it means
+    "·": "· stands for an operand that comes by an arrow",
+    "<i>grad": "<i>grad</i> is the gradient of the result by what the box holds",
+    "<i>max |grad|": "<i>max |grad|</i> is the largest absolute value in that gradient",
+    "headport": "where the order of operands matters, the first one comes in at the top or left",
+    "headlabel": "numbers at arrows are the order of operands",
+}
+# The points of a box where operands enter, so that a - b differs from b - a; more than three are numbered instead.
+_ENTRIES = {"LR": {2: "nw sw", 3: "nw w sw"}, "TB": {2: "nw ne", 3: "nw n ne"}}
+_IN_ANY_ORDER = {"dense layer", "cross entropy", *"add multiply maximum minimum logaddexp hypot equal mse".split()}
+_PAGE_WIDTH = 900  # in points, of which 96 dots per inch make 1,200
+_DARK = b"<style>@media (prefers-color-scheme: dark) { svg { filter: invert(1) hue-rotate(180deg) } }</style>\n"
 
 
 def _text(text, limit: int = 80) -> str:
@@ -3903,24 +3971,26 @@ def _text(text, limit: int = 80) -> str:
     return "<br/>".join(escape(line).replace("\\", r"\\") for line in lines)  # a single \N would become the node's name
 
 
-def _summary(raw, grad) -> list[str]:
-    """What a box says of raw data and its gradient: up to four numbers themselves, else shape, dtype and a bound."""
+def _few(x) -> str:
+    """Numbers in three or four digits, in one line: columns of them would tear the picture apart."""
+    digits = 3 if np.ndim(x) else 4
+    return _in_a_line(x, lambda i: f"{i:.{digits}g}" if isinstance(i, np.floating) else str(i))
 
-    def numbers(x):
-        digits = 3 if np.ndim(x) else 4
-        one = {"float": lambda i: f"{i:.{digits}g}", "all": str}
-        text = np.array2string(np.asarray(x), separator=", ", formatter=one)
-        return " ".join(text.split())  # in one line: columns of numbers would tear the picture apart
 
-    if _lazy(raw) or _lazy(grad):
-        return [f"{np.shape(raw)} {_public(raw).dtype}"]  # numbers would have to be computed
-    few = 0 < np.size(raw) <= 4
-    lines = [numbers(raw) if few else f"{np.shape(raw)} {raw.dtype}"]
-    if few and grad is not None:
-        lines.append(f"grad {numbers(grad)}")
-    elif grad is not None:  # the largest absolute value: unlike a norm, it cannot overflow, and it needs no temporary
-        lines.append(f"|grad| ≤ {numbers(np.maximum(np.max(grad, initial=0), abs(np.min(grad, initial=0))))}")
-    return lines
+def _written(x) -> bool:
+    """Whether an operand is a number, which is written into its operation in place of a box."""
+    return not isinstance(x, Array) and not np.ndim(x)
+
+
+def _head(v: Value) -> str:
+    """The operation that made a Value, with the numbers among its operands written into it."""
+    prim, args = v._prim, v._args
+    if len(args) == 1:
+        return _OPERATORS.get(prim.forward, (prim.symbol,))[0]  # neg, as - would look like a difference
+    if hasattr(prim, "formula") or not any(map(_written, args)):
+        return prim.symbol
+    parts = [_few(x) if _written(x) else "·" for x in args]
+    return f" {prim.symbol} ".join(parts) if prim.forward in _OPERATORS else f"{prim.symbol}({', '.join(parts)})"
 
 
 def _parameter(name: str, x) -> str:
@@ -3941,6 +4011,62 @@ def _parameter(name: str, x) -> str:
     return f"[{', '.join(map(short, x))}]" if name == "index" and isinstance(x, tuple) else f"{name}={short(x)}"
 
 
+def _value_lines(raw) -> list[str]:
+    """What a box says of data: up to four numbers themselves, else shape and dtype."""
+    shape = f"{np.shape(raw)} {_public(raw).dtype}"
+    if _lazy(raw):
+        return [shape, KINDS[type(raw)].text(raw).strip(", "), "not computed"]
+    if 0 < np.size(raw) <= 4:
+        return [_few(_fetched(raw))]
+    nans = _count_nans(raw)
+    return [shape, f"{nans} nan"] if nans else [shape]
+
+
+def _gradient_line(g) -> str:
+    """What a box says of a gradient: up to four numbers themselves, else the largest absolute value."""
+    if _lazy(g):
+        return "grad not computed"
+    g = _fetched(g)
+    if 0 < np.size(g) <= 4:
+        return f"grad {_few(g)}"
+    # Unlike a norm, it cannot overflow, and it needs no temporary.
+    return f"max |grad| {_few(np.maximum(np.max(g, initial=0), abs(np.min(g, initial=0))))}"
+
+
+def _lines(x) -> list[tuple[str, str]]:
+    """What the box of a Value, Tensor or constant says: a style of `_STYLES` and a text, for each line."""
+    lines = []
+    if getattr(x, "_prim", None):
+        parts = [_head(x), *[_parameter(name, p) for name, p in x._params.items() if p is not None]]
+        lines = [("head", text) for text in ([" ".join(parts)] if len("".join(parts)) < 20 else parts)]
+    if isinstance(x, Array):
+        lines.append(("name", x.label or "input" * isinstance(x, Tensor)))
+    lines += [("value", text) for text in _value_lines(_raw(x))]
+    if getattr(x, "_grad", None) is not None:
+        lines.append(("gradient", _gradient_line(x._grad)))
+    return [(style, text) for style, text in lines if text]
+
+
+def _hover(arrays: Sequence) -> str:
+    """Data and gradient in digits, for a text that comes up over an SVG: of a large array, what is at its ends."""
+    shown = ["not computed" if _lazy(x) else np.array2string(_fetched(x), threshold=64, separator=", ") for x in arrays]
+    return "\ngrad\n".join(shown).replace("\\", r"\\").replace("\n", r"\n")
+
+
+def _direction(values: list[Value], boxes: dict[int, list]) -> str:
+    """Left to right if that fits a page or is the narrower way, by estimated widths of boxes in the ranks of dot."""
+    rank, widths = {}, collections.defaultdict(list)
+    for v in values:
+        if v._args:
+            rank[id(v)] = 1 + max([rank.get(id(x), 0) for x in v._args])
+            for x in v._args:
+                rank.setdefault(id(x), rank[id(v)] - 1)
+    for key, lines in boxes.items():
+        widths[rank.get(key, 0)].append(30 + 6 * max([len(text) for _, text in lines]))
+    downwards = max(map(sum, widths.values()))
+    return "LR" if sum(map(max, widths.values())) <= max(_PAGE_WIDTH, downwards) else "TB"
+
+
 _DOT_SECONDS = 60.0  # that Graphviz may take, and a second more for each box
 
 
@@ -3950,7 +4076,7 @@ def _save_picture(graph, path, seconds: float):
 
     picture = graph.copy()
     if path.suffix.lower() == ".png":
-        picture.graph_attr["dpi"] = "120"  # text comes out as large as that of the page around it
+        picture.graph_attr["dpi"] = "96"  # text comes out as large as the code on the page around it
     command = ["dot", f"-T{path.suffix[1:].lower()}"]
     try:
         done = subprocess.run(command, input=picture.source.encode(), capture_output=True, timeout=seconds)
@@ -3970,7 +4096,8 @@ def _save_picture(graph, path, seconds: float):
     if done.returncode or not done.stdout:
         said = done.stderr.decode(errors="replace").strip() or "no message"
         raise RuntimeError(f"draw: Graphviz's program `dot` made no picture (exit code {done.returncode}): {said}")
-    _write_whole(path, lambda file: file.write(done.stdout))
+    content = done.stdout.replace(b"<g id=", _DARK + b"<g id=", 1) if path.suffix.lower() == ".svg" else done.stdout
+    _write_whole(path, lambda file: file.write(content))
 
 
 def _save_source(content: bytes, path):
@@ -3982,21 +4109,6 @@ def _save_source(content: bytes, path):
             return source
 
 
-def _count(values: list[Value]) -> int:
-    """How many boxes a graph has: an object is one box however often it is used, a number one at each use."""
-    operands = [x for v in values for x in v._args]
-    numbers = sum(type(x) in _WEAK_TYPES for x in operands)
-    return numbers + len({id(x) for x in [*values, *operands] if type(x) not in _WEAK_TYPES})
-
-
-def _direction(values: list[Value], count: int) -> str:
-    """Long and thin graphs go downwards: fitted to a page's width, their text would be too small."""
-    depth: dict[Value, int] = {}
-    for v in values:
-        depth[v] = 1 + max((depth[x] for x in v._args if isinstance(x, Value)), default=-1)
-    return "TB" if depth[v] > 4 and count < 3 * depth[v] else "LR"
-
-
 def _empty_graph(rankdir: str):
     try:
         import graphviz
@@ -4006,74 +4118,104 @@ def _empty_graph(rankdir: str):
             "python-graphviz (the rest of picograd does not need it)"
         ) from error
     return graphviz.Digraph(
+        "picture",
         graph_attr=_INK | {"rankdir": rankdir, "bgcolor": "white", "nodesep": "0.15", "ranksep": "0.25"},
-        node_attr=_INK | _BOX,
-        edge_attr=_INK | {"color": "#5f5f5f", "arrowsize": "0.6", "fontsize": "8", "labeldistance": "1.5"},
+        node_attr=_INK | {"shape": "plain"},
+        edge_attr=_INK | {"color": "#5f5f5f", "arrowsize": "0.6", "fontsize": "8", "labeldistance": "1.2"},
     )
 
 
 class _Picture:
-    """A picture in the making: boxes v0, v1, ..., and before v3, if that is a result, the ellipse op_v3."""
+    """A picture in the making: boxes v0, v1, ..., and arrows to each from its operands."""
 
-    def __init__(self, root: Value, rankdir: str):
-        self.root, self.graph, self.entries = root, _empty_graph(rankdir), _ENTRIES[rankdir]
-        self.names: dict[int, str] = {}  # of the boxes, by the ids of objects
-        self.kinds: list[str] = []  # of the boxes, in order
+    def __init__(self, values: list[Value], rankdir: str | None):
+        drawn = {id(x): x for v in values for x in (*v._args, v) if not _written(x)}
+        boxes = {key: _lines(x) for key, x in drawn.items()}
+        self.root, self.rankdir, self.kinds = values[-1], rankdir or _direction(values, boxes), set()
+        self.names, self.graph = {key: f"v{i}" for i, key in enumerate(drawn)}, _empty_graph(self.rankdir)
+        for key, x in drawn.items():
+            self.box(x, boxes[key])
+        for v in values:
+            self.arrows(v)
 
-    def _kind(self, x) -> str:
-        if not isinstance(x, Value):
-            return "input" if isinstance(x, Tensor) else "constant"
-        if x._prim is None:
-            return "leaf"
-        return "result" if x is self.root else "intermediate"
+    def look(self, x, arrays: Sequence) -> dict[str, str]:
+        """How a box looks, by its kind and by whether it holds what is not finite."""
+        kind = "constant"
+        if isinstance(x, Array):
+            kind = "leaf" if isinstance(x, Value) else "input"
+        if getattr(x, "_prim", None):
+            kind = "result" if x is self.root else "operation"
+        self.kinds.add(kind)
+        if all([_lazy(a) or np.isfinite(_fetched(a)).all() for a in arrays]):
+            return _LOOKS[kind]
+        self.kinds.add("not finite")
+        return _LOOKS[kind] | _LOOKS["not finite"]
 
-    def box(self, x) -> str:
-        """Adds the box of a Value, Tensor or constant; its name."""
-        name, kind, label = f"v{len(self.kinds)}", self._kind(x), _text(getattr(x, "label", None) or "")
-        lines = [f'<font point-size="11"><b>{label}</b></font>'] if label else []
-        lines += map(_text, _summary(_raw(x), getattr(x, "_grad", None)))
-        self.graph.node(name, f"<{'<br/>'.join(lines)}>", **_BOXES[kind])
-        self.kinds.append(kind)
-        self.names[id(x)] = name
-        return name
+    def box(self, x, lines: list[tuple[str, str]]) -> None:
+        """Adds the box of a Value, Tensor or constant."""
+        arrays = [a for a in (_raw(x), getattr(x, "_grad", None)) if a is not None]
+        written = [(style, _STYLES[style].format(text)) for style, text in [(s, _text(t)) for s, t in lines] if text]
+        parts = [[text for style, text in written if (style == "head") == top] for top in (True, False)]
+        cells = [
+            f"<tr><td{tint}>{'<br/>'.join(part)}</td></tr>"
+            for tint, part in zip((f' bgcolor="{_TINT}"', ""), parts)
+            if part
+        ]
+        table = {"border": "1", "cellborder": "0", "cellspacing": "0", "cellpadding": "4"} | self.look(x, arrays)
+        self.graph.node(self.names[id(x)], f"<{_tag('table', table)}{''.join(cells)}</table>>", tooltip=_hover(arrays))
 
-    def operation(self, v: Value, name: str):
-        """Adds the operation that made v, whose box has that name, and boxes of operands that have none yet."""
-        op, n = f"op_{name}", len(v._args)
-        lines = [v._prim.symbol] + [_parameter(k, x) for k, x in v._params.items() if x is not None]
-        self.graph.node(op, f"<{'<br/>'.join(filter(None, map(_text, lines))) or '&#160;'}>", **_ELLIPSE)
-        self.graph.edge(op, name, weight="2")
-        ends = [{"headport": entry} for entry in self.entries.get(n, "").split()]
-        ends = ends or [{"headlabel": str(i)} for i in range(n)]
-        if v._prim.name in ("add", "multiply"):  # the same in either order: enter where lines cross least
-            ends = [{}] * n
-        for x, end in zip(v._args, ends):
-            if type(x) in _WEAK_TYPES or id(x) not in self.names:
-                self.box(x)
+    def arrows(self, v: Value) -> None:
+        """Adds the arrows that come to the box of a Value."""
+        operands = [x for x in v._args if not _written(x)]
+        entries = _ENTRIES[self.rankdir].get(len(operands), "").split()
+        ends = [{"headport": entry} for entry in entries] or [{"headlabel": str(i + 1)} for i in range(len(operands))]
+        named = hasattr(v._prim, "formula") and sum([not getattr(x, "label", "") for x in operands]) < 2
+        if named or len(operands) == 1 or (v._prim and v._prim.name in _IN_ANY_ORDER):  # where lines cross least
+            ends = [{}] * len(operands)
+        for x, end in zip(operands, ends):
             # dot draws heavy edges straight: those of the main line, from one result to the next.
-            self.graph.edge(self.names[id(x)], op, weight="2" if isinstance(x, Value) and x._prim else "1", **end)
+            self.graph.edge(
+                self.names[id(x)], self.names[id(v)], weight="2" if getattr(x, "_prim", None) else "1", **end
+            )
 
-    def legend(self):
-        cell = '<td bgcolor="{fillcolor}" color="{color}">{kind}</td>'.format
-        cells = "".join([cell(kind=kind, **look) for kind, look in _BOXES.items() if kind in self.kinds])
-        table = f'<table border="0" cellborder="1" cellspacing="4" cellpadding="3"><tr>{cells}</tr></table>'
-        self.graph.attr(label=f"<{table}>")
+    def legend(self, caption: str) -> None:
+        """Adds what is below the picture: a caption, the kinds of boxes, and what the marks mean."""
+        looks = {kind: look for kind, look in _LOOKS.items() if kind in self.kinds}
+        looks |= {"operation": _LOOKS["operation"] | {"bgcolor": _TINT}} if "operation" in looks else {}
+        cells = [f"{_tag('td', {'border': '1'} | look)}{kind}</td>" for kind, look in looks.items()]
+        source = "".join(self.graph.body)
+        notes = [f'<font point-size="9">{note}</font>' for mark, note in _NOTES.items() if mark in source]
+        rows = [f"<b>{_text(caption, 200)}</b>"] * bool(caption)
+        rows += [f'<table border="0" cellspacing="4" cellpadding="3"><tr>{"".join(cells)}</tr></table>', *notes]
+        rows = [f"<tr><td>{row}</td></tr>" for row in rows]
+        self.graph.attr(label=f'<<table border="0" cellspacing="0" cellpadding="1">{"".join(rows)}</table>>')
+
+
+def _tag(name: str, attributes: dict[str, str]) -> str:
+    return f"<{name} " + " ".join([f'{key}="{x}"' for key, x in attributes.items()]) + ">"
 
 
 def draw(
-    root: Value, filename: str | os.PathLike | None = None, *, max_nodes: int = 300, rankdir: str | None = None
+    root: Value,
+    filename: str | os.PathLike | None = None,
+    *,
+    max_nodes: int = 300,
+    rankdir: str | None = None,
+    caption: str = "",
 ) -> Any:
     """The graph that a Value was computed by, as a `graphviz.Digraph`, which shows itself in a notebook.
 
-    A box shows a label, the numbers (up to four, else shape and dtype) and, after backward, their gradient (or the
-    largest absolute value in it). Blue boxes are leaves, such as parameters; green ones Tensors, inputs without
-    gradient; grey, dashed ones constants; white ones results in between; the yellow one is the root. An ellipse is an
-    operation with its parameters; unless it is + or *, its operands enter in their order from the top or left.
+    A box shows the operation that made a Value, with its parameters and the numbers among its operands, its label, the
+    numbers (up to four, else shape and dtype) and, after backward, their gradient (or the largest absolute value in
+    it). Blue boxes are leaves, such as parameters; green ones Tensors, inputs without gradient; grey, dashed ones
+    constant arrays; white ones results in between; the yellow one is the root. A red border says that something in it
+    is nan or infinite. A legend explains the marks; in a notebook and in an SVG, numbers come up over the boxes.
 
-    filename: where to save a picture, ending in .png (120 dots per inch), .svg or .pdf. An existing file is replaced,
-        once the new one is complete.
+    filename: where to save a picture, ending in .png (96 dots per inch), .svg (dark on dark pages) or .pdf. An
+        existing file is replaced, once the new one is complete.
     max_nodes: the most boxes to draw; above that, ValueError says how many there are.
     rankdir: "LR" (left to right) or "TB" (top to bottom); None takes what keeps a page-wide picture legible.
+    caption: a line below the picture.
 
     ImportError without the package graphviz. RuntimeError if a picture file needs Graphviz's program `dot` and this
     fails, takes minutes, or is not installed: then the picture's source is saved instead, in a new file ending in .gv.
@@ -4090,19 +4232,15 @@ def draw(
         raise FileNotFoundError(f"draw: filename must be in an existing folder, got {str(path)!r}")
     root = root._picture()
     values = _newest_first(root)[::-1]
-    count = _count(values)
+    count = len({id(x) for v in values for x in (v, *v._args) if not _written(x)})
     if count > max_nodes:
         raise ValueError(
             f"draw: the graph has {count} nodes ({len(values)} Values, {count - len(values)} Tensors and constants), "
             f"and max_nodes is {max_nodes}. Draw a part of it (an inner Value, fewer samples or layers), compute "
             "with arrays in place of numbers, or pass a larger max_nodes: above a thousand, Graphviz may take minutes."
         )
-    picture = _Picture(root, rankdir or _direction(values, count))
-    for v in values:
-        name = picture.box(v)
-        if v._prim is not None:
-            picture.operation(v, name)
-    picture.legend()
+    picture = _Picture(values, rankdir)
+    picture.legend(caption)
     if path:
         _save_picture(picture.graph, path, _DOT_SECONDS + count)
     return picture.graph
@@ -5204,7 +5342,11 @@ _VIEWS = (_reshape, _TRANSPOSE, _BROADCAST, _getitem)
 # Operands that may be masks: where's condition, a mask times a float (micrograd's relu), masks made of masks.
 _LOGICAL = (np.logical_and, np.logical_or, np.logical_xor, np.logical_not)
 _LOGICAL += (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.invert)
-_MASKS = {_WHERE: (0,), _MULTIPLY: (0, 1)} | dict.fromkeys(_VIEWS, (0,)) | {TABLE[f]: (0, 1) for f in _LOGICAL}
+_MASKS = (
+    {_WHERE: (0,), _MULTIPLY: (0, 1), _cross_entropy: (1,)}
+    | dict.fromkeys(_VIEWS, (0,))
+    | {TABLE[f]: (0, 1) for f in _LOGICAL}
+)
 
 
 def _sort(x):
@@ -5622,6 +5764,14 @@ class _Batch:
             joint = joint[start : start + (rows * columns - 1) * step + 1 : step]
         return np.reshape(joint, (*(rows, columns)[-len(layout) :], *shape))
 
+    def alone(self, node):
+        """The new form of a node that is in no group. A stack of what is in stacks already is there."""
+        if _is(node, _stack) and not node._params["axis"] and all([x in self.places for x in node._args]):
+            found = self.gather(node._args, (len(node._args),))
+            if _alike(found, node):
+                return found
+        return _renewed(node, tuple(map(self.single, node._args)))
+
     def operand(self, nodes, k, layout):
         """Operand k of all nodes, and whether it is stacked or one that they share."""
         xs = [node._args[k] for node in nodes]
@@ -5773,7 +5923,7 @@ def batch(roots: Sequence) -> list:
         for (key, enough), group in sorted(level.items(), key=lambda item: -len(item[1])):
             if key is group[0] or len(group) < enough or not state.combine(group):
                 for node in group:
-                    state.new[node] = _renewed(node, tuple(map(state.single, node._args)))
+                    state.new[node] = state.alone(node)
     return [state.single(root) for root in roots]
 
 
@@ -5832,9 +5982,11 @@ def fuse(roots: Sequence, smallest: int = 1, products: bool = True) -> list:
 
 
 def _formula(steps, operands):
-    """A block program as Python would write it; what has no label is called by a letter."""
+    """A block program as Python would write it; what has no label is a letter, or · if there is but one such."""
     labels = [getattr(x, "label", "") for x in operands]
-    letters = (c for c in "xyzabcdefghijklmnopqrstuv" if c not in labels)
+    letters = (c for c in "xyzabdefghijklmnopqrstuv" if c not in labels)
+    if sum([isinstance(x, Array) and not x.label for x in operands]) == 1:
+        letters = iter("·")
     ranks = {"+": 1, "-": 1, "*": 2, "/": 2, "@": 2}
 
     def name(x, label):
@@ -6267,6 +6419,7 @@ def _checked(x, shape):
 _WHOLE: dict[Primitive, Callable] = {  # what is one operation to save time and memory, as several
     _dense: lambda x, w, b, activation=None: activation(x @ w + b) if activation else x @ w + b,
     _mse: lambda x, y: np.mean(np.square(np.subtract(x, y))),
+    _cross_entropy: _entropy,
 }
 
 
@@ -6558,7 +6711,7 @@ def _pictured(node, args):
     if node._prim is not _fused:
         return _renewed(node, args)
     named = types.SimpleNamespace(**{slot: getattr(_fused, slot) for slot in Primitive.__slots__})
-    named.symbol = _formula(node._params["steps"], args)
+    named.symbol = named.formula = _formula(node._params["steps"], args)
     named.forward = functools.partial(_run_steps, **node._params)
     return _twin(node, named, args)
 
