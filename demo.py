@@ -4,9 +4,9 @@
     python demo.py data.csv --target species               a table of numbers; see `python demo.py --help`
     python demo.py --dask                                  the same on a Dask cluster, here of two local processes
 
-The pictures in graph/ (beside this file) show the network and its loss on the first four samples that it trains on:
-initial_graph.png as code builds it that takes them one by one, optimized_graph.png as `optimize` rewrote that, and
-trained_model.png trained, on all four at once, with gradients. Without Graphviz it trains all the same.
+The pictures in graph/ (beside this file) show the network and its loss: initial_graph.png as it is built by a loop over
+the first four samples that it trains on, optimized_graph.png as `optimize` rewrote that, and trained_model.png trained,
+on all samples at once, with gradients. Without Graphviz it trains all the same.
 """
 
 import signal
@@ -375,11 +375,8 @@ def train(model, x, y, classes, epochs, rng, stopped, dask=False) -> int:
 
 def one_by_one(model: MLP, x: np.ndarray, y: np.ndarray, classes: int) -> Value:
     """The mean loss of samples, built in a loop over them."""
-    losses = [loss_of(model, Tensor(row), label, classes) for row, label in zip(x, y)]
-    loss = np.mean(np.stack(losses))
-    for part in losses:
-        part.label = ""
-    loss.label = "loss"
+    loss = np.mean(np.stack([loss_of(model, Tensor(row), label, classes) for row, label in zip(x, y)]))
+    loss.label = "mean loss"
     return loss
 
 
@@ -412,8 +409,7 @@ def run(data: str | None, target: str, epochs: int, seed: int, dask: bool) -> in
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one ends everything
 
     signal.signal(signal.SIGINT, interrupt)
-    samples, failures = (x[~held][:4], y[~held][:4], classes), {}
-    loss = one_by_one(model, *samples)
+    loss, failures = one_by_one(model, x[~held][:4], y[~held][:4], classes), {}
     fast, built = optimize(loss), operations(loss)
     picture(loss, "initial_graph.png", f"Built sample by sample: {built} operations", failures)
     left = operations(fast.graph)
@@ -423,9 +419,11 @@ def run(data: str | None, target: str, epochs: int, seed: int, dask: bool) -> in
     if done < epochs:
         print("\n" * sys.stdout.isatty() + f"Interrupted: {done} of {epochs} epochs are complete.", flush=True)
     model.zero_grad()
-    loss = loss_of(model, *samples)
+    loss = loss_of(model, Tensor(x[~held]), y[~held], classes)
     loss.backward()
-    picture(loss, "trained_model.png", "Trained: the loss of four samples, and its gradients", failures)
+    picture(
+        loss, "trained_model.png", f"Trained: the loss of all {np.sum(~held)} samples at once, and gradients", failures
+    )
     if failures:
         print(f"Not drawn: {', '.join(failures)}: {'; '.join(dict.fromkeys(failures.values()))}")
     else:

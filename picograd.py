@@ -922,8 +922,10 @@ class Tensor(Array):
     def __init__(self, data: Any, dtype: Any = None, distributed: bool | None = None, label: str = ""):
         if not (distributed is None or isinstance(distributed, bool)):
             raise TypeError(f"Tensor: distributed must be True, False or None, got {distributed!r}")
+        if not isinstance(label, str):
+            raise TypeError(f"Tensor: label must be a string, got {label!r}")
         self._held = _as_raw(data, dtype, "Tensor", choice=distributed)
-        self._choice, self._owner, self.label = distributed, None, _checked_label("Tensor", label)
+        self._choice, self._owner, self.label = distributed, None, label
 
     @property
     def label(self) -> str:
@@ -1056,12 +1058,6 @@ def _restored(cls: type, raw, choice, label="") -> Tensor:
     return tensor
 
 
-def _checked_label(who: str, label: str) -> str:
-    if not isinstance(label, str):
-        raise TypeError(f"{who}: label must be a string, got {label!r}")
-    return label
-
-
 def _each(f: Callable, x):
     """f of everything in an argument, however nested."""
     if not isinstance(x, (list, tuple)):
@@ -1167,10 +1163,11 @@ class Value(Array):
     __slots__ = ("_grad", "_prim", "_x", "_y", "_needs", "_number", "label")
 
     def __init__(self, data: Any, dtype: Any = None, label: str = ""):
+        if not isinstance(label, str):
+            raise TypeError(f"Value: label must be a string, got {label!r}")
         self._held = data if type(data) is float and dtype is None else _as_raw(data, dtype, "Value", "f")
         self._grad = self._prim = None
-        self._x, self._y, self._needs, self._number = (), _NO_PARAMS, True, _next_number()
-        self.label = _checked_label("Value", label)
+        self._x, self._y, self._needs, self._number, self.label = (), _NO_PARAMS, True, _next_number(), label
 
     # --- data and gradient ---
 
@@ -3937,16 +3934,16 @@ sys.modules[nn.__name__] = nn
 # Text has a contrast of at least 12:1 on every fill (WCAG 2 asks for 4.5:1), borders at least 5:1 on the white page.
 # The kinds differ in shape or line as well, for eyes and printers that do not tell the colours apart.
 _INK = {"fontname": "Helvetica,Arial,sans-serif", "fontsize": "10", "fontcolor": "#1a1a1a"}
-_TINT = "#e6daf5"  # of the head of a box, which names the operation
 _LOOKS = {  # of each kind of box, as attributes of an HTML-like table
     "leaf": {"bgcolor": "#cfe3fa", "color": "#1f5c99", "style": "rounded"},
     "input": {"bgcolor": "#d3efd0", "color": "#2a6b2f"},
     "constant": {"bgcolor": "#eeeeee", "color": "#5f5f5f", "style": "dashed"},
-    "operation": {"bgcolor": "#ffffff", "color": "#6a3fa0"},
+    "operation": {"bgcolor": "#f7f2fd", "color": "#6a3fa0"},
     "result": {"bgcolor": "#ffdf94", "color": "#8a5300", "border": "2"},
     "not finite": {"color": "#c00000", "border": "3"},
 }
-_STYLES = {"head": '<font point-size="11">{}</font>', "name": "<b>{}</b>", "value": "{}", "gradient": "<i>{}</i>"}
+_OPERATION = '<font point-size="11">{}</font>'  # how a line is written that is in the tinted head of a box
+_CELLS = '<tr><td bgcolor="#e6daf5">{}</td></tr>', "<tr><td>{}</td></tr>"  # the head, and what is below
 _NOTES = {  # what is in a picture: what it means
     "·": "· stands for an operand that comes by an arrow",
     "<i>grad": "<i>grad</i> is the gradient of the result by what the box holds",
@@ -4034,17 +4031,22 @@ def _gradient_line(g) -> str:
 
 
 def _lines(x) -> list[tuple[str, str]]:
-    """What the box of a Value, Tensor or constant says: a style of `_STYLES` and a text, for each line."""
+    """What the box of a Value, Tensor or constant says: for each line, how it is written, and the markup."""
     lines = []
-    if getattr(x, "_prim", None):
-        parts = [_head(x), *[_parameter(name, p) for name, p in x._params.items() if p is not None]]
-        lines = [("head", text) for text in ([" ".join(parts)] if len("".join(parts)) < 20 else parts)]
     if isinstance(x, Array):
-        lines.append(("name", x.label or "input" * isinstance(x, Tensor)))
-    lines += [("value", text) for text in _value_lines(_raw(x))]
-    if getattr(x, "_grad", None) is not None:
-        lines.append(("gradient", _gradient_line(x._grad)))
-    return [(style, text) for style, text in lines if text]
+        lines.append(("<b>{}</b>", x.label or "input" * isinstance(x, Tensor)))
+    if isinstance(x, Value) and x._prim is not None:
+        parts = [_head(x), *[_parameter(name, p) for name, p in x._params.items() if p is not None]]
+        parts = [" ".join(parts)] if len("".join(parts)) < 20 else parts
+        lines = [(_OPERATION, text) for text in parts] + lines
+    lines += [("{}", text) for text in _value_lines(_raw(x))]
+    if isinstance(x, Value) and x._grad is not None:
+        lines.append(("<i>{}</i>", _gradient_line(x._grad)))
+    return [(style, text) for style, text in [(style, _text(x)) for style, x in lines] if text]
+
+
+def _attributes(look: dict[str, str]) -> str:
+    return " ".join([f'{key}="{x}"' for key, x in look.items()])
 
 
 def _hover(arrays: Sequence) -> str:
@@ -4131,68 +4133,51 @@ class _Picture:
     def __init__(self, values: list[Value], rankdir: str | None):
         drawn = {id(x): x for v in values for x in (*v._args, v) if not _written(x)}
         boxes = {key: _lines(x) for key, x in drawn.items()}
-        self.root, self.rankdir, self.kinds = values[-1], rankdir or _direction(values, boxes), set()
+        self.root, self.rankdir = values[-1], rankdir or _direction(values, boxes)
         self.names, self.graph = {key: f"v{i}" for i, key in enumerate(drawn)}, _empty_graph(self.rankdir)
         for key, x in drawn.items():
             self.box(x, boxes[key])
         for v in values:
             self.arrows(v)
 
-    def look(self, x, arrays: Sequence) -> dict[str, str]:
-        """How a box looks, by its kind and by whether it holds what is not finite."""
-        kind = "constant"
-        if isinstance(x, Array):
-            kind = "leaf" if isinstance(x, Value) else "input"
-        if getattr(x, "_prim", None):
-            kind = "result" if x is self.root else "operation"
-        self.kinds.add(kind)
-        if all([_lazy(a) or np.isfinite(_fetched(a)).all() for a in arrays]):
-            return _LOOKS[kind]
-        self.kinds.add("not finite")
-        return _LOOKS[kind] | _LOOKS["not finite"]
-
     def box(self, x, lines: list[tuple[str, str]]) -> None:
         """Adds the box of a Value, Tensor or constant."""
-        arrays = [a for a in (_raw(x), getattr(x, "_grad", None)) if a is not None]
-        written = [(style, _STYLES[style].format(text)) for style, text in [(s, _text(t)) for s, t in lines] if text]
-        parts = [[text for style, text in written if (style == "head") == top] for top in (True, False)]
-        cells = [
-            f"<tr><td{tint}>{'<br/>'.join(part)}</td></tr>"
-            for tint, part in zip((f' bgcolor="{_TINT}"', ""), parts)
-            if part
-        ]
-        table = {"border": "1", "cellborder": "0", "cellspacing": "0", "cellpadding": "4"} | self.look(x, arrays)
-        self.graph.node(self.names[id(x)], f"<{_tag('table', table)}{''.join(cells)}</table>>", tooltip=_hover(arrays))
+        kind, arrays = "constant", [_raw(x)]
+        if isinstance(x, Tensor):
+            kind = "input"
+        elif isinstance(x, Value):
+            arrays += [x._grad] * (x._grad is not None)
+            kind = "leaf" if x._prim is None else "operation"
+        look = {"border": "1"} | _LOOKS["result" if x is self.root and kind != "leaf" else kind]
+        if not all([_lazy(a) or np.isfinite(_fetched(a)).all() for a in arrays]):
+            look |= _LOOKS["not finite"]
+        parts = [[style.format(x) for style, x in lines if (style is _OPERATION) is head] for head in (True, False)]
+        rows = "".join([cell.format("<br/>".join(part)) for cell, part in zip(_CELLS, parts) if part])
+        table = f'<table cellborder="0" cellspacing="0" cellpadding="4" {_attributes(look)}>{rows}</table>'
+        self.graph.node(self.names[id(x)], f"<{table}>", tooltip=_hover(arrays))
 
     def arrows(self, v: Value) -> None:
         """Adds the arrows that come to the box of a Value."""
         operands = [x for x in v._args if not _written(x)]
         entries = _ENTRIES[self.rankdir].get(len(operands), "").split()
         ends = [{"headport": entry} for entry in entries] or [{"headlabel": str(i + 1)} for i in range(len(operands))]
-        named = hasattr(v._prim, "formula") and sum([not getattr(x, "label", "") for x in operands]) < 2
-        if named or len(operands) == 1 or (v._prim and v._prim.name in _IN_ANY_ORDER):  # where lines cross least
+        if len(operands) < 2 or v._prim.name in _IN_ANY_ORDER:  # where lines cross least
             ends = [{}] * len(operands)
         for x, end in zip(operands, ends):
             # dot draws heavy edges straight: those of the main line, from one result to the next.
-            self.graph.edge(
-                self.names[id(x)], self.names[id(v)], weight="2" if getattr(x, "_prim", None) else "1", **end
-            )
+            weight = "2" if isinstance(x, Value) and x._prim else "1"
+            self.graph.edge(self.names[id(x)], self.names[id(v)], weight=weight, **end)
 
     def legend(self, caption: str) -> None:
         """Adds what is below the picture: a caption, the kinds of boxes, and what the marks mean."""
-        looks = {kind: look for kind, look in _LOOKS.items() if kind in self.kinds}
-        looks |= {"operation": _LOOKS["operation"] | {"bgcolor": _TINT}} if "operation" in looks else {}
-        cells = [f"{_tag('td', {'border': '1'} | look)}{kind}</td>" for kind, look in looks.items()]
         source = "".join(self.graph.body)
-        notes = [f'<font point-size="9">{note}</font>' for mark, note in _NOTES.items() if mark in source]
+        looks = {kind: {"border": "1"} | look for kind, look in _LOOKS.items() if [*look.values()][0] in source}
+        cells = "".join([f"<td {_attributes(look)}>{kind}</td>" for kind, look in looks.items()])
         rows = [f"<b>{_text(caption, 200)}</b>"] * bool(caption)
-        rows += [f'<table border="0" cellspacing="4" cellpadding="3"><tr>{"".join(cells)}</tr></table>', *notes]
-        rows = [f"<tr><td>{row}</td></tr>" for row in rows]
-        self.graph.attr(label=f'<<table border="0" cellspacing="0" cellpadding="1">{"".join(rows)}</table>>')
-
-
-def _tag(name: str, attributes: dict[str, str]) -> str:
-    return f"<{name} " + " ".join([f'{key}="{x}"' for key, x in attributes.items()]) + ">"
+        rows.append(f'<table border="0" cellspacing="4" cellpadding="3"><tr>{cells}</tr></table>')
+        rows += [f'<font point-size="9">{note}</font>' for mark, note in _NOTES.items() if mark in source]
+        rows = "".join([f"<tr><td>{row}</td></tr>" for row in rows])
+        self.graph.attr(label=f'<<table border="0" cellspacing="0" cellpadding="1">{rows}</table>>')
 
 
 def draw(
@@ -5766,7 +5751,7 @@ class _Batch:
 
     def alone(self, node):
         """The new form of a node that is in no group. A stack of what is in stacks already is there."""
-        if _is(node, _stack) and not node._params["axis"] and all([x in self.places for x in node._args]):
+        if _is(node, _stack) and not node._params.get("axis") and all([x in self.places for x in node._args]):
             found = self.gather(node._args, (len(node._args),))
             if _alike(found, node):
                 return found

@@ -951,6 +951,7 @@ REACHED |= {
     "solve",
     "nan_to_num",
     "mse",
+    "cross entropy",
     "at least",
     "at most",
     "diagonals",
