@@ -5906,6 +5906,8 @@ def batch(roots: Sequence) -> list:
             levels[level][_group(node, reach[node])].append(node)
     for _, level in sorted(levels.items()):
         for (key, enough), group in sorted(level.items(), key=lambda item: -len(item[1])):
+            if any([x in state.places for x in group[0]._args if isinstance(x, Value)]):
+                enough = min(enough, _BATCH_ARRAYS)  # the numbers are in an array already
             if key is group[0] or len(group) < enough or not state.combine(group):
                 for node in group:
                     state.new[node] = state.alone(node)
@@ -6403,7 +6405,7 @@ def _checked(x, shape):
 
 _WHOLE: dict[Primitive, Callable] = {  # what is one operation to save time and memory, as several
     _dense: lambda x, w, b, activation=None: activation(x @ w + b) if activation else x @ w + b,
-    _mse: lambda x, y: np.mean(np.square(np.subtract(x, y))),
+    _mse: lambda x, y: (np.mean if np.ndim(x) else np.positive)(np.square(np.subtract(x, y))),
     _cross_entropy: _entropy,
 }
 
