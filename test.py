@@ -4261,6 +4261,21 @@ class TestOptimizer(Strict):
         loss = sum(np.sum(model(row)) for row in inputs)
         self.compare(loss, model.parameters() + inputs, lambda: setattr(inputs[3], "data", np.ones(3)))
 
+    def test_a_stack_of_what_is_in_an_array_already(self):
+        rng = np.random.default_rng(SEED)
+        for losses in (mse_loss, cross_entropy):
+            model = MLP(3, [5, 2 if losses is cross_entropy else 1], seed=0, dtype=np.float64)
+            x, y = rng.normal(size=(4, 3)), [1, 0, 0, 1] if losses is cross_entropy else rng.normal(size=4)
+            each = [losses(model(Tensor(row, np.float64)), label) for row, label in zip(x, y)]
+            for root in (np.mean(np.stack(each)), np.stack(each[::-1]), np.stack(each[1:3] + each[:1])):
+                fast = self.compare(root, model.parameters(), lambda: None)
+                self.assertEqual(self.names(fast.graph).count("stack"), 1)  # of the inputs
+            np.testing.assert_allclose(optimize(np.mean(np.stack(each))).item(), losses(model(x), np.array(y)).item())
+        numbers = [Value(float(i)) for i in range(20)]
+        squares = [np.tanh(v) for v in numbers]
+        self.compare(np.stack(squares), numbers, lambda: None)
+        self.compare(np.stack([squares[3], np.array(0.0), 1.0]), numbers, lambda: None)
+
     def test_fuse(self):
         x, w, b = (
             Value(np.random.default_rng(0).normal(size=s), np.float64, n)
