@@ -3101,6 +3101,19 @@ class TestBlocks(Strict):
                 abs(np.sum(Tensor(data) * 1).item() - exact), abs(float(data.sum()) - exact) + 1e-7 * exact
             )
 
+    def test_printing_is_one_pass_that_keeps_nothing(self):
+        data = np.ones((4000, 1000), np.float32)
+        data[1, 2:5] = np.nan
+        with distributed_config(enabled=True):
+            y = Tensor(data) * 2 + 1
+            tracemalloc.start()
+            said = repr(y)
+            self.assertLess(tracemalloc.get_traced_memory()[1], 8e6, "nothing of full size is allocated")
+            tracemalloc.stop()
+            self.assertEqual(said, "Tensor(shape=(4000, 1000), dtype=float32, distributed=True, nan=3)")
+            self.assertIsNotNone(y._held.buffer.step, "it still waits")
+            self.assertEqual(y._held.buffer.given, 0)
+
     def test_chains_fuse(self):
         with distributed_config(enabled=True), mock.patch.object(picograd, "_FEW_BLOCKS", 0):
             x = Tensor(np.ones((4000, 1000)))
@@ -3108,7 +3121,7 @@ class TestBlocks(Strict):
             with mock.patch.object(picograd, "run_blocks", wraps=picograd.run_blocks) as runs:
                 y = np.tanh(x * 2 + 1) - x
                 runs.assert_not_called()
-                repr(y), y.shape, y.dtype
+                self.assertEqual((y.shape, y.distributed), ((4000, 1000), True))
                 runs.assert_not_called()
                 y.sum()
                 self.assertEqual((runs.call_count, len(runs.call_args[0][0]), runs.call_args[0][3]), (1, 4, []))
@@ -5053,7 +5066,8 @@ class TestElsewhere(unittest.TestCase):
         v = Value(Counted(self.x[:1, :2]))
         y = (v * v).sum()
         y.backward()
-        self.assertIn("(1, 2) float32", draw(y).source)
+        self.assertIn("(1, 2) float32<br/>not computed<br/><i>grad not computed</i>", draw(y).source)
+        self.assertIn('tooltip="not computed\\ngrad\\nnot computed"', draw(y).source)
         self.assertIn("shape=(1, 2)", repr(v))
         self.assertEqual(Counted.copies_home, 0)
 
@@ -5195,7 +5209,8 @@ class TestDask(unittest.TestCase):
         with self.passes() as count:
             model, x = MLP(6, [5, 3], seed=2), Value(self.chunked(self.x))
             loss = cross_entropy(model(x), self.chunked(self.labels))
-            repr(x), repr(loss), loss.distributed, x.shape, draw(loss)
+            repr(x), repr(loss), loss.distributed, x.shape
+            self.assertRegex(draw(loss).source, r"\(60, 6\) float32<br/>chunksize=\(\d+, \d+\)<br/>not computed")
             self.assertEqual(len(count), 0)
             loss.backward()
             self.assertEqual(len(count), 1)
