@@ -137,10 +137,11 @@ class Primitive:
 
 
 def _python_numbers(x):
-    """NumPy's integers and truths as Python's own, also in a tuple."""
+    """NumPy's integers and truths as Python's own, also in a tuple or in an array of no dimensions."""
     if type(x) is tuple:
         return tuple(map(_python_numbers, x))
-    return x.item() if isinstance(x, (np.integer, np.bool_)) else x
+    alone = type(x) is np.ndarray and not x.ndim and x.dtype.kind in "iub"
+    return x.item() if alone or isinstance(x, (np.integer, np.bool_)) else x
 
 
 def _primitive_named(name: str) -> Primitive:
@@ -605,6 +606,8 @@ def _constant(x, who: str):
 
 def _conform(x, like, who, choice: bool | None = None):
     """x, copied, as a replacement of the raw value `like`: of its dtype, and of its shape if x is a number."""
+    if isinstance(x, Value):
+        x._end(f"{who} = Value")
     x = _raw(x)
     if type(like) is float and type(x) in _WEAK_TYPES:
         return float(x)
@@ -845,20 +848,22 @@ class Array:
                 self._held = raw
         return raw
 
-    def reshape(self, *shape):
-        return np.reshape(self, shape[0] if len(shape) == 1 else shape)
+    def reshape(self, *shape, order="C"):
+        return np.reshape(self, shape[0] if len(shape) == 1 else shape, order=order)
 
     def transpose(self, *axes):
-        if len(axes) == 1 and not isinstance(axes[0], (int, np.integer)):
-            axes = axes[0]
-        return np.transpose(self, axes or None)
+        if len(axes) == 1 and np.ndim(axes[0]):
+            axes = tuple(axes[0])
+        return np.transpose(self, None if axes in ((), (None,)) else axes)
 
-    def flatten(self):
+    def flatten(self, order="C"):
         """A copy in one dimension; `ravel` is a view where it can be."""
-        return np.copy(np.ravel(self))
+        return np.copy(np.ravel(self, order))
 
-    def copy(self):
+    def copy(self, order="C"):
         """A copy in C order, as of ndarray's method; `np.copy` keeps the order."""
+        if order != "C":
+            raise TypeError(f"copy: order {order!r} is not supported on a Value or Tensor, only 'C'")
         if type(self._held) is np.ndarray and not self._held.flags.c_contiguous:
             return np.reshape(np.ravel(self), self.shape)
         return np.copy(self)
@@ -1047,7 +1052,8 @@ def _written_back(new, raw, owner, attribute) -> bool:
     if not isinstance(new, Array):
         return KINDS[type(raw)].same(raw, new)
     whose = getattr(new, "_owner", None)
-    return new._held is raw and whose is not None and whose[0] is owner and whose[1] == attribute
+    same = whose is not None and whose[0] is owner and whose[1] == attribute
+    return same and KINDS[type(raw)].same(raw, new._held)
 
 
 def _restored(cls: type, raw, choice, label="") -> Tensor:
@@ -1085,6 +1091,9 @@ def _on_arrays(function, args, kwargs):
     called = {function.__name__, getattr(function, "__self__", function).__name__}
     ufunc = isinstance(getattr(function, "__self__", function), np.ufunc)
     args, kwargs = _with_out_named(function, args, kwargs)
+    for x in _members(*args, *kwargs.values()):
+        if isinstance(x, Value):  # where NumPy does not look for one, such as in a list or as initial=
+            x._end(f"{function.__name__}(Tensor, ...Value...)")
     if ufunc and called & {"__call__", "outer"}:
         args = tuple([x if isinstance(x, Array) else _constant(x, function.__self__.__name__) for x in args])
     operands = _members(*args)
@@ -1254,7 +1263,8 @@ class Value(Array):
         """Adds the gradient of this Value to the `.grad` of the leaves it was computed from.
 
         gradient: of this Value's shape, the gradient to start from; ones unless given.
-        retain_grads: whether the nodes in between keep theirs (replacing an earlier one); False saves the memory.
+        retain_grads: whether the nodes in between keep theirs (replacing an earlier one), for reading: they may share
+            memory; False saves it.
 
         A gradient is of its leaf's kind. What is a Dask array before, and belongs to a leaf that is none, is computed
         in one pass over the cluster, and this Value with it if it is a number.
@@ -3771,7 +3781,8 @@ class _Optimizer:
             p._grad = None
 
     def step(self) -> None:
-        """Changes the parameters by their gradients, in place; one without a gradient yet is left alone.
+        """Changes the parameters by their gradients, in place; one without a gradient yet is left alone. (To ask for a
+        `.grad` makes it zeros, which is one.)
 
         ValueError if a parameter or its gradient has another shape than at the beginning, or its array is read-only;
         TypeError if it is of another library now. Then, and if a floating-point fault is an error, nothing is changed.
@@ -4462,10 +4473,16 @@ class _Memory:
         """The segment of that size that was freed last, if there is one."""
         with self.lock:
             for segment in reversed(self.free):
-                if segment.size == size and bool(segment.name) == shared:
-                    self.free.remove(segment)
+                if segment.size == size and bool(segment.name) == shared and self.unlist(segment):
                     return segment
         return None
+
+    def unlist(self, segment) -> bool:
+        """Takes a segment off the free ones; False if a signal's handler or a finalizer, in this thread, was first."""
+        with contextlib.suppress(ValueError):
+            self.free.remove(segment)
+            return True
+        return False
 
     def share(self, size: int, most: int):
         """A new segment that workers find; None if there are too many, or none can be had."""
@@ -4504,8 +4521,7 @@ class _Memory:
             for segment in segments:
                 if sum([x.size for x in self.free]) <= bound:
                     break
-                self.free.remove(segment)
-                if self.shared.pop(segment.name, None):
+                if self.unlist(segment) and self.shared.pop(segment.name, None):
                     segment.close()
         return len(segments)
 
@@ -4515,7 +4531,6 @@ class _Memory:
         import ctypes
         import mmap
 
-        self.clear(shared=True)
         if not self.shared:
             return
         system = ctypes.CDLL(None).mmap
@@ -4726,7 +4741,9 @@ def _before_fork() -> None:
     _workers.lock.acquire()  # no job of another thread has the workers
     _memory.lock.acquire()
     if not _local.depth:  # else it is a worker that starts
-        _memory.part()
+        _memory.clear(shared=True)
+        while _memory.shared:  # again, if a signal's handler shares more meanwhile
+            _memory.part()
 
 
 def _after_fork() -> None:
@@ -5111,8 +5128,9 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
         if function in (np.empty_like, np.zeros_like, np.ones_like, np.full_like):
             like = np.broadcast_to(np.zeros((), self.dtype), self.shape)
             return HOOK.adopt(function(like, *args[1:], **kwargs), self.forced or None, new=True)
-        if isinstance(prim, Primitive) and set(kwargs) <= {*prim.params, *(prim.operands or ())}:
-            return prim(*args, **kwargs)
+        if isinstance(prim, Primitive):
+            with contextlib.suppress(TypeError):  # of what it does not take
+                return _call_entry(prim, function, args, kwargs)
         return _exposed(function, args, kwargs)
 
     def __getitem__(self, index):
@@ -5201,7 +5219,12 @@ class _InBlocks(Kind):
         return raw.buffer.given
 
     def same(self, raw, x):
-        return x is raw or (raw.buffer.given and x is raw.buffer.array)
+        array = x.buffer.array if type(x) is Chunked else x
+        return x is raw or (raw.buffer.given and array is raw.buffer.array)
+
+    def rule(self, prim, rule):
+        """A user's gets plain arrays, as its forward does."""
+        return rule if prim.builtin else lambda *args, **params: _exposed(rule, args, params)
 
     def update(self, prim, raw, y):
         """At once where it is handed out; and where it is small: that is handed out to us as long as we write."""
@@ -5776,10 +5799,11 @@ class _Batch:
         return _renewed(node, tuple(map(self.single, node._args)))
 
     def operand(self, nodes, k, layout):
-        """Operand k of all nodes, and whether it is stacked or one that they share."""
+        """Operand k of all nodes, and whether it is stacked or one that they share. What is made of that is a node, so
+        that a Tensor is one, too: a replay reads it anew."""
         xs = [node._args[k] for node in nodes]
         if len(set(map(_key, xs))) == 1:
-            return self.single(xs[0]), False
+            return _recorded(self.single(xs[0])), False
         return self.gather(xs, layout), True
 
     def combine(self, nodes):
@@ -5845,6 +5869,11 @@ class _Batch:
         return True
 
 
+def _is_basic(index):
+    """Whether an index gives a view."""
+    return all([i is None or i is Ellipsis or type(i) is int or isinstance(i, slice) for i in index])
+
+
 def _batched_matmul(node, n, operands, stacked):
     x, y = operands
     a, b = (np.ndim(_raw(z)) for z in node._args)
@@ -5869,8 +5898,7 @@ def _batched_axis(node, n, operands, stacked):
 
 def _batched_getitem(node, n, operands, stacked):
     index = node._params["index"]
-    plain = len(operands) == 1 and not any([isinstance(i, np.ndarray) for i in index])
-    return _getitem(operands[0], index=(slice(None), *index)) if plain else None
+    return _getitem(operands[0], index=(slice(None), *index)) if _is_basic(index) else None
 
 
 _BATCHED: dict[Primitive, Callable] = {
@@ -6046,9 +6074,13 @@ def _sealed_i(i, g, out, operands, prim, params):
     return _node(_run_rule(*map(_raw, args), **params), _rule, args, params)
 
 
-_rule = primitive(_run_rule, None, name="rule", variadic=True)
+_rule = primitive(_run_rule, None, name="rule", variadic=True, typed=())  # that sweep settles the dtypes
 _sealed = primitive(
-    lambda *operands, prim, params: _evaluate(prim, operands, params), _sealed_i, name="sealed", variadic=True
+    lambda *operands, prim, params: _evaluate(prim, operands, params),
+    _sealed_i,
+    name="sealed",
+    variadic=True,
+    typed=(),
 )
 
 
@@ -6126,8 +6158,7 @@ def _getitem_form(low, node, a, index):
 
 def _scatter_form(low, node, a, *parts, shape, index):
     places = _places(index, shape)
-    unique = all([i is None or i is Ellipsis or type(i) is int or isinstance(i, slice) for i in index])
-    if not unique and (parts or places is None or len(np.unique(places)) < places.size):
+    if not _is_basic(index) and (parts or places is None or len(np.unique(places)) < places.size):
         return None
     return f"{{out}}.fill(0); {{out}}[{low.bind('c', index)}] = {{0}}"
 
@@ -6436,7 +6467,7 @@ def _traced(roots):
 
     def rule(node, args):
         if node._prim in _WHOLE and _regular(node):
-            whole = _WHOLE[node._prim](*args, **node._params)
+            whole = _WHOLE[node._prim](*_recorded(args), **node._params)
             return _twin(node, whole._prim, whole._args, whole._params)
         if node._prim is _program:
             return _replayed(args[-1].traced)
@@ -6605,13 +6636,15 @@ class _Program:
     def backward(self, which, seeds):
         """Pairs of leaf and gradient, to be added up, for the seeds of those roots. Results do not change."""
         with self.lock:
-            self.compile_for(which)
-            self.guess = False
-            if self.code is None or which in self.sweeps:
-                saved = self.run()[1] if self.saved is None else self.saved
-                self.saved = saved if len(self.sweeps) > 1 or type(saved) is list else None  # one sweep uses buffers up
-            else:
-                saved = self.late = self.late or self.replay(self.graph)[1]
+            with np.errstate(all="ignore"):  # of its faults, `forward` told
+                self.compile_for(which)
+                self.guess = False
+                if self.code is None or which in self.sweeps:
+                    saved = self.run()[1] if self.saved is None else self.saved
+                    # One sweep uses the buffers up.
+                    self.saved = saved if len(self.sweeps) > 1 or type(saved) is list else None
+                else:
+                    saved = self.late = self.late or self.replay(self.graph)[1]
             if type(saved) is tuple:
                 if Chunked in map(type, seeds):
                     seeds = [g.expose() if type(g) is Chunked else g for g in seeds]
@@ -6619,7 +6652,8 @@ class _Program:
                 try:
                     return zip(leaves, sweep(saved, *seeds))
                 except (ArithmeticError, ValueError, RuntimeWarning, _Resized):
-                    self.saved, saved = None, self.replay(self.traced)[1]
+                    with np.errstate(all="ignore"):
+                        self.saved, saved = None, self.replay(self.traced)[1]
             found = _at_home(_backpropagate(_joined(saved), _Parts(zip(which, seeds)), retain=False), saved[which[0]])
             if self.foreign:  # the root may be computed by now
                 self.show([root._held for root in saved])
@@ -6765,12 +6799,13 @@ class Optimized(Value):
         return twin
 
     def __reduce__(self):
-        return _optimized, (*self._params.values(), self._grad, self.label)
+        return _optimized, (*self._params.values(), self._grad, self.label, self._held)
 
 
-def _optimized(program, index, grad=None, label=""):
+def _optimized(program, index, grad=None, label="", held=None):
     args, params = (program.node(),), {"program": program, "index": index}
-    made = _root, args, params, program.traced[index]._needs, program.results[index], grad, label
+    held = program.results[index] if held is None else held
+    made = _root, args, params, program.traced[index]._needs, held, grad, label
     node = _rebuild(Optimized, (), None, *made)
     program.nodes.append((weakref.ref(node), index))
     return node
@@ -6782,7 +6817,8 @@ def optimize(*roots: Value) -> Any:
 
     A result has the value of its root. Its `.forward()` computes all results anew from the leaves' and Tensors' current
     data, its `.backward()` adds to the leaves' `.grad`, and what its `.data` handed out is never overwritten. It draws,
-    as what the graph became; it nests in further expressions, pickles, and can be optimized again. Values and gradients
+    as what the graph became; it nests in further expressions, pickles, and can be optimized again. (`copy.copy` shares
+    the program: the copy's `.forward()` is the original's, too.) Values and gradients
     are the eager ones up to rounding. `.source` is the program.
 
     A trace holds what happened when the graph was built: Python's own branches and loops on values are frozen,
