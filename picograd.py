@@ -3981,6 +3981,7 @@ _NOTES = {  # what is in a picture: what it means
 }
 # The points of a box where operands enter, so that a - b differs from b - a; more than three are numbered instead.
 _ENTRIES = {"LR": {2: "nw sw", 3: "nw w sw"}, "TB": {2: "nw ne", 3: "nw n ne"}}
+# But in any order where all are alike, or each says what it is.
 _IN_ANY_ORDER = {"dense layer", "cross entropy", *"add multiply maximum minimum logaddexp hypot equal mse".split()}
 _PAGE_WIDTH = 900  # in points, of which 96 dots per inch make 1,200
 _DARK = b"<style>@media (prefers-color-scheme: dark) { svg { filter: invert(1) hue-rotate(180deg) } }</style>\n"
@@ -4036,26 +4037,31 @@ def _parameter(name: str, x) -> str:
     return f"[{', '.join(map(short, x))}]" if name == "index" and isinstance(x, tuple) else f"{name}={short(x)}"
 
 
+def _seen(raw):
+    """The numbers of a raw value; None where they would have to be computed elsewhere, or it is no array at all."""
+    return None if _lazy(raw) or getattr(raw, "dtype", float) is None else _fetched(raw)
+
+
 def _value_lines(raw) -> list[str]:
     """What a box says of data: up to four numbers themselves, else shape and dtype."""
-    shape = f"{np.shape(raw)} {_public(raw).dtype}"
-    if _lazy(raw):
-        return [shape, KINDS[type(raw)].text(raw).strip(", "), "not computed"]
-    if 0 < np.size(raw) <= 4:
-        return [_few(_fetched(raw))]
+    x, shape = _seen(raw), f"{np.shape(raw)} {_public(raw).dtype}"
+    if x is None:
+        return [shape, KINDS[type(raw)].text(raw).strip(", "), "not computed"] if _lazy(raw) else [repr(raw)]
+    if 0 < x.size <= 4:
+        return [_few(x)]
     nans = _count_nans(raw)
     return [shape, f"{nans} nan"] if nans else [shape]
 
 
 def _gradient_line(g) -> str:
     """What a box says of a gradient: up to four numbers themselves, else the largest absolute value."""
-    if _lazy(g):
-        return "grad not computed"
-    g = _fetched(g)
-    if 0 < np.size(g) <= 4:
-        return f"grad {_few(g)}"
+    x = _seen(g)
+    if x is None:
+        return "grad not computed" if _lazy(g) else ""
+    if 0 < x.size <= 4:
+        return f"grad {_few(x)}"
     # Unlike a norm, it cannot overflow, and it needs no temporary.
-    return f"max |grad| {_few(np.maximum(np.max(g, initial=0), abs(np.min(g, initial=0))))}"
+    return f"max |grad| {_few(np.maximum(np.max(x, initial=0), abs(np.min(x, initial=0))))}"
 
 
 def _lines(x) -> list[tuple[str, str]]:
@@ -4079,7 +4085,7 @@ def _attributes(look: dict[str, str]) -> str:
 
 def _hover(arrays: Sequence) -> str:
     """Data and gradient in digits, for a text that comes up over an SVG: of a large array, what is at its ends."""
-    shown = ["not computed" if _lazy(x) else np.array2string(_fetched(x), threshold=64, separator=", ") for x in arrays]
+    shown = ["not computed" if x is None else np.array2string(x, threshold=64, separator=", ") for x in arrays]
     return "\ngrad\n".join(shown).replace("\\", r"\\").replace("\n", r"\n")
 
 
@@ -4170,14 +4176,14 @@ class _Picture:
 
     def box(self, x, lines: list[tuple[str, str]]) -> None:
         """Adds the box of a Value, Tensor or constant."""
-        kind, arrays = "constant", [_raw(x)]
+        kind, arrays = "constant", [_seen(_raw(x))]
         if isinstance(x, Tensor):
             kind = "input"
         elif isinstance(x, Value):
-            arrays += [x._grad] * (x._grad is not None)
+            arrays += [] if x._grad is None else [_seen(x._grad)]
             kind = "leaf" if x._prim is None else "operation"
         look = {"border": "1"} | _LOOKS["result" if x is self.root and kind != "leaf" else kind]
-        if not all([_lazy(a) or np.isfinite(_fetched(a)).all() for a in arrays]):
+        if not all([a is None or np.isfinite(a).all() for a in arrays]):
             look |= _LOOKS["not finite"]
         parts = [[style.format(x) for style, x in lines if (style is _OPERATION) is head] for head in (True, False)]
         rows = "".join([cell.format("<br/>".join(part)) for cell, part in zip(_CELLS, parts) if part])

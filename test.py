@@ -4439,6 +4439,18 @@ class TestOptimizer(Strict):
         self.compare(np.stack(squares), numbers, lambda: None)
         self.compare(np.stack([squares[3], np.array(0.0), 1.0]), numbers, lambda: None)
 
+    def test_pictures(self):
+        a, b = Value(2.0, label="a"), Value([[1.0, 2.0]] * 3, label="b")
+        fast = optimize(np.exp(a * b - 1.0).sum())
+        boxes = TestDraw.boxes(draw(fast))
+        self.assertEqual(
+            [*boxes.values()],
+            [["a", "2"], ["b", "(3, 2) float32"], ["exp(a * b - 1)", "(3, 2) float32"], ["sum", "68.42"]],
+        )
+        root = fast + 1.0
+        root.backward()
+        self.assertEqual([*TestDraw.boxes(draw(root)).values()][-1], ["· + 1", "69.42", "grad 1"])  # a program is in it
+
     def test_fuse(self):
         x, w, b = (
             Value(np.random.default_rng(0).normal(size=s), np.float64, n)
