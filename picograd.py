@@ -1486,27 +1486,33 @@ def _ones(n: int, dtype: np.dtype) -> np.ndarray:
     return np.ones(n, dtype)
 
 
+def _summed(g, like):
+    """A gradient, summed over the axes along which what it is for was broadcast."""
+    shape = getattr(like, "shape", ())
+    had = getattr(g, "shape", ())
+    if had == shape or not had:
+        return g
+    if len(had) == 2 and had[1:] == shape and type(g) is np.ndarray:
+        return _ones(had[0], g.dtype).dot(g)  # a bias' gradient: BLAS sums rows twice as fast as NumPy
+    extra = len(had) - len(shape)
+    axes = tuple([i for i, n in enumerate(had) if i < extra or (n != 1 and shape[i - extra] == 1)])
+    if not axes:
+        return g
+    add = np.add.reduce if type(g) is np.ndarray else np.sum
+    g = add(g, axis=axes, keepdims=len(axes) != extra)
+    return np.reshape(g, np.shape(g)[extra:]) if extra > 0 and len(axes) != extra else g
+
+
 def _fit(g, raw):
-    """A gradient, as a rule gave it, for an operand like `raw`: summed over broadcast axes, and of its dtype."""
-    shape = () if type(raw) is float else raw.shape
-    had = () if type(g) is float else g.shape
-    if had != shape:
-        if len(had) == 2 and had[1:] == shape and type(g) is np.ndarray:
-            g = _ones(had[0], g.dtype).dot(g)  # a bias' gradient: BLAS sums rows twice as fast as NumPy
-        elif len(had):
-            extra = len(had) - len(shape)
-            axes = tuple([i for i, n in enumerate(had) if i < extra or (n != 1 and shape[i - extra] == 1)])
-            if axes:
-                add = np.add.reduce if type(g) is np.ndarray else np.sum
-                g = add(g, axis=axes, keepdims=len(axes) != extra)
-                g = np.reshape(g, np.shape(g)[extra:]) if extra > 0 and len(axes) != extra else g
-        if np.shape(g) != shape:
-            if KINDS[type(raw)].lazy:
-                g = np.zeros_like(raw) + g  # in the chunks of raw
-            elif type(g) is not Value and not had and raw.size < _SPREAD_ELEMENTS:
-                g = np.full(shape, g)  # a view takes longer
-            else:
-                g = np.broadcast_to(g, shape)
+    """A gradient, as a rule gave it, for an operand like `raw`: of its shape and dtype."""
+    shape, g = getattr(raw, "shape", ()), _summed(g, raw)
+    if getattr(g, "shape", ()) != shape:
+        if KINDS[type(raw)].lazy:
+            g = np.zeros_like(raw) + g  # in the chunks of raw
+        elif type(g) is not Value and not np.ndim(g) and raw.size < _SPREAD_ELEMENTS:
+            g = np.full(shape, g)  # a view takes longer
+        else:
+            g = np.broadcast_to(g, shape)
     weak = type(raw) is float
     if weak and KINDS[type(_raw(g))].lazy:
         return g  # `_at_home` computes it with all others
@@ -2005,8 +2011,9 @@ def _power_x(g, out, x, y):
     if not isinstance(y, (int, float)):
         pole = (y == 0) & ~(np.abs(x) >= np.finfo(np.result_type(_raw(out))).tiny)  # 0 * x**-1, infinite or nan
         return g * np.where(pole, 0.0, y * _pow(np.where(pole, 1.0, x), y - 1.0))
-    slope = x ** (y - 1.0) if type(x) is float else _pow(x, y - 1.0)  # the usual x**2: no masks needed
-    return g * (y * slope) if y else g * 0.0
+    if y in (0, 1, 2):  # the usual x**2: no masks needed
+        return g * y * (x if y == 2 else 1.0)
+    return g * (y * (x ** (y - 1.0) if type(x) is float else _pow(x, y - 1.0)))
 
 
 def _power_y(g, out, x, y):
@@ -2015,9 +2022,9 @@ def _power_y(g, out, x, y):
 
 
 primitive(np.add, lambda g, out, x, y: g, lambda g, out, x, y: g, reads="")
-primitive(np.subtract, lambda g, out, x, y: g, lambda g, out, x, y: -g)
+primitive(np.subtract, lambda g, out, x, y: g, lambda g, out, x, y: -_summed(g, y))
 primitive(np.multiply, lambda g, out, x, y: g * y, lambda g, out, x, y: g * x)
-primitive(np.divide, lambda g, out, x, y: g / y, lambda g, out, x, y: -g * out / y)
+primitive(np.divide, lambda g, out, x, y: g / y, lambda g, out, x, y: -_summed(g * out, y) / y)
 _pow = TABLE[np.power] = _elementwise(_power, _power_x, _power_y, name="power")
 _pow.ufunc = True  # to all that asks: it takes out=, and numbers without a dtype
 # With the quotient that NumPy takes: x / y may round up to the next integer.
@@ -2026,7 +2033,7 @@ primitive(np.negative, lambda g, out, x: -g)
 primitive(np.positive, lambda g, out, x: g)
 primitive(np.absolute, lambda g, out, x: g * np.sign(x), name="abs")
 primitive(np.reciprocal, lambda g, out, x: -g * out * out)
-primitive(np.square, lambda g, out, x: g * (2.0 * x), scalar=lambda x: x * x)
+primitive(np.square, lambda g, out, x: 2.0 * g * x, scalar=lambda x: x * x)
 
 
 def _over(x, out):
@@ -2178,10 +2185,22 @@ def _floating(x):
     return x if dtype.kind == "f" else x.astype(np.float64)
 
 
+def _in_single(function):
+    """A function, of float16 computed in single precision, as what lies between may overflow."""
+
+    @functools.wraps(function)
+    def forward(a, *args, **kwargs):
+        if getattr(getattr(a, "dtype", None), "char", "") != "e":
+            return function(a, *args, **kwargs)
+        return function(a.astype(np.float32), *args, **kwargs).astype(np.float16)
+
+    return forward
+
+
+@_in_single
 def _sigmoid(x, out=None):
-    x = _floating(x)
-    e = np.exp(-np.abs(x))  # never overflows
-    return np.divide(np.where(x >= 0, 1.0, e), 1.0 + e, out)
+    with np.errstate(over="ignore"):  # 1 / (1 + inf) is 0, as it should be
+        return np.divide(1.0, 1.0 + np.exp(-_floating(x)), out)
 
 
 _GELU = math.sqrt(2.0 / math.pi)
@@ -2229,17 +2248,6 @@ def _mean(a, axis=None, keepdims=False):
         total = a.sum(axis, keepdims=keepdims)
         return total / (a.size // total.size)
     return np.mean(a, axis=axis, keepdims=keepdims)
-
-
-def _deviation(function):
-    """`np.var` or `np.std`; of float16 in single precision, where NumPy's own sums overflow."""
-
-    def forward(a, axis=None, ddof=0, keepdims=False):
-        if type(a) is not np.ndarray or a.dtype != np.float16:
-            return function(a, axis=axis, ddof=ddof, keepdims=keepdims)
-        return function(a.astype(np.float32), axis=axis, ddof=ddof, keepdims=keepdims).astype(np.float16)
-
-    return forward
 
 
 def _unreduce(g, a, axis, keepdims):
@@ -2385,8 +2393,8 @@ TABLE[np.mean] = primitive(
     name="mean",
 )
 primitive(np.prod, _prod_a)
-TABLE[np.var] = primitive(_deviation(np.var), _var_a, name="var")
-TABLE[np.std] = primitive(_deviation(np.std), _std_a, name="std")
+TABLE[np.var] = primitive(_in_single(np.var), _var_a, name="var")
+TABLE[np.std] = primitive(_in_single(np.std), _std_a, name="std")
 TABLE[np.amax] = primitive(np.max, _extremum_a)
 TABLE[np.amin] = primitive(np.min, _extremum_a)
 primitive(np.cumsum, _along_one(lambda g, a, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis)))
@@ -2613,9 +2621,34 @@ def _put(a, *parts, shape, index):
     out = np.zeros(shape, getattr(a, "dtype", np.float64))
     if all(i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer)) for i in index):
         out[index] = a
+    elif len(index) == 1 and index[0].dtype.kind in "iu" and math.prod(shape[1:]) >= _LONG_ROW:
+        _add_rows(out, np.ravel(index[0]) % shape[0], np.reshape(a, (-1, *shape[1:])))
     else:
         np.add.at(out, index, a)  # an index array may name an element twice
     return out
+
+
+_LONG_ROW = 8  # elements from which rows are added in one go, and not one by one
+
+
+def _add_rows(out, places, rows):
+    """out[places] += rows, where places, not negative, may name one twice: what `np.add.at` does in ten times as long.
+
+    Each turn adds those rows that are the last to name their place. If that would take many turns, the rest is sorted,
+    and summed by place.
+    """
+    last, left = np.empty(len(out), np.intp), np.arange(len(places))
+    while left.size:
+        named = places[left]
+        last[named] = left
+        now = last[named] == left
+        if 2 * np.count_nonzero(now) < left.size:
+            order = np.argsort(named, kind="stable")
+            starts = np.flatnonzero(np.diff(named[order], prepend=-1))
+            out[named[order][starts]] += np.add.reduceat(rows[left[order]], starts)
+            return
+        out[named[now]] += rows[left[now]]
+        left = left[~now]
 
 
 _getitem = primitive(
@@ -2875,7 +2908,7 @@ def _einsum_forward(*operands, subscripts):
     if not plan and max([math.prod(np.shape(x)) for x in operands]) >= 1 << 10:
         lengths = dict(zip(subscripts.replace(",", ""), itertools.chain(*map(np.shape, operands))))
         sizes = [math.prod([lengths[c] for c in s]) for s in subscripts.replace("->", ",").split(",")]
-        plan = math.prod(lengths.values()) > 8 * max(sizes)
+        plan = math.prod(lengths.values()) > 2 * max(sizes)
     return np.einsum(subscripts, *operands, optimize=plan)
 
 
