@@ -6722,7 +6722,9 @@ class _Program:
     def picture(self, index):
         """What the graph of a root became, with its current data, to be drawn."""
         with self.lock, _recording(tracing=True):
-            root = _rewrite(fuse([_replayed(self.graph)[index]]), _pictured)[0]
+            root = _replayed(self.graph)[index]
+            root = _renewed(root, tuple(_rewrite(root._args, _undetached)))
+            root = _rewrite(fuse([root]), _pictured)[0]
             return _twin(root, root._prim, root._args, root._params)
 
     def __reduce__(self):
@@ -6781,6 +6783,12 @@ _root = primitive(
 )
 for _prim in (_join, _dot, _pack, _fused, _program, _root):
     _prim.builtin = True
+
+
+def _undetached(node, args):
+    """Without the nodes that are there so that a replay reads Tensors anew."""
+    idle = node._prim is _detach and isinstance(args[0], Array) and not getattr(args[0], "_needs", False)
+    return args[0] if idle else _renewed(node, args)
 
 
 def _pictured(node, args):

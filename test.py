@@ -4447,6 +4447,11 @@ class TestOptimizer(Strict):
             [*boxes.values()],
             [["a", "2"], ["b", "(3, 2) float32"], ["exp(a * b - 1)", "(3, 2) float32"], ["sum", "68.41"]],
         )
+        clipped = optimize(np.clip(b, Tensor([0.0, 1.0], label="t"), 3.0) * a.detach())
+        self.assertEqual(
+            [text[0] for text in TestDraw.boxes(draw(clipped)).values()][-1], "at most(at least(b, t), 3) * ·"
+        )
+        self.assertEqual(self.names(optimize(a.detach()).graph), ["detach"])
         root = fast + 1.0
         root.backward()
         self.assertEqual([*TestDraw.boxes(draw(root)).values()][-1], ["· + 1", "69.41", "grad 1"])  # a program is in it
