@@ -15,22 +15,25 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as there is nothing to finish, Ctrl-C ends it without a word
 
 import argparse
+import collections
 import contextlib
 import csv
+import functools
 import importlib.util
 import io
 import itertools
 import math
 import os
+import re
 import reprlib
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,8 +41,11 @@ from picograd import Tensor, Value, draw, no_grad, optimize
 from picograd.nn import MLP, Adam, cross_entropy, mse_loss
 
 GRAPHS = Path(__file__).resolve().parent / "graph"
-MIN_ROWS, MAX_CLASSES, ROWS_PER_CLASS, LEARNING_RATE = 10, 20, 5, 0.01
-MISSING = {"", "?", "na", "n/a", "null"}  # how tables write that there is no number, besides nan
+MIN_ROWS, MAX_CLASSES, ROWS_PER_CLASS, MAX_WORDS, LEARNING_RATE = 10, 20, 5, 20, 0.01
+GAPS = {"", "?", "na", "n/a", "#n/a", "<na>", "nan", "null"}  # how tables write that there is nothing
+ID_WORDS = {
+    *"id index rownames rowname row nr no number key obs unnamed #".split()
+}  # with which names of identifiers end
 
 ABOUT = f"""Train a multi-layer perceptron and draw its graph. The CSV file: UTF-8; separated by commas, semicolons or
 tabs; {MIN_ROWS} rows or more; a header is recognised. All columns but the target must be numbers, with a decimal point
@@ -49,11 +55,20 @@ held back for the test, or in a regression one of every five rows that are neigh
 EXITS = """Ctrl-C ends the training early: the network is drawn and tested as it is then, and the exit code is 130.
 A second Ctrl-C ends everything at once. The exit code for bad arguments or data is 2."""
 
-Table = tuple[str, np.ndarray, np.ndarray, int]  # title, x (rows, features), y (rows,), classes or 0 for a regression
-
 
 class UserError(Exception):
     """Something that the user can put right, said in one line."""
+
+
+class Table(NamedTuple):
+    """columns: the features, each floats, nan where there is a gap, or words as objects, "" where there is one.
+    y: numbers, or those of classes. classes: how many, 0 for a regression. notes: what was decided about columns."""
+
+    title: str
+    columns: list[np.ndarray]
+    y: np.ndarray
+    classes: int
+    notes: list[str]
 
 
 # --- data ---
@@ -64,19 +79,47 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def several(items: Iterable[str]) -> str:
+    """The first few, and how many more."""
+    items = list(items)
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+
+
 def two_moons(rng: np.random.Generator, n: int = 1000, noise: float = 0.15) -> Table:
     """Two interleaved half circles of radius 1 with normal noise."""
     angle, y = rng.uniform(0, math.pi, n), np.arange(n) % 2
-    x = np.where(y, (1 - np.cos(angle), 0.5 - np.sin(angle)), (np.cos(angle), np.sin(angle))).T
-    return "two moons", x + rng.normal(0, noise, x.shape), y, 2
+    x = np.where(y, (1 - np.cos(angle), 0.5 - np.sin(angle)), (np.cos(angle), np.sin(angle)))
+    return Table("two moons", list(x + rng.normal(0, noise, (n, 2)).T), y, 2, [])
 
 
-def number(cell: str) -> float | None:
-    """The number in a cell, which may be nan or inf; None if it holds none."""
-    try:
-        return None if "_" in cell else float(cell)  # Python reads 1_000 as a number, spreadsheets do not
-    except ValueError:
-        return None
+def written(point: str, groups: str = "", before: str = "", after: str = "") -> re.Pattern:
+    """How a number is written: a sign, digits, which may be in groups of three, a fraction and an exponent."""
+    digits = rf"(?:[1-9]\d{{0,2}}(?:[{groups}]\d{{3}})+|\d+)" if groups else r"\d+"
+    number = rf"((?:{digits}(?:{point}\d*)?|{point}\d+)(?:[eE][+-]?\d+)?)"
+    return re.compile(rf"{before}([+-]?){before}{number}{after}")
+
+
+CURRENCY = "[$€£¥₹]"
+AROUND = rf"{CURRENCY}?\s?", rf"\s?(?:%|{CURRENCY})?"
+PLAIN = written("[.]")
+POINT, COMMA = written("[.]", ",' \u00a0\u202f", *AROUND), written(",", ".' \u00a0\u202f", *AROUND)
+
+
+@functools.lru_cache(1 << 16)
+def number(cell: str, form: re.Pattern) -> float | None:
+    """The finite number in a cell, in that form or the plain one; None if it holds none."""
+    match = form.fullmatch(cell)
+    if match and form is COMMA:
+        digits = match[2].replace(".", "").replace(",", ".")
+    else:
+        match = match or PLAIN.fullmatch(cell)
+        digits = match[2].replace(",", "") if match else ""
+    x = float(match[1] + re.sub("[' \u00a0\u202f]", "", digits)) if match else math.nan
+    return x if math.isfinite(x) else None
+
+
+def is_gap(cell: str) -> bool:
+    return cell.lower() in GAPS
 
 
 def split_cells(text: str, delimiter: str):
@@ -93,18 +136,14 @@ def split_cells(text: str, delimiter: str):
             yield row, cells
 
 
-def read_rows(path: str) -> list[tuple[int, list[str]]]:
-    """The rows of a CSV file, all of the same width."""
+def read_rows(path: str) -> tuple[list[tuple[int, list[str]]], str]:
+    """The rows of a CSV file, all of the same width, and what separates their cells."""
     try:
-        content = Path(path).read_bytes()
-        text = content.decode("utf-8-sig")
+        text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        row = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"row {row}: not UTF-8 text; if this is a table, save it as CSV in UTF-8") from None
     if "\0" in text:
-        raise UserError("not a text file, it has zero bytes; if this is a table, save it as CSV in UTF-8")
+        raise UserError("not text in UTF-8, it has zero bytes; if this is a table, save it as CSV in UTF-8")
 
     def fit(delimiter):
         """Best is what splits the first rows into equally many cells; then what the first row has most of."""
@@ -114,95 +153,234 @@ def read_rows(path: str) -> list[tuple[int, list[str]]]:
             widths = set()
         return len(widths) == 1 and widths != {1}, text.strip().split("\n", 1)[0].count(delimiter)
 
-    rows = list(split_cells(text, max(",;\t", key=fit)))
-    for row, cells in rows:
-        if len(cells) != len(rows[0][1]):
-            raise UserError(f"row {row}: {len(cells)} cells, but row {rows[0][0]} has {len(rows[0][1])}")
-    return rows
+    delimiter = max(",;\t", key=fit)
+    rows = list(split_cells(text, delimiter))
+    cells = ((row, k, cell) for row, cells in rows for k, cell in enumerate(cells, 1) if not cell.isascii())
+    foreign = [f"row {row}, column {k}" for row, k, cell in cells if any("\ud800" <= c <= "\udfff" for c in cell)]
+    if foreign:
+        raise UserError(f"{several(foreign)}: not UTF-8 text; if this is a table, save it as CSV in UTF-8")
+    ragged = [f"row {row}: {len(cells)} cells" for row, cells in rows if len(cells) != len(rows[0][1])]
+    if ragged:
+        raise UserError(f"{several(ragged)}, but row {rows[0][0]} has {len(rows[0][1])}")
+    while rows and len(rows[0][1]) > 1 and not any(cells[-1] for _, cells in rows):
+        rows = [(row, cells[:-1]) for row, cells in rows]  # each of them ends with a separator
+    return rows, delimiter
 
 
-def is_header(rows: list[tuple[int, list[str]]], target: int) -> bool:
-    """Whether the first row holds names, judged by the features, which are numbers in every other row."""
-    first = rows[0][1]
-    features = [cell for i, cell in enumerate(first) if i != target]
-    names = [cell for cell in features if number(cell) is None and cell.lower() not in MISSING]
-    if names:  # among numbers, only a word is a name: 12x may be a typing error, in a row that must not get lost
-        return all(number(cell) is None for cell in features) or any(name[0].isalpha() for name in names)
-    later = [cells[target] for _, cells in rows[1:]] if 0 <= target < len(first) else []
-    return bool(later) and number(first[target]) is None and all(number(cell) is not None for cell in later)
+def form_of(rows: list[tuple[int, list[str]]], delimiter: str) -> re.Pattern:
+    """The form in which most of a file's numbers are written."""
+    cells = [cell for _, cells in rows[:1000] for cell in cells]
+    counts = {form: sum(form.fullmatch(cell) is not None for cell in cells) for form in (POINT, COMMA)}
+    return max(counts, key=lambda form: (counts[form], (form is COMMA) == (delimiter == ";")))
 
 
-def find_target(rows: list[tuple[int, list[str]]], target: str) -> tuple[int, bool]:
-    """The index of the target column, given by name or number, and whether the first row is a header."""
-    first = rows[0][1]
-    try:
-        position = int(target)
-    except ValueError:
-        position = None
-    index = -1 if not position else position - 1 if position > 0 else len(first) + position
-    header = position is None or is_header(rows, index)
-    if header and first.count(target) == 1:
-        return first.index(target), True
-    if header and first.count(target) > 1:
-        raise UserError(f"--target {target!r}: {first.count(target)} columns have that name; give the column's number")
-    if not 0 <= index < len(first):
-        names = ", ".join(map(reprlib.repr, first[:10])) + ", ..." * (len(first) > 10)
-        raise UserError(f"--target {target!r}: no such column; there are {len(first)}, and the first row is {names}")
-    return index, header
+def is_header(rows: list[tuple[int, list[str]]], form: re.Pattern) -> bool:
+    """Whether the first row holds names, judged by the columns that are mostly numbers below it; where there are none,
+    by those in which words come again."""
+    first, later = rows[0][1], list(zip(*[cells for _, cells in rows[1:]]))
+    over_numbers, again = [], []
+    for cell, column in zip(first, later):
+        known = [x for x in column if not is_gap(x)]
+        if known and sum(number(x, form) is not None for x in known) > len(known) / 2:
+            over_numbers.append(cell)
+        elif len(set(known)) < len(known):
+            again.append(cell in known)
+    if not over_numbers:
+        return not any(again) and any(number(cell, form) is None for cell in first)
+    words = [cell for cell in over_numbers if number(cell, form) is None and not is_gap(cell)]
+    if not words:
+        return False
+    # Among numbers, only a word is a name: 12x may be a typing error, in a row that must not get lost.
+    return all(number(cell, form) is None for cell in over_numbers) or any(word[0].isalpha() for word in words)
 
 
-def read_labels(cells: list[str], complain) -> tuple[np.ndarray, int]:
-    """The target's numbers and 0, or class numbers and how many classes. complain(i, problem) raises for cell i."""
-    numbers = [number(cell) for cell in cells]
-    for i, (cell, x) in enumerate(zip(cells, numbers)):
-        if cell.lower() in MISSING or (x is not None and not math.isfinite(x)):
-            complain(i, "is not a label or a finite number")
+def code_for_gaps(x: np.ndarray) -> float | None:
+    """A number that stands for gaps, or None: a whole one such as -999, which comes again and again, and is farther
+    from all others than these are from each other."""
+    values, counts = np.unique(x[~np.isnan(x)] / 2, return_counts=True)  # no difference of halves overflows
+    if len(values) > MAX_WORDS:
+        for code, times, nearest, rest in (
+            (values[0], counts[0], values[1], values[1:]),
+            (values[-1], counts[-1], values[-2], values[:-1]),
+        ):
+            if code and times > 2 and abs(code - nearest) > np.ptp(rest) and (2 * code).is_integer():
+                return 2 * code
+    return None
+
+
+class Sheet:
+    """The rows of a file below the header, if there is one, and how to speak of them."""
+
+    def __init__(self, rows: list[tuple[int, list[str]]], form: re.Pattern):
+        self.form, self.header, self.first = form, is_header(rows, form), rows[0][1]
+        self.names = self.first if self.header else [""] * len(self.first)
+        self.rows = rows[self.header :]
+        self.codes = {code_for_gaps(self.numbers(k)) for k in range(len(self.first))} - {None}
+
+    def find(self, option: str, column: str) -> int:
+        """The index of a column, given by name or number."""
+        try:
+            position = int(column)
+        except ValueError:
+            position = 0
+        index = position - 1 if position > 0 else len(self.first) + position
+        named = self.names.count(column)
+        if named > 1:
+            raise UserError(f"{option} {column!r}: {named} columns have that name; give the column's number")
+        if named:
+            return self.names.index(column)
+        if not position or not 0 <= index < len(self.first):
+            names = ", ".join(map(reprlib.repr, self.first[:10])) + ", ..." * (len(self.first) > 10)
+            which = f"there are {len(self.first)}, and the first row is {names}"
+            raise UserError(f"{option} {column!r}: no such column; {which}")
+        return index
+
+    def called(self, k: int) -> str:
+        return reprlib.repr(self.names[k]) if self.names[k] else f"column {k + 1}"
+
+    def column(self, k: int) -> list[str]:
+        return [cells[k] for _, cells in self.rows]
+
+    def complaint(self, i: int, k: int, problem: str) -> str:
+        row, cells = self.rows[i]
+        name = f" ({reprlib.repr(self.names[k])})" if self.names[k] else ""
+        problem = "is missing" if not cells[k] else f"{reprlib.repr(cells[k])} {problem}"
+        return f"row {row}, column {k + 1}{name}: {problem}"
+
+    def numbers(self, k: int) -> np.ndarray:
+        """The numbers of a column, nan where there is none."""
+        numbers = [number(cell, self.form) for cell in self.column(k)]
+        return np.array([math.nan if x is None else x for x in numbers])
+
+    def without_codes(self, k: int) -> tuple[np.ndarray, str]:
+        """The same, with nan also for what stands for gaps in this column or another; and what is to be said of it."""
+        x = self.numbers(k)
+        for end in {min(x[~np.isnan(x)], default=None), max(x[~np.isnan(x)], default=None)} & self.codes:
+            if np.sum(x == end) > 2:
+                note = f"{end:.0f}, which is far from all other numbers, is taken for a gap"
+                return np.where(x == end, math.nan, x), note
+        return x, ""
+
+    def identifies(self, k: int) -> bool:
+        """Whether a column only tells rows apart: whole numbers, all different, under the name of an identifier."""
+        cells, words = self.column(k), re.findall(r"[A-Z]?[a-z]+|[A-Z]+|#", self.names[k])
+        named = self.header and (not words or ID_WORDS.intersection(word.lower() for word in words[-1:]))
+        if not named and self.names[k].lower().endswith("id"):
+            named = sorted(cells) == sorted(str(i + 1) for i in range(len(cells)))
+        return bool(named) and all(map(str.isdecimal, cells)) and len(set(cells)) == len(cells)
+
+
+def read_column(sheet: Sheet, k: int) -> tuple[np.ndarray | None, str]:
+    """A feature: numbers with nan for gaps, or words, as objects, with "" for them; None if it is left out. And what
+    was decided about it, in words."""
+    cells = ["" if is_gap(cell) else cell for cell in sheet.column(k)]
+    levels = collections.Counter(filter(None, cells))
+    known, gaps = sum(levels.values()), cells.count("")
+    if len(levels) + bool(gaps) < 2:
+        return None, f"is {reprlib.repr(cells[0])} in every row: left out" if levels else "is empty: left out"
+    words = [cell for cell in levels if number(cell, sheet.form) is None]
+    wrong = sum(levels[word] for word in words)
+    few = len(levels) <= min(MAX_WORDS, known / ROWS_PER_CLASS)
+    if wrong and (few or wrong > known / 5):
+        often = levels.most_common(MAX_WORDS)
+        if sum(count for _, count in often if count > 1) < known / 2:
+            return None, f"{len(levels)} different words in {known} rows: left out"
+        some = f"{len(levels)} words" if len(often) == len(levels) else f"the {len(often)} of {len(levels)} words"
+        some += ", an input for each" if len(often) == len(levels) else " that are most frequent, an input for each"
+        return np.array(cells, object), some + f"; {gaps} gap{'s' * (gaps > 1)}, in none of them" * bool(gaps)
+    if sheet.identifies(k):
+        return None, "different whole numbers under such a name are an identifier: left out"
+    x, note = sheet.without_codes(k)
+    notes = [note] if note else []
+    if wrong:
+        notes.append(f"{several(map(reprlib.repr, words))} among numbers: {'a gap' if wrong == 1 else 'gaps'}")
+    gaps = int(np.isnan(x).sum())
+    if gaps:
+        notes.append(
+            f"{gaps} gap{'s' * (gaps > 1)}, filled with the mean of the rows trained on and marked by an input"
+        )
+    return x, "; ".join(notes)
+
+
+def leave_out_rows(sheet: Sheet, k: int) -> list[str]:
+    """Keeps the rows with a target; what was decided, in words."""
+    x, note = sheet.without_codes(k)
+    coded = np.isnan(x) & ~np.isnan(sheet.numbers(k))
+    kept = [row for row, code in zip(sheet.rows, coded) if not (code or is_gap(row[1][k]))]
+    n, sheet.rows = len(sheet.rows) - len(kept), kept
+    notes = [f"{sheet.called(k)}: {note}"] if note else []
+    return notes + [f"{n} row{'s' * (n > 1)} without a target, {sheet.called(k)}: left out"] * (n > 0)
+
+
+def refuse_gaps(sheet: Sheet, index: int, features: Sequence[int]) -> None:
+    """Says what --strict does not take: gaps, and features that are not numbers."""
+    column = sheet.column(index)
+    problems = [sheet.complaint(i, index, "is no label") for i, cell in enumerate(column) if is_gap(cell)]
+    for k in features:
+        wrong = np.flatnonzero(np.isnan(sheet.numbers(k)))
+        problems += [sheet.complaint(i, k, "is not a finite number; only the target can be text") for i in wrong]
+    if problems:
+        raise UserError(several(problems))
+
+
+def read_labels(sheet: Sheet, k: int, hint: str) -> tuple[np.ndarray, int]:
+    """The target's numbers and 0, or class numbers and how many classes."""
+    cells = sheet.column(k)
+    numbers = [number(cell, sheet.form) for cell in cells]
     known = [x for x in numbers if x is not None]
     few = len(set(known)) <= min(MAX_CLASSES, len(cells) // ROWS_PER_CLASS) and all(x.is_integer() for x in known)
     if len(known) == len(cells) and not few:
         return np.array(known), 0
     if len(known) < len(cells):
-        text, different = numbers.index(None), len(set(cells))
+        texts, different = [i for i, x in enumerate(numbers) if x is None], len(set(cells))
         if len(known) > len(cells) / 2 and not few:
-            complain(text, "is not a number, as most of that column are")
+            problem = "is not a finite number, as most of that column are"
+            raise UserError(several(sheet.complaint(i, k, problem) for i in texts))
         if different > len(cells) / 2:
-            complain(text, f"is not a class label: {different} different ones are too many for {len(cells)} rows")
+            problem = f"is not a class label: {different} different ones are too many for {len(cells)} rows"
+            raise UserError(sheet.complaint(texts[0], k, problem) + hint)
     classes, y = np.unique(cells if len(known) < len(cells) else known, return_inverse=True)
     return y, len(classes)
 
 
-def read_table(path: str, target: str) -> Table:
-    """A CSV file as a table; UserError names the row and column that is wrong."""
-    rows = read_rows(path)
+def read_table(path: str, target: str | None, ignore: Sequence[str] = (), strict: bool = False) -> Table:
+    """A CSV file as a table; UserError names the rows and columns that are wrong."""
+    rows, delimiter = read_rows(path)
     if not rows:
         raise UserError("the file is empty")
     if len(rows[0][1]) < 2:
         raise UserError("there is only one column (they end at commas, semicolons or tabs): nothing to predict it from")
-    index, header = find_target(rows, target)
-    names = rows.pop(0)[1] if header else [""] * len(rows[0][1])
-    if len(rows) < MIN_ROWS:
-        count = f"{len(rows)} row{'s' * (len(rows) != 1)}{' below the header' * header}"
-        raise UserError(f"{count}, at least {MIN_ROWS} are needed")
-
-    def complain(i, problem, column=index):
-        row, cells = rows[i]
-        name = f" ({reprlib.repr(names[column])})" if names[column] else ""
-        problem = "is missing" if not cells[column] else f"{reprlib.repr(cells[column])} {problem}"
-        raise UserError(f"row {row}, column {column + 1}{name}: {problem}")
-
-    features = [k for k in range(len(names)) if k != index]
-    x = np.empty((len(rows), len(features)))
-    for i, (_, cells) in enumerate(rows):
-        for j, column in enumerate(features):
-            value = number(cells[column])
-            if value is None or not math.isfinite(value):
-                complain(i, f"is not a {'finite ' * (value is not None)}number; only the target can be text", column)
-            x[i, j] = value
-    y, classes = read_labels([cells[index] for _, cells in rows], complain)
-    target = reprlib.repr(names[index]) if names[index] else f"column {index + 1}"
+    sheet = Sheet(rows, PLAIN if strict else form_of(rows, delimiter))
+    index = sheet.find("--target", "-1" if target is None else target)
+    ignored = {sheet.find("--ignore", column) for column in ignore}
+    if index in ignored:
+        raise UserError(f"--ignore: {sheet.called(index)} is the target")
+    features = [k for k in range(len(sheet.first)) if k != index and k not in ignored]
+    hint = f"; --target names another column, such as {several(map(sheet.called, features))}" * (target is None)
+    if target is None and sheet.identifies(index):
+        raise UserError(f"{sheet.called(index)}, the last column, is an identifier, nothing to predict{hint}")
+    notes = [f"{sheet.called(k)}: ignored" for k in sorted(ignored)]
+    if strict:
+        refuse_gaps(sheet, index, features)
+    else:
+        notes += leave_out_rows(sheet, index)
+    if len(sheet.rows) < MIN_ROWS:
+        count = f"{len(sheet.rows)} row{'s' * (len(sheet.rows) != 1)}{' below the header' * sheet.header}"
+        raise UserError(f"{count}{' with a target' * bool(notes)}, at least {MIN_ROWS} are needed")
+    y, classes = read_labels(sheet, index, hint)
     if (y == y[0]).all():
-        raise UserError(f"target {target} is {reprlib.repr(rows[0][1][index])} in every row: there is nothing to learn")
-    return f"{printable(Path(path).name)} ({'with a' if header else 'no'} header row), target {target}", x, y, classes
+        same = reprlib.repr(sheet.rows[0][1][index])
+        raise UserError(f"target {sheet.called(index)} is {same} in every row: there is nothing to learn")
+    if strict:
+        columns = [sheet.numbers(k) for k in features]
+    else:
+        found = [(sheet.called(k), *read_column(sheet, k)) for k in features]
+        columns = [column for _, column, _ in found if column is not None]
+        notes += [f"{name}: {note}" for name, _, note in found if note]
+    if not columns:
+        raise UserError(f"no column is left to predict the target from: {several(notes)}")
+    title = f"{printable(Path(path).name)} ({'with a' if sheet.header else 'no'} header row)"
+    return Table(f"{title}, target {sheet.called(index)}", columns, y, classes, notes)
 
 
 def hold_back(y: np.ndarray, classes: int, rng: np.random.Generator) -> np.ndarray:
@@ -216,14 +394,33 @@ def hold_back(y: np.ndarray, classes: int, rng: np.random.Generator) -> np.ndarr
 
 
 def standardise(x: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """Columns of mean 0 and standard deviation 1 over the rows to train on; those that are constant there become 0.
-    A number of the other rows that is too large for that is infinite."""
+    """Columns of mean 0 and standard deviation 1 over the rows to train on; those that are constant there become 0, and
+    so do gaps. A number of the other rows that is too large for that is infinite."""
+    gaps = np.isnan(x)
+    x = np.where(gaps, 0.0, x)
+    count = np.maximum(np.sum(~gaps[~held], axis=0), 1)
     size = np.abs(x[~held]).max(axis=0, initial=1e-300)  # divided by it, no square over- or underflows
-    seen = x[~held] / size
-    varies = np.ptp(seen, axis=0) > 0
+    mean = np.sum(x[~held] / size, axis=0) / count
     with np.errstate(over="ignore"):
-        scaled = (x / size - seen.mean(axis=0)) / np.where(varies, seen.std(axis=0), 1.0)
-    return np.where(varies, scaled, 0.0)
+        off = np.where(gaps, 0.0, x / size - mean)
+        deviation = np.sqrt(np.sum(off[~held] ** 2, axis=0) / count)
+        varies = np.ptp(off[~held], axis=0) > 0
+        return np.where(varies, off / np.where(varies, deviation, 1.0), 0.0)
+
+
+def inputs(columns: Sequence[np.ndarray], held: np.ndarray) -> np.ndarray:
+    """What the network sees of columns: numbers, standardised, and where they have gaps; and where the words are that
+    are most frequent in the rows to train on."""
+    blocks = []
+    for column in columns:
+        if column.dtype == object:
+            counts = collections.Counter(filter(None, column[~held]))
+            blocks += [column == word for word, _ in counts.most_common(MAX_WORDS)]
+        else:
+            blocks.append(standardise(column, held))
+            gaps = np.isnan(column)
+            blocks += [gaps] * bool(gaps[~held].any())
+    return np.column_stack(blocks).astype(float)
 
 
 # --- training ---
@@ -373,26 +570,34 @@ def train(model, x, y, classes, epochs, rng, stopped, dask=False) -> int:
 # --- the command ---
 
 
-def picture(loss: Value, name: str, failures: dict[str, str]) -> None:
-    """Draws into graph/, or notes why not."""
+def picture(loss: Value, path: Path, failures: dict[str, str]) -> str:
+    """Draws to a file, or notes why not, and leaves nothing behind; how it is called."""
+    name = printable(path.relative_to(GRAPHS.parent).as_posix())
     try:
-        GRAPHS.mkdir(exist_ok=True)
-        draw(loss, GRAPHS / name)
+        if shutil.which("dot") is None:
+            raise RuntimeError("Graphviz's program `dot`, which makes the pictures, was not found on PATH")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(loss, path)
     except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        failures[f"graph/{name}"] = printable(str(error).split(". ")[0].splitlines()[0])
+        failures[name] = printable(str(error).split(". ")[0].splitlines()[0])
+        with contextlib.suppress(OSError):
+            os.removedirs(path.parent)  # if it is empty
+    return name
 
 
-def run(data: str | None, target: str, epochs: int, seed: int, dask: bool) -> int:
+def run(data, target, ignore, strict, epochs: int, seed: int, dask: bool) -> int:
     rng = np.random.default_rng(seed)
-    title, x, y, classes = two_moons(rng) if data is None else read_table(data, "-1" if target is None else target)
+    title, columns, y, classes, notes = two_moons(rng) if data is None else read_table(data, target, ignore, strict)
     held = hold_back(y, classes, rng)
-    x = standardise(x, held).clip(-1e6, 1e6)  # a row unlike any that is trained on must still fit in float32
+    x = inputs(columns, held).clip(-1e6, 1e6)  # a row unlike any that is trained on must still fit in float32
     numbers, y = y, y if classes else standardise(y, held)
     if not classes and not y[~held].any():
         raise UserError("the target is the same in all rows to train on: there is nothing to learn")
     model = MLP(x.shape[1], [16, 16, classes or 1], activation="tanh", seed=rng)
     kind = f"{classes} classes" if classes else "a regression"
     print(f"{title}: {kind}, {x.shape[1]} features, {np.sum(~held)} rows to train on, {held.sum()} to test on")
+    for note in notes:
+        print(f"  {printable(note)}")
     print(model, flush=True)
 
     interrupts: list[int] = []
@@ -402,10 +607,11 @@ def run(data: str | None, target: str, epochs: int, seed: int, dask: bool) -> in
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one ends everything
 
     signal.signal(signal.SIGINT, interrupt)
+    folder = GRAPHS / (Path(data).stem.strip(". ") or "table") if data else GRAPHS
     sample, failures = (Tensor(x[~held][0]), y[~held][0], classes), {}
     loss = loss_of(model, *sample)
-    picture(loss, "initial_graph.png", failures)
-    picture(optimize(loss), "optimized_graph.png", failures)
+    drawn = [picture(loss, folder / "initial_graph.png", failures)]
+    drawn.append(picture(optimize(loss), folder / "optimized_graph.png", failures))
     with local_cluster() if dask else contextlib.nullcontext():
         done = train(model, x[~held], y[~held], classes, epochs, rng, lambda: interrupts, dask)
     if done < epochs:
@@ -413,11 +619,11 @@ def run(data: str | None, target: str, epochs: int, seed: int, dask: bool) -> in
     model.zero_grad()
     loss = loss_of(model, *sample)
     loss.backward()
-    picture(loss, "trained_model.png", failures)
+    drawn.append(picture(loss, folder / "trained_model.png", failures))
     if failures:
         print(f"Not drawn: {', '.join(failures)}: {'; '.join(dict.fromkeys(failures.values()))}")
     else:
-        print("Drawn: graph/initial_graph.png, graph/optimized_graph.png, graph/trained_model.png")
+        print(f"Drawn: {', '.join(drawn)}")
     result = score(model, x[held], y[held], classes)
     if "nan" in result:
         same = np.ptp(numbers[held] / 2) == 0
@@ -440,6 +646,8 @@ def main() -> int:
         metavar="COLUMN",
         help="what to predict: a name in the header, or a number: 1 is the first column, -1 the last (default)",
     )
+    parser.add_argument("--ignore", action="append", default=[], metavar="COLUMN", help="leave a column out")
+    parser.add_argument("--strict", action="store_true", help="refuse gaps and words among the features")
     parser.add_argument("--epochs", type=int, default=100, metavar="N", help="passes over the data (default: 100)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
     parser.add_argument(
@@ -449,8 +657,9 @@ def main() -> int:
     for name, least in (("epochs", 1), ("seed", 0)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
-    if arguments.target is not None and arguments.data is None:
-        parser.error("--target is a column of data.csv, which was not given")
+    for name in ("target", "ignore", "strict"):
+        if getattr(arguments, name) and arguments.data is None:
+            parser.error(f"--{name} is about data.csv, which was not given")
     if arguments.dask and not importlib.util.find_spec("distributed"):
         parser.error('--dask needs Dask: pip install "dask[distributed]"')
     try:
