@@ -18,6 +18,7 @@ import argparse
 import collections
 import contextlib
 import csv
+import datetime
 import functools
 import importlib.util
 import io
@@ -85,6 +86,10 @@ def several(items: Iterable[str]) -> str:
     return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
+def counted(n: int, thing: str) -> str:
+    return f"{n} {thing}{'s' * (n != 1)}"
+
+
 def two_moons(rng: np.random.Generator, n: int = 1000, noise: float = 0.15) -> Table:
     """Two interleaved half circles of radius 1 with normal noise."""
     angle, y = rng.uniform(0, math.pi, n), np.arange(n) % 2
@@ -116,6 +121,25 @@ def number(cell: str, form: re.Pattern) -> float | None:
         digits = match[2].replace(",", "") if match else ""
     x = float(match[1] + re.sub("[' \u00a0\u202f]", "", digits)) if match else math.nan
     return x if math.isfinite(x) else None
+
+
+DATE = re.compile(r"(?:(\d{4})([-/])(\d\d?)\2(\d\d?)|(\d\d?)[.](\d\d?)[.](\d{4}))(?:[ T](\d\d?):(\d\d)\S*)?")
+UNIT = re.compile(r"^[+-]?\d[\d.,']*\s?")  # what is before it
+
+
+@functools.lru_cache(1 << 16)
+def day_and_month(cell: str) -> tuple[float, str] | None:
+    """The day that a date is, as a number, and its month, if it is one: 2024-12-31, 2024/12/31 or 31.12.2024, perhaps
+    with a time. In other forms, nothing tells days from months."""
+    match = DATE.fullmatch(cell)
+    if not match:
+        return None
+    year, _, month, day, day_first, then_month, year_last, hour, minute = match.groups()
+    try:
+        date = datetime.date(int(year or year_last), int(month or then_month), int(day or day_first))
+    except ValueError:
+        return None
+    return date.toordinal() + int(hour or 0) / 24 + int(minute or 0) / 1440, str(date.month)
 
 
 def is_gap(cell: str) -> bool:
@@ -215,7 +239,7 @@ class Sheet:
         self.form, self.header, self.first = form, is_header(rows, form), rows[0][1]
         self.names = self.first if self.header else [""] * len(self.first)
         self.rows = rows[self.header :]
-        self.codes = {code_for_gaps(self.numbers(k)) for k in range(len(self.first))} - {None}
+        self.codes = {code_for_gaps(self.numbers(self.column(k))) for k in range(len(self.first))} - {None}
 
     def find(self, option: str, column: str) -> int:
         """The index of a column, given by name or number."""
@@ -247,14 +271,13 @@ class Sheet:
         problem = "is missing" if not cells[k] else f"{reprlib.repr(cells[k])} {problem}"
         return f"row {row}, column {k + 1}{name}: {problem}"
 
-    def numbers(self, k: int) -> np.ndarray:
-        """The numbers of a column, nan where there is none."""
-        numbers = [number(cell, self.form) for cell in self.column(k)]
+    def numbers(self, cells: Sequence[str]) -> np.ndarray:
+        """The numbers in cells, nan where there is none."""
+        numbers = [number(cell, self.form) for cell in cells]
         return np.array([math.nan if x is None else x for x in numbers])
 
-    def without_codes(self, k: int) -> tuple[np.ndarray, str]:
-        """The same, with nan also for what stands for gaps in this column or another; and what is to be said of it."""
-        x = self.numbers(k)
+    def without_codes(self, x: np.ndarray) -> tuple[np.ndarray, str]:
+        """Numbers with nan also for what stands for gaps in their column or another; and what is to be said of it."""
         for end in {min(x[~np.isnan(x)], default=None), max(x[~np.isnan(x)], default=None)} & self.codes:
             if np.sum(x == end) > 2:
                 note = f"{end:.0f}, which is far from all other numbers, is taken for a gap"
@@ -270,46 +293,70 @@ class Sheet:
         return bool(named) and all(map(str.isdecimal, cells)) and len(set(cells)) == len(cells)
 
 
-def read_column(sheet: Sheet, k: int) -> tuple[np.ndarray | None, str]:
-    """A feature: numbers with nan for gaps, or words, as objects, with "" for them; None if it is left out. And what
-    was decided about it, in words."""
+def read_column(sheet: Sheet, k: int) -> tuple[list[np.ndarray], str]:
+    """A feature as columns of a `Table`, none if it is left out; and what was decided about it, in words."""
     cells = ["" if is_gap(cell) else cell for cell in sheet.column(k)]
     levels = collections.Counter(filter(None, cells))
-    known, gaps = sum(levels.values()), cells.count("")
-    if len(levels) + bool(gaps) < 2:
-        return None, f"is {reprlib.repr(cells[0])} in every row: left out" if levels else "is empty: left out"
+    known = sum(levels.values())
+    if len(levels) + ("" in cells) < 2:
+        return [], f"is {reprlib.repr(cells[0])} in every row: left out" if levels else "is empty: left out"
     words = [cell for cell in levels if number(cell, sheet.form) is None]
-    wrong = sum(levels[word] for word in words)
+    dates = sum(levels[word] for word in words if day_and_month(word))
+    if dates > known / 2:
+        return read_dates(cells)
+    units = {UNIT.sub("", word) for word in words}
     few = len(levels) <= min(MAX_WORDS, known / ROWS_PER_CLASS)
-    if wrong and (few or wrong > known / 5):
-        often = levels.most_common(MAX_WORDS)
-        if sum(count for _, count in often if count > 1) < known / 2:
-            return None, f"{len(levels)} different words in {known} rows: left out"
-        some = f"{len(levels)} words" if len(often) == len(levels) else f"the {len(often)} of {len(levels)} words"
-        some += ", an input for each" if len(often) == len(levels) else " that are most frequent, an input for each"
-        return np.array(cells, object), some + f"; {gaps} gap{'s' * (gaps > 1)}, in none of them" * bool(gaps)
+    if words and not few and len(units) == 1 and (unit := units.pop()).isalpha():
+        columns, note = read_numbers(sheet, [cell.removesuffix(unit).strip() for cell in cells])
+        return columns, "; ".join(filter(None, [f"numbers of {unit}", note]))
+    if words and (few or sum(levels[word] for word in words) > known / 5):
+        return read_words(cells, levels)
     if sheet.identifies(k):
-        return None, "different whole numbers under such a name are an identifier: left out"
-    x, note = sheet.without_codes(k)
-    notes = [note] if note else []
-    if wrong:
-        notes.append(f"{several(map(reprlib.repr, words))} among numbers: {'a gap' if wrong == 1 else 'gaps'}")
+        return [], "different whole numbers under such a name are an identifier: left out"
+    return read_numbers(sheet, cells)
+
+
+def read_words(cells: list[str], levels: collections.Counter) -> tuple[list[np.ndarray], str]:
+    """See `read_column`. Words that come only once tell rows apart, and nothing else."""
+    often, known, gaps = levels.most_common(MAX_WORDS), sum(levels.values()), cells.count("")
+    if sum(count for _, count in often if count > 1) < known / 2:
+        return [], f"{len(levels)} different words in {known} rows: left out"
+    which = f"{len(levels)} words"
+    if len(often) < len(levels):
+        which = f"of {which}, the {len(often)} that are most frequent"
+    return [np.array(cells, object)], f"{which}, an input for each" + f"; {counted(gaps, 'gap')}: 0 in all" * (gaps > 0)
+
+
+def read_numbers(sheet: Sheet, cells: list[str]) -> tuple[list[np.ndarray], str]:
+    """See `read_column`."""
+    x, note = sheet.without_codes(sheet.numbers(cells))
+    words = list(dict.fromkeys(cell for cell in cells if cell and number(cell, sheet.form) is None))
+    among = f"{several(map(reprlib.repr, words))} among numbers: taken for gaps" * bool(words)
+    return [x], "; ".join(filter(None, [note, among, filled(x)]))
+
+
+def read_dates(cells: list[str]) -> tuple[list[np.ndarray], str]:
+    """See `read_column`."""
+    days, months = zip(*[day_and_month(cell) or (math.nan, "") for cell in cells])
+    note = "dates, as the day, a number, and an input for each month"
+    return [np.array(days), np.array(months, object)], "; ".join(filter(None, [note, filled(np.array(days))]))
+
+
+def filled(x: np.ndarray) -> str:
+    """What becomes of gaps among numbers, if there are any."""
     gaps = int(np.isnan(x).sum())
-    if gaps:
-        notes.append(
-            f"{gaps} gap{'s' * (gaps > 1)}, filled with the mean of the rows trained on and marked by an input"
-        )
-    return x, "; ".join(notes)
+    return f"{counted(gaps, 'gap')}, filled with the mean of the rows trained on, and marked by an input" * (gaps > 0)
 
 
 def leave_out_rows(sheet: Sheet, k: int) -> list[str]:
     """Keeps the rows with a target; what was decided, in words."""
-    x, note = sheet.without_codes(k)
-    coded = np.isnan(x) & ~np.isnan(sheet.numbers(k))
+    x = sheet.numbers(sheet.column(k))
+    y, note = sheet.without_codes(x)
+    coded = np.isnan(y) & ~np.isnan(x)
     kept = [row for row, code in zip(sheet.rows, coded) if not (code or is_gap(row[1][k]))]
     n, sheet.rows = len(sheet.rows) - len(kept), kept
-    notes = [f"{sheet.called(k)}: {note}"] if note else []
-    return notes + [f"{n} row{'s' * (n > 1)} without a target, {sheet.called(k)}: left out"] * (n > 0)
+    left_out = f"{counted(n, 'row')} without a target left out"
+    return [f"{sheet.called(k)}: {'; '.join(filter(None, [note, left_out]))}"] * (n > 0)
 
 
 def refuse_gaps(sheet: Sheet, index: int, features: Sequence[int]) -> None:
@@ -317,7 +364,7 @@ def refuse_gaps(sheet: Sheet, index: int, features: Sequence[int]) -> None:
     column = sheet.column(index)
     problems = [sheet.complaint(i, index, "is no label") for i, cell in enumerate(column) if is_gap(cell)]
     for k in features:
-        wrong = np.flatnonzero(np.isnan(sheet.numbers(k)))
+        wrong = np.flatnonzero(np.isnan(sheet.numbers(sheet.column(k))))
         problems += [sheet.complaint(i, k, "is not a finite number; only the target can be text") for i in wrong]
     if problems:
         raise UserError(several(problems))
@@ -359,23 +406,26 @@ def read_table(path: str, target: str | None, ignore: Sequence[str] = (), strict
     hint = f"; --target names another column, such as {several(map(sheet.called, features))}" * (target is None)
     if target is None and sheet.identifies(index):
         raise UserError(f"{sheet.called(index)}, the last column, is an identifier, nothing to predict{hint}")
-    notes = [f"{sheet.called(k)}: ignored" for k in sorted(ignored)]
+    commas = sheet.form is COMMA and any(COMMA.fullmatch(cell) and "," in cell for _, cells in rows for cell in cells)
+    notes = ["numbers have decimal commas"] * commas + [f"{sheet.called(k)}: ignored" for k in sorted(ignored)]
     if strict:
         refuse_gaps(sheet, index, features)
     else:
         notes += leave_out_rows(sheet, index)
     if len(sheet.rows) < MIN_ROWS:
-        count = f"{len(sheet.rows)} row{'s' * (len(sheet.rows) != 1)}{' below the header' * sheet.header}"
-        raise UserError(f"{count}{' with a target' * bool(notes)}, at least {MIN_ROWS} are needed")
+        count = counted(len(sheet.rows), "row") + " below the header" * sheet.header
+        raise UserError(
+            f"{count}{' with a target' * (len(sheet.rows) < len(rows) - sheet.header)}, at least {MIN_ROWS} are needed"
+        )
     y, classes = read_labels(sheet, index, hint)
     if (y == y[0]).all():
         same = reprlib.repr(sheet.rows[0][1][index])
         raise UserError(f"target {sheet.called(index)} is {same} in every row: there is nothing to learn")
     if strict:
-        columns = [sheet.numbers(k) for k in features]
+        columns = [sheet.numbers(sheet.column(k)) for k in features]
     else:
         found = [(sheet.called(k), *read_column(sheet, k)) for k in features]
-        columns = [column for _, column, _ in found if column is not None]
+        columns = [column for _, columns, _ in found for column in columns]
         notes += [f"{name}: {note}" for name, _, note in found if note]
     if not columns:
         raise UserError(f"no column is left to predict the target from: {several(notes)}")
@@ -420,6 +470,8 @@ def inputs(columns: Sequence[np.ndarray], held: np.ndarray) -> np.ndarray:
             blocks.append(standardise(column, held))
             gaps = np.isnan(column)
             blocks += [gaps] * bool(gaps[~held].any())
+    if not blocks:
+        raise UserError("all features are gaps in the rows to train on: there is nothing to predict from")
     return np.column_stack(blocks).astype(float)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import copy
 import dataclasses
+import datetime
 import gc
 import html
 import importlib.util
@@ -5720,6 +5721,134 @@ class TestDemo(unittest.TestCase):
         self.assertGreater(z[held, 0].min(), 10)
         self.assertFalse(z[:, 1].any())
 
+    def test_what_is_decided_about_columns(self):
+        import demo
+
+        days = [datetime.date(2023, 12, 1) + datetime.timedelta(i) for i in range(60)]
+        columns = {
+            "Nr": range(1, 61),
+            "Name": [f"Frau {i}" for i in range(60)],
+            "Ort": ["Ulm; Donau", "Köln", "\n Bonn"] * 20,
+            "Alter": ["k.A.", *range(20, 79)],
+            "Lohn": [f"{i + 1}.{i:03},5{i % 10} €" for i in range(60)],
+            "Anteil": ["?", *[f"{i}%" for i in range(59)]],
+            "Weg": [f"{i} km" for i in range(60)],
+            "Seit": [f"{day:%d.%m.%Y}" for day in days],
+            "Wert": [-999] * 3 + list(range(57)),
+            "Art": ["A"] * 60,
+            "leer": [""] * 60,
+            "raus": range(60),
+            "Ziel": ["n/a", "", *range(58)],
+        }
+        cells = [columns, *zip(*columns.values())]
+        quoted = [";".join(f'"{cell}"' for cell in row) for row in cells]
+        path = self.folder / "people.csv"
+        path.write_bytes((";;\r\n".join(quoted) + ";;\r\n" + ";" * 14).encode("utf-8-sig"))
+        title, (ort, alter, lohn, anteil, weg, tag, monat, wert), y, classes, notes = demo.read_table(
+            str(path), None, ["raus"]
+        )
+        self.assertEqual(
+            (title, classes, notes),
+            (
+                "people.csv (with a header row), target 'Ziel'",
+                0,
+                [
+                    "numbers have decimal commas",
+                    "'raus': ignored",
+                    "'Ziel': 2 rows without a target left out",
+                    "'Nr': different whole numbers under such a name are an identifier: left out",
+                    "'Name': 58 different words in 58 rows: left out",
+                    "'Ort': 3 words, an input for each",
+                    "'Weg': numbers of km",
+                    "'Seit': dates, as the day, a number, and an input for each month",
+                    "'Art': is 'A' in every row: left out",
+                    "'leer': is empty: left out",
+                ],
+            ),
+        )
+        np.testing.assert_array_equal(y, range(58))
+        np.testing.assert_array_equal(alter, range(21, 79))
+        np.testing.assert_array_equal(anteil, range(1, 59))
+        np.testing.assert_array_equal(weg, range(2, 60))
+        np.testing.assert_array_equal(np.diff(tag), 1)
+        self.assertEqual((list(monat[[0, -1]]), ort[0], lohn[0]), (["12", "1"], "Bonn", 3002.52))
+        self.assertEqual(len(demo.read_table(str(path), "Ort")[1]), 9)  # codes and gaps are in the rows now
+        notes = demo.read_table(str(path), "Ort", ["Ziel"])[-1]
+        gap = "1 gap, filled with the mean of the rows trained on, and marked by an input"
+        self.assertIn(f"'Alter': 'k.A.' among numbers: taken for gaps; {gap}", notes)
+        self.assertIn(f"'Anteil': {gap}", notes)
+        self.assertIn("'Wert': -999, which is far from all other numbers, is taken for a gap; 3 gaps" + gap[5:], notes)
+
+    def test_forms_of_numbers(self):
+        import demo
+
+        for text, point, comma in (
+            ("-1.5", -1.5, -1.5),
+            ("1,5", None, 1.5),
+            ("1,234", 1234, 1.234),
+            ("1,234.5", 1234.5, None),
+            ("1.234.567,8", None, 1234567.8),
+            ("1'234", 1234, 1234),
+            ("1 234,5 kr", None, None),
+            ("$ 1,234.50", 1234.5, None),
+            ("-12,5 %", None, -12.5),
+            ("€-3", -3, -3),
+            ("2e-3", 0.002, 0.002),
+            ("1_000", None, None),
+            ("1e999", None, None),
+            ("inf", None, None),
+            ("12x", None, None),
+            ("", None, None),
+        ):
+            with self.subTest(text):
+                self.assertEqual((demo.number(text, demo.POINT), demo.number(text, demo.COMMA)), (point, comma))
+
+    def test_headers(self):
+        import demo
+
+        words = [["sun", "yes"], ["rain", "no"], ["sun", "no"], ["rain", "yes"]]
+        numbers = [["1", "a", "2"], ["3", "b", ""], ["5", "a", "7"]]
+        for rows, header in (
+            (words, False),
+            ([["sky", "play"], *words], True),
+            (numbers, False),
+            ([["", "what", "size"], *numbers], True),
+            ([["x", "a", ""], *numbers], True),
+            ([["?", "c", "4"], *numbers], False),
+            ([["2020", "what", "2021"], *numbers], False),
+            ([["2020", "what", "sum"], *numbers], True),
+        ):
+            with self.subTest(rows=rows):
+                self.assertEqual(demo.is_header(list(enumerate(rows)), demo.POINT), header)
+
+    def test_what_the_network_sees(self):
+        import demo
+
+        held = np.array([False] * 4 + [True] * 2)
+        words = np.array(["b", "a", "a", "", "c", "b"], object)
+        numbers = np.array([1.0, 3.0, math.nan, math.nan, 5.0, math.nan])
+        np.testing.assert_allclose(
+            demo.inputs([words, numbers, np.array([math.nan, *range(5)])], held)[:, :4],
+            [[0, 1, -1, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 0, 0, 1], [0, 0, 3, 0], [0, 1, 0, 1]],
+        )
+
+    def test_a_table_of_words_and_gaps(self):
+        rows = [
+            f"{i},{a},{'' if i % 7 else 'NA'},{kind},{a + b > 0}"
+            for i, ((a, b, _), kind) in enumerate(zip(self.x, self.kind))
+        ]
+        path = self.folder / "words.csv"
+        path.write_text("id,a,b,kind,large\n" + "\n".join(rows) + "\n", encoding="utf-8")
+        run = self.demo(path, "--epochs", 30)
+        self.assertEqual((run.returncode, run.stderr), (0, ""))
+        self.assertIn("'large': 2 classes, 3 features", run.stdout)
+        self.assertIn("\n  'kind': 2 words, an input for each\n", run.stdout)
+        self.assertRegex(run.stdout, r"test accuracy: (9\d|100)\.\d%\n$")
+        if shutil.which("dot"):
+            self.assertRegex(run.stdout, "Drawn: graph/words/initial_graph.png, .*, graph/words/trained_model.png")
+            pictures = ["initial_graph.png", "optimized_graph.png", "trained_model.png"]
+            self.assertEqual(sorted(os.listdir(self.folder / "graph" / "words")), pictures)
+
     def test_pictures_that_cannot_be_drawn(self):
         def without_package(folder):
             (folder / "graphviz.py").write_text("raise ImportError('no graphviz')", encoding="utf-8")
@@ -5739,8 +5868,10 @@ class TestDemo(unittest.TestCase):
                 for name in ("demo.py", "picograd.py"):
                     shutil.copy(self.folder / name, folder)
                 prepare(Path(folder))
+                before = sorted(os.listdir(folder))
                 run = self.demo("--epochs", 1, folder=Path(folder), **environment)
                 self.assertEqual((run.returncode, run.stderr), (0, ""))
+                self.assertEqual(sorted(set(os.listdir(folder)) - {"__pycache__"}), before)
                 said = [line for line in run.stdout.splitlines() if "Not drawn" in line]
                 self.assertEqual(len(said), 1, run.stdout)
                 self.assertRegex(said[0], rf"^Not drawn: (graph/\w+_\w+.png, ){{2}}graph/trained_model.png: .*{reason}")
