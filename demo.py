@@ -1,12 +1,12 @@
 """Train a multi-layer perceptron on two moons or on a CSV file of yours, and draw its graph before and after.
 
     python demo.py                                         two interleaved half circles, two classes
-    python demo.py data.csv --target species               a table of numbers; see `python demo.py --help`
+    python demo.py data.csv --target species               a table of numbers and words; see `python demo.py --help`
     python demo.py --dask                                  the same on a Dask cluster, here of two local processes
 
-The pictures in graph/ (beside this file) show the network and its loss on one sample, the first that it trains on:
-initial_graph.png as it was built, optimized_graph.png as `optimize` rewrote it, and trained_model.png trained, with
-gradients. Without Graphviz it trains all the same.
+The pictures in graph/, beside this file (of data.csv, in graph/data/), show the network and its loss on one sample, the
+first that it trains on: initial_graph.png as it was built, optimized_graph.png as `optimize` rewrote it, and
+trained_model.png trained, with gradients. Without Graphviz it trains all the same.
 """
 
 import signal
@@ -44,15 +44,17 @@ from picograd.nn import MLP, Adam, cross_entropy, mse_loss
 GRAPHS = Path(__file__).resolve().parent / "graph"
 MIN_ROWS, MAX_CLASSES, ROWS_PER_CLASS, MAX_WORDS, LEARNING_RATE = 10, 20, 5, 20, 0.01
 GAPS = {"", "?", "na", "n/a", "#n/a", "<na>", "nan", "null"}  # how tables write that there is nothing
-ID_WORDS = {
-    *"id index rownames rowname row nr no number key obs unnamed #".split()
-}  # with which names of identifiers end
+ID_WORDS = {"id", "index", "rownames", "rowname", "row", "nr", "no", "number", "key", "obs", "unnamed", "#"}  # at ends
 
 ABOUT = f"""Train a multi-layer perceptron and draw its graph. The CSV file: UTF-8; separated by commas, semicolons or
-tabs; {MIN_ROWS} rows or more; a header is recognised. All columns but the target must be numbers, with a decimal point
-and without gaps; they are standardised. A target of text is a class label. So are up to {MAX_CLASSES} different
-integers, if there are {ROWS_PER_CLASS} times as many rows. Other numbers make it a regression. A fifth of each class is
-held back for the test, or in a regression one of every five rows that are neighbours in the target's order."""
+tabs; {MIN_ROWS} rows or more; a header is recognised. Numbers may have thousands separators, % and currency signs, a
+unit, in the form in which most are written also a decimal comma; they are standardised. Gaps among them (empty cells,
+?, NA, N/A, nan, null) are filled with the mean of the rows trained on, and marked by an input. Words, up to {MAX_WORDS}
+in a column, are an input each. Dates are numbers, and an input for each month. Columns that are the same in all rows,
+or only tell rows apart, are left out; so are rows without a target. All this is printed. A target of text is a class
+label. So are up to {MAX_CLASSES} different integers, if there are {ROWS_PER_CLASS} times as many rows. Other numbers
+make it a regression. A fifth of each class is held back for the test, or in a regression one of every five rows that
+are neighbours in the target's order."""
 EXITS = """Ctrl-C ends the training early: the network is drawn and tested as it is then, and the exit code is 130.
 A second Ctrl-C ends everything at once. The exit code for bad arguments or data is 2."""
 
@@ -239,7 +241,11 @@ class Sheet:
         self.form, self.header, self.first = form, is_header(rows, form), rows[0][1]
         self.names = self.first if self.header else [""] * len(self.first)
         self.rows = rows[self.header :]
-        self.codes = {code_for_gaps(self.numbers(self.column(k))) for k in range(len(self.first))} - {None}
+        numbers = [self.numbers(self.column(k)) for k in range(len(self.first))]
+        codes = {code_for_gaps(x) for x in numbers} - {None}  # found in one column, it may be the end of others, too
+        ends = [{x[~np.isnan(x)].min(initial=math.inf), x[~np.isnan(x)].max(initial=-math.inf)} for x in numbers]
+        often = [{code for code in codes & end if np.sum(x == code) > 2} for x, end in zip(numbers, ends)]
+        self.codes = [min(found, default=None) for found in often]
 
     def find(self, option: str, column: str) -> int:
         """The index of a column, given by name or number."""
@@ -276,13 +282,12 @@ class Sheet:
         numbers = [number(cell, self.form) for cell in cells]
         return np.array([math.nan if x is None else x for x in numbers])
 
-    def without_codes(self, x: np.ndarray) -> tuple[np.ndarray, str]:
-        """Numbers with nan also for what stands for gaps in their column or another; and what is to be said of it."""
-        for end in {min(x[~np.isnan(x)], default=None), max(x[~np.isnan(x)], default=None)} & self.codes:
-            if np.sum(x == end) > 2:
-                note = f"{end:.0f}, which is far from all other numbers, is taken for a gap"
-                return np.where(x == end, math.nan, x), note
-        return x, ""
+    def without_codes(self, x: np.ndarray, k: int) -> tuple[np.ndarray, str]:
+        """Numbers of a column, with nan also for what stands for gaps; and what is to be said of it."""
+        code = self.codes[k]
+        if code is None or code not in x:
+            return x, ""
+        return np.where(x == code, math.nan, x), f"{code:.0f}, which is far from all other numbers, is taken for a gap"
 
     def identifies(self, k: int) -> bool:
         """Whether a column only tells rows apart: whole numbers, all different, under the name of an identifier."""
@@ -307,13 +312,13 @@ def read_column(sheet: Sheet, k: int) -> tuple[list[np.ndarray], str]:
     units = {UNIT.sub("", word) for word in words}
     few = len(levels) <= min(MAX_WORDS, known / ROWS_PER_CLASS)
     if words and not few and len(units) == 1 and (unit := units.pop()).isalpha():
-        columns, note = read_numbers(sheet, [cell.removesuffix(unit).strip() for cell in cells])
+        columns, note = read_numbers(sheet, k, [cell.removesuffix(unit).strip() for cell in cells])
         return columns, "; ".join(filter(None, [f"numbers of {unit}", note]))
     if words and (few or sum(levels[word] for word in words) > known / 5):
         return read_words(cells, levels)
     if sheet.identifies(k):
         return [], "different whole numbers under such a name are an identifier: left out"
-    return read_numbers(sheet, cells)
+    return read_numbers(sheet, k, cells)
 
 
 def read_words(cells: list[str], levels: collections.Counter) -> tuple[list[np.ndarray], str]:
@@ -327,9 +332,9 @@ def read_words(cells: list[str], levels: collections.Counter) -> tuple[list[np.n
     return [np.array(cells, object)], f"{which}, an input for each" + f"; {counted(gaps, 'gap')}: 0 in all" * (gaps > 0)
 
 
-def read_numbers(sheet: Sheet, cells: list[str]) -> tuple[list[np.ndarray], str]:
+def read_numbers(sheet: Sheet, k: int, cells: list[str]) -> tuple[list[np.ndarray], str]:
     """See `read_column`."""
-    x, note = sheet.without_codes(sheet.numbers(cells))
+    x, note = sheet.without_codes(sheet.numbers(cells), k)
     words = list(dict.fromkeys(cell for cell in cells if cell and number(cell, sheet.form) is None))
     among = f"{several(map(reprlib.repr, words))} among numbers: taken for gaps" * bool(words)
     return [x], "; ".join(filter(None, [note, among, filled(x)]))
@@ -351,7 +356,7 @@ def filled(x: np.ndarray) -> str:
 def leave_out_rows(sheet: Sheet, k: int) -> list[str]:
     """Keeps the rows with a target; what was decided, in words."""
     x = sheet.numbers(sheet.column(k))
-    y, note = sheet.without_codes(x)
+    y, note = sheet.without_codes(x, k)
     coded = np.isnan(y) & ~np.isnan(x)
     kept = [row for row, code in zip(sheet.rows, coded) if not (code or is_gap(row[1][k]))]
     n, sheet.rows = len(sheet.rows) - len(kept), kept

@@ -5744,6 +5744,7 @@ class TestDemo(unittest.TestCase):
         quoted = [";".join(f'"{cell}"' for cell in row) for row in cells]
         path = self.folder / "people.csv"
         path.write_bytes((";;\r\n".join(quoted) + ";;\r\n" + ";" * 14).encode("utf-8-sig"))
+        gap = "1 gap, filled with the mean of the rows trained on, and marked by an input"
         title, (ort, alter, lohn, anteil, weg, tag, monat, wert), y, classes, notes = demo.read_table(
             str(path), None, ["raus"]
         )
@@ -5761,6 +5762,7 @@ class TestDemo(unittest.TestCase):
                     "'Ort': 3 words, an input for each",
                     "'Weg': numbers of km",
                     "'Seit': dates, as the day, a number, and an input for each month",
+                    "'Wert': -999, which is far from all other numbers, is taken for a gap; " + gap,
                     "'Art': is 'A' in every row: left out",
                     "'leer': is empty: left out",
                 ],
@@ -5774,7 +5776,6 @@ class TestDemo(unittest.TestCase):
         self.assertEqual((list(monat[[0, -1]]), ort[0], lohn[0]), (["12", "1"], "Bonn", 3002.52))
         self.assertEqual(len(demo.read_table(str(path), "Ort")[1]), 9)  # codes and gaps are in the rows now
         notes = demo.read_table(str(path), "Ort", ["Ziel"])[-1]
-        gap = "1 gap, filled with the mean of the rows trained on, and marked by an input"
         self.assertIn(f"'Alter': 'k.A.' among numbers: taken for gaps; {gap}", notes)
         self.assertIn(f"'Anteil': {gap}", notes)
         self.assertIn("'Wert': -999, which is far from all other numbers, is taken for a gap; 3 gaps" + gap[5:], notes)
