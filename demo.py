@@ -82,10 +82,10 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def several(items: Iterable[str]) -> str:
+def several(items: Iterable[str], between: str = ", ") -> str:
     """The first few, and how many more."""
     items = list(items)
-    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+    return between.join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
 def counted(n: int, thing: str) -> str:
@@ -172,12 +172,14 @@ def read_rows(path: str) -> tuple[list[tuple[int, list[str]]], str]:
         raise UserError("not text in UTF-8, it has zero bytes; if this is a table, save it as CSV in UTF-8")
 
     def fit(delimiter):
-        """Best is what splits the first rows into equally many cells; then what the first row has most of."""
+        """Best is what splits the first rows into equally many cells; of such, not what may be in numbers, too;
+        then what the first row has most of."""
         try:
             widths = {len(cells) for _, cells in itertools.islice(split_cells(text, delimiter), 20)}
         except UserError:
             widths = set()
-        return len(widths) == 1 and widths != {1}, text.strip().split("\n", 1)[0].count(delimiter)
+        fits = len(widths) == 1 and widths != {1}
+        return fits, fits and delimiter != ",", text.strip().split("\n", 1)[0].count(delimiter)
 
     delimiter = max(",;\t", key=fit)
     rows = list(split_cells(text, delimiter))
@@ -291,11 +293,13 @@ class Sheet:
 
     def identifies(self, k: int) -> bool:
         """Whether a column only tells rows apart: whole numbers, all different, under the name of an identifier."""
-        cells, words = self.column(k), re.findall(r"[A-Z]?[a-z]+|[A-Z]+|#", self.names[k])
-        named = self.header and (not words or ID_WORDS.intersection(word.lower() for word in words[-1:]))
-        if not named and self.names[k].lower().endswith("id"):
-            named = sorted(cells) == sorted(str(i + 1) for i in range(len(cells)))
-        return bool(named) and all(map(str.isdecimal, cells)) and len(set(cells)) == len(cells)
+        cells, name = self.column(k), self.names[k]
+        if not self.header or not all(map(str.isdecimal, cells)) or len(set(cells)) < len(cells):
+            return False
+        words = re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+|#", name)  # PassengerId, CUSTOMER_ID, "Unnamed: 0"
+        if not name or ID_WORDS.intersection(word.lower() for word in words[-1:]):
+            return True
+        return name.lower().endswith("id") and set(map(int, cells)) == set(range(1, len(cells) + 1))
 
 
 def read_column(sheet: Sheet, k: int) -> tuple[list[np.ndarray], str]:
@@ -309,12 +313,16 @@ def read_column(sheet: Sheet, k: int) -> tuple[list[np.ndarray], str]:
     dates = sum(levels[word] for word in words if day_and_month(word))
     if dates > known / 2:
         return read_dates(cells)
-    units = {UNIT.sub("", word) for word in words}
     few = len(levels) <= min(MAX_WORDS, known / ROWS_PER_CLASS)
-    if words and not few and len(units) == 1 and (unit := units.pop()).isalpha():
-        columns, note = read_numbers(sheet, k, [cell.removesuffix(unit).strip() for cell in cells])
+    if words and few:
+        return read_words(cells, levels)
+    unit = UNIT.sub("", words[0]) if words else ""
+    bare = [cell.removesuffix(unit).strip() for cell in cells]
+    numbers = sum(number(cell, sheet.form) is not None for cell in bare)
+    if unit and numbers > max(known / 2, known - sum(levels[word] for word in words)):
+        columns, note = read_numbers(sheet, k, bare)
         return columns, "; ".join(filter(None, [f"numbers of {unit}", note]))
-    if words and (few or sum(levels[word] for word in words) > known / 5):
+    if numbers <= known / 2:
         return read_words(cells, levels)
     if sheet.identifies(k):
         return [], "different whole numbers under such a name are an identifier: left out"
@@ -372,7 +380,7 @@ def refuse_gaps(sheet: Sheet, index: int, features: Sequence[int]) -> None:
         wrong = np.flatnonzero(np.isnan(sheet.numbers(sheet.column(k))))
         problems += [sheet.complaint(i, k, "is not a finite number; only the target can be text") for i in wrong]
     if problems:
-        raise UserError(several(problems))
+        raise UserError(several(problems, "; "))
 
 
 def read_labels(sheet: Sheet, k: int, hint: str) -> tuple[np.ndarray, int]:
@@ -387,7 +395,7 @@ def read_labels(sheet: Sheet, k: int, hint: str) -> tuple[np.ndarray, int]:
         texts, different = [i for i, x in enumerate(numbers) if x is None], len(set(cells))
         if len(known) > len(cells) / 2 and not few:
             problem = "is not a finite number, as most of that column are"
-            raise UserError(several(sheet.complaint(i, k, problem) for i in texts))
+            raise UserError(several([sheet.complaint(i, k, problem) for i in texts], "; "))
         if different > len(cells) / 2:
             problem = f"is not a class label: {different} different ones are too many for {len(cells)} rows"
             raise UserError(sheet.complaint(texts[0], k, problem) + hint)
@@ -433,7 +441,7 @@ def read_table(path: str, target: str | None, ignore: Sequence[str] = (), strict
         columns = [column for _, columns, _ in found for column in columns]
         notes += [f"{name}: {note}" for name, _, note in found if note]
     if not columns:
-        raise UserError(f"no column is left to predict the target from: {several(notes)}")
+        raise UserError(f"no column is left to predict the target from: {several(notes, '; ')}")
     title = f"{printable(Path(path).name)} ({'with a' if sheet.header else 'no'} header row)"
     return Table(f"{title}, target {sheet.called(index)}", columns, y, classes, notes)
 

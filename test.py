@@ -5640,7 +5640,7 @@ class TestDemo(unittest.TestCase):
             "gaps": (
                 put(7, 2, "", put(7, 1, "")),
                 ["--strict"],
-                r"row 7, column 1 \('a'\): is missing, row 7, column 2 \('b'\): is missing$",
+                r"row 7, column 1 \('a'\): is missing; row 7, column 2 \('b'\): is missing$",
             ),
             "gap in first row": (put(1, 3, "", bare), ["--strict"], "row 1, column 3: is missing"),
             "nan": (put(21, 3, "NaN"), ["--strict"], r"row 21, column 3 \('c'\): 'NaN' is not a finite number"),
@@ -5651,7 +5651,7 @@ class TestDemo(unittest.TestCase):
             "text labels": (
                 put(11, 4, "2kg", put(9, 4, "1.5kg", numbers)),
                 [],
-                "row 9, column 4 .*'1.5kg' is not a finite number, as most.*, row 11, column 4 .*'2kg'",
+                "row 9, column 4 .*'1.5kg' is not a finite number, as most.*; row 11, column 4 .*'2kg'",
             ),
             "all labels differ": (
                 re.sub(r"(\d+),[xy]\n", r"\1,id\1\n", text),
@@ -5667,7 +5667,7 @@ class TestDemo(unittest.TestCase):
             "no features": (
                 "a,b,label\n" + "".join(f"w{i},,{'xy'[i % 2]}\n" for i in range(40)),
                 [],
-                "no column is left to predict the target from: 'a': 40 different words.*, 'b': is empty",
+                "no column is left to predict the target from: 'a': 40 different words.*; 'b': is empty",
             ),
             "ignored target": (text, ["--ignore", "4"], "--ignore: 'label' is the target"),
             "unknown column": (text, ["--ignore", "d"], "--ignore 'd': no such column"),
