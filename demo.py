@@ -42,7 +42,8 @@ from picograd import Tensor, Value, draw, no_grad, optimize
 from picograd.nn import MLP, Adam, cross_entropy, mse_loss
 
 GRAPHS = Path(__file__).resolve().parent / "graph"
-MIN_ROWS, MAX_CLASSES, ROWS_PER_CLASS, MAX_WORDS, LEARNING_RATE = 10, 20, 5, 20, 0.01
+MIN_ROWS, MAX_CLASSES, ROWS_PER_CLASS, MAX_WORDS = 10, 20, 5, 20
+LEARNING_RATE, WEIGHT_DECAYS, FEW_ROWS, TRIAL_EPOCHS = 0.01, (0.1, 0.3, 1.0), 600, 50
 GAPS = {"", "?", "na", "n/a", "#n/a", "<na>", "nan", "null"}  # how tables write that there is nothing
 ID_WORDS = {"id", "index", "rownames", "rowname", "row", "nr", "no", "number", "key", "obs", "unnamed", "#"}  # at ends
 
@@ -491,6 +492,13 @@ def inputs(columns: Sequence[np.ndarray], held: np.ndarray) -> np.ndarray:
 # --- training ---
 
 
+def network(features: int, classes: int, rng: np.random.Generator) -> MLP:
+    """A small MLP, which begins near the mean, or near equal odds: few rows do not tell much more."""
+    model = MLP(features, [16, 16, classes or 1], activation="tanh", seed=rng)
+    model.layers[-1].w.data *= 0.1
+    return model
+
+
 def score(model: MLP, x: np.ndarray, y: np.ndarray, classes: int) -> str:
     """Accuracy, or R^2: the explained share of y's variance (the same in any unit of y), nan if y does not vary
     or is infinite."""
@@ -535,7 +543,7 @@ def milliseconds(step: Callable[[], object]) -> float:
     return 1e3 * statistics.median(times)
 
 
-def minibatches(model, x, y, classes, optimizer, rng, stopped) -> Callable[[], float | None]:
+def minibatches(model, x, y, classes, optimizer, rng, stopped, timed=True) -> Callable[[], float | None]:
     """Prepares training on minibatches; returns what runs one epoch: the mean loss, or None if stopped().
 
     The graph of one minibatch is built and optimized once. Every step puts its rows into the graph's Tensors.
@@ -545,10 +553,11 @@ def minibatches(model, x, y, classes, optimizer, rng, stopped) -> Callable[[], f
     inputs, targets = Tensor(x[:size]), Tensor(y[:size], dtype=np.int64 if classes else np.float32)
     built = loss_of(model, inputs, targets, classes)
     loss = optimize(built)
-    eager = milliseconds(lambda: loss_of(model, inputs, targets, classes).backward(retain_grads=False))
-    fast = milliseconds(lambda: loss.forward().backward())
-    print(f"graph: {operations(built)} operations, {eager:.3f} ms forward and backward on {size} rows; ", end="")
-    print(f"optimized: {fast:.3f} ms", flush=True)
+    if timed:
+        eager = milliseconds(lambda: loss_of(model, inputs, targets, classes).backward(retain_grads=False))
+        fast = milliseconds(lambda: loss.forward().backward())
+        print(f"graph: {operations(built)} operations, {eager:.3f} ms forward and backward on {size} rows; ", end="")
+        print(f"optimized: {fast:.3f} ms", flush=True)
 
     def epoch():
         total = 0.0
@@ -604,10 +613,26 @@ def local_cluster() -> contextlib.AbstractContextManager:
     return stack
 
 
-def train(model, x, y, classes, epochs, rng, stopped, dask=False) -> int:
+def choose_decay(x, y, classes, epochs, rng, stopped) -> float:
+    """The weight decay that does best on thirds of the rows, each by networks that are trained on the other two."""
+    thirds, losses = rng.permutation(len(x)) % 3, dict.fromkeys(WEIGHT_DECAYS, 0.0)
+    for (third, seed), decay in itertools.product(enumerate(rng.integers(1 << 32, size=3)), WEIGHT_DECAYS):
+        seen, same = thirds != third, np.random.default_rng(seed)
+        model = network(x.shape[1], classes, same)
+        optimizer = Adam(model.parameters(), LEARNING_RATE, weight_decay=decay, decoupled=True)
+        run_epoch = minibatches(model, x[seen], y[seen], classes, optimizer, same, stopped, timed=False)
+        for epoch in range(epochs):
+            optimizer.lr = LEARNING_RATE * (1 - epoch / epochs)
+            run_epoch()
+        with no_grad():
+            losses[decay] += loss_of(model, Tensor(x[~seen]), y[~seen], classes).item()
+    return min(losses, key=losses.get)
+
+
+def train(model, x, y, classes, epochs, rng, stopped, dask=False, decay=WEIGHT_DECAYS[0]) -> int:
     """Runs Adam with a learning rate that falls to 0, until stopped(). Returns the epochs completed."""
     rate = LEARNING_RATE * (5 if dask else 1)  # an epoch is one step then, not many
-    optimizer = Adam(model.parameters(), rate, weight_decay=0.1, decoupled=True)
+    optimizer = Adam(model.parameters(), rate, weight_decay=decay, decoupled=True)
     if dask:
         run_epoch = over_chunks(model, x, y, classes, optimizer, stopped)
     else:
@@ -658,7 +683,7 @@ def run(data, target, ignore, strict, epochs: int, seed: int, dask: bool) -> int
     numbers, y = y, y if classes else standardise(y, held)
     if not classes and not y[~held].any():
         raise UserError("the target is the same in all rows to train on: there is nothing to learn")
-    model = MLP(x.shape[1], [16, 16, classes or 1], activation="tanh", seed=rng)
+    model = network(x.shape[1], classes, rng)
     kind = f"{classes} classes" if classes else "a regression"
     print(f"{title}: {kind}, {x.shape[1]} features, {np.sum(~held)} rows to train on, {held.sum()} to test on")
     for note in notes:
@@ -677,8 +702,14 @@ def run(data, target, ignore, strict, epochs: int, seed: int, dask: bool) -> int
     loss = loss_of(model, *sample)
     drawn = [picture(loss, folder / "initial_graph.png", failures)]
     drawn.append(picture(optimize(loss), folder / "optimized_graph.png", failures))
+    decay = WEIGHT_DECAYS[0]
+    if data is not None and not dask and np.sum(~held) < FEW_ROWS:
+        trial = min(epochs, TRIAL_EPOCHS)
+        decay = choose_decay(x[~held], y[~held], classes, trial, rng.spawn(1)[0], lambda: interrupts)
+        tried = f"of {', '.join(map(str, WEIGHT_DECAYS))} the best for a third of these rows, trained on the others"
+        print(f"weight decay {decay}: {tried}", flush=True)
     with local_cluster() if dask else contextlib.nullcontext():
-        done = train(model, x[~held], y[~held], classes, epochs, rng, lambda: interrupts, dask)
+        done = train(model, x[~held], y[~held], classes, epochs, rng, lambda: interrupts, dask, decay)
     if done < epochs:
         print("\n" * sys.stdout.isatty() + f"Interrupted: {done} of {epochs} epochs are complete.", flush=True)
     model.zero_grad()
