@@ -5519,6 +5519,7 @@ class TestDemo(unittest.TestCase):
             "plain.csv": None,
             "semicolon.csv": lambda text: text.replace(",", ";"),
             "tab.csv": lambda text: text.replace(",", "\t"),
+            "decimal_comma.csv": lambda text: text.replace(",", ";").replace(".", ","),
             "excel.csv": lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode(),
             "blank.csv": lambda text: "\n" + text.replace("\n", "\n\n") + " \n,,,\n\n",
             "quoted.csv": lambda text: re.sub(r"[^,\n]+", r' "\g<0>"', text),
@@ -5527,6 +5528,8 @@ class TestDemo(unittest.TestCase):
         }
         paths = [self.table(name, self.kind, change=change) for name, change in forms.items()]
         paths.append(self.table("no_header.csv", self.kind, header=""))
+        bare = self.table("bare_comma.csv", self.kind, "", lambda text: text.replace(",", ";").replace(".", ","))
+        paths.append(bare)
         with ThreadPoolExecutor(2) as pool:
             results = list(pool.map(lambda path: self.last_line(path, "--epochs", 15), paths))
         self.assertRegex(results[0], "test accuracy")
@@ -5844,6 +5847,7 @@ class TestDemo(unittest.TestCase):
         self.assertEqual((run.returncode, run.stderr), (0, ""))
         self.assertIn("'large': 2 classes, 3 features", run.stdout)
         self.assertIn("\n  'kind': 2 words, an input for each\n", run.stdout)
+        self.assertRegex(run.stdout, r"\nweight decay (0\.1|0\.3|1\.0): of 0\.1, 0\.3, 1\.0 the best")
         self.assertRegex(run.stdout, r"test accuracy: (9\d|100)\.\d%\n$")
         if shutil.which("dot"):
             self.assertRegex(run.stdout, "Drawn: graph/words/initial_graph.png, .*, graph/words/trained_model.png")
