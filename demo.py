@@ -317,14 +317,15 @@ def read_column(sheet: Sheet, k: int) -> tuple[list[np.ndarray], str]:
     few = len(levels) <= min(MAX_WORDS, known / ROWS_PER_CLASS)
     if words and few:
         return read_words(cells, levels)
-    unit = UNIT.sub("", words[0]) if words else ""
-    bare = [cell.removesuffix(unit).strip() for cell in cells]
-    numbers = sum(number(cell, sheet.form) is not None for cell in bare)
-    if unit and numbers > max(known / 2, known - sum(levels[word] for word in words)):
-        columns, note = read_numbers(sheet, k, bare)
-        return columns, "; ".join(filter(None, [f"numbers of {unit}", note]))
-    if numbers <= known / 2:
+    units = collections.Counter(UNIT.sub("", word) for word in words)
+    unit = max(units, key=units.get, default="")
+    measured = [word for word in words if number(word.removesuffix(unit).strip(), sheet.form) is not None]
+    odd = sum(levels[word] for word in words) - sum(levels[word] for word in measured)
+    if odd > known * (0.5 if len(words) - len(measured) <= MAX_WORDS else 0.2):
         return read_words(cells, levels)
+    if measured:
+        columns, note = read_numbers(sheet, k, [cell.removesuffix(unit).strip() for cell in cells])
+        return columns, "; ".join(filter(None, [f"numbers of {unit}", note]))
     if sheet.identifies(k):
         return [], "different whole numbers under such a name are an identifier: left out"
     return read_numbers(sheet, k, cells)
