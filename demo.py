@@ -274,11 +274,13 @@ class Sheet:
     def column(self, k: int) -> list[str]:
         return [cells[k] for _, cells in self.rows]
 
-    def complaint(self, i: int, k: int, problem: str) -> str:
-        row, cells = self.rows[i]
+    def complaint(self, which: Sequence[int], k: int, one: str, more: str) -> str:
+        """What is wrong with a column, in which rows: one cell is, more are."""
+        rows, cells = zip(*[(str(row), cells[k]) for row, cells in map(self.rows.__getitem__, which)])
         name = f" ({reprlib.repr(self.names[k])})" if self.names[k] else ""
-        problem = "is missing" if not cells[k] else f"{reprlib.repr(cells[k])} {problem}"
-        return f"row {row}, column {k + 1}{name}: {problem}"
+        shown = list(dict.fromkeys(map(reprlib.repr, filter(None, cells))))
+        problem = f"{several(shown)} " * bool(shown) + (more if len(shown or rows) > 1 else one)
+        return f"row{'s' * (len(rows) > 1)} {several(rows)}, column {k + 1}{name}: {problem}"
 
     def numbers(self, cells: Sequence[str]) -> np.ndarray:
         """The numbers in cells, nan where there is none."""
@@ -376,13 +378,17 @@ def leave_out_rows(sheet: Sheet, k: int) -> list[str]:
 
 def refuse_gaps(sheet: Sheet, index: int, features: Sequence[int]) -> None:
     """Says what --strict does not take: gaps, and features that are not numbers."""
-    column = sheet.column(index)
-    problems = [sheet.complaint(i, index, "is no label") for i, cell in enumerate(column) if is_gap(cell)]
-    for k in features:
-        wrong = np.flatnonzero(np.isnan(sheet.numbers(sheet.column(k))))
-        problems += [sheet.complaint(i, k, "is not a finite number; only the target can be text") for i in wrong]
+    problems = []
+    for k in [*features, index]:
+        cells = sheet.column(k)
+        empty = [i for i, cell in enumerate(cells) if not cell]
+        wrong = [i for i, x in enumerate(sheet.numbers(cells)) if math.isnan(x) and cells[i]]
+        if k == index:
+            wrong = [i for i in wrong if is_gap(cells[i])]
+        problems += [sheet.complaint(empty, k, "is missing", "are missing")] if empty else []
+        problems += [sheet.complaint(wrong, k, "is not a finite number", "are not finite numbers")] if wrong else []
     if problems:
-        raise UserError(several(problems, "; "))
+        raise UserError(f"{several(problems, '; ')}; without --strict, gaps are filled, and words are inputs")
 
 
 def read_labels(sheet: Sheet, k: int, hint: str) -> tuple[np.ndarray, int]:
@@ -396,11 +402,11 @@ def read_labels(sheet: Sheet, k: int, hint: str) -> tuple[np.ndarray, int]:
     if len(known) < len(cells):
         texts, different = [i for i, x in enumerate(numbers) if x is None], len(set(cells))
         if len(known) > len(cells) / 2 and not few:
-            problem = "is not a finite number, as most of that column are"
-            raise UserError(several([sheet.complaint(i, k, problem) for i in texts], "; "))
+            problem = sheet.complaint(texts, k, "is not a finite number", "are not finite numbers")
+            raise UserError(f"{problem}, as most of that column are")
         if different > len(cells) / 2:
-            problem = f"is not a class label: {different} different ones are too many for {len(cells)} rows"
-            raise UserError(sheet.complaint(texts[0], k, problem) + hint)
+            problem = sheet.complaint(texts, k, "is no class label", "are no class labels")
+            raise UserError(f"{problem}: {different} different ones are too many for {len(cells)} rows{hint}")
     classes, y = np.unique(cells if len(known) < len(cells) else known, return_inverse=True)
     return y, len(classes)
 

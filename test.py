@@ -5636,14 +5636,15 @@ class TestDemo(unittest.TestCase):
             "decimal comma": (
                 text.replace(",", ";").replace("3.5", "3,5"),
                 ["--strict"],
-                "row 4, column 2 .*'3,5' is not a finite number",
+                "rows 4, 14, column 2 .*'3,5', '13,5' are not finite numbers",
             ),
             "text in first row": (put(1, 2, "12x", bare), ["--strict"], "row 1, column 2: '12x' is not a finite"),
             "gap": (put(7, 1, ""), ["--strict"], r"row 7, column 1 \('a'\): is missing"),
             "gaps": (
-                put(7, 2, "", put(7, 1, "")),
+                put(8, 1, "?", put(7, 2, "", put(7, 1, "", put(9, 2, "")))),
                 ["--strict"],
-                r"row 7, column 1 \('a'\): is missing; row 7, column 2 \('b'\): is missing$",
+                r"row 7, column 1 \('a'\): is missing; row 8, column 1 \('a'\): '\?' is not a finite number; "
+                r"rows 7, 9, column 2 \('b'\): are missing; without --strict, gaps are filled, and words are inputs$",
             ),
             "gap in first row": (put(1, 3, "", bare), ["--strict"], "row 1, column 3: is missing"),
             "nan": (put(21, 3, "NaN"), ["--strict"], r"row 21, column 3 \('c'\): 'NaN' is not a finite number"),
@@ -5654,7 +5655,7 @@ class TestDemo(unittest.TestCase):
             "text labels": (
                 put(11, 4, "2kg", put(9, 4, "1.5kg", numbers)),
                 [],
-                "row 9, column 4 .*'1.5kg' is not a finite number, as most.*; row 11, column 4 .*'2kg'",
+                r"rows 9, 11, column 4 \('label'\): '1.5kg', '2kg' are not finite numbers, as most of that column are$",
             ),
             "all labels differ": (
                 re.sub(r"(\d+),[xy]\n", r"\1,id\1\n", text),
