@@ -622,7 +622,7 @@ def local_cluster() -> contextlib.AbstractContextManager:
 
 def choose_decay(x, y, classes, epochs, rng, stopped) -> float:
     """The weight decay that does best on thirds of the rows, each by networks that are trained on the other two."""
-    thirds, losses = rng.permutation(len(x)) % 3, dict.fromkeys(WEIGHT_DECAYS, 0.0)
+    thirds, losses, epochs = rng.permutation(len(x)) % 3, dict.fromkeys(WEIGHT_DECAYS, 0.0), min(epochs, TRIAL_EPOCHS)
     for (third, seed), decay in itertools.product(enumerate(rng.integers(1 << 32, size=3)), WEIGHT_DECAYS):
         seen, same = thirds != third, np.random.default_rng(seed)
         model = network(x.shape[1], classes, same)
@@ -633,7 +633,10 @@ def choose_decay(x, y, classes, epochs, rng, stopped) -> float:
             run_epoch()
         with no_grad():
             losses[decay] += loss_of(model, Tensor(x[~seen]), y[~seen], classes).item()
-    return min(losses, key=losses.get)
+    best = min(losses, key=losses.get)
+    tried = f"of {', '.join(map(str, WEIGHT_DECAYS))} the best for a third of these rows, trained on the others"
+    print(f"weight decay {best}: {tried}", flush=True)
+    return best
 
 
 def train(model, x, y, classes, epochs, rng, stopped, dask=False, decay=WEIGHT_DECAYS[0]) -> int:
@@ -682,19 +685,28 @@ def picture(loss: Value, path: Path, failures: dict[str, str]) -> str:
     return name
 
 
+def prepare(table: Table, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the network sees, what it is to say, and which rows are for the test; prints what was decided."""
+    held = hold_back(table.y, table.classes, rng)
+    x = inputs(table.columns, held).clip(-1e6, 1e6)  # a row unlike any that is trained on must still fit in float32
+    y = table.y if table.classes else standardise(table.y, held)
+    if not table.classes and not y[~held].any():
+        raise UserError("the target is the same in all rows to train on: there is nothing to learn")
+    kind = f"{table.classes} classes" if table.classes else "a regression"
+    print(
+        f"{table.title}: {kind}, {counted(x.shape[1], 'feature')}, {np.sum(~held)} rows to train on, {held.sum()} to test on"
+    )
+    for note in table.notes:
+        print(f"  {printable(note)}")
+    return x, y, held
+
+
 def run(data, target, ignore, strict, epochs: int, seed: int, dask: bool) -> int:
     rng = np.random.default_rng(seed)
-    title, columns, y, classes, notes = two_moons(rng) if data is None else read_table(data, target, ignore, strict)
-    held = hold_back(y, classes, rng)
-    x = inputs(columns, held).clip(-1e6, 1e6)  # a row unlike any that is trained on must still fit in float32
-    numbers, y = y, y if classes else standardise(y, held)
-    if not classes and not y[~held].any():
-        raise UserError("the target is the same in all rows to train on: there is nothing to learn")
+    table = two_moons(rng) if data is None else read_table(data, target, ignore, strict)
+    x, y, held = prepare(table, rng)
+    classes = table.classes
     model = network(x.shape[1], classes, rng)
-    kind = f"{classes} classes" if classes else "a regression"
-    print(f"{title}: {kind}, {x.shape[1]} features, {np.sum(~held)} rows to train on, {held.sum()} to test on")
-    for note in notes:
-        print(f"  {printable(note)}")
     print(model, flush=True)
 
     interrupts: list[int] = []
@@ -711,10 +723,7 @@ def run(data, target, ignore, strict, epochs: int, seed: int, dask: bool) -> int
     drawn.append(picture(optimize(loss), folder / "optimized_graph.png", failures))
     decay = WEIGHT_DECAYS[0]
     if data is not None and not dask and np.sum(~held) < FEW_ROWS:
-        trial = min(epochs, TRIAL_EPOCHS)
-        decay = choose_decay(x[~held], y[~held], classes, trial, rng.spawn(1)[0], lambda: interrupts)
-        tried = f"of {', '.join(map(str, WEIGHT_DECAYS))} the best for a third of these rows, trained on the others"
-        print(f"weight decay {decay}: {tried}", flush=True)
+        decay = choose_decay(x[~held], y[~held], classes, epochs, rng.spawn(1)[0], lambda: interrupts)
     with local_cluster() if dask else contextlib.nullcontext():
         done = train(model, x[~held], y[~held], classes, epochs, rng, lambda: interrupts, dask, decay)
     if done < epochs:
@@ -729,7 +738,7 @@ def run(data, target, ignore, strict, epochs: int, seed: int, dask: bool) -> int
         print(f"Drawn: {', '.join(drawn)}")
     result = score(model, x[held], y[held], classes)
     if "nan" in result:
-        same = np.ptp(numbers[held] / 2) == 0
+        same = np.ptp(table.y[held] / 2) == 0
         why = "is the same in all test rows" if same else "has numbers too far apart for double precision"
         print(f"R^2 is not defined here: the target {why}.")
     print(f"test {result}")
