@@ -693,9 +693,8 @@ def prepare(table: Table, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
     if not table.classes and not y[~held].any():
         raise UserError("the target is the same in all rows to train on: there is nothing to learn")
     kind = f"{table.classes} classes" if table.classes else "a regression"
-    print(
-        f"{table.title}: {kind}, {counted(x.shape[1], 'feature')}, {np.sum(~held)} rows to train on, {held.sum()} to test on"
-    )
+    rows = f"{np.sum(~held)} rows to train on, {held.sum()} to test on"
+    print(f"{table.title}: {kind}, {counted(x.shape[1], 'feature')}, {rows}")
     for note in table.notes:
         print(f"  {printable(note)}")
     return x, y, held
