@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import copy
 import dataclasses
+import datetime
 import gc
 import html
 import importlib.util
@@ -5811,6 +5812,7 @@ class TestDemo(unittest.TestCase):
             "plain.csv": None,
             "semicolon.csv": lambda text: text.replace(",", ";"),
             "tab.csv": lambda text: text.replace(",", "\t"),
+            "decimal_comma.csv": lambda text: text.replace(",", ";").replace(".", ","),
             "excel.csv": lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode(),
             "blank.csv": lambda text: "\n" + text.replace("\n", "\n\n") + " \n,,,\n\n",
             "quoted.csv": lambda text: re.sub(r"[^,\n]+", r' "\g<0>"', text),
@@ -5819,6 +5821,8 @@ class TestDemo(unittest.TestCase):
         }
         paths = [self.table(name, self.kind, change=change) for name, change in forms.items()]
         paths.append(self.table("no_header.csv", self.kind, header=""))
+        bare = self.table("bare_comma.csv", self.kind, "", lambda text: text.replace(",", ";").replace(".", ","))
+        paths.append(bare)
         with ThreadPoolExecutor(2) as pool:
             results = list(pool.map(lambda path: self.last_line(path, "--epochs", 15), paths))
         self.assertRegex(results[0], "test accuracy")
@@ -5921,29 +5925,57 @@ class TestDemo(unittest.TestCase):
             "too few": ("\n".join(text.splitlines()[:10]), [], "9 rows below the header, at least 10"),
             "short row": (text.replace("\n3,3.5,-3,y", "\n3,3.5,y"), [], "row 4: 3 cells, but row 1 has 4"),
             "long row": (bare + "1,2,3,x,\n", [], "row 21: 5 cells, but row 1 has 4"),
-            "text": (put(5, 2, "high"), [], r"row 5, column 2 \('b'\): 'high' is not a number"),
+            "text": (put(5, 2, "high"), ["--strict"], r"row 5, column 2 \('b'\): 'high' is not a finite number"),
             "decimal comma": (
                 text.replace(",", ";").replace("3.5", "3,5"),
-                [],
-                "row 4, column 2 .*'3,5' is not a number",
+                ["--strict"],
+                "rows 4, 14, column 2 .*'3,5', '13,5' are not finite numbers",
             ),
-            "text in first row": (put(1, 2, "12x", bare), [], "row 1, column 2: '12x' is not a number"),
-            "gap": (put(7, 1, ""), [], r"row 7, column 1 \('a'\): is missing"),
-            "gap in first row": (put(1, 3, "", bare), [], "row 1, column 3: is missing"),
-            "nan": (put(21, 3, "NaN"), [], r"row 21, column 3 \('c'\): 'NaN' is not a finite number"),
-            "inf": (put(21, 3, "-inf", text.replace("\n", "\n\n")), [], "row 21, column 3"),
-            "overflow": (put(2, 1, "1e999"), [], "row 2, column 1 .*not a finite number"),
-            "no label": (put(9, 4, ""), [], r"row 9, column 4 \('label'\): is missing"),
-            "nan label": (put(9, 4, "nan", numbers), [], "row 9, column 4 .*'nan'"),
-            "text label": (put(9, 4, "1.5kg", numbers), [], "row 9, column 4 .*'1.5kg' is not a number, as most"),
-            "all labels differ": (re.sub(r"(\d+),[xy]\n", r"\1,id\1\n", text), [], "20 different ones are too many"),
+            "text in first row": (put(1, 2, "12x", bare), ["--strict"], "row 1, column 2: '12x' is not a finite"),
+            "gap": (put(7, 1, ""), ["--strict"], r"row 7, column 1 \('a'\): is missing"),
+            "gaps": (
+                put(8, 1, "?", put(7, 2, "", put(7, 1, "", put(9, 2, "")))),
+                ["--strict"],
+                r"row 7, column 1 \('a'\): is missing; row 8, column 1 \('a'\): '\?' is not a finite number; "
+                r"rows 7, 9, column 2 \('b'\): are missing; without --strict, gaps are filled, and words are inputs$",
+            ),
+            "gap in first row": (put(1, 3, "", bare), ["--strict"], "row 1, column 3: is missing"),
+            "nan": (put(21, 3, "NaN"), ["--strict"], r"row 21, column 3 \('c'\): 'NaN' is not a finite number"),
+            "inf": (put(21, 3, "-inf", text.replace("\n", "\n\n")), ["--strict"], "row 21, column 3"),
+            "overflow": (put(2, 1, "1e999"), ["--strict"], "row 2, column 1 .*not a finite number"),
+            "no label": (put(9, 4, ""), ["--strict"], r"row 9, column 4 \('label'\): is missing"),
+            "nan label": (put(9, 4, "nan", numbers), ["--strict"], "row 9, column 4 .*'nan'"),
+            "text labels": (
+                put(11, 4, "2kg", put(9, 4, "1.5kg", numbers)),
+                [],
+                r"rows 9, 11, column 4 \('label'\): '1.5kg', '2kg' are not finite numbers, as most of that column are$",
+            ),
+            "all labels differ": (
+                re.sub(r"(\d+),[xy]\n", r"\1,id\1\n", text),
+                [],
+                "20 different ones are too many.*--target names another column, such as 'a', 'b', 'c'$",
+            ),
+            "identifier": (
+                re.sub(r"(\d+),[xy]\n", r"\1,\1\n", text).replace("label", "row_id"),
+                [],
+                "'row_id', the last column, is an identifier.*--target names another column, such as 'a', 'b', 'c'$",
+            ),
+            "no labels": (re.sub("[xy]\n", "\n", text).replace(",\n", ",NA\n"), [], "0 rows .* with a target"),
+            "no features": (
+                "a,b,label\n" + "".join(f"w{i},,{'xy'[i % 2]}\n" for i in range(40)),
+                [],
+                "no column is left to predict the target from: 'a': 40 different words.*; 'b': is empty",
+            ),
+            "ignored target": (text, ["--ignore", "4"], "--ignore: 'label' is the target"),
+            "unknown column": (text, ["--ignore", "d"], "--ignore 'd': no such column"),
+            "several ragged": (text + "1\n2\n", [], "row 22: 1 cells, row 23: 1 cells, but row 1 has 4"),
             "one class": (text.replace("y\n", "x\n"), [], "target 'label' is 'x' in every row"),
             "one number": (re.sub(r"[xy]\n", "0.5\n", text), [], "target 'label' is '0.5' in every row"),
             "one column": ("label\n" + "x\ny\n" * 10, [], "only one column"),
             "open quote": (put(15, 4, '"x'), [], "row 15: "),
-            "latin-1": (put(4, 4, "é").encode("latin-1"), [], "row 4: not UTF-8"),
-            "utf-16": (text.encode("utf-16"), [], "not UTF-8"),
-            "binary": (b"PK\x03\x04\0\0\0\x01\n", [], "not a text file"),
+            "latin-1": (put(4, 4, "é").encode("latin-1"), [], "row 4, column 4: not UTF-8"),
+            "utf-16": (text.encode("utf-16"), [], "not text in UTF-8"),
+            "binary": (b"PK\x03\x04\0\0\0\x01\n", [], "not text in UTF-8"),
             "unknown name": (text, ["--target", "size"], "--target 'size': no such column; .*'a', 'b', 'c', 'label'"),
             "column 5": (text, ["--target", "5"], "--target '5': no such column"),
             "column 0": (text, ["--target", "0"], "--target '0': no such column"),
@@ -5986,6 +6018,136 @@ class TestDemo(unittest.TestCase):
         self.assertGreater(z[held, 0].min(), 10)
         self.assertFalse(z[:, 1].any())
 
+    def test_what_is_decided_about_columns(self):
+        import demo
+
+        days = [datetime.date(2023, 12, 1) + datetime.timedelta(i) for i in range(60)]
+        columns = {
+            "Nr": range(1, 61),
+            "Name": [f"Frau {i}" for i in range(60)],
+            "Ort": ["Ulm; Donau", "Köln", "\n Bonn"] * 20,
+            "Alter": ["k.A.", *range(20, 79)],
+            "Lohn": [f"{i + 1}.{i:03},5{i % 10} €" for i in range(60)],
+            "Anteil": ["?", *[f"{i}%" for i in range(59)]],
+            "Weg": [f"{i} km" for i in range(60)],
+            "Seit": [f"{day:%d.%m.%Y}" for day in days],
+            "Wert": [-999] * 3 + list(range(57)),
+            "Art": ["A"] * 60,
+            "leer": [""] * 60,
+            "raus": range(60),
+            "Ziel": ["n/a", "", *range(58)],
+        }
+        cells = [columns, *zip(*columns.values())]
+        quoted = [";".join(f'"{cell}"' for cell in row) for row in cells]
+        path = self.folder / "people.csv"
+        path.write_bytes((";;\r\n".join(quoted) + ";;\r\n" + ";" * 14).encode("utf-8-sig"))
+        gap = "1 gap, filled with the mean of the rows trained on, and marked by an input"
+        title, (ort, alter, lohn, anteil, weg, tag, monat, wert), y, classes, notes = demo.read_table(
+            str(path), None, ["raus"]
+        )
+        self.assertEqual(
+            (title, classes, notes),
+            (
+                "people.csv (with a header row), target 'Ziel'",
+                0,
+                [
+                    "numbers have decimal commas",
+                    "'raus': ignored",
+                    "'Ziel': 2 rows without a target left out",
+                    "'Nr': different whole numbers under such a name are an identifier: left out",
+                    "'Name': 58 different words in 58 rows: left out",
+                    "'Ort': 3 words, an input for each",
+                    "'Weg': numbers of km",
+                    "'Seit': dates, as the day, a number, and an input for each month",
+                    "'Wert': -999, which is far from all other numbers, is taken for a gap; " + gap,
+                    "'Art': is 'A' in every row: left out",
+                    "'leer': is empty: left out",
+                ],
+            ),
+        )
+        np.testing.assert_array_equal(y, range(58))
+        np.testing.assert_array_equal(alter, range(21, 79))
+        np.testing.assert_array_equal(anteil, range(1, 59))
+        np.testing.assert_array_equal(weg, range(2, 60))
+        np.testing.assert_array_equal(np.diff(tag), 1)
+        self.assertEqual((list(monat[[0, -1]]), ort[0], lohn[0]), (["12", "1"], "Bonn", 3002.52))
+        self.assertEqual(len(demo.read_table(str(path), "Ort")[1]), 9)  # codes and gaps are in the rows now
+        notes = demo.read_table(str(path), "Ort", ["Ziel"])[-1]
+        self.assertIn(f"'Alter': 'k.A.' among numbers: taken for gaps; {gap}", notes)
+        self.assertIn(f"'Anteil': {gap}", notes)
+        self.assertIn("'Wert': -999, which is far from all other numbers, is taken for a gap; 3 gaps" + gap[5:], notes)
+
+    def test_forms_of_numbers(self):
+        import demo
+
+        for text, point, comma in (
+            ("-1.5", -1.5, -1.5),
+            ("1,5", None, 1.5),
+            ("1,234", 1234, 1.234),
+            ("1,234.5", 1234.5, None),
+            ("1.234.567,8", None, 1234567.8),
+            ("1'234", 1234, 1234),
+            ("1 234,5 kr", None, None),
+            ("$ 1,234.50", 1234.5, None),
+            ("-12,5 %", None, -12.5),
+            ("€-3", -3, -3),
+            ("2e-3", 0.002, 0.002),
+            ("1_000", None, None),
+            ("1e999", None, None),
+            ("inf", None, None),
+            ("12x", None, None),
+            ("", None, None),
+        ):
+            with self.subTest(text):
+                self.assertEqual((demo.number(text, demo.POINT), demo.number(text, demo.COMMA)), (point, comma))
+
+    def test_headers(self):
+        import demo
+
+        words = [["sun", "yes"], ["rain", "no"], ["sun", "no"], ["rain", "yes"]]
+        numbers = [["1", "a", "2"], ["3", "b", ""], ["5", "a", "7"]]
+        for rows, header in (
+            (words, False),
+            ([["sky", "play"], *words], True),
+            (numbers, False),
+            ([["", "what", "size"], *numbers], True),
+            ([["x", "a", ""], *numbers], True),
+            ([["?", "c", "4"], *numbers], False),
+            ([["2020", "what", "2021"], *numbers], False),
+            ([["2020", "what", "sum"], *numbers], True),
+        ):
+            with self.subTest(rows=rows):
+                self.assertEqual(demo.is_header(list(enumerate(rows)), demo.POINT), header)
+
+    def test_what_the_network_sees(self):
+        import demo
+
+        held = np.array([False] * 4 + [True] * 2)
+        words = np.array(["b", "a", "a", "", "c", "b"], object)
+        numbers = np.array([1.0, 3.0, math.nan, math.nan, 5.0, math.nan])
+        np.testing.assert_allclose(
+            demo.inputs([words, numbers, np.array([math.nan, *range(5)])], held)[:, :4],
+            [[0, 1, -1, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 0, 0, 1], [0, 0, 3, 0], [0, 1, 0, 1]],
+        )
+
+    def test_a_table_of_words_and_gaps(self):
+        rows = [
+            f"{i},{a},{'' if i % 7 else 'NA'},{kind},{a + b > 0}"
+            for i, ((a, b, _), kind) in enumerate(zip(self.x, self.kind))
+        ]
+        path = self.folder / "words.csv"
+        path.write_text("id,a,b,kind,large\n" + "\n".join(rows) + "\n", encoding="utf-8")
+        run = self.demo(path, "--epochs", 30)
+        self.assertEqual((run.returncode, run.stderr), (0, ""))
+        self.assertIn("'large': 2 classes, 3 features", run.stdout)
+        self.assertIn("\n  'kind': 2 words, an input for each\n", run.stdout)
+        self.assertRegex(run.stdout, r"\nweight decay (0\.1|0\.3|1\.0): of 0\.1, 0\.3, 1\.0 the best")
+        self.assertRegex(run.stdout, r"test accuracy: (9\d|100)\.\d%\n$")
+        if shutil.which("dot"):
+            self.assertRegex(run.stdout, "Drawn: graph/words/initial_graph.png, .*, graph/words/trained_model.png")
+            pictures = ["initial_graph.png", "optimized_graph.png", "trained_model.png"]
+            self.assertEqual(sorted(os.listdir(self.folder / "graph" / "words")), pictures)
+
     def test_pictures_that_cannot_be_drawn(self):
         def without_package(folder):
             (folder / "graphviz.py").write_text("raise ImportError('no graphviz')", encoding="utf-8")
@@ -6005,8 +6167,10 @@ class TestDemo(unittest.TestCase):
                 for name in ("demo.py", "picograd.py"):
                     shutil.copy(self.folder / name, folder)
                 prepare(Path(folder))
+                before = sorted(os.listdir(folder))
                 run = self.demo("--epochs", 1, folder=Path(folder), **environment)
                 self.assertEqual((run.returncode, run.stderr), (0, ""))
+                self.assertEqual(sorted(set(os.listdir(folder)) - {"__pycache__"}), before)
                 said = [line for line in run.stdout.splitlines() if "Not drawn" in line]
                 self.assertEqual(len(said), 1, run.stdout)
                 self.assertRegex(said[0], rf"^Not drawn: (graph/\w+_\w+.png, ){{2}}graph/trained_model.png: .*{reason}")
