@@ -1828,9 +1828,9 @@ def _mapped(f: Callable, where: str, x, *others):
 
 def _leaves(x) -> list:
     """What is in a nest, in order."""
-    if not _is_nest(x):
-        return [x]
-    return list(itertools.chain(*map(_leaves, x.values() if isinstance(x, dict) else x)))
+    found: list = []
+    _mapped(lambda where, leaf: found.append(leaf), "", x)
+    return found
 
 
 class _Call:
@@ -1840,7 +1840,7 @@ class _Call:
     On a Value, or inside another gradient function, the gradients are Values again, to be differentiated further.
     """
 
-    def __init__(self, f: Callable, argnums, args: tuple, kwargs: dict):
+    def __init__(self, f: Callable, argnums, args: tuple, kwargs: dict, has_aux: bool = False):
         if not callable(f):
             raise TypeError(f"expected a function to differentiate, got {f!r}")
         numbers = tuple(argnums) if isinstance(argnums, (tuple, list, range)) else (argnums,)
@@ -1863,6 +1863,9 @@ class _Call:
                 if isinstance(error.__cause__, TypeError) and _ENDS in str(error.__cause__):
                     raise error.__cause__ from None
                 raise
+        if has_aux and not (isinstance(self.out, tuple) and len(self.out) == 2):
+            raise TypeError(f"has_aux: the function must return a pair, got {reprlib.repr(self.out)}")
+        self.out, self.aux = self.out if has_aux else (self.out, None)
         self.outs = _leaves(self.out)
         for x in self.outs:
             if not isinstance(x, (Array, np.ndarray, np.number, int, float)):
@@ -1957,28 +1960,16 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
     """
 
     def value_and_gradient(*args, **kwargs):
-        extra = []
-
-        def first(*args, **kwargs):
-            out = f(*args, **kwargs)
-            if not isinstance(out, tuple) or len(out) != 2:
-                raise TypeError(f"has_aux: the function must return a pair, got {reprlib.repr(out)}")
-            extra.append(out[1])
-            return out[0]
-
-        call = _Call(first if has_aux else f, argnums, args, kwargs)
-        raw, what = _raw(call.out), "a " + type(call.out).__name__
-        if not _is_nest(raw):
-            what = f"shape {np.shape(raw)}"
-        if what != "shape ()" and (what[0] == "a" or math.prod(np.shape(raw)) != 1):
-            raise ValueError(
-                f"grad: the function must return one number, got {what}; see jacobian and elementwise_grad"
-            )
+        call = _Call(f, argnums, args, kwargs, has_aux)
+        raw = _raw(call.out)
+        if _is_nest(raw) or math.prod(np.shape(raw)) != 1:
+            got = f"{type(call.out).__name__} of shape {getattr(raw, 'shape', ())}"
+            raise ValueError(f"grad: the function must return one number, got {got}; see jacobian and elementwise_grad")
         found = call.sweep({0: _filled_like(raw, 1)})
         if found and all([g is None for g in found]):
             warnings.warn("grad: what the function returns does not depend on the argument: zeros", stacklevel=3)
         value = _handed_out(call.out, call.valued)
-        return ((value, call.returned(extra[0])) if has_aux else value), call.in_form(found)
+        return ((value, call.returned(call.aux)) if has_aux else value), call.in_form(found)
 
     return value_and_gradient
 
@@ -2211,11 +2202,11 @@ def _account(what: str, node: Value, nodes: Sequence[Value]) -> list[str]:
         made = f" made of {makers}" if makers else ""
         lines.append(f"  operand {i}: {_name_of(x)}{made}, shape {raw.shape}, {_nonfinite(raw) or numbers}")
     for other in reversed(nodes):
-        branches = other._args[1:] if other._prim is TABLE[np.where] else ()
-        if any([x in below for x in branches if isinstance(x, Value)]):
+        into = [i for i, x in enumerate(other._args) if isinstance(x, Value) and x in below]
+        if into and other._prim is TABLE[np.where]:
             lines.append("  It is in a branch of np.where, which sends 0 to a branch not taken, and 0 * inf is nan.")
             return [*lines, "  Choose its operand first: np.where(ok, f(np.where(ok, x, 1.0)), 0.0)."]
-        if other._prim and other._prim.elementwise and any([x in below for x in other._args if isinstance(x, Value)]):
+        if into and other._prim.elementwise:
             below.add(other)
     return lines
 
@@ -2998,29 +2989,15 @@ def _index_part(i):
     return _wrap(i) if not isinstance(i, Array) and _lazy(i) else i
 
 
-# What an index names may be named twice. These say so, for rules; they are about places only, and have no gradient.
-
-
 def _put_last(*parts, shape, index):
-    """By what an index names, whether it is the last of its place."""
+    """Of what an index names, what is the last at its place: it may name an element twice."""
     index, places = _filled(index, parts), np.zeros(shape, int)
     turns = np.arange(places[index].size).reshape(places[index].shape)
     places[index] = turns
     return places[index] == turns
 
 
-def _put_there(*parts, shape, index):
-    """By what an index names, the turns of all that are at the same place; a turn that does not exist is its own."""
-    places = np.arange(math.prod(shape)).reshape(shape)[_filled(index, parts)].ravel()
-    _, place, counts = np.unique(places, return_inverse=True, return_counts=True)
-    turns, most = np.arange(max(counts, default=0)), places.size
-    first = (np.cumsum(counts) - counts)[place, None] + turns
-    there = np.append(np.argsort(place, kind="stable"), most)[np.where(turns < counts[place, None], first, most)]
-    return np.where(there == np.arange(most)[:, None], most, there)
-
-
 _is_last = primitive(_put_last, None, name="is last", variadic=True)
-_rivals = primitive(_put_there, None, name="rivals", variadic=True)
 _UPDATES = {"add": np.add, "multiply": np.multiply, "min": np.minimum, "max": np.maximum}
 
 
@@ -3035,21 +3012,16 @@ def _updated(a, x, *parts, index, how):
 
 def _update_rule(wanted, g, out, operands, index, how):
     a, x, *parts = operands
-    there = functools.partial(_getitem, index=index)
-    slope, shape = there(g, *parts), np.shape(a)
-    if how == "set":
-        g, slope = (
-            _update(g, 0.0, *parts, index=index, how="set"),
-            _masked(_is_last(*parts, shape=shape, index=index), slope),
-        )
-    elif how == "multiply":
-        all_x = np.append(np.broadcast_to(x, np.shape(slope)), 1.0)
-        others = np.prod(all_x[_rivals(*parts, shape=shape, index=index)], axis=-1)
-        slope = there(g * a, *parts) * np.reshape(others, np.shape(slope))
-        g = _update(g, x, *parts, index=index, how=how)
+    there, update = (functools.partial(f, index=index) for f in (_getitem, _update))
+    slope = there(g * a if how == "multiply" else g, *parts)
+    if how in ("set", "multiply"):
+        last = _is_last(*parts, shape=np.shape(a), index=index)
+        if how == "multiply" and not np.all(last):
+            raise TypeError("at: multiply has no gradient where an index names an element twice")
+        g, slope = update(g, 0.0 if how == "set" else x, *parts, how=how), _masked(last, slope)
     elif how != "add":
         hit, hits = (a == out) | np.isnan(a), (x == there(out, *parts)) | np.isnan(x)
-        share = g / _update(_masked(hit, np.ones_like(g)), hits, *parts, index=index, how="add")
+        share = g / update(_masked(hit, np.ones_like(g)), hits, *parts, how="add")
         g, slope = _masked(hit, share), _masked(hits, there(share, *parts))
     return [g, slope, *[None] * len(parts)]
 
@@ -3061,7 +3033,8 @@ class _At:
     """`v.at[index]`: its methods give a new Value or Tensor, in which what is there is another; `v` stays as it is.
 
     x is a Value, Tensor, array or number that broadcasts to `v[index]`; the result has v's dtype, if that is floating.
-    Gradients flow to both. Where an index names an element twice, the last one is set, and all others count.
+    Gradients flow to both. Where an index names an element twice, the last one is set, and all count in the other ways;
+    but then multiply has no gradient.
     """
 
     def __init__(self, array: Array, index=None):
@@ -3075,8 +3048,6 @@ class _At:
             raise TypeError(f"at: expected an index, as in v.at[0].{how}(x)")
         a, index = self.array, tuple(map(_index_part, self.index))
         x, parts = x if isinstance(x, Array) else _constant(x, "at"), [i for i in index if isinstance(i, Array)]
-        if any(map(_lazy, (a, x, *parts))):
-            raise TypeError("at: not offered on arrays of other libraries")
         if a.dtype.kind == "f" and getattr(x, "ndim", 0) and x.dtype != a.dtype:
             x = _as_dtype(x, a.dtype)
         return _update(a, x, *parts, index=tuple([_HOLE if isinstance(i, Array) else i for i in index]), how=how)
@@ -7207,7 +7178,7 @@ class _Elsewhere(Kind):
         if prim.name == "copy":
             return self.own(foreign)
         # NumPy would compute a foreign index into its own array; Dask's Cholesky factor is the upper one.
-        if prim.name == "cholesky" or ("index" in params and KINDS[type(raw[0])] is not self):
+        if prim.name in ("cholesky", "update") or ("index" in params and KINDS[type(raw[0])] is not self):
             raise _not_offered(prim.name, foreign)
         if prim.name == "matmul" and np.shape(raw[0])[-1:] != np.shape(raw[1])[-2:][:1]:  # Dask repeats a row
             raise ValueError(f"matmul: shapes {np.shape(raw[0])} and {np.shape(raw[1])} do not match")
