@@ -2946,11 +2946,16 @@ def _filled(index, parts):
     return tuple(next(parts) if i is _HOLE else i for i in index)
 
 
+def _is_basic(index: tuple) -> bool:
+    """Whether an index has no arrays, so that it names no element twice."""
+    return all(i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer)) for i in index)
+
+
 def _put(a, *parts, shape, index):
     """Zeros of that shape with `a` added at that index: the transpose of indexing."""
     index = _filled(index, parts)
     out = np.zeros(shape, getattr(a, "dtype", np.float64))
-    if all(i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer)) for i in index):
+    if _is_basic(index):
         out[index] = a
     else:
         np.add.at(out, index, a)  # an index array may name an element twice
@@ -3015,7 +3020,7 @@ def _update_rule(wanted, g, out, operands, index, how):
     there, update = (functools.partial(f, index=index) for f in (_getitem, _update))
     slope = there(g * a if how == "multiply" else g, *parts)
     if how in ("set", "multiply"):
-        last = _is_last(*parts, shape=np.shape(a), index=index)
+        last = _is_basic(index) or _is_last(*parts, shape=np.shape(a), index=index)
         if how == "multiply" and not np.all(last):
             raise TypeError("at: multiply has no gradient where an index names an element twice")
         g, slope = update(g, 0.0 if how == "set" else x, *parts, how=how), _masked(last, slope)

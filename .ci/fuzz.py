@@ -1352,12 +1352,12 @@ FORMS = {
         product: 3,
         batch: 2,
         gather: 1,
-        updating: 4,
+        updating: 8,
         checkpointed: 2,
     },
     "optimizer": {call: 22, operation: 18, indexing: 5, unary: 4, cast: 2, mask: 8, user: 4, loss: 2, product: 8}
     | {batch: 12, rolled: 5, gather: 5, nested: 6, chain: 8}
-    | {updating: 3, checkpointed: 3},
+    | {updating: 5, checkpointed: 4},
 }
 
 
