@@ -1804,7 +1804,7 @@ def _recording(tracing=False):
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Gradients
 #
-# Functions of functions: in comes a function of NumPy's arithmetic, out a function that returns derivatives of it, or one
+# Functions of functions: in comes a function of NumPy's arithmetic, out one that returns derivatives of it, or one
 # that computes the same in less memory. All go through `_Call`. Arguments are arrays, or nests: dicts, lists and tuples
 # of arrays or of further nests. And a function that says where in a graph inf and nan come from.
 # Invariant: derivatives have the form, shapes and dtypes of what they belong to, and are Values where Values came in.
@@ -6750,22 +6750,23 @@ _WHOLE: dict[Primitive, Callable] = {  # what is one operation to save time and 
 }
 
 
+def _taken_apart(node, args):
+    """A copy of a node; of one that stands for a whole graph, the graph that it was made of."""
+    if node._prim in _WHOLE and _regular(node):
+        whole = _WHOLE[node._prim](*args, **node._params)
+        return _twin(node, whole._prim, whole._args, whole._params)
+    if node._prim is _program:
+        return _replayed(args[-1].traced)
+    if node._prim is _checkpoint:
+        return _remade(args, _taken_apart)
+    if node._prim is _root:
+        return args[0][node._params["index"]]
+    return _twin(node, node._prim, args, node._params)
+
+
 def _traced(roots):
     """A copy of the graph, with the programs in it written out as the graphs that they were made of."""
-
-    def rule(node, args):
-        if node._prim in _WHOLE and _regular(node):
-            whole = _WHOLE[node._prim](*args, **node._params)
-            return _twin(node, whole._prim, whole._args, whole._params)
-        if node._prim is _program:
-            return _replayed(args[-1].traced)
-        if node._prim is _checkpoint:
-            return _remade(args, rule)
-        if node._prim is _root:
-            return args[0][node._params["index"]]
-        return _twin(node, node._prim, args, node._params)
-
-    return _rewrite(roots, rule)
+    return _rewrite(roots, _taken_apart)
 
 
 def _as_nodes(graph):
