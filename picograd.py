@@ -2990,7 +2990,7 @@ def _filled(index, parts):
     return tuple(next(parts) if i is _HOLE else i for i in index)
 
 
-def _is_basic(index: tuple) -> bool:
+def _is_plain(index: tuple) -> bool:
     """Whether an index has no arrays, so that it names no element twice."""
     return all(i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer)) for i in index)
 
@@ -2999,7 +2999,7 @@ def _put(a, *parts, shape, index):
     """Zeros of that shape with `a` added at that index: the transpose of indexing."""
     index = _filled(index, parts)
     out = np.zeros(shape, getattr(a, "dtype", np.float64))
-    if _is_basic(index):
+    if _is_plain(index):
         out[index] = a
     elif len(index) == 1 and index[0].dtype.kind in "iu" and math.prod(shape[1:]) >= _LONG_ROW:
         _add_rows(out, np.ravel(index[0]) % shape[0], np.reshape(a, (-1, *shape[1:])))
@@ -3089,7 +3089,7 @@ def _update_rule(wanted, g, out, operands, index, how):
     there, update = (functools.partial(f, index=index) for f in (_getitem, _update))
     slope = there(g * a if how == "multiply" else g, *parts)
     if how in ("set", "multiply"):
-        last = _is_basic(index) or _is_last(*parts, shape=np.shape(a), index=index)
+        last = _is_plain(index) or _is_last(*parts, shape=np.shape(a), index=index)
         if how == "multiply" and not np.all(last):
             raise TypeError("at: multiply has no gradient where an index names an element twice")
         g, slope = update(g, 0.0 if how == "set" else x, *parts, how=how), _masked(last, slope)
