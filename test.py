@@ -57,24 +57,30 @@ from picograd import (
     Value,
     binary_cross_entropy_with_logits,
     check_gradients,
+    checkpoint,
     cross_entropy,
     draw,
     elementwise_grad,
+    find_nonfinite,
     gelu,
     grad,
     hessian,
     hinge_loss,
+    hvp,
     jacobian,
+    jvp,
     log_softmax,
     logsumexp,
     mse_loss,
     no_grad,
     primitive,
+    ravel_nest,
     relu,
     sigmoid,
     softmax,
     softplus,
     value_and_grad,
+    vjp,
 )
 
 try:
@@ -102,6 +108,8 @@ SEED = int(os.environ.get("PICOGRAD_TEST_SEED", random.randrange(2**32)))
 REAL, POSITIVE, UNIT, OVER_1 = (-2.0, 2.0), (0.3, 3.0), (-0.9, 0.9), (1.1, 3.0)
 APART = np.array([-1.7, 0.1, 1.3])  # no kink near
 AXES = [{}] + [{"axis": axis, "keepdims": keep} for axis in (1, -1, (0, 2)) for keep in (0, 1)]
+GRAPHS = ("join", "checkpoint", "program", "result", "sealed")
+HOWS = {"set": None, "add": np.add, "multiply": np.multiply, "min": np.minimum, "max": np.maximum}  # of v.at[index]
 SQUARE = [((((3, 3), "definite"),), {}), ((((2, 3, 3), "definite"),), {})]
 DIAGONALS = [(((3,),), {}), (((3,),), {"k": -2}), (((3, 4),), {"k": 1})]
 SAMPLES = {
@@ -140,6 +148,12 @@ SAMPLES = {
     "diagonals": [(((3, 3, 2),), {"subscripts": "iij->ij"})],
     "nan_to_num": [(((2, 3),), {})],
     "scatter": [(((2,),), {"shape": (3, 4), "index": (1, slice(1, 3))})],
+    "update": [
+        (((3, 4), shape), {"index": index, "how": how})
+        for how in HOWS
+        for shape, index in [((2,), (1, slice(1, 3))), ((3, 1), (np.array([0, 2, 0]),)), ((), (1, np.array([1, 1])))]
+        if how != "multiply" or isinstance(index[-1], slice)  # the others name an element twice
+    ],
     "tile": [(((2, 3),), {"reps": (2, 2)}), (((3,),), {"reps": (2, 1, 3)}), (((2, 1, 2),), {"reps": 3})],
     "repeat": [(((2, 3),), {"repeats": 2}), (((2, 3),), {"repeats": [2, 0, 1], "axis": 1}), (((),), {"repeats": 2})],
     "flip": [(((2, 3),), {}), (((2, 3),), {"axis": -1}), (((2, 3, 2),), {"axis": (0, 2)})],
@@ -237,8 +251,8 @@ class TestPrimitives(Strict):
     def test_gradients_of_every_primitive(self):
         rng = np.random.default_rng(SEED)
         for prim in PRIMITIVES.values():
-            if not any(prim.vjps) or not prim.builtin or prim.name in ("join", "program", "result", "sealed"):
-                continue  # other tests made it; or it is an operation on graphs: see TestOptimizer
+            if not any(prim.vjps) or not prim.builtin or prim.name in GRAPHS:
+                continue  # other tests made it; or it is an operation on graphs: see TestGradients, TestOptimizer
             with self.subTest(primitive=prim.name, seed=SEED):
                 tested = list(cases(prim, rng))
                 self.assertTrue(tested, f"{prim.name} has no entry in SAMPLES: give it one, so that its rule is tested")
@@ -1346,7 +1360,6 @@ class TestGradients(Strict):
         self.assertEqual(jacobian(lambda x: x * 2)(3.0), 2.0)
         self.assertEqual(grad(lambda x, y: x * y, argnums=(0, 1))(2.0, 3.0), (3.0, 2.0))
         self.assertEqual(value_and_grad(lambda x: x**2)(3.0), (9.0, 6.0))
-        self.assertEqual(grad(lambda x: 3.0)(1.0), 0.0)
         # A Value in gives a Value out; an outer variable that the inner function closes over is not lost.
         v = Value(2.0)
         out = grad(lambda x: x**3)(v)
@@ -1365,9 +1378,278 @@ class TestGradients(Strict):
         with no_grad():
             self.assertEqual(grad(lambda x: x**2)(3.0), 6.0)
 
+    def test_arguments_may_be_nests(self):
+        Pair = collections.namedtuple("Pair", "one two")
+        nest = {
+            "w": np.ones((2, 3)),
+            "b": 0.5,
+            "l": [np.arange(3.0, dtype=np.float32), (np.array(2.0), [1.0, 2.0])],
+            "p": Pair(np.ones(1), collections.OrderedDict(e=np.zeros(0))),
+        }
+
+        def f(n):
+            last = np.sum(n["p"].one) * n["l"][1][0] * np.prod(n["l"][1][1]) + np.sum(n["p"].two["e"])
+            return np.sum(np.tanh(n["w"] @ n["l"][0]) * n["b"]) * last
+
+        slopes = grad(f)(nest)
+        self.assertEqual((list(slopes), type(slopes["l"]), type(slopes["l"][1])), (list(nest), list, tuple))
+        self.assertEqual((type(slopes["p"]), type(slopes["p"].two)), (Pair, collections.OrderedDict))
+        self.assertEqual((slopes["l"][0].dtype, slopes["l"][1][1].tolist()), (np.float32, [f(nest), f(nest) / 2]))
+        flat, unravel = ravel_nest(nest)
+        self.assertEqual((flat.dtype, flat.shape), (np.float64, (14,)))
+        again = unravel(flat)
+        self.assertEqual((again["b"], again["l"][0].dtype, again["l"][1][0].shape), (0.5, np.float32, ()))
+        np.testing.assert_allclose(ravel_nest(slopes)[0], grad(lambda v: f(unravel(v)))(flat), rtol=1e-6)
+        values = unravel(Value(flat, np.float64))  # a Value in a nest: Values come out
+        twice = grad(f)(values)
+        self.assertTrue(all(isinstance(x, Value) for x in (*ravel_nest(values)[:1], twice["b"], twice["p"].two["e"])))
+        np.testing.assert_allclose(ravel_nest(twice)[0].data.data, ravel_nest(slopes)[0], rtol=1e-6)
+        wide = ravel_nest(nest | {"l": [np.arange(3.0), nest["l"][1]]})[1]
+        check_gradients(lambda v: f(wide(v)), flat, order=2)
+        square = {"a": np.array([1.0, 2.0]), "b": 3.0}
+        rows = hessian(lambda n: np.sum(n["a"] ** 2) * n["b"])(square)
+        self.assertEqual((rows["a"]["a"].tolist(), rows["a"]["b"].tolist()), ([[6.0, 0.0], [0.0, 6.0]], [2.0, 4.0]))
+        self.assertEqual(grad(lambda x, y: x[0] * y["a"], (0, 1))([Value(2.0)], {"a": 3.0})[0][0].item(), 3.0)
+        self.assertEqual((ravel_nest({})[0].shape, ravel_nest(2)[1]([3.0])), ((0,), 3.0))
+        for call, error, message in [
+            (lambda: grad(f)({"w": None}), TypeError, r"argument 0\['w'\]: .*NoneType"),
+            (lambda: ravel_nest([np.ones(1), "a"]), TypeError, r"nest\[1\]: .*str"),
+            (lambda: unravel(np.ones(3)), ValueError, r"expected shape \(14,\), got \(3,\)"),
+            (lambda: grad(lambda x: [x, x])(1.0), ValueError, "must return one number, got list"),
+        ]:
+            self.assertRaisesRegex(error, message, call)
+
+    def test_products_with_jacobians(self):
+        def f(x, n):
+            return {"a": np.sin(x) * n["y"], "b": [x * np.sum(n["y"]), 3.0]}
+
+        x, y, v, g = 0.7, np.array([1.0, 2.0]), np.array([0.5, -1.0]), np.array([3.0, 4.0])
+        out, pull = vjp(f, x, {"y": y})
+        self.assertEqual((type(out["a"]), type(out["b"][0]), out["b"][1]), (np.ndarray, np.float64, 3.0))
+        for _ in range(2):  # as often as one likes
+            by_x, by_n = pull({"a": g, "b": (2.0, 1.0)})
+            self.assertAlmostEqual(by_x, np.sum(g * np.cos(x) * y) + 2.0 * 3.0)
+            np.testing.assert_allclose(by_n["y"], g * np.sin(x) + 2.0 * x)
+        again, change = jvp(f, (x, {"y": y}), (2.0, {"y": v}))
+        np.testing.assert_array_equal(again["a"], out["a"])
+        np.testing.assert_allclose(change["a"], np.cos(x) * 2.0 * y + np.sin(x) * v)
+        self.assertAlmostEqual(change["b"][0], 2.0 * 3.0 + x * -0.5)
+        self.assertEqual(change["b"][1], 0.0)
+        r = lambda x, c: np.sum(x**3) * c + x[0] * x[1]  # noqa: E731
+        full = np.diag(6 * y * 2.0) + [[0.0, 1.0], [1.0, 0.0]]
+        np.testing.assert_allclose(hvp(lambda x: r(x, 2.0), y, v), full @ v)
+        by_y, by_c = hvp(r, (y, 2.0), (v, 0.0))
+        np.testing.assert_allclose(by_y, full @ v)
+        self.assertAlmostEqual(by_c, np.sum(3 * y**2 * v))
+        self.assertEqual(hvp(np.sum, (y,), (v,))[0].tolist(), [0.0, 0.0])  # in silence
+        self.assertEqual(jvp(np.square, y.astype(np.float32), v)[1].dtype, np.float32)
+        self.assertEqual(jvp(np.sum, y.astype(np.float32), v)[1].dtype, np.float32)
+        # They are differentiable themselves, by arguments and by what is passed with them.
+        self.assertAlmostEqual(grad(lambda x: jvp(np.sin, x, 1.0)[1])(0.3), -np.sin(0.3))
+        self.assertAlmostEqual(grad(lambda g: vjp(np.sin, 0.3)[1](g)[0])(2.0), np.cos(0.3))
+        t = Value(2.0)
+        hvp(lambda x: r(x, 2.0), y, v * t)[0].backward()
+        self.assertAlmostEqual(t.grad.item(), (full @ v)[0])
+        w = Value(2.0)
+        jvp(lambda x: x * w, w, 1.0)[1].backward()
+        self.assertEqual(w.grad.item(), 1.0)
+        for call, message in [
+            (lambda: pull({"a": [1.0], "b": [1.0, 1.0]}), r"gradient\['a'\]: expected shape \(2,\), got \(1,\)"),
+            (lambda: pull([1.0]), "gradient: expected a dict of .*'a', 'b'"),
+            (lambda: hvp(np.sum, y, 1.0), r"expected shape \(2,\), got \(\)"),
+        ]:
+            self.assertRaisesRegex(ValueError, message, call)
+
+    def test_what_else_a_function_returns(self):
+        f = lambda x: (x**2, {"half": x / 2, "name": "f", "n": [3]})  # noqa: E731
+        slope, extra = grad(f, has_aux=True)(3.0)
+        self.assertEqual((slope, extra), (6.0, {"half": 1.5, "name": "f", "n": [3]}))
+        self.assertIs(type(extra["half"]), np.float64)
+        (value, extra), slope = value_and_grad(f, has_aux=True)(Value(3.0))
+        self.assertEqual((value.item(), extra["half"].item(), slope.item()), (9.0, 1.5, 6.0))
+        self.assertEqual(grad(lambda x: grad(f, has_aux=True)(x)[1]["half"] * x)(3.0), 3.0)
+        with self.assertRaisesRegex(TypeError, "has_aux: .*pair, got"):
+            grad(lambda x: x, has_aux=True)(1.0)
+
+    def test_what_does_not_depend_on_the_argument_warns(self):
+        w = Value(2.0)
+        for f in (lambda x: 3.0, lambda x: w * 2.0, lambda x: x.detach(), lambda x: np.sum(x > 0)):
+            with self.assertWarnsRegex(UserWarning, "does not depend on the argument") as caught:
+                self.assertEqual(grad(f)(1.0), 0.0)
+            self.assertEqual(caught.filename, __file__)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.assertEqual(grad(lambda n: n["a"] * 2.0)({"a": 1.0, "b": 2.0}), {"a": 2.0, "b": 0.0})
+            self.assertEqual(hessian(np.sum)(np.ones(2)).tolist(), [[0.0, 0.0], [0.0, 0.0]])
+            check_gradients(lambda x: 3.0 * x, 2.0, order=2)
+
+    def test_checkpoints_keep_results_only(self):
+        rng, inner = np.random.default_rng(0), []
+        w = Value(rng.normal(size=(3, 3)), np.float64)
+
+        def layer(x, shift=0.0):
+            h = np.tanh(x @ w)
+            inner.append(weakref.ref(h))
+            return h * x + w[0] + shift
+
+        kept = checkpoint(layer)
+        forms = [
+            (lambda x: kept(kept(x, shift=0.5)), lambda x: layer(layer(x, shift=0.5))),
+            (
+                lambda x: checkpoint(lambda x: kept(kept(x) * 2.0) + kept(x))(x),
+                lambda x: layer(layer(x) * 2.0) + layer(x),
+            ),
+            (
+                lambda x: np.prod(np.stack([*checkpoint(lambda x: (x.sum(), x.mean() + w[0, 0]))(x)])),
+                lambda x: x.sum() * (x.mean() + w[0, 0]),
+            ),
+            (lambda x: checkpoint(lambda x: {"y": [x * w, 2], "x": x})(x)["y"][0], lambda x: x * w),
+        ]
+        for short, long in forms:
+            x = Value(rng.normal(size=(3, 3)), np.float64)
+            del inner[:]
+            out = short(x).sum()
+            self.assertEqual([h() for h in inner], [None] * len(inner))
+            for way in (lambda y: y, copy.deepcopy, lambda y: pickle.loads(pickle.dumps(y)), *WAYS[1:]):
+                self.assertAlmostEqual(way(out).forward().item(), long(x).sum().item(), places=12)
+            for way in WAYS:
+                w.grad = x.grad = None
+                way(out).backward()
+                got = x.grad.data.copy(), w.grad.data.copy()
+                w.grad = x.grad = None
+                long(x).sum().backward()
+                for g, v in zip(got, (x, w)):
+                    np.testing.assert_allclose(g, v.grad.data, rtol=1e-12, atol=1e-12)
+            check_gradients(lambda x, short=short: np.tanh(short(x)), x, order=2)
+            w.data = w.data * 0.5  # a replay reads anew
+            self.assertAlmostEqual(out.forward().item(), long(x).sum().item(), places=12)
+
+    def test_checkpoints_of_all_sorts(self):
+        number = checkpoint(lambda x: np.exp(x) * x)
+        self.assertIs(type(number(Value(2.0))._held), float)
+        self.assertAlmostEqual(grad(grad(number))(2.0), 4.0 * math.exp(2.0))
+        v, half = Value(2.0), Value([1.0, 2.0])
+        a, b, c = checkpoint(lambda x: (x * half, x * 2.0, x > 0))(v)
+        self.assertEqual((a.dtype, type(b._held), c.item()), (np.float32, float, True))
+        self.assertIs(checkpoint(lambda x: x)(v), v)
+        self.assertEqual(checkpoint(lambda: 3)(), 3)
+        draws = checkpoint(lambda x: x * np.random.default_rng().normal(size=2))(v)
+        self.assertEqual(draws.forward().tolist(), draws.tolist())  # the same random numbers
+        draws.sum().backward()
+        self.assertAlmostEqual(v.grad.item(), draws.data.data.sum() / 2.0)
+        t = Tensor([1.0, 2.0])
+        out = checkpoint(lambda x: (x * t) ** 2)(v)
+        t.data = [3.0, 4.0]
+        self.assertEqual(out.forward().tolist(), [36.0, 64.0])
+        out.label = "out"
+        wrong = primitive(lambda x: x * 2.0, lambda g, out, x: g * np.ones(7), name="wrong in a checkpoint")
+        bad = checkpoint(lambda x: wrong(x).sum())(half)
+        with self.assertRaisesRegex(ValueError, "in the rule of wrong in a checkpoint"):
+            bad.backward()
+        del PRIMITIVES[wrong.name], TABLE[wrong.forward]
+        with no_grad():
+            self.assertIsNone(number(v)._prim)
+        model = MLP(2, [3, 1], seed=0)
+        loss = checkpoint(model)(np.ones((4, 2))).sum()
+        loss.backward(retain_grads=False)
+        got = [p.grad.data.copy() for p in model.parameters()]
+        model.zero_grad()
+        model(np.ones((4, 2))).sum().backward()
+        for g, p in zip(got, model.parameters()):
+            np.testing.assert_allclose(g, p.grad.data, rtol=1e-6)
+        with self.assertRaisesRegex(TypeError, "expected a function, got 3"):
+            checkpoint(3)
+
+    def test_where_inf_and_nan_come_from(self):
+        x = Value([0.0, 1.0, 2.0], label="x")
+        with np.errstate(all="ignore"):
+            self.assertIsNone(find_nonfinite(np.sum(x * 2.0)))
+            y = (x - 1.0) / 2.0
+            z = 1.0 / y
+            z.label = "z"
+            text = find_nonfinite(np.sum(z * 0.0))
+            for part in (r"values: divide 'z' has inf in 1 of 3, shape \(3,\)", "operand 0: constant",
+                         r"operand 1: divide made of subtract, constant, shape \(3,\), -0.5 to 0.5"):  # fmt: skip
+                self.assertRegex(text, part)
+            self.assertNotIn("np.where", text)
+            for way in WAYS:
+                loss = way(np.sum(np.where(x > 0, np.sqrt(x) * 2.0, 0.0)))
+                x.grad = None
+                self.assertIsNone(find_nonfinite(loss))
+                loss.backward()
+                text = find_nonfinite(loss)
+                self.assertRegex(text, r"^gradients: the rule of sqrt gives leaf 'x' nan in 1 of 3")
+                self.assertRegex(text, r"branch of np.where.*\n.*np.where\(ok, f\(np.where\(ok, x, 1.0\)\), 0.0\)")
+            x.grad = None
+            for kept in (np.log, checkpoint(np.log)):
+                loss = np.sum(kept(x))
+                loss.backward(retain_grads=False)
+                self.assertRegex(
+                    find_nonfinite(loss), "values: log has inf in 1(.|\n)*the rule of log gives leaf 'x' inf"
+                )
+            x.grad = None
+            masked = np.where(Tensor([True, False, True]), x, -np.inf)
+            self.assertIsNone(find_nonfinite(np.sum(softmax(masked))))  # infinite on purpose
+            self.assertRegex(
+                find_nonfinite(masked.sum()), r"where has inf(.|\n)*operand 2: constant, .*, inf in 1 of 1"
+            )
+            self.assertRegex(find_nonfinite(Value([np.nan], label="w") * x), "^values: leaf 'w' has nan in 1 of 1")
+        with self.assertRaisesRegex(TypeError, "root must be a Value, got float"):
+            find_nonfinite(1.0)
+
 
 class TestCatalogue(Strict):
     """Room 5: every operation on awkward operands, and NumPy's functions on Values against NumPy."""
+
+    def test_updates_at_an_index_are_numpys(self):
+        rng = np.random.default_rng(SEED)
+        a = rng.normal(size=(3, 4))
+        places = [
+            1,
+            (slice(None), -2),
+            [0, 2, 0],
+            (np.array([0, 2, 0]), [1, 1, 1]),
+            a > 0,
+            (None, 1),
+            ...,
+            (),
+            np.zeros(0, int),
+        ]
+        for index, (how, ufunc) in itertools.product([*places, slice(0, 0)], HOWS.items()):
+            shape = a[index].shape
+            for x in [rng.normal(size=shape), rng.normal(size=shape[1:]), 0.3]:
+                expected = a.copy()
+                if ufunc is None:
+                    expected[index] = x
+                else:
+                    ufunc.at(expected, index, x)
+                for left, right in itertools.product([Value, Tensor], [Value, Tensor, lambda x, dtype: x]):
+                    out = getattr(left(a, np.float64).at[index], how)(right(x, np.float64))
+                    np.testing.assert_allclose(out.data if left is right is Tensor else np.asarray(out.data), expected)
+        for how in HOWS:  # ties, zeros and repeats
+            v = Value([1.0, 2.0, 0.0])
+            out = getattr(v.at[np.array([0, 0, 2])], how)(Value([1.0, 1.0, 0.0]))
+            if how == "multiply":
+                self.assertRaisesRegex(TypeError, "names an element twice.*in the rule of update", out.sum().backward)
+                continue
+            out.sum().backward()
+            shares = {"set": 0, "add": 1, "min": 1 / 3, "max": 1 / 3}
+            self.assertAlmostEqual(v.grad.data[0], shares[how], places=6)
+        v, t = Value([1.0, 2.0, 3.0]), Tensor([0, 2], np.int64)
+        out = v.at[t].multiply(Value(np.array([2.0, 3.0]), np.float64))
+        self.assertEqual((out.dtype, v.tolist()), (np.float32, [1.0, 2.0, 3.0]))
+        t.data = [1, 1]  # a replay reads it anew
+        for make in WAYS:
+            self.assertEqual(make(out).forward().tolist(), [1.0, 12.0, 3.0])
+        self.assertIs(type(Value(2.0).at[()].set(3)._held), float)
+        self.assertIsInstance(Tensor([1, 2]).at[0].set(Value(9.0)), Value)
+        for call, error, message in [
+            (lambda: v.at.set(3), TypeError, "expected an index"),
+            (lambda: v.at[0].set("a"), TypeError, "at: expected"),
+            (lambda: v.at[5].set(3), IndexError, "out of bounds"),
+            (lambda: v.at[:2].add([1.0] * 3), ValueError, "broadcast"),
+        ]:
+            self.assertRaisesRegex(error, message, call)
 
     def test_what_was_kept_for_other_parameters_is_not_taken(self):
         for index, slope in (((0, 1), [0.0, 0.0]), ((False, True), [1.0, 0.0]), ((0, 1), [0.0, 0.0])):

@@ -308,6 +308,43 @@ class Model(np.lib.mixins.NDArrayOperatorsMixin):
     dtype = property(lambda self: self.raw.dtype if hasattr(self.raw, "dtype") else np.dtype(_WEAK[type(self.raw)]))
     T = property(lambda self: np.transpose(self))
     mT = property(lambda self: np.swapaxes(self, -1, -2))
+    at = property(lambda self: At(self))
+
+
+class At:
+    """`x.at`: each element of the result is made of it and of those that come to its place, padded to be as many."""
+
+    PADS = {"set": 0.0, "add": 0.0, "multiply": 1.0, "min": np.inf, "max": -np.inf}
+
+    def __init__(self, x):
+        self.x = x
+
+    def __getitem__(self, index):
+        return types.SimpleNamespace(**{how: functools.partial(self.updated, plain(index), how) for how in self.PADS})
+
+    def updated(self, index, how, new):
+        def call(f, xs):
+            (a, y), xp = xs, mode.xp
+            numbers = np.arange(np.size(a)).reshape(np.shape(a))
+            places = numbers[index]
+            np.broadcast_to(np.empty(np.shape(y)), np.shape(places))  # or it is an error
+            if not mode.wide and hasattr(y, "astype") and np.asarray(a).dtype.kind == "f":
+                y = y.astype(np.asarray(a).dtype)
+            y = xp.ravel(y * np.ones(np.shape(places), getattr(y, "dtype", None)))
+            pad = xp.array([self.PADS[how]]) if xp is anp else np.array([self.PADS[how]]).astype(y.dtype)
+            rows = [[i, *np.flatnonzero(places.ravel() == i) + numbers.size] for i in range(numbers.size)]
+            rows = [row[-1:] for row in rows] if how == "set" else rows
+            most = max(map(len, rows), default=1)
+            table = [row + [numbers.size + places.size] * (most - len(row)) for row in rows]
+            parts = xp.concatenate([xp.ravel(a), y, pad])[np.array(table, int).reshape(-1, most)]
+            if how in ("min", "max"):
+                out = getattr(xp, how)(parts, axis=1)
+            else:
+                step = operator.mul if how == "multiply" else operator.add
+                out = functools.reduce(step, [parts[:, i] for i in range(most)])
+            return xp.reshape(out, np.shape(a))
+
+        return compute("at", [self.x, new], call)
 
 
 class Hole(int):
@@ -397,6 +434,7 @@ OWN = {
     "binary_cross_entropy_with_logits": lambda x, y: np.mean(OWN["softplus"](x) - x * y),
     "hinge_loss": lambda x, y: np.mean(OWN["relu"](1.0 - x * y)),
     "optimize": lambda *roots: roots[0] if len(roots) == 1 else roots,
+    "checkpoint": lambda f: f,
 }
 
 
@@ -945,7 +983,7 @@ ARGUMENTS = {
 # Primitives that have no name to call: they are reached through others, or through syntax.
 REACHED = {"reshape", "concatenate", "stack", "getitem", "scatter", "astype", "einsum", "norm", "clip", "matmul", "sum"}
 REACHED |= {"sliding_window_view", "logabsdet", "signdet", "detach", "dot", "pack", "fused", "program", "mean"}
-REACHED |= {"join", "result", "rule", "sealed"}
+REACHED |= {"join", "result", "rule", "sealed", "checkpoint", "update", "is last"}
 REACHED |= {
     "weights of logsumexp",
     "matrix of cofactors",
@@ -1170,6 +1208,14 @@ PLACES_3D = forms("""
     sum([{x}[i][..., np.array({q})] for i in {p}])
     np.stack([{x}[i, :, np.array({q})] * 2 for i in {p}])
 """)
+CHECKPOINTS = forms("""
+    picograd.checkpoint(lambda e: np.tanh(e) * e)({x})
+    picograd.checkpoint(lambda e: np.tanh(e * {y}) + e)({x})
+    picograd.checkpoint(lambda e: e.T * 2)({x})
+    picograd.checkpoint(lambda e: [np.sum(e * e), e * {y}])({x})[1]
+    sum(picograd.checkpoint(lambda e: (np.sum(e * 2), np.mean(e)))({x}))
+    picograd.checkpoint(lambda e: picograd.checkpoint(np.tanh)(e * 2) * {y})({x})
+""")
 SECOND_OPERATORS = {"/": 0.5, "//": 1.5, "%": 1.5}
 LOWEST_LABEL = {"mse_loss": -2, "hinge_loss": -1, "binary_cross_entropy_with_logits": 0}
 
@@ -1204,6 +1250,17 @@ def unary(w, x) -> str | None:
 
 def indexing(w, x) -> str:
     return f"{x}[{w.index(x)}]"
+
+
+def updating(w, x) -> str | None:
+    how, index = w.one(list(At.PADS)), w.index(x)
+    if np.asarray(w.raw(x)).dtype.kind != "f" or (how == "multiply" and re.search("array|Tensor|\\[", index)):
+        return None  # what integers take is left open, and repeated products have no gradient
+    return f"{x}.at[{index}].{how}({w.one([w.number(), w.number(), f'{x}[{index}] * 0.5', w.beside(x)])})"
+
+
+def checkpointed(w, x) -> str | None:
+    return filled(CHECKPOINTS)(w, x) if x in w.needs and isinstance(w.names[x], Model) else None
 
 
 def cast(w, x) -> str:
@@ -1307,9 +1364,12 @@ FORMS = {
         product: 3,
         batch: 2,
         gather: 1,
+        updating: 8,
+        checkpointed: 2,
     },
     "optimizer": {call: 22, operation: 18, indexing: 5, unary: 4, cast: 2, mask: 8, user: 4, loss: 2, product: 8}
-    | {batch: 12, rolled: 5, gather: 5, nested: 6, chain: 8},
+    | {batch: 12, rolled: 5, gather: 5, nested: 6, chain: 8}
+    | {updating: 5, checkpointed: 4},
 }
 
 
