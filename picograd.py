@@ -79,7 +79,8 @@ __all__ += ["mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "hi
 # it back, or spreads it out.
 # An operand whose rule is None carries no gradient.
 #
-# `TABLE` maps NumPy's callables to primitives, or, where an operation is a composition of others, to a function.
+# `TABLE` maps NumPy's callables to primitives, or, where an operation is a composition of others, to a function; and a
+# primitive to what computes it with more keywords than it takes itself, such as where=.
 # ---------------------------------------------------------------------------------------------------------------------
 
 TABLE: dict[Callable, Callable] = {}  # NumPy callable -> Primitive, or a function composed of primitives
@@ -211,7 +212,7 @@ def primitive(
     names = names or _argument_names(forward)
     new.operands = None if variadic else (names or ("x", "y", "z"))[: len(vjps)]
     params = names if variadic else names[len(vjps) :]
-    new.params = tuple(name for name in params if name not in ("out", "where"))
+    new.params = tuple(name for name in params if name not in ("out", "where", "return_indices"))
     TABLE[forward] = new
     if not getattr(PRIMITIVES.get(new.name), "builtin", False):  # those keep their names
         PRIMITIVES[new.name] = new
@@ -688,10 +689,14 @@ def _harmless(state: dict) -> bool:
 _QUIET = frozenset(("ignore", "warn"))
 
 
+def _typed(prim: Primitive, operands: Sequence) -> Sequence[int]:
+    """The places of the operands that share one dtype: an index does not, nor a condition."""
+    return range(len(operands)) if prim.typed is None else prim.typed
+
+
 def _strong(prim: Primitive, raw: Sequence) -> list[tuple[int, np.dtype]]:
-    """Places and dtypes of the operands that have one, of those that share it: an index does not, nor a condition."""
-    places = range(len(raw)) if prim.typed is None else prim.typed
-    return [(i, raw[i].dtype) for i in places if type(raw[i]) not in _WEAK_TYPES]
+    """Places and dtypes of the operands that have one, of those that share it."""
+    return [(i, raw[i].dtype) for i in _typed(prim, raw) if type(raw[i]) not in _WEAK_TYPES]
 
 
 def _lifted(prim: Primitive, operands: Sequence) -> tuple:
@@ -704,8 +709,8 @@ def _lifted(prim: Primitive, operands: Sequence) -> tuple:
     raw = [_raw(x) for x in operands]
     strong = _strong(prim, raw)
     if not strong:
-        if float in map(type, raw):  # a whole number beside weak floats is one of them
-            operands = [float(x) if type(x) is int else x for x in operands]
+        if any([type(raw[i]) is float for i in _typed(prim, raw)]):  # a whole number beside weak floats is one of them
+            operands = [float(x) if type(x) is int and i in _typed(prim, raw) else x for i, x in enumerate(operands)]
         return tuple(operands)
     held = [dtype for i, dtype in strong if dtype.kind == "f" and isinstance(operands[i], Array)]
     dtype = np.result_type(*(held or [dtype for _, dtype in strong]))
@@ -713,7 +718,7 @@ def _lifted(prim: Primitive, operands: Sequence) -> tuple:
         if own != dtype and (own.kind == "f" or held) and not isinstance(operands[i], Array):
             operands[i] = operands[i].astype(dtype)
     if dtype.kind == "f":
-        for i in range(len(operands)) if prim.typed is None else prim.typed:
+        for i in _typed(prim, operands):
             if type(operands[i]) is int:
                 operands[i] = float(operands[i])
     return tuple(operands)
@@ -737,7 +742,7 @@ def _strengthened(prim: Primitive, raw: Sequence) -> Sequence:
     if not any([type(x) in _WEAK_TYPES for x in raw]):
         return raw
     dtypes, raw = [dtype for _, dtype in _strong(prim, raw)], list(raw)
-    for i in range(len(raw)) if prim.typed is None else prim.typed:
+    for i in _typed(prim, raw):
         if type(raw[i]) in _WEAK_TYPES:
             with contextlib.suppress(OverflowError):  # a whole number that does not fit is left to the function
                 raw[i] = np.result_type(*dtypes, raw[i]).type(raw[i])
@@ -821,6 +826,8 @@ class Array:
     nbytes: int = property(lambda self: self.size * self.dtype.itemsize)
     T = property(lambda self: np.transpose(self))
     mT = property(lambda self: np.matrix_transpose(self))
+    real = property(lambda self: np.real(self))
+    imag = property(lambda self: np.imag(self))
 
     def _adopt(self) -> None:
         """Lets the hook take over the raw value, which is of its limit or more."""
@@ -906,6 +913,12 @@ class Array:
 
     def __round__(self, decimals=0):
         return np.round(self, decimals)
+
+    def __divmod__(self, other):
+        return np.divmod(self, other)
+
+    def __rdivmod__(self, other):
+        return np.divmod(other, self)
 
 
 class Tensor(Array):
@@ -1294,11 +1307,16 @@ class Value(Array):
     # --- what Python and NumPy ask of a number or array ---
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
-        if method != "__call__":
-            raise TypeError(f"{ufunc.__name__}.{method} is not supported on a Value; use functions of the table")
+        if method == "__call__" and not kwargs:
+            return _entry(ufunc)(*inputs)
+        if method not in ("__call__", "outer"):
+            return _entry(getattr(ufunc, method))(*inputs, **kwargs)
         if kwargs:
             raise TypeError(f"{ufunc.__name__}: {', '.join(kwargs)}= is not supported on a Value")
-        return _entry(ufunc)(*inputs)
+        x, y = map(_recorded, inputs)
+        if np.ndim(x) and np.ndim(y):
+            x = np.reshape(x, np.shape(x) + (1,) * np.ndim(y))
+        return _entry(ufunc)(x, y)
 
     def __array_function__(self, function, kinds, args, kwargs):
         return _call_entry(_entry(function), function, args, kwargs)
@@ -1373,15 +1391,22 @@ def _call_entry(entry: Callable, function: Callable, args: tuple, kwargs: dict):
     if len(args) == n and not kwargs:
         return _apply(entry, args, _NO_PARAMS)
     # By NumPy's names, in whose order they came; its defaults need no support.
-    given = dict(zip(_argument_names(function)[n:], args[n:])) | kwargs
-    return entry(*args[:n], **{k: x for k, x in given.items() if x is not None or k in entry.params})
+    given = dict(zip(_argument_names(function)[n:], args[n:])) | kwargs if len(args) > n else kwargs
+    given = {k: x for k, x in given.items() if x is not None or k in entry.params}
+    if entry in TABLE and not given.keys() <= _USUAL:
+        entry = TABLE[entry]
+    return entry(*args[:n], **given)
+
+
+_USUAL = {"axis", "keepdims", "ddof"}  # the keywords of reductions that primitives take themselves
 
 
 def _entry(function):
     if function not in TABLE:
-        module = (getattr(function, "__module__", None) or "numpy").replace("numpy", "np", 1)
+        ufunc = getattr(function, "__self__", None)
+        home = f"np.{ufunc.__name__}" if isinstance(ufunc, np.ufunc) else getattr(function, "__module__", None) or "np"
         raise TypeError(
-            f"{module}.{function.__name__} is not in picograd's table, so it has no gradient: "
+            f"{home.replace('numpy', 'np', 1)}.{function.__name__} is not in picograd's table, so it has no gradient: "
             "add it with picograd.primitive, or call it on .data.data where none is needed"
         )
     return TABLE[function]
@@ -1578,7 +1603,7 @@ def _recompute(node: Value) -> None:
 def _as_met(prim: Primitive, operands: Sequence, dtype: np.dtype) -> Sequence:
     """Operands for a rule in the dtype of the result, as the forward met them: in -y, an unsigned y would wrap, and in
     y - 1 one of half the precision would lose digits."""
-    for i in range(len(operands)) if prim.typed is None else prim.typed:
+    for i in _typed(prim, operands):
         x = operands[i]
         own = getattr(x, "dtype", dtype)
         if own is not dtype and type(_raw(x)) not in _WEAK_TYPES and np.result_type(own, dtype) == dtype:
@@ -2388,8 +2413,13 @@ def check_gradients(
 # Tensors and Values. Out: what NumPy gives for the same arrays. Invariant: a rule has an answer wherever the operation
 # has one, and costs no more than the operation does. Where there is no derivative, or more than one, it is:
 #
-#     abs, relu, norm, std, hypot, arctan2     0 at 0; std also where numbers are equal, but their mean is rounded
+#     abs, fabs, copysign, relu, norm, std,    0 at 0; std also where numbers are equal, but their mean is rounded
+#     hypot, arctan2
 #     max, min, maximum, fmax and their kin    shared equally by ties, 0.0 and -0.0 too; to nan where that is taken
+#     maximum.accumulate and its kin           step by step: shared by the largest so far and the next
+#     nansum, nanmax, ... nanquantile          0 to nan
+#     sort, quantiles, unique                  to the elements that are taken, whatever is equal to them
+#     fmod, modf, frexp, nextafter, unwrap     as if there were no jumps
 #     clip                                     passes at the bounds; where they are in the wrong order, to the upper one
 #     power                                    0 for x**0 by x, and for 0**y by y where y is not negative
 #     logaddexp, logsumexp                     weights that sum to 1: infinity takes all, equal infinities share
@@ -2428,6 +2458,8 @@ _pow = TABLE[np.power] = _elementwise(_power, _power_x, _power_y, name="power")
 _pow.ufunc = True  # to all that asks: it takes out=, and numbers without a dtype
 # With the quotient that NumPy takes: x / y may round up to the next integer.
 primitive(np.remainder, lambda g, out, x, y: g, lambda g, out, x, y: -g * np.floor_divide(x, y))
+primitive(np.fmod, lambda g, out, x, y: g, lambda g, out, x, y: -g * np.rint((x - out) / y))
+primitive(np.float_power, _power_x, _power_y)
 primitive(np.negative, lambda g, out, x: -g)
 primitive(np.positive, lambda g, out, x: g)
 primitive(np.absolute, lambda g, out, x: g * np.sign(x), name="abs")
@@ -2457,11 +2489,16 @@ def _lead_of(x, y):
 
 
 # The weights are exp(x - out) and exp(y - out), in a form in which they sum to 1 whatever the size of x and y.
-primitive(
-    np.logaddexp,
-    lambda g, out, x, y: g * sigmoid(_lead_of(x, y)),
-    lambda g, out, x, y: g * sigmoid(_lead_of(y, x)),
-)
+def _softly(ufunc, scale):
+    return primitive(
+        ufunc,
+        lambda g, out, x, y: g * sigmoid(scale * _lead_of(x, y)),
+        lambda g, out, x, y: g * sigmoid(scale * _lead_of(y, x)),
+    )
+
+
+_softly(np.logaddexp, 1.0)
+_softly(np.logaddexp2, math.log(2.0))
 
 # --- functions of one number, most of which Python's math has, too: arcsin as asin ---
 
@@ -2478,6 +2515,7 @@ def _sinc_x(g, out, x):
 _LN2, _LN10 = math.log(2.0), math.log(10.0)
 for _ufunc, _rule_of in {
     np.sqrt: lambda g, out, x: 0.5 * g / out,
+    np.cbrt: lambda g, out, x: g / (3.0 * out * out),
     np.exp: lambda g, out, x: g * out,
     np.expm1: lambda g, out, x: g * (out + 1.0),
     np.exp2: lambda g, out, x: g * (_LN2 * out),
@@ -2497,11 +2535,39 @@ for _ufunc, _rule_of in {
     np.arcsinh: lambda g, out, x: g / np.hypot(x, 1.0),  # x * x could overflow
     np.arccosh: lambda g, out, x: g / (np.sqrt(x - 1.0) * np.sqrt(x + 1.0)),
     np.arctanh: lambda g, out, x: g / ((1.0 - x) * (1.0 + x)),
+    **dict.fromkeys((np.deg2rad, np.radians), lambda g, out, x: g * (math.pi / 180.0)),
+    **dict.fromkeys((np.rad2deg, np.degrees), lambda g, out, x: g * (180.0 / math.pi)),
+    np.fabs: lambda g, out, x: g * np.sign(x),
+    np.conjugate: lambda g, out, x: g,
 }.items():
     primitive(_ufunc, _rule_of, scalar=getattr(math, _ufunc.__name__.replace("arc", "a"), None))
 # g * (1 - out**2), in the order of operations in which NumPy needs one temporary array only.
 primitive(np.tanh, lambda g, out, x: -out * out * g + g, scalar=math.tanh, reads="out")
 _elementwise(np.sinc, _sinc_x)
+
+# Bessel's integral for i0' = i1 (DLMF 10.32.3); by the midpoint rule it is exact wherever i0 is finite.
+_ANGLES = np.cos((np.arange(64) + 0.5) * (math.pi / 128))
+_elementwise(np.i0, lambda g, out, x: g * np.matmul(np.sinh(np.expand_dims(x, -1) * _ANGLES), _ANGLES / 64))
+_elementwise(np.real, lambda g, out, val: g)
+
+# Of two numbers, of which one moves the result and the other only says which way, or whether.
+primitive(np.copysign, lambda g, out, x, y: g * (np.sign(x) * np.copysign(1.0, y)), None, typed=(0, 1))
+primitive(np.nextafter, lambda g, out, x, y: g, None, typed=(0, 1))
+primitive(np.ldexp, lambda g, out, x, i: np.ldexp(g, i), None)
+primitive(np.heaviside, None, lambda g, out, x, y: _masked(x == 0, g), typed=(0, 1))
+
+
+def _in_parts(function, *rules):
+    """Enters a function of one number with several results: a primitive for each."""
+    parts = []
+    for i, rule in enumerate(rules):
+        parts.append(_elementwise(lambda x, i=i: function(x)[i], rule, name=f"{function.__name__} {i}"))
+    TABLE[function] = lambda x: tuple([part(x) for part in parts])
+
+
+_in_parts(np.modf, lambda g, out, x: g, None)
+_in_parts(np.frexp, lambda g, out, x: np.ldexp(g, -np.frexp(x)[1]), None)
+composed(np.divmod)(lambda x, y: (np.floor_divide(x, y), np.remainder(x, y)))
 
 # --- selection ---
 
@@ -2677,15 +2743,20 @@ def _others(a):
     return _before(a) * np.flip(_before(np.flip(a, -1)), -1)
 
 
+def _rows(a, axis):
+    """a with the axes that a reduction takes together as one, the last; and before they were joined."""
+    axes = _axes(a, axis)
+    moved = np.moveaxis(a, axes, range(-len(axes), 0))
+    kept = np.ndim(a) - len(axes)
+    return np.reshape(moved, (*moved.shape[:kept], math.prod(moved.shape[kept:]))), moved
+
+
 def _prod_a(g, out, a, axis=None, keepdims=False):
     if 0 in np.shape(a):
         return np.zeros_like(a)
-    axes = _axes(a, axis)
-    last = tuple(range(-len(axes), 0))
-    moved = np.moveaxis(a, axes, last)
-    shape = np.shape(moved)
-    others = _others(np.reshape(moved, (*shape[: len(shape) - len(axes)], -1)))
-    return _unreduce(g, a, axis, keepdims) * np.moveaxis(np.reshape(others, shape), last, axes)
+    (rows, moved), axes = _rows(a, axis), _axes(a, axis)
+    others = np.reshape(_others(rows), np.shape(moved))
+    return _unreduce(g, a, axis, keepdims) * np.moveaxis(others, range(-len(axes), 0), axes)
 
 
 def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
@@ -2700,38 +2771,43 @@ def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
     return _var_a(_over(0.5 * g, out), out, a, axis, ddof, True)
 
 
-def _extremum_a(g, out, a, axis=None, keepdims=False):
+def _extremum_a(g, out, a, axis=None, keepdims=False, initial=None):
     hit = (a == _unreduce(out, a, axis, keepdims)) | np.isnan(a)  # with a nan, only nans are hits
-    share = _unreduce(g, a, axis, keepdims) / np.sum(hit, axis=axis, keepdims=True)
+    count = np.sum(hit, axis=axis, keepdims=True)
+    share = _unreduce(g, a, axis, keepdims) / (count if initial is None else np.maximum(count, 1))
     if isinstance(g, (np.ndarray, np.generic)):
         share = share.astype(g.dtype, copy=False)  # to NumPy, the count is wide
     return _masked(hit, share)
 
 
 def _along_one(rule):
-    """The rule of a function along an axis, from a rule without `out`: with no axis, the array is a vector."""
+    """The rule of a function along an axis, from a rule for one axis: with none, the array is a vector."""
 
     def whole(g, out, a, axis=None):
         if axis is None or not np.ndim(a):
-            return np.reshape(rule(g, np.ravel(a), 0), np.shape(a))
-        return rule(g, a, axis)
+            return np.reshape(rule(g, out, np.ravel(a), 0), np.shape(a))
+        return rule(g, out, a, axis)
 
     return whole
 
 
-def _cumprod_a(g, a, axis):
-    # With x the input, dL/dx_i = (x_0 ... x_{i-1}) * S_i where S_i = g_i + x_{i+1} * S_{i+1}. The recurrence is a
-    # composition of affine maps, done by doubling (Hillis and Steele 1986); no division, so zeros are exact.
-    x, shift, step = np.moveaxis(a, axis, -1), np.moveaxis(g, axis, -1), 1
+def _scan(ufunc, forward=None):
+    """A primitive that applies a function of two numbers again and again: out_i = f(out_{i-1}, a_i)."""
 
-    def ahead(z):
-        """z as it is `step` further on; there it ends with zeros."""
-        return np.concatenate([z[..., step:], np.zeros_like(z[..., :step])], axis=-1)
+    def rule(g, out, a, axis):
+        # With p and q the slopes of f, a_i gets q_i * S_i where S_i = g_i + p_{i+1} * S_{i+1}. The recurrence is a
+        # composition of affine maps, done by doubling (Hillis and Steele 1986); no division, so zeros are exact.
+        total, out, x = (np.moveaxis(z, axis, -1) for z in (g, out, a))
+        scale, q = (vjp(1.0, out[..., 1:], out[..., :-1], x[..., 1:]) for vjp in TABLE[ufunc].vjps)
+        step = 1
+        while step < np.shape(x)[-1]:
+            near = total[..., :-step] + scale * total[..., step:]
+            total = np.concatenate([near, total[..., -step:]], axis=-1)
+            scale, step = scale[..., :-step] * scale[..., step:], 2 * step
+        return np.moveaxis(np.concatenate([total[..., :1], q * total[..., 1:]], axis=-1), -1, axis)
 
-    before, scale = _before(x), ahead(x)
-    while step < np.shape(x)[-1]:
-        shift, scale, step = shift + scale * ahead(shift), scale * ahead(scale), 2 * step
-    return np.moveaxis(before * shift, -1, axis)
+    name = getattr(forward, "__name__", f"{ufunc.__name__}.accumulate")
+    return primitive(forward or (lambda a, axis: ufunc.accumulate(a, axis)), _along_one(rule), name=name)
 
 
 def _peak(a, axis):
@@ -2796,8 +2872,8 @@ TABLE[np.var] = primitive(_in_single(np.var), _var_a, name="var")
 TABLE[np.std] = primitive(_in_single(np.std), _std_a, name="std")
 TABLE[np.amax] = primitive(np.max, _extremum_a)
 TABLE[np.amin] = primitive(np.min, _extremum_a)
-primitive(np.cumsum, _along_one(lambda g, a, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis)))
-primitive(np.cumprod, _along_one(_cumprod_a))
+primitive(np.cumsum, _along_one(lambda g, out, a, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis)))
+_scan(np.multiply, np.cumprod)
 _weights_of = primitive(
     _logsumexp_weights,
     lambda g, out, a, total, axis=None: _softmax_a(g, out, a, axis),
@@ -2810,8 +2886,9 @@ log_softmax = primitive(_log_softmax, _log_softmax_a, name="log_softmax")
 
 
 @composed(np.average)
-def average(a, axis=None, weights=None, *, keepdims=False):
+def average(a, axis=None, weights=None, returned=False, *, keepdims=False):
     """`np.average`, also with differentiable weights: of a's shape, or of its lengths along the axes."""
+    weights = np.ones_like(_raw(a)) if weights is None and returned else weights
     if weights is None:
         return np.mean(a, axis=axis, keepdims=keepdims)
     a, weights = _together((a, weights))
@@ -2822,7 +2899,9 @@ def average(a, axis=None, weights=None, *, keepdims=False):
         others = tuple([i for i in range(np.ndim(a)) if i not in axes])
         weights = np.expand_dims(np.transpose(weights, np.argsort(axes).tolist()), others)
     weights = weights * np.ones_like(a)  # summed in the precision of both
-    return np.sum(a * weights, axis=axis, keepdims=keepdims) / np.sum(weights, axis=axis, keepdims=keepdims)
+    total = np.sum(weights, axis=axis, keepdims=keepdims)
+    out = np.sum(a * weights, axis=axis, keepdims=keepdims) / total
+    return (out, total) if returned else out
 
 
 # --- shape ---
@@ -3201,6 +3280,133 @@ def sort(a, axis=-1, kind=None, order=None, *, stable=None):
     return take_along_axis(a, np.argsort(a, axis), axis)
 
 
+# --- order statistics: sort, and gather ---
+
+
+def _ranks(rows, q, method, skip):
+    """The places of quantiles in sorted rows, where a fraction is between two. NumPy says where, by the quantiles of 0,
+    1, 2, ...; in a row with nans, it is among those that are none, or unless they are to be skipped, the last place."""
+    length = rows.shape[-1]
+    counts = np.asarray(length - np.count_nonzero(np.isnan(rows), axis=-1))
+    places = np.full((*counts.shape, len(q)), length - 1.0)
+    for count in np.unique(counts):
+        if count == length or (skip and count):
+            places[counts == count] = np.quantile(np.arange(count), q, method=method)
+    return places
+
+
+_ranked = primitive(_ranks, None, name="ranks of quantiles")
+
+
+def _quantiles(twin, unit=1.0, q=None):
+    """Enters a function that gives quantiles, q in units of its own or always the same, by sorting and gathering."""
+
+    def quantile(a, q, axis=None, *, overwrite_input=False, method="linear", keepdims=False):
+        if method != "linear" and np.result_type(_raw(a)).kind != "f":
+            raise TypeError(f"{twin.__name__}: method must be 'linear' for whole numbers, got {method!r}")
+        q = np.asarray(q, float) / unit
+        rows = np.sort(_rows(a, axis)[0], axis=-1)
+        if not rows.shape[-1]:
+            rows = np.concatenate([rows, np.full((*rows.shape[:-1], 1), np.nan)], axis=-1)
+        place = _ranked(rows, q=q.ravel().tolist(), method=method, skip=twin.__name__.startswith("nan"))
+        low, high = (np.take_along_axis(rows, _as_dtype(f(place), np.dtype(int)), -1) for f in (np.floor, np.ceil))
+        part = _as_dtype(np.remainder(place, 1.0), np.result_type(_raw(_floating(rows))))
+        out = np.where(part == 0, low, low * (1.0 - part) + high * part)
+        shape = np.shape(np.any(np.empty(np.shape(a), bool), axis=axis, keepdims=keepdims))
+        out = np.reshape(np.moveaxis(out, -1, 0), q.shape + shape)
+        return _as_dtype(out, float) if type(_raw(a)) in _WEAK_TYPES and not out.ndim else out
+
+    composed(twin)(quantile if q is None else lambda a, axis=None, **params: quantile(a, q, axis, **params))
+
+
+for _prefix in ("", "nan"):
+    _quantiles(getattr(np, f"{_prefix}quantile"))
+    _quantiles(getattr(np, f"{_prefix}percentile"), 100.0)
+    _quantiles(getattr(np, f"{_prefix}median"), q=0.5)
+
+_distinct = primitive(
+    lambda ar, part, axis, equal_nan: np.unique(ar, True, True, True, axis, equal_nan=equal_nan)[part],
+    None,
+    name="unique",
+)
+
+
+@composed(np.unique)
+def unique(
+    ar, return_index=False, return_inverse=False, return_counts=False, axis=None, *, equal_nan=True, sorted=True
+):
+    """`np.unique`; the gradient of each goes to where it is first."""
+
+    def found(part):
+        return _distinct(ar, part=part, axis=axis, equal_nan=equal_nan)
+
+    wanted = [found(i) for i, asked in enumerate((return_index, return_inverse, return_counts), 1) if asked]
+    values = np.take(ar, found(1), axis)
+    return (values, *wanted) if wanted else values
+
+
+@composed(np.nonzero)
+def nonzero(a):
+    if not np.ndim(a):
+        raise ValueError("nonzero: a must have at least one dimension, got a number")
+    return tuple(np.transpose(np.argwhere(a)))
+
+
+# --- counting, and statistics ---
+
+_bincount = primitive(
+    lambda *arrays, minlength: np.bincount(*arrays, minlength=minlength),
+    lambda i, g, out, arrays, minlength: g[arrays[0]] if i else None,
+    name="bincount",
+    variadic=True,
+    typed=(),
+)
+
+
+@composed(np.bincount)
+def bincount(x, weights=None, minlength=0):
+    return _bincount(x, *([] if weights is None else [weights]), minlength=minlength)
+
+
+@composed(np.histogram)
+def histogram(a, bins=10, range=None, density=None, weights=None):
+    """`np.histogram`, also with differentiable weights; no gradient flows to a, nor through the edges."""
+    edges = np.histogram_bin_edges(a, bins=bins, range=range)
+    ends = np.concatenate([edges[:-1], np.nextafter(edges[-1:], np.inf)])  # the last bin has its upper end, too
+    weights = weights if weights is None else np.ravel(weights)
+    counts = np.bincount(np.digitize(np.ravel(a), ends), weights, len(ends) + 1)[1:-1]
+    if weights is not None:
+        counts = _as_dtype(counts, np.result_type(_raw(weights)))
+    return (counts / np.sum(counts) / np.diff(edges) if density else counts), edges
+
+
+@composed(np.trapezoid)
+def trapezoid(y, x=None, dx=1.0, axis=-1):
+    y = np.moveaxis(y, axis, -1)
+    if x is not None:
+        dx = np.diff(np.moveaxis(x, axis, -1) if np.ndim(x) > 1 else x)
+    return np.sum(dx * (y[..., 1:] + y[..., :-1]) / 2.0, axis=-1)
+
+
+@composed(np.cov)
+def cov(m, y=None, rowvar=True, bias=False, ddof=None, fweights=None, aweights=None):
+    """`np.cov`, also with differentiable aweights; in double precision, as NumPy's."""
+    x = np.concatenate([np.atleast_2d(z if rowvar else np.transpose(z)) for z in (m, y) if z is not None])
+    x = _as_dtype(x, np.result_type(_raw(x), np.float64))
+    w = functools.reduce(operator.mul, [w for w in (fweights, aweights) if w is not None], np.ones(x.shape[1:]))
+    total, ddof = np.sum(w), (not bias) if ddof is None else ddof
+    lost = ddof if aweights is None or not ddof else ddof * np.sum(w * aweights) / total
+    x = x - np.expand_dims(np.einsum("ij,j", x, w) / total, 1)
+    return np.squeeze(np.matmul(x * w, _t(x)) / np.maximum(total - lost, 0))
+
+
+@composed(np.corrcoef)
+def corrcoef(x, y=None, rowvar=True):
+    c = np.cov(x, y, rowvar)
+    scale = np.sqrt(np.diagonal(np.atleast_2d(c)))
+    return np.clip(c / np.squeeze(np.outer(scale, scale)), -1.0, 1.0)
+
+
 # --- moving elements ---
 
 
@@ -3565,8 +3771,18 @@ def norm(x, ord=None, axis=None, keepdims=False):
 
 for _name in """equal not_equal less less_equal greater greater_equal floor_divide logical_and logical_or logical_xor
     bitwise_and bitwise_or bitwise_xor logical_not invert isnan isfinite isinf signbit sign floor ceil rint trunc
-    any all argmax argmin argsort count_nonzero""".split():
+    spacing gcd lcm left_shift right_shift bitwise_count
+    any all argmax argmin argsort count_nonzero nanargmax nanargmin argpartition argwhere flatnonzero""".split():
     primitive(getattr(np, _name), *[None] * getattr(getattr(np, _name), "nin", 1))
+for _function in (np.fix, np.isposinf, np.isneginf, np.isreal, np.iscomplex, np.imag, np.angle):
+    _elementwise(_function, None)
+for _function in (np.searchsorted, np.digitize, np.isin, np.union1d, np.intersect1d, np.setdiff1d, np.setxor1d):
+    primitive(_function, None, None)
+primitive(np.linalg.matrix_rank, None)
+primitive(np.histogram_bin_edges, None)
+_lexsort = primitive(lambda *keys, axis=-1: np.lexsort(keys, axis), None, name="lexsort", variadic=True, typed=())
+composed(np.lexsort)(lambda keys, axis=-1: _lexsort(*keys, axis=axis))
+primitive(np.unwrap, lambda g, out, p, discont=None, axis=-1, period=math.tau: g)  # whatever jumps are taken out
 TABLE[np.around] = _elementwise(np.round, None)
 _elementwise(np.isclose, None, None)
 _detach = _elementwise(lambda a: a, None, name="detach")
@@ -3584,7 +3800,16 @@ def _on_data(function):
     return lambda *args, **kwargs: function(*map(_raw, args), **{k: _raw(v) for k, v in kwargs.items()})
 
 
-for _function in (np.shape, np.ndim, np.allclose, np.array_equal, np.array_equiv, np.result_type, np.iscomplexobj):
+for _function in (
+    np.shape,
+    np.ndim,
+    np.allclose,
+    np.array_equal,
+    np.array_equiv,
+    np.result_type,
+    np.iscomplexobj,
+    np.isrealobj,
+):
     TABLE[_function] = _on_data(_function)
 TABLE[np.size] = lambda a, axis=None: np.size(np.broadcast_to(0.0, np.shape(a)), axis)  # Dask does not offer it
 
@@ -3605,6 +3830,133 @@ def _like(function):
 
 for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
     _like(_function)
+
+
+# --- where=, initial= and dtype= of reductions, and what is made of them ---
+
+
+def _in_dtype(prim, a, dtype):
+    """a in the dtype that a reduction was told to compute in."""
+    if dtype is None:
+        return a
+    if np.dtype(dtype).kind != "f" and np.result_type(_raw(a)).kind == "f":
+        raise TypeError(f"{prim.name}: dtype must be floating for floating numbers, got {np.dtype(dtype)}")
+    return _as_dtype(a, np.dtype(dtype))
+
+
+def _keywords(prim, merge, neutral):
+    """Enters what computes a reduction with keywords: to what is left out by where= it is as if it were `neutral`, and
+    `merge` adds initial=."""
+
+    @composed(prim)
+    def reduction(a, *, dtype=None, initial=None, where=True, **params):
+        a, fill = _in_dtype(prim, a, dtype), neutral
+        if merge in (np.maximum, np.minimum):
+            if initial is None:
+                raise ValueError(f"{prim.name}: where= needs initial=, as nothing may be left")
+            fill = neutral if np.result_type(_raw(a)).kind == "f" else initial
+            params["initial"] = fill
+        if where is not True:
+            a = np.where(where, a, fill)
+        out = prim(a, **params)
+        return out if initial is None else merge(out, initial)
+
+
+for _name, _merge, _neutral in (
+    ("sum", np.add, 0),
+    ("prod", np.multiply, 1),
+    ("max", np.maximum, -np.inf),
+    ("min", np.minimum, np.inf),
+    ("any", np.logical_or, False),
+    ("all", np.logical_and, True),
+    ("cumsum", None, None),
+    ("cumprod", None, None),
+):
+    _keywords(PRIMITIVES[_name], _merge, _neutral)
+
+
+def _taken(a, where, **params):
+    """How many elements a reduction takes together where it leaves out some."""
+    return np.sum(np.broadcast_to(where, np.shape(a)), **params)
+
+
+@composed(PRIMITIVES["mean"])
+def mean(a, *, dtype=None, where=True, **params):
+    return np.sum(a, dtype=dtype, where=where, **params) / _taken(a, where, **params)
+
+
+def _deviating(prim):
+    @composed(prim)
+    def deviation(a, *, axis=None, ddof=0, keepdims=False, where=True, **more):
+        if more:
+            return prim(a, **more)  # which says that it does not take them
+        a = a - _detach(np.max(a, axis=axis, keepdims=True, initial=-np.inf, where=where))  # equal numbers become 0
+        centred = np.where(where, a - np.mean(a, axis=axis, keepdims=True, where=where), 0)
+        count = np.maximum(_taken(a, where, axis=axis, keepdims=keepdims) - ddof, 0)
+        out = np.sum(np.square(centred), axis=axis, keepdims=keepdims) / count
+        flat = out == 0
+        return out if prim.name == "var" else np.where(flat, out, np.sqrt(np.where(flat, 1.0, out)))
+
+
+_deviating(PRIMITIVES["var"])
+_deviating(PRIMITIVES["std"])
+
+
+def _skipping_nan(name, fill):
+    """Enters the twin of a function that takes nan for `fill`, or with None leaves it out by where=."""
+    function = getattr(np, name)
+
+    def skip(a, axis=None, **kwargs):
+        nan = np.isnan(a)
+        if np.result_type(_raw(a)).kind != "f":
+            return function(a, axis=axis, **kwargs)
+        if fill is None:
+            kwargs["where"] = np.logical_and(np.logical_not(nan), kwargs.get("where", True))
+            return function(a, axis=axis, **kwargs)
+        out = function(np.where(nan, fill, a), axis=axis, **kwargs)
+        if math.isfinite(fill) or "initial" in kwargs:
+            return out
+        return np.where(np.all(nan, axis=axis, keepdims=kwargs.get("keepdims", False)), np.nan, out)
+
+    TABLE[getattr(np, f"nan{name}")] = skip
+
+
+for _name, _fill in {"sum": 0, "cumsum": 0, "prod": 1, "cumprod": 1, "max": -np.inf, "min": np.inf}.items():
+    _skipping_nan(_name, _fill)
+for _name in ("mean", "var", "std"):
+    _skipping_nan(_name, None)
+
+
+def _cumulative(function, scan, first):
+    """Enters a scan of the array API standard, which may begin with what there is before the first element."""
+
+    @composed(function)
+    def cumulative(x, *, axis=None, dtype=None, include_initial=False):
+        if axis is None and np.ndim(x) > 1:
+            raise ValueError(f"{function.__name__}: axis must be given for shape {np.shape(x)}")
+        x = np.atleast_1d(x)
+        axis = _axis(axis or 0, x)
+        out = scan(x, axis=axis, dtype=dtype)
+        return np.pad(out, [(i == axis, 0) for i in range(x.ndim)], constant_values=first) if include_initial else out
+
+
+if hasattr(np, "cumulative_sum"):  # NumPy 2.1
+    _cumulative(np.cumulative_sum, np.cumsum, 0)
+    _cumulative(np.cumulative_prod, np.cumprod, 1)
+
+
+def _repeated(ufunc, reduction, scan):
+    """Enters the methods of a ufunc that apply it again and again."""
+    TABLE[ufunc.reduce] = lambda array, axis=0, **params: reduction(array, axis=axis, **params)
+    TABLE[ufunc.accumulate] = lambda array, axis=0, **params: scan(array, axis=axis, **params)
+
+
+_repeated(np.add, np.sum, np.cumsum)
+_repeated(np.multiply, np.prod, np.cumprod)
+_repeated(np.maximum, np.max, _scan(np.maximum))
+_repeated(np.minimum, np.min, _scan(np.minimum))
+_repeated(np.logaddexp, logsumexp, _scan(np.logaddexp))
+composed(np.ptp)(lambda a, *args, **kwargs: np.max(a, *args, **kwargs) - np.min(a, *args, **kwargs))
 
 
 # --- operators and methods of both classes, all from the table ---
@@ -3740,7 +4092,7 @@ _LITTLE = 1 << 12  # elements up to which an array in between costs nothing
 
 def _method(function, numpys):
     """A method; arguments that NumPy has in another order, or under names that are not the table's, it sorts out."""
-    params, direct = set(getattr(function, "params", ())), math.inf
+    params, direct = set(getattr(function, "params", ())) - {"initial"}, math.inf
     if isinstance(function, Primitive) and function.operands and TABLE.get(numpys) is function:
         direct = len(function.operands) - 1
         names = _argument_names(numpys)[direct + 1 :]
@@ -3786,7 +4138,7 @@ for _prim in PRIMITIVES.values():
 
 # Methods: every primitive that takes its operands one by one, and the compositions that ndarray has as methods.
 for _key, _function in list(TABLE.items()):
-    _name = getattr(_function, "name", _key.__name__)
+    _name = getattr(_function, "name", None) or getattr(_key, "__name__", "")
     if hasattr(np.ndarray, _name) or getattr(_function, "operands", None):
         if _name.isidentifier() and _name not in vars(Array):
             _add_method(_name, _function, _name)

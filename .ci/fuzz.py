@@ -228,10 +228,11 @@ TWINS = {
 }
 # Functions whose results are plain, whose results are constants, and how many first arguments are operands, where not
 # all are; a function that is not named here has all its arrays and lists of arrays as operands.
-PLAIN = {"shape", "ndim", "size", "allclose", "array_equal", "array_equiv", "result_type", "iscomplexobj"}
+PLAIN = {"isrealobj", "shape", "ndim", "size", "allclose", "array_equal", "array_equiv", "result_type", "iscomplexobj"}
 LIKE = {"zeros_like", "ones_like", "full_like", "empty_like"}
 FIRST_ONLY = {"take", "take_along_axis", "repeat", "tile", "pad", "roll", "broadcast_to", "reshape", "transpose", "sum"}
-FIRST_ONLY |= {"resize", "delete", "diagflat", "rollaxis", "fftshift", "ifftshift"}
+FIRST_ONLY |= {"resize", "delete", "diagflat", "rollaxis", "fftshift", "ifftshift", "trapezoid", "argpartition", "cov"}
+FIRST_ONLY |= {f"{nan}{name}" for nan in ("", "nan") for name in ("quantile", "percentile", "median")}
 FIRST_ONLY |= {"array_split", "split", "moveaxis", "sliding_window_view", "squeeze", "expand_dims", "flip", "rot90"}
 
 
@@ -241,8 +242,8 @@ class Model(np.lib.mixins.NDArrayOperatorsMixin):
     def __init__(self, raw):
         self.raw = raw
 
-    def __array_ufunc__(self, ufunc, method, *inputs):
-        return compute(ufunc, list(inputs), lambda f, xs: f(*xs), typed=False)
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        return compute(ufunc, list(inputs), lambda f, xs: getattr(f, method)(*xs, **kwargs), typed=False)
 
     def __array_function__(self, function, kinds, args, kwargs):
         name = function.__name__
@@ -265,7 +266,7 @@ class Model(np.lib.mixins.NDArrayOperatorsMixin):
 
         first = 1 if name in FIRST_ONLY else len(args)
         args = [hole(x) for x in args[:first]] + [plain(x) for x in args[first:]]
-        inert = ("axis", "ddof", "keepdims")
+        inert = ("axis", "ddof", "keepdims", "where", "initial", "dtype")
         kwargs = {
             k: plain(x) if name in FIRST_ONLY or k in inert else hole(x, k in ("prepend", "append"))
             for k, x in kwargs.items()
@@ -277,7 +278,10 @@ class Model(np.lib.mixins.NDArrayOperatorsMixin):
 
             return f(*map(fill, args), **{k: fill(x) for k, x in kwargs.items()})
 
-        return compute(function, operands, call, plain=int(name == "where"))
+        out = compute(function, operands, call, plain=int(name in ("where", "bincount")))
+        if name not in ENDS or not any(isinstance(x, Model) for x in operands):
+            return out
+        return tuple(map(_detach, out)) if isinstance(out, tuple) else _detach(out)
 
     def __getitem__(self, index):
         return compute(
@@ -345,6 +349,10 @@ class At:
             return xp.reshape(out, np.shape(a))
 
         return compute("at", [self.x, new], call)
+
+
+# Through these no gradient flows, though what they give depends on the numbers.
+ENDS = set("union1d intersect1d setdiff1d setxor1d histogram histogram_bin_edges".split())
 
 
 class Hole(int):
@@ -593,14 +601,16 @@ NUMERALS += "np.float64(1.5) np.float32(0.5) np.float16(2) np.int64(2) np.bool_(
 AWKWARD = (0.0, -0.0, np.inf, -np.inf, np.nan, 1e30, -1e30, 1e-30, 1.0, 65000.0)
 # Where a function is defined on a part of the numbers only: an operand that lies there.
 DOMAIN = {"arcsin": "0.9 * np.tanh({})", "arccosh": "np.abs({}) + 1.25", "log1p": "np.abs({})"}
-DOMAIN |= dict.fromkeys(["log", "log2", "log10", "sqrt", "reciprocal"], "np.abs({}) + 0.5")
+DOMAIN |= dict.fromkeys(["log", "log2", "log10", "sqrt", "cbrt", "reciprocal"], "np.abs({}) + 0.5")
 DOMAIN |= dict.fromkeys(["arccos", "arctanh"], DOMAIN["arcsin"])
-SECOND = {"divide": "np.abs({}) + 0.5", "remainder": "np.abs({}) + 1.5", "floor_divide": "np.abs({}) + 1.5"}
+SECOND = {"divide": "np.abs({}) + 0.5"} | dict.fromkeys(["remainder", "fmod", "floor_divide"], "np.abs({}) + 1.5")
 OPERATORS = "+ - * / ** // % @ < <= > >= == != & | ^".split()
 OPERATOR_WEIGHTS = np.array([5, 4, 7, 4, 2, 1, 1, 2, 1, 1, 2, 1, 1, 1, 0.5, 0.5, 0.5])
 OPERATOR_WEIGHTS /= OPERATOR_WEIGHTS.sum()
 SIZE_LIMIT = 200
-FLAT = re.compile(r"//|sign|floor|ceil|rint|trunc|round|detach|like|slogdet.*\[0\]|\.ndim|\.size|np\.size|equal")
+FLAT = re.compile(
+    r"//|(union|intersect|setdiff|setxor)1d|histogram|sign|floor|ceil|rint|trunc|round|detach|like|slogdet.*\[0\]|\.ndim|\.size|np\.size|equal"
+)
 
 
 REFUSED = re.compile("out of bounds|numpy boolean|negative integer power")
@@ -800,12 +810,16 @@ def fits(a: tuple, b: tuple) -> bool:
 # --- and the name of an operand, and gives the text of the arguments; None if the operand will not do.
 
 
-def _reduction(w, x, spare=(), keep=True):
+def _reduction(w, x, takes=(), keep=True):
     axis = w.axis(x)
     args = x if axis is None and w.chance(0.6) else f"{x}, axis={axis}"
-    return (
-        args + (", keepdims=True" if keep and w.chance(0.25) else "") + (", ddof=1" if spare and w.chance(0.2) else "")
-    )
+    args += ", keepdims=True" if keep and w.chance(0.25) else ""
+    args += ", ddof=1" if "ddof" in takes and w.chance(0.2) else ""
+    if "where" in takes and w.shape(x) and w.chance(0.2):
+        args += f", where=np.arange({w.shape(x)[-1]}) % 3 != 1" + (", initial=0.5" if "initial" in takes else "")
+    elif "initial" in takes and w.chance(0.1):
+        args += ", initial=-0.5"
+    return args
 
 
 def _along(w, x):
@@ -883,6 +897,15 @@ def _norm(w, x):
     return f"{x}, axis={w.one_axis(x)}" if n and w.chance(0.5) else x
 
 
+def _quantile(*texts):
+    """Of finite floating numbers: NumPy makes nan beside infinity."""
+    return lambda w, x: (
+        _texts(len(texts) - 1, *texts)(w, x)
+        if np.asarray(w.raw(x)).dtype.kind == "f" and np.isfinite(w.raw(x)).all()
+        else None
+    )
+
+
 def _split(w, x):
     return f"{x}, {w.one([1, w.shape(x)[0] or 1, [1]])})[{w.one([0, -1])}" if w.shape(x) else None
 
@@ -931,7 +954,40 @@ ARGUMENTS = {
     "take_along_axis": _texts(1, "{x}, np.argsort({x}, {axis}), {axis}"),
     "sort": lambda w, x: f"{x}, {w.one([None, w.one_axis(x)])}" if w.shape(x) else None,
     "argsort": lambda w, x: f"{x}, {w.one_axis(x)}" if w.shape(x) else None,
-    **dict.fromkeys(["argmax", "argmin", "cumsum", "cumprod"], _along),
+    **dict.fromkeys("argmax argmin cumsum cumprod nancumsum nancumprod nanargmax nanargmin".split(), _along),
+    **dict.fromkeys(["cumulative_sum", "cumulative_prod"], _texts(1, "{x}, axis={axis}, include_initial=True")),
+    "reduce": _texts(0, "{x}", "{x}, axis=None"),
+    "accumulate": _texts(1, "{x}", "{x}, {axis}"),
+    **dict.fromkeys(
+        ["quantile", "nanquantile"], _quantile("{x}, 0.3", "{x}, [0.25, 1.0], axis={axis}, method='lower'")
+    ),
+    **dict.fromkeys(["percentile", "nanpercentile"], _quantile("{x}, 40", "{x}, 75, axis={axis}, keepdims=True")),
+    **dict.fromkeys(["median", "nanmedian"], _reduction),
+    **dict.fromkeys(["modf", "frexp"], lambda w, x: f"{x})[{w.whole(0, 1)}"),
+    "divmod": lambda w, x: f"{x}, {w.beside(x)})[{w.whole(0, 1)}",
+    "ldexp": _texts(0, "{x}, 2", "{x}, -1"),
+    "float_power": lambda w, x: f"np.abs({x}) + 0.5, {w.beside(x)}",
+    **dict.fromkeys("unique argwhere flatnonzero".split(), _texts(0, "{x}")),
+    "nonzero": _texts(1, "{x})[0", "{x})[-1"),
+    "argpartition": _texts(1, "{x}, 0, {axis}"),
+    "lexsort": _texts(1, "({x}, -{x}), {axis}"),
+    "searchsorted": lambda w, x: f"np.sort({x}), [0.5, -0.5]" if len(w.shape(x)) == 1 else None,
+    "digitize": _texts(0, "{x}, [-1.0, 0.0, 1.0]"),
+    **dict.fromkeys(
+        "isin union1d intersect1d setdiff1d setxor1d".split(),
+        lambda w, x: f"{x}, {w.numbers((3,), w.floating())}" if np.asarray(w.raw(x)).dtype.kind == "f" else None,
+    ),
+    "bincount": lambda w, x: (
+        f"{w.rng.integers(0, 4, w.shape(x)).tolist()}, {x}" if len(w.shape(x)) == 1 and w.shape(x)[0] else None
+    ),
+    "histogram": _texts(0, "{x})[0", "{x}, 3)[1", "{x}, [-1.0, 0.5, 1.0])[0"),
+    "histogram_bin_edges": _texts(0, "{x}, 4"),
+    "matrix_rank": _texts(2, "{x}"),
+    "unwrap": _texts(1, "{x}"),
+    "trapezoid": _texts(1, "{x}", "{x}, axis={axis}", "{x}, dx=0.5"),
+    "cov": _texts(1, "{x}", "{x}, bias=True", "{x}, rowvar=False"),
+    "corrcoef": _texts(1, "{x}"),
+    **dict.fromkeys(["isrealobj"], _texts(0, "{x}")),
     **dict.fromkeys(["softmax", "log_softmax"], lambda w, x: f"{x}, axis={w.one_axis(x)}" if w.shape(x) else None),
     "repeat": _texts(0, "{x}, 2", "{x}, 2, axis={axis}"),
     "tile": _texts(0, "{x}, 2", "{x}, (2, 1)"),
@@ -985,6 +1041,20 @@ REACHED = {"reshape", "concatenate", "stack", "getitem", "scatter", "astype", "e
 REACHED |= {"sliding_window_view", "logabsdet", "signdet", "detach", "dot", "pack", "fused", "program", "mean"}
 REACHED |= {"join", "result", "rule", "sealed", "checkpoint", "update", "is last"}
 REACHED |= {
+    "join",
+    "result",
+    "rule",
+    "sealed",
+    "modf 0",
+    "modf 1",
+    "frexp 0",
+    "frexp 1",
+    "unique",
+    "bincount",
+    "lexsort",
+}
+REACHED |= {"ranks of quantiles", "maximum.accumulate", "minimum.accumulate", "logaddexp.accumulate"}
+REACHED |= {
     "weights of logsumexp",
     "matrix of cofactors",
     "dense layer",
@@ -1006,6 +1076,9 @@ REACHED |= {
 
 def spelling(function, entry) -> str | None:
     """How to call an entry of the table in a program."""
+    ufunc = getattr(function, "__self__", None)
+    if isinstance(ufunc, np.ufunc):
+        return f"np.{ufunc.__name__}.{function.__name__}"
     for home, where in (
         (np, "np"),
         (np.linalg, "np.linalg"),
@@ -1029,6 +1102,8 @@ def entries() -> tuple[dict, list]:
     """What programs call, as {spelling: maker of arguments}; and the names of entries without a maker."""
     found, missing = {}, []
     for function, entry in list(picograd.TABLE.items()):
+        if isinstance(function, picograd.Primitive):  # with keywords of its own
+            continue
         spelled, name = spelling(function, entry), getattr(entry, "name", getattr(function, "__name__", ""))
         short = spelled.rpartition(".")[2] if spelled else name
         n = arity(function, entry)
@@ -1036,7 +1111,7 @@ def entries() -> tuple[dict, list]:
         if not maker and n:
             maker = functools.partial(_elementwise, short, n)
         elif not maker and "axis" in _parameters(function, entry):
-            maker = functools.partial(_reduction, spare="ddof" in _parameters(function, entry))
+            maker = functools.partial(_reduction, takes=_parameters(function, entry))
         if spelled and maker:
             found[spelled] = maker
             if spelled.startswith("picograd.") and short not in OWN:
@@ -1066,7 +1141,7 @@ def _elementwise(name, n, w, x):
 def call(w, x) -> str | None:
     """A call of an entry of the table, as a function or as a method."""
     spelled = w.one(w.calls)
-    if spelled.startswith("picograd.") and np.asarray(w.raw(x)).dtype.kind != "f":
+    if spelled.startswith(("picograd.", "np.logaddexp.reduce")) and np.asarray(w.raw(x)).dtype.kind != "f":
         return None  # what these make of integers is left open
     args = ENTRIES[spelled](w, x)
     if args is None:
@@ -1598,8 +1673,11 @@ def total_of(program, seed, xp):
             raise Aside("kink")  # a step to the side selects other elements
         if run.error:
             raise run.error
+        root = plain(run.root(program))
+        if xp is np and np.shape(root) != np.shape(seed):
+            raise Aside("kink")
         with computing(True, xp):
-            return xp.sum(plain(run.root(program)) * seed)
+            return xp.sum(root * seed)
 
     return total
 
@@ -1785,7 +1863,8 @@ def check_functions(program, raws, seed):
     )
     eps = max(eps, 1e-15) * 4
     check_gradient(program, "grad", list(map(np.asarray, found)), wide, seed, eps, code)
-    if sum(np.size(x) for x in wide) > 24 or len(program) > 14 or ".detach()" in "".join(program):
+    parts = re.findall(r"\w+", " ".join(program))
+    if sum(np.size(x) for x in wide) > 24 or len(program) > 14 or not (ENDS | {"detach"}).isdisjoint(parts):
         return
     check_second(program, total, every, inputs, eps, code.replace("grad", "grad of grad"))
 
