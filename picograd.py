@@ -1944,6 +1944,10 @@ def check_gradients(
 #     power                                    0 for x**0 by x, and for 0**y by y where y is not negative
 #     logaddexp, logsumexp                     weights that sum to 1: infinity takes all, equal infinities share
 #     prod, cumprod, det                       exact, also with zeros and for singular matrices
+#     eigh, svd                                vectors of values that are equal up to rounding, or of the singular value
+#                                              0, which nothing determines, do not turn: there, 0 stands for 1 / 0
+#     pinv, lstsq                              of matrices of the same rank
+#     interp                                   where pieces meet, the slope is that of the right one
 #
 #     >>> x = Value([3.0, 1.0, 3.0])
 #     >>> np.max(x).backward()
@@ -2710,7 +2714,7 @@ def piecewise(x, condlist, funclist, *args, **kw):
         if callable(part):
             part = _scatter(part(x[mask], *args, **kw), mask, shape=np.shape(x), index=(_HOLE,))
         out = np.where(mask, part, out)
-    return out
+    return _as_dtype(out, x.dtype)
 
 
 # --- moving elements ---
@@ -3325,7 +3329,7 @@ def _gaps(s):
     """1 / (s[j] - s[i]) at i, j, for the numbers along the last axis; 0 if they are equal up to rounding."""
     gap = np.expand_dims(s, -2) - np.expand_dims(s, -1)
     tiny = np.shape(s)[-1] * np.finfo(s.dtype).eps * np.expand_dims(_peak(np.abs(s), -1), -1)
-    return np.where(np.abs(gap) <= tiny, 0.0, 1.0 / np.where(np.abs(gap) <= tiny, 1.0, gap))
+    return 1.0 / np.where(np.abs(gap) <= tiny, np.inf, gap)
 
 
 def _eigh_forward(a, UPLO="L"):
@@ -3431,7 +3435,8 @@ primitive(np.linalg.pinv, _pinv_a)
 @composed(np.linalg.lstsq)
 def lstsq(a, b, rcond=None):
     """`np.linalg.lstsq`, by the pseudo-inverse; the singular values have gradients, too, and the rank is plain."""
-    (m, n), x = np.shape(a), np.linalg.pinv(a, rtol=rcond) @ b
+    a, (m, n) = _floating(a), np.shape(a)
+    x = np.linalg.pinv(a, rtol=rcond) @ b
     rank = np.linalg.matrix_rank(_fetched(_raw(a)), rtol=rcond)
     residuals = np.sum(np.reshape(np.square(b - a @ x), (m, -1)), axis=0)
     return x, residuals if rank == n < m else residuals[:0], rank, np.linalg.svdvals(a)
@@ -3441,7 +3446,7 @@ def lstsq(a, b, rcond=None):
 def matrix_power(a, n):
     a, n = (np.linalg.inv(a), -n) if n < 0 else (a, n)
     if n < 2:
-        return np.where(n, a, np.eye(np.shape(a)[-1]))
+        return np.where(n, a, np.eye(np.shape(a)[-1], dtype=a.dtype))
     half = np.linalg.matrix_power(a, n // 2)
     return half @ half @ a if n % 2 else half @ half
 
