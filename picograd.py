@@ -1365,8 +1365,16 @@ def _node(data, prim, args, params) -> Value:
         if isinstance(x, Value) and x._needs and prim.vjps[i if prim.operands else 0] is not None:
             node._needs = True
             break
-    node._prim, node._x, node._y = prim, args, params
+    node._prim = prim
+    node._x, node._y = (args, params) if type(data) is not float or params else _in_slots(prim, args)
     return node
+
+
+def _in_slots(prim: Primitive, args: tuple) -> tuple:
+    """What a number that was made without parameters has in `_x` and `_y`."""
+    nodes = sum([isinstance(x, Value) and type(x._held) is float for x in args])
+    alone = nodes and nodes + sum([type(x) is float for x in args]) == len(args) < 3
+    return (*args, None)[:2] if alone and prim.builtin and prim.operands and not prim.joint else (args, _NO_PARAMS)
 
 
 def _record(prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
@@ -1406,7 +1414,8 @@ def _with_extra(twin, extra):
 def _rebuild(cls, first, listed, prim, args, params, needs, data, grad, label) -> Value:
     """A pickled or deeply copied node; `first` are those that it depends on, which come before it."""
     node = _new(cls)
-    node._prim, node._x, node._y, node._needs = prim, args, params, needs
+    node._prim, node._needs = prim, needs
+    node._x, node._y = (args, params) if type(data) is not float or params or not prim else _in_slots(prim, args)
     node._held, node._grad, node._number, node.label = data, grad, _next_number(), label
     return node
 
@@ -1515,6 +1524,14 @@ def _deposited(new: dict[Value, Any], add=True) -> dict[Value, Any]:
 
 def _recompute(node: Value) -> None:
     """Computes a node's data anew from its operands."""
+    x, y = node._x, node._y
+    if type(y) is not dict:  # of numbers, as there may be 10^5 of them
+        numbers = [z if type(z) is float else z._held for z in (x, y) if z is not None]
+        try:
+            node._held = node._prim.scalar(*numbers)
+            return
+        except _NO_ANSWER:
+            pass
     node._held = _evaluate(node._prim, [_raw(x) for x in node._args], node._params)
 
 
@@ -5837,13 +5854,13 @@ def _reach(roots, nodes):
 
 def _private(nodes, roots, fits):
     """The nodes that one other needs, once, and nobody else, if fits(node, that other)."""
-    used = [(x, node) for node in nodes for x in node._args if isinstance(x, Value)]
-    uses = collections.Counter([x for x, _ in used] + [root for root in roots if isinstance(root, Value)] * 2)
-    return {x for x, node in used if uses[x] == 1 and fits(x, node)}
+    uses = collections.Counter(x for node in nodes for x in node._args if isinstance(x, Value))
+    uses.update([root for root in roots if isinstance(root, Value)] * 2)
+    return {x for node in nodes for x in node._args if isinstance(x, Value) and uses[x] == 1 and fits(x, node)}
 
 
 def _shape(x):
-    return np.shape(_raw(x))
+    return getattr(_raw(x), "shape", ())
 
 
 def _kind(x):
@@ -6264,13 +6281,16 @@ def batch(roots: Sequence) -> list:
     nodes, depth = _oldest_first(roots), {}
     reach = _reach(roots, nodes)
     state = _Batch(reach)
-    levels = collections.defaultdict(lambda: collections.defaultdict(list))
+    levels = collections.defaultdict(list)
     for node in nodes:
         depth[node] = level = 1 + max([depth[x] for x in node._args if isinstance(x, Value)], default=-1)
         if node._prim is not None:
-            levels[level][_group(node, reach[node])].append(node)
+            levels[level].append(node)
     for _, level in sorted(levels.items()):
-        for (key, enough), group in sorted(level.items(), key=lambda item: -len(item[1])):
+        groups, often = collections.defaultdict(list), collections.Counter([node._prim for node in level])
+        for node in level:
+            groups[_group(node, reach[node]) if often[node._prim] > 1 else (node, 1)].append(node)
+        for (key, enough), group in sorted(groups.items(), key=lambda item: -len(item[1])):
             if key is group[0] or len(group) < enough or not state.combine(group):
                 for node in group:
                     state.new[node] = _renewed(node, tuple(map(state.single, node._args)))
@@ -6405,7 +6425,7 @@ def seal(node):
 _OUT = ", out={out})"
 _INFIX = {np.add: "{0} + {1}", np.subtract: "{0} - {1}", np.multiply: "{0} * {1}", np.divide: "{0} / {1}"}
 _INFIX |= {np.greater: "{0} > {1}", np.less: "{0} < {1}", np.square: "{0} * {0}", np.negative: "-{0}"}
-_MAX_LINES = 30_000  # of a forward: compiling takes 0.2 ms a line with its gradient. Larger graphs are replayed.
+_MAX_LINES = 5_000  # of a forward: compiling takes 0.4 ms a line with its gradient. Larger graphs are replayed.
 _MAX_SWEEPS = 4  # of a program, from different roots, that are compiled; others are done node by node
 
 
