@@ -2597,7 +2597,7 @@ def broadcast_arrays(*args):
 
 
 @composed(np.meshgrid)
-def meshgrid(*xi, copy=True, **options):
+def meshgrid(*xi, **options):
     places = np.meshgrid(*[np.arange(np.size(x)) for x in xi], **options)
     return tuple(map(np.take, xi, places))
 
@@ -3231,7 +3231,7 @@ def solve(a, b):
 
 
 def _half(n):
-    """Takes a symmetric matrix, which is written twice, to its lower triangle."""
+    """The share of what is twice symmetric that goes to the lower triangle, which stands for both."""
     return np.tri(n) - 0.5 * np.eye(n)
 
 
@@ -3239,7 +3239,12 @@ def _cholesky_a(g, out, a):
     # Murray 2016, "Differentiation of the Cholesky decomposition", eq. 9. NumPy reads the lower triangle only.
     half = _half(np.shape(a)[-1])
     s = np.linalg.solve(_t(out), _t(np.linalg.solve(_t(out), _t(np.matmul(_t(out), g) * half))))
-    return (s + _t(s)) * half
+    return _twice(s) * half
+
+
+def _twice(a):
+    """Twice the symmetric part of a matrix."""
+    return a + _t(a)
 
 
 primitive(np.linalg.inv, lambda g, out, a: -np.matmul(_t(out), np.matmul(g, _t(out))))
@@ -3304,13 +3309,13 @@ def norm(x, ord=None, axis=None, keepdims=False):
         np.linalg.norm(np.ones((1,) * np.ndim(x)), ord, axis)  # NumPy's own checks and errors
     x, axes = _floating(x), _axes(x, axis)
     if ord in (None, "fro") or len(axes) == 1:
-        return _vector_norm(x, 2 if ord in (None, "fro") else ord, axis=axis, keepdims=keepdims)
+        return _vector_norm(x, ord, axis=axis, keepdims=keepdims)
     out = _matrix_norm(np.moveaxis(x, axes, (-2, -1)), ord)
     return np.expand_dims(out, axes) if keepdims else out
 
 
 def _vector_norm(x, ord, **kept):
-    if ord == 2:
+    if ord in (None, "fro", 2):
         return _norm(x, **kept)
     if ord == 0:
         return np.sum(np.not_equal(x, 0), **kept).astype(x.dtype)
@@ -3358,8 +3363,7 @@ def _eigh_a(g, out, a, UPLO="L"):
     # Giles 2008, "An extended collection of matrix derivative results", 3.1. NumPy reads one triangle only.
     w, v, n = out[..., 0, :], out[..., 1:, :], np.shape(a)[-1]
     inner = _t(v) @ g[..., 1:, :] * _gaps(w) + np.expand_dims(g[..., 0, :], -1) * np.eye(n)
-    s = v @ inner @ _t(v)
-    return (s + _t(s)) * (_half(n) if UPLO in "Ll" else _t(_half(n)))
+    return _twice(v @ inner @ _t(v)) * (_half(n) if UPLO in "Ll" else _t(_half(n)))
 
 
 _eigh = primitive(_eigh_forward, _eigh_a, name="eigh")
@@ -3389,9 +3393,8 @@ def _svd_a(g, out, a):
     (u, s, v), (gu, gs, gv) = _svd_parts(out, a), _svd_parts(g, a)
     row, column = np.expand_dims(s, -2), np.expand_dims(s, -1)
     gaps, of_u, of_v = _over(_gaps(s), row + column), _t(u) @ gu, _t(v) @ gv
-    inner = (of_u * gaps + _t(of_u * gaps)) * row + column * (of_v * gaps + _t(of_v * gaps))
-    inner = inner + np.expand_dims(gs, -1) * np.eye(np.shape(s)[-1])
-    inverse = _over(np.ones_like(row), row)
+    inner = _twice(of_u * gaps) * row + column * _twice(of_v * gaps) + np.expand_dims(gs, -1) * np.eye(s.shape[-1])
+    inverse = _over(1.0, row)
     outside = (gu - u @ of_u) * inverse @ _t(v) + u @ _t((gv - v @ of_v) * inverse)  # of the spaces of u and of v
     return u @ inner @ _t(v) + outside
 
