@@ -3199,15 +3199,16 @@ def _slopes(f, step, edge_order):
 
 @composed(np.interp)
 def interp(x, xp, fp, left=None, right=None):
-    """`np.interp`, in double precision; where pieces meet, the slope is that of the right one."""
-    x, xp, fp = (_as_dtype(a, np.float64) for a in (x, xp, fp))
+    """`np.interp`, in double precision, and weak of a weak number; where pieces meet, the slope is the right one's."""
+    weak, (x, xp, fp) = type(_raw(x)) is float, (_as_dtype(a, np.float64) for a in (x, xp, fp))
     if np.shape(xp) != np.shape(fp):
         raise ValueError(f"np.interp: expected as many xp as fp, got shapes {np.shape(xp)} and {np.shape(fp)}")
     i = np.clip(np.searchsorted(xp, x, "right") - 1, 0, len(xp) - 2)
     low, high, left_of, right_of = (_getitem(a, i + k, index=(_HOLE,)) for a in (xp, fp) for k in (0, 1))
     out = left_of + _over(x - low, high - low) * (right_of - left_of)
     out = np.where(x < xp[0], fp[0] if left is None else left, out)
-    return np.where(x > xp[-1], fp[-1] if right is None else right, out)
+    out = np.where(x > xp[-1], fp[-1] if right is None else right, out)
+    return _as_dtype(out, float) if weak else out
 
 
 # --- linear algebra; batches of matrices as NumPy has them ---

@@ -1582,8 +1582,11 @@ def total_of(program, seed, xp):
             raise Aside("kink")  # a step to the side selects other elements
         if run.error:
             raise run.error
+        root = plain(run.root(program))
+        if np.shape(root) != np.shape(seed):
+            raise Aside("kink")
         with computing(True, xp):
-            return xp.sum(plain(run.root(program)) * seed)
+            return xp.sum(root * seed)
 
     return total
 
