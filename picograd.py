@@ -137,10 +137,11 @@ class Primitive:
 
 
 def _python_numbers(x):
-    """NumPy's integers and truths as Python's own, also in a tuple."""
+    """NumPy's integers and truths as Python's own, also in a tuple or in an array of no dimensions."""
     if type(x) is tuple:
         return tuple(map(_python_numbers, x))
-    return x.item() if isinstance(x, (np.integer, np.bool_)) else x
+    alone = type(x) is np.ndarray and not x.ndim and x.dtype.kind in "iub"
+    return x.item() if alone or isinstance(x, (np.integer, np.bool_)) else x
 
 
 def _primitive_named(name: str) -> Primitive:
@@ -608,6 +609,8 @@ def _constant(x, who: str):
 
 def _conform(x, like, who, choice: bool | None = None):
     """x, copied, as a replacement of the raw value `like`: of its dtype, and of its shape if x is a number."""
+    if isinstance(x, Value):
+        x._end(f"{who} = Value")
     x = _raw(x)
     if type(like) is float and type(x) in _WEAK_TYPES:
         return float(x)
@@ -839,20 +842,22 @@ class Array:
                 self._held = raw
         return raw
 
-    def reshape(self, *shape):
-        return np.reshape(self, shape[0] if len(shape) == 1 else shape)
+    def reshape(self, *shape, order="C"):
+        return np.reshape(self, shape[0] if len(shape) == 1 else shape, order=order)
 
     def transpose(self, *axes):
-        if len(axes) == 1 and not isinstance(axes[0], (int, np.integer)):
-            axes = axes[0]
-        return np.transpose(self, axes or None)
+        if len(axes) == 1 and np.ndim(axes[0]):
+            axes = tuple(axes[0])
+        return np.transpose(self, None if axes in ((), (None,)) else axes)
 
-    def flatten(self):
+    def flatten(self, order="C"):
         """A copy in one dimension; `ravel` is a view where it can be."""
-        return np.copy(np.ravel(self))
+        return np.copy(np.ravel(self, order))
 
-    def copy(self):
+    def copy(self, order="C"):
         """A copy in C order, as of ndarray's method; `np.copy` keeps the order."""
+        if order != "C":
+            raise TypeError(f"copy: order {order!r} is not supported on a Value or Tensor, only 'C'")
         if type(self._held) is np.ndarray and not self._held.flags.c_contiguous:
             return np.reshape(np.ravel(self), self.shape)
         return np.copy(self)
@@ -1030,7 +1035,8 @@ def _written_back(new, raw, owner, attribute) -> bool:
     if not isinstance(new, Array):
         return KINDS[type(raw)].same(raw, new)
     whose = getattr(new, "_owner", None)
-    return new._held is raw and whose is not None and whose[0] is owner and whose[1] == attribute
+    same = whose is not None and whose[0] is owner and whose[1] == attribute
+    return same and KINDS[type(raw)].same(raw, new._held)
 
 
 def _restored(cls: type, raw, choice) -> Tensor:
@@ -1067,6 +1073,9 @@ def _on_arrays(function, args, kwargs):
     called = {function.__name__, getattr(function, "__self__", function).__name__}
     ufunc = isinstance(getattr(function, "__self__", function), np.ufunc)
     args, kwargs = _with_out_named(function, args, kwargs)
+    for x in _members(*args, *kwargs.values()):
+        if isinstance(x, Value):  # where NumPy does not look for one, such as in a list or as initial=
+            x._end(f"{function.__name__}(Tensor, ...Value...)")
     if ufunc and called & {"__call__", "outer"}:
         args = tuple([x if isinstance(x, Array) else _constant(x, function.__self__.__name__) for x in args])
     operands = _members(*args)
@@ -1236,7 +1245,8 @@ class Value(Array):
         """Adds the gradient of this Value to the `.grad` of the leaves it was computed from.
 
         gradient: of this Value's shape, the gradient to start from; ones unless given.
-        retain_grads: whether the nodes in between keep theirs (replacing an earlier one); False saves the memory.
+        retain_grads: whether the nodes in between keep theirs (replacing an earlier one), for reading: they may share
+            memory; False saves it.
 
         A gradient is of its leaf's kind. What is a Dask array before, and belongs to a leaf that is none, is computed
         in one pass over the cluster, and this Value with it if it is a number.
@@ -1458,27 +1468,33 @@ def _ones(n: int, dtype: np.dtype) -> np.ndarray:
     return np.ones(n, dtype)
 
 
+def _summed(g, like):
+    """A gradient, summed over the axes along which what it is for was broadcast."""
+    shape = getattr(like, "shape", ())
+    had = getattr(g, "shape", ())
+    if had == shape or not had:
+        return g
+    if len(had) == 2 and had[1:] == shape and type(g) is np.ndarray:
+        return _ones(had[0], g.dtype).dot(g)  # a bias' gradient: BLAS sums rows twice as fast as NumPy
+    extra = len(had) - len(shape)
+    axes = tuple([i for i, n in enumerate(had) if i < extra or (n != 1 and shape[i - extra] == 1)])
+    if not axes:
+        return g
+    add = np.add.reduce if type(g) is np.ndarray else np.sum
+    g = add(g, axis=axes, keepdims=len(axes) != extra)
+    return np.reshape(g, np.shape(g)[extra:]) if extra > 0 and len(axes) != extra else g
+
+
 def _fit(g, raw):
-    """A gradient, as a rule gave it, for an operand like `raw`: summed over broadcast axes, and of its dtype."""
-    shape = () if type(raw) is float else raw.shape
-    had = () if type(g) is float else g.shape
-    if had != shape:
-        if len(had) == 2 and had[1:] == shape and type(g) is np.ndarray:
-            g = _ones(had[0], g.dtype).dot(g)  # a bias' gradient: BLAS sums rows twice as fast as NumPy
-        elif len(had):
-            extra = len(had) - len(shape)
-            axes = tuple([i for i, n in enumerate(had) if i < extra or (n != 1 and shape[i - extra] == 1)])
-            if axes:
-                add = np.add.reduce if type(g) is np.ndarray else np.sum
-                g = add(g, axis=axes, keepdims=len(axes) != extra)
-                g = np.reshape(g, np.shape(g)[extra:]) if extra > 0 and len(axes) != extra else g
-        if np.shape(g) != shape:
-            if KINDS[type(raw)].lazy:
-                g = np.zeros_like(raw) + g  # in the chunks of raw
-            elif type(g) is not Value and not had and raw.size < _SPREAD_ELEMENTS:
-                g = np.full(shape, g)  # a view takes longer
-            else:
-                g = np.broadcast_to(g, shape)
+    """A gradient, as a rule gave it, for an operand like `raw`: of its shape and dtype."""
+    shape, g = getattr(raw, "shape", ()), _summed(g, raw)
+    if getattr(g, "shape", ()) != shape:
+        if KINDS[type(raw)].lazy:
+            g = np.zeros_like(raw) + g  # in the chunks of raw
+        elif type(g) is not Value and not np.ndim(g) and raw.size < _SPREAD_ELEMENTS:
+            g = np.full(shape, g)  # a view takes longer
+        else:
+            g = np.broadcast_to(g, shape)
     weak = type(raw) is float
     if weak and KINDS[type(_raw(g))].lazy:
         return g  # `_at_home` computes it with all others
@@ -1981,8 +1997,9 @@ def _power_x(g, out, x, y):
     if not isinstance(y, (int, float)):
         pole = (y == 0) & ~(np.abs(x) >= np.finfo(np.result_type(_raw(out))).tiny)  # 0 * x**-1, infinite or nan
         return g * np.where(pole, 0.0, y * _pow(np.where(pole, 1.0, x), y - 1.0))
-    slope = x ** (y - 1.0) if type(x) is float else _pow(x, y - 1.0)  # the usual x**2: no masks needed
-    return g * (y * slope) if y else g * 0.0
+    if y in (0, 1, 2):  # the usual x**2: no masks needed
+        return g * y * (x if y == 2 else 1.0)
+    return g * (y * (x ** (y - 1.0) if type(x) is float else _pow(x, y - 1.0)))
 
 
 def _power_y(g, out, x, y):
@@ -1991,9 +2008,9 @@ def _power_y(g, out, x, y):
 
 
 primitive(np.add, lambda g, out, x, y: g, lambda g, out, x, y: g, reads="")
-primitive(np.subtract, lambda g, out, x, y: g, lambda g, out, x, y: -g)
+primitive(np.subtract, lambda g, out, x, y: g, lambda g, out, x, y: -_summed(g, y))
 primitive(np.multiply, lambda g, out, x, y: g * y, lambda g, out, x, y: g * x)
-primitive(np.divide, lambda g, out, x, y: g / y, lambda g, out, x, y: -g * out / y)
+primitive(np.divide, lambda g, out, x, y: g / y, lambda g, out, x, y: -_summed(g * out, y) / y)
 _pow = TABLE[np.power] = _elementwise(_power, _power_x, _power_y, name="power")
 _pow.ufunc = True  # to all that asks: it takes out=, and numbers without a dtype
 # With the quotient that NumPy takes: x / y may round up to the next integer.
@@ -2002,7 +2019,7 @@ primitive(np.negative, lambda g, out, x: -g)
 primitive(np.positive, lambda g, out, x: g)
 primitive(np.absolute, lambda g, out, x: g * np.sign(x), name="abs")
 primitive(np.reciprocal, lambda g, out, x: -g * out * out)
-primitive(np.square, lambda g, out, x: g * (2.0 * x), scalar=lambda x: x * x)
+primitive(np.square, lambda g, out, x: 2.0 * g * x, scalar=lambda x: x * x)
 
 
 def _over(x, out):
@@ -2154,10 +2171,22 @@ def _floating(x):
     return x if dtype.kind == "f" else x.astype(np.float64)
 
 
+def _in_single(function):
+    """A function, of float16 computed in single precision, as what lies between may overflow."""
+
+    @functools.wraps(function)
+    def forward(a, *args, **kwargs):
+        if getattr(getattr(a, "dtype", None), "char", "") != "e":
+            return function(a, *args, **kwargs)
+        return function(a.astype(np.float32), *args, **kwargs).astype(np.float16)
+
+    return forward
+
+
+@_in_single
 def _sigmoid(x, out=None):
-    x = _floating(x)
-    e = np.exp(-np.abs(x))  # never overflows
-    return np.divide(np.where(x >= 0, 1.0, e), 1.0 + e, out)
+    with np.errstate(over="ignore"):  # 1 / (1 + inf) is 0, as it should be
+        return np.divide(1.0, 1.0 + np.exp(-_floating(x)), out)
 
 
 _GELU = math.sqrt(2.0 / math.pi)
@@ -2205,17 +2234,6 @@ def _mean(a, axis=None, keepdims=False):
         total = a.sum(axis, keepdims=keepdims)
         return total / (a.size // total.size)
     return np.mean(a, axis=axis, keepdims=keepdims)
-
-
-def _deviation(function):
-    """`np.var` or `np.std`; of float16 in single precision, where NumPy's own sums overflow."""
-
-    def forward(a, axis=None, ddof=0, keepdims=False):
-        if type(a) is not np.ndarray or a.dtype != np.float16:
-            return function(a, axis=axis, ddof=ddof, keepdims=keepdims)
-        return function(a.astype(np.float32), axis=axis, ddof=ddof, keepdims=keepdims).astype(np.float16)
-
-    return forward
 
 
 def _unreduce(g, a, axis, keepdims):
@@ -2361,8 +2379,8 @@ TABLE[np.mean] = primitive(
     name="mean",
 )
 primitive(np.prod, _prod_a)
-TABLE[np.var] = primitive(_deviation(np.var), _var_a, name="var")
-TABLE[np.std] = primitive(_deviation(np.std), _std_a, name="std")
+TABLE[np.var] = primitive(_in_single(np.var), _var_a, name="var")
+TABLE[np.std] = primitive(_in_single(np.std), _std_a, name="std")
 TABLE[np.amax] = primitive(np.max, _extremum_a)
 TABLE[np.amin] = primitive(np.min, _extremum_a)
 primitive(np.cumsum, _along_one(lambda g, a, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis)))
@@ -2618,9 +2636,34 @@ def _put(a, *parts, shape, index):
     out = np.zeros(shape, getattr(a, "dtype", np.float64))
     if all(i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer)) for i in index):
         out[index] = a
+    elif len(index) == 1 and index[0].dtype.kind in "iu" and math.prod(shape[1:]) >= _LONG_ROW:
+        _add_rows(out, np.ravel(index[0]) % shape[0], np.reshape(a, (-1, *shape[1:])))
     else:
         np.add.at(out, index, a)  # an index array may name an element twice
     return out
+
+
+_LONG_ROW = 8  # elements from which rows are added in one go, and not one by one
+
+
+def _add_rows(out, places, rows):
+    """out[places] += rows, where places, not negative, may name one twice: what `np.add.at` does in ten times as long.
+
+    Each turn adds those rows that are the last to name their place. If that would take many turns, the rest is sorted,
+    and summed by place.
+    """
+    last, left = np.empty(len(out), np.intp), np.arange(len(places))
+    while left.size:
+        named = places[left]
+        last[named] = left
+        now = last[named] == left
+        if 2 * np.count_nonzero(now) < left.size:
+            order = np.argsort(named, kind="stable")
+            starts = np.flatnonzero(np.diff(named[order], prepend=-1))
+            out[named[order][starts]] += np.add.reduceat(rows[left[order]], starts)
+            return
+        out[named[now]] += rows[left[now]]
+        left = left[~now]
 
 
 _getitem = primitive(
@@ -3038,7 +3081,7 @@ def _einsum_forward(*operands, subscripts):
     if not plan and max([math.prod(np.shape(x)) for x in operands]) >= 1 << 10:
         lengths = dict(zip(subscripts.replace(",", ""), itertools.chain(*map(np.shape, operands))))
         sizes = [math.prod([lengths[c] for c in s]) for s in subscripts.replace("->", ",").split(",")]
-        plan = math.prod(lengths.values()) > 8 * max(sizes)
+        plan = math.prod(lengths.values()) > 2 * max(sizes)
     return np.einsum(subscripts, *operands, optimize=plan)
 
 
@@ -4223,7 +4266,8 @@ class _Optimizer:
             p._grad = None
 
     def step(self) -> None:
-        """Changes the parameters by their gradients, in place; one without a gradient yet is left alone.
+        """Changes the parameters by their gradients, in place; one without a gradient yet is left alone. (To ask for a
+        `.grad` makes it zeros, which is one.)
 
         ValueError if a parameter or its gradient has another shape than at the beginning, or its array is read-only;
         TypeError if it is of another library now. Then, and if a floating-point fault is an error, nothing is changed.
@@ -4843,10 +4887,16 @@ class _Memory:
         """The segment of that size that was freed last, if there is one."""
         with self.lock:
             for segment in reversed(self.free):
-                if segment.size == size and bool(segment.name) == shared:
-                    self.free.remove(segment)
+                if segment.size == size and bool(segment.name) == shared and self.unlist(segment):
                     return segment
         return None
+
+    def unlist(self, segment) -> bool:
+        """Takes a segment off the free ones; False if a signal's handler or a finalizer, in this thread, was first."""
+        with contextlib.suppress(ValueError):
+            self.free.remove(segment)
+            return True
+        return False
 
     def share(self, size: int, most: int):
         """A new segment that workers find; None if there are too many, or none can be had."""
@@ -4885,8 +4935,7 @@ class _Memory:
             for segment in segments:
                 if sum([x.size for x in self.free]) <= bound:
                     break
-                self.free.remove(segment)
-                if self.shared.pop(segment.name, None):
+                if self.unlist(segment) and self.shared.pop(segment.name, None):
                     segment.close()
         return len(segments)
 
@@ -4896,7 +4945,6 @@ class _Memory:
         import ctypes
         import mmap
 
-        self.clear(shared=True)
         if not self.shared:
             return
         system = ctypes.CDLL(None).mmap
@@ -5107,7 +5155,9 @@ def _before_fork() -> None:
     _workers.lock.acquire()  # no job of another thread has the workers
     _memory.lock.acquire()
     if not _local.depth:  # else it is a worker that starts
-        _memory.part()
+        _memory.clear(shared=True)
+        while _memory.shared:  # again, if a signal's handler shares more meanwhile
+            _memory.part()
 
 
 def _after_fork() -> None:
@@ -5492,8 +5542,9 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
         if function in (np.empty_like, np.zeros_like, np.ones_like, np.full_like):
             like = np.broadcast_to(np.zeros((), self.dtype), self.shape)
             return HOOK.adopt(function(like, *args[1:], **kwargs), self.forced or None, new=True)
-        if isinstance(prim, Primitive) and set(kwargs) <= {*prim.params, *(prim.operands or ())}:
-            return prim(*args, **kwargs)
+        if isinstance(prim, Primitive):
+            with contextlib.suppress(TypeError):  # of what it does not take
+                return _call_entry(prim, function, args, kwargs)
         return _exposed(function, args, kwargs)
 
     def __getitem__(self, index):
@@ -5582,7 +5633,12 @@ class _InBlocks(Kind):
         return raw.buffer.given
 
     def same(self, raw, x):
-        return x is raw or (raw.buffer.given and x is raw.buffer.array)
+        array = x.buffer.array if type(x) is Chunked else x
+        return x is raw or (raw.buffer.given and array is raw.buffer.array)
+
+    def rule(self, prim, rule):
+        """A user's gets plain arrays, as its forward does."""
+        return rule if prim.builtin else lambda *args, **params: _exposed(rule, args, params)
 
     def update(self, prim, raw, y):
         """At once where it is handed out; and where it is small: that is handed out to us as long as we write."""
@@ -6144,10 +6200,11 @@ class _Batch:
         return np.reshape(joint, (*(rows, columns)[-len(layout) :], *shape))
 
     def operand(self, nodes, k, layout):
-        """Operand k of all nodes, and whether it is stacked or one that they share."""
+        """Operand k of all nodes, and whether it is stacked or one that they share. What is made of that is a node, so
+        that a Tensor is one, too: a replay reads it anew."""
         xs = [node._args[k] for node in nodes]
         if len(set(map(_key, xs))) == 1:
-            return self.single(xs[0]), False
+            return _recorded(self.single(xs[0])), False
         return self.gather(xs, layout), True
 
     def combine(self, nodes):
@@ -6213,6 +6270,11 @@ class _Batch:
         return True
 
 
+def _is_basic(index):
+    """Whether an index gives a view."""
+    return all([i is None or i is Ellipsis or type(i) is int or isinstance(i, slice) for i in index])
+
+
 def _batched_matmul(node, n, operands, stacked):
     x, y = operands
     a, b = (np.ndim(_raw(z)) for z in node._args)
@@ -6237,8 +6299,7 @@ def _batched_axis(node, n, operands, stacked):
 
 def _batched_getitem(node, n, operands, stacked):
     index = node._params["index"]
-    plain = len(operands) == 1 and not any([isinstance(i, np.ndarray) for i in index])
-    return _getitem(operands[0], index=(slice(None), *index)) if plain else None
+    return _getitem(operands[0], index=(slice(None), *index)) if _is_basic(index) else None
 
 
 _BATCHED: dict[Primitive, Callable] = {
@@ -6410,9 +6471,13 @@ def _sealed_i(i, g, out, operands, prim, params):
     return _node(_run_rule(*map(_raw, args), **params), _rule, args, params)
 
 
-_rule = primitive(_run_rule, None, name="rule", variadic=True)
+_rule = primitive(_run_rule, None, name="rule", variadic=True, typed=())  # that sweep settles the dtypes
 _sealed = primitive(
-    lambda *operands, prim, params: _evaluate(prim, operands, params), _sealed_i, name="sealed", variadic=True
+    lambda *operands, prim, params: _evaluate(prim, operands, params),
+    _sealed_i,
+    name="sealed",
+    variadic=True,
+    typed=(),
 )
 
 
@@ -6490,8 +6555,7 @@ def _getitem_form(low, node, a, index):
 
 def _scatter_form(low, node, a, *parts, shape, index):
     places = _places(index, shape)
-    unique = all([i is None or i is Ellipsis or type(i) is int or isinstance(i, slice) for i in index])
-    if not unique and (parts or places is None or len(np.unique(places)) < places.size):
+    if not _is_basic(index) and (parts or places is None or len(np.unique(places)) < places.size):
         return None
     return f"{{out}}.fill(0); {{out}}[{low.bind('c', index)}] = {{0}}"
 
@@ -6799,7 +6863,7 @@ def _traced(roots):
 
     def rule(node, args):
         if node._prim in _WHOLE and _regular(node):
-            whole = _WHOLE[node._prim](*args, **node._params)
+            whole = _WHOLE[node._prim](*_recorded(args), **node._params)
             return _twin(node, whole._prim, whole._args, whole._params)
         if node._prim is _program:
             return _replayed(args[-1].traced)
@@ -6968,13 +7032,15 @@ class _Program:
     def backward(self, which, seeds):
         """Pairs of leaf and gradient, to be added up, for the seeds of those roots. Results do not change."""
         with self.lock:
-            self.compile_for(which)
-            self.guess = False
-            if self.code is None or which in self.sweeps:
-                saved = self.run()[1] if self.saved is None else self.saved
-                self.saved = saved if len(self.sweeps) > 1 or type(saved) is list else None  # one sweep uses buffers up
-            else:
-                saved = self.late = self.late or self.replay(self.graph)[1]
+            with np.errstate(all="ignore"):  # of its faults, `forward` told
+                self.compile_for(which)
+                self.guess = False
+                if self.code is None or which in self.sweeps:
+                    saved = self.run()[1] if self.saved is None else self.saved
+                    # One sweep uses the buffers up.
+                    self.saved = saved if len(self.sweeps) > 1 or type(saved) is list else None
+                else:
+                    saved = self.late = self.late or self.replay(self.graph)[1]
             if type(saved) is tuple:
                 if Chunked in map(type, seeds):
                     seeds = [g.expose() if type(g) is Chunked else g for g in seeds]
@@ -6982,7 +7048,8 @@ class _Program:
                 try:
                     return zip(leaves, sweep(saved, *seeds))
                 except (ArithmeticError, ValueError, RuntimeWarning, _Resized):
-                    self.saved, saved = None, self.replay(self.traced)[1]
+                    with np.errstate(all="ignore"):
+                        self.saved, saved = None, self.replay(self.traced)[1]
             found = _at_home(_backpropagate(_joined(saved), _Parts(zip(which, seeds)), retain=False), saved[which[0]])
             if self.foreign:  # the root may be computed by now
                 self.show([root._held for root in saved])
@@ -7128,12 +7195,13 @@ class Optimized(Value):
         return twin
 
     def __reduce__(self):
-        return _optimized, (*self._params.values(), self._grad, self.label)
+        return _optimized, (*self._params.values(), self._grad, self.label, self._held)
 
 
-def _optimized(program, index, grad=None, label=""):
+def _optimized(program, index, grad=None, label="", held=None):
     args, params = (program.node(),), {"program": program, "index": index}
-    made = _root, args, params, program.traced[index]._needs, program.results[index], grad, label
+    held = program.results[index] if held is None else held
+    made = _root, args, params, program.traced[index]._needs, held, grad, label
     node = _rebuild(Optimized, (), None, *made)
     program.nodes.append((weakref.ref(node), index))
     return node
@@ -7145,7 +7213,8 @@ def optimize(*roots: Value) -> Any:
 
     A result has the value of its root. Its `.forward()` computes all results anew from the leaves' and Tensors' current
     data, its `.backward()` adds to the leaves' `.grad`, and what its `.data` handed out is never overwritten. It draws,
-    as what the graph became; it nests in further expressions, pickles, and can be optimized again. Values and gradients
+    as what the graph became; it nests in further expressions, pickles, and can be optimized again. (`copy.copy` shares
+    the program: the copy's `.forward()` is the original's, too.) Values and gradients
     are the eager ones up to rounding. `.source` is the program.
 
     A trace holds what happened when the graph was built: Python's own branches and loops on values are frozen,

@@ -391,6 +391,30 @@ class TestArrays(Strict):
         ):
             self.assertEqual(f().dtype, np.float32)
 
+    def test_gradients_do_not_end_in_silence_beside_tensors(self):
+        t = Tensor(np.array([1.0, 2.0, 3.0]), dtype=np.float64)
+        for f in (  # NumPy finds the Tensor, and does not look for Values there
+            lambda v: np.dot(t, [v, v, v]),
+            lambda v: np.sum(t, initial=v),
+            lambda v: np.pad(t, 1, constant_values=v),
+            lambda v: np.copyto(t, [v, v, v]),
+            lambda v: np.interp(1.5, t, [v, v, v]),
+            lambda v: setattr(t, "data", v),
+        ):
+            with self.assertRaisesRegex(TypeError, "gradient ends here"):
+                picograd.grad(f)(2.0)
+            with self.assertWarnsRegex(UserWarning, "gradient ends here"):
+                f(Value(2.0))
+            f(Value(2.0).detach())
+
+    def test_arguments_may_be_arrays_of_no_dimensions(self):
+        for x in (Value(np.eye(3)), Tensor(np.eye(3))):
+            self.assertEqual(np.sum(x, axis=np.array(0)).shape, (3,))
+            self.assertEqual(x.transpose(np.array([1, 0])).shape, (3, 3))
+            self.assertEqual(x.flatten("C").tolist(), x.reshape(9, order="C").tolist())
+            self.assertRaises(TypeError, x.copy, "F")
+        np.sum(x := Value(np.eye(3)), axis=np.array(0)).sum().backward()
+
     def test_every_place_of_out_is_written(self):
         t, out = Tensor([[1.0, 2.0], [3.0, 4.0]]), np.zeros((2, 2), np.float32)
         for f, expected in (
@@ -2938,6 +2962,15 @@ class TestBlocks(Strict):
         before = get_distributed_config()
         self.addCleanup(lambda: set_distributed_config(**vars(before)))
 
+    @contextlib.contextmanager
+    def in_blocks(self):
+        """Small arrays are distributed, and have many blocks."""
+        with (
+            distributed_config(enabled=True, min_elements_for_parallel=1),
+            mock.patch.multiple(picograd, _BLOCK_BYTES=32, _FEW_BLOCKS=0),
+        ):
+            yield
+
     def run_script(self, code, *args, **options):
         """A script of its own, without an `if __name__ == "__main__"`, as a newcomer writes them."""
         with tempfile.TemporaryDirectory() as folder:
@@ -3821,6 +3854,61 @@ class TestBlocks(Strict):
             PRIMITIVES["tanh"], TABLE[np.sinh] = tanh, PRIMITIVES["sinh"]
             del PRIMITIVES["mine"], TABLE[function]
 
+    @mock.patch.dict(PRIMITIVES)
+    @mock.patch.dict(TABLE)
+    def test_rules_of_users_get_plain_arrays(self):
+        def rule(g, out, x):
+            slope = np.zeros_like(x)
+            slope[x > 0] = 1
+            self.assertEqual({type(g), type(out), type(x)}, {np.ndarray})
+            return g * slope
+
+        mine = primitive(lambda x: np.maximum(x, 0), rule, name="mine")
+        both = primitive(np.add, lambda wanted, g, out, operands: [rule(g, out, x) for x in operands], joint=True)
+        with self.in_blocks():
+            x = Value(np.arange(-50.0, 50.0))
+            np.sum(mine(x) * 2 + both(x, x)).backward()
+            self.assertEqual(x.grad.tolist(), [0.0] * 51 + [4.0] * 49)
+
+    def test_positions_of_arguments_are_numpys(self):
+        with self.in_blocks():
+            x = Tensor(np.full((100, 2), 200), dtype=np.uint8)
+            self.assertEqual((x + 1).sum(0, np.uint8).dtype, np.uint8)
+            y = Tensor(np.full(100, 0.1)) * 2
+            self.assertEqual((np.sum(y, 0, float).shape, np.sum(y, 0, float).dtype), ((), np.float64))
+            self.assertEqual(np.cumsum(y, 0, float).dtype, np.float64)
+            self.assertEqual(len(np.where(y > 0)[0]), 100)
+            self.assertRaises(TypeError, np.var, y, 0, 1)
+
+    def test_what_is_assigned_back_stays_the_same_array(self):
+        for change in (
+            lambda v: exec("v.grad *= 0.5 / np.linalg.norm(v.grad)", globals(), {"v": v}),
+            lambda v: exec("v.data -= (v * 0.1).data", globals(), {"v": v}),
+            lambda v: exec("d = v.data; v * 2; v.data = d", globals(), {"v": v}),
+        ):
+            v = Value(np.ones(100))
+            v.sum().backward()
+            with self.in_blocks():
+                data, grad = v.data.data, v.grad.data
+                change(v)
+                v.data[0], v.grad[0] = 5.0, 7.0
+                self.assertEqual((data[0], grad[0]), (5.0, 7.0))
+
+    def test_memory_is_taken_from_under_its_own_hands(self):
+        class Racing(list):
+            """Of free segments, of which a signal's handler takes each first."""
+
+            def remove(self, segment):
+                super().remove(segment)
+                super().remove(segment)
+
+        memory = picograd._Memory()
+        memory.free = Racing([picograd._Private(1 << 20)])
+        self.assertIsNone(memory.take(1 << 20, False))
+        memory.free = Racing([picograd._Private(1 << 20)])
+        memory.clear()
+        self.assertEqual(memory.free, [])
+
     @unittest.skipUnless(hasattr(signal, "setitimer"), "sends signals")
     def test_at_exit_and_in_handlers_of_signals(self):
         out = self.script(
@@ -4092,6 +4180,68 @@ class TestOptimizer(Strict):
                 finite = np.abs(eager[np.isfinite(eager)])
                 np.testing.assert_allclose(ours, eager, rtol=rtol, atol=rtol * max(1, finite.max(initial=0)))
         return fast
+
+    def test_tensors_that_many_share_are_read_anew(self):
+        x, t, y = Tensor(np.ones((3, 2))), Tensor([1.0, 2.0]), Tensor(np.ones(3))
+        neurons, layer = [picograd.Neuron(2, seed=i) for i in range(5)], picograd.Layer(2, 1, seed=0)
+        weights = [Value([1.0, i]) for i in range(5)]
+        matrices = [Value(np.eye(2) * i) for i in range(5)]
+        layer.w = Tensor(np.ones((2, 1)))
+        for make in (
+            lambda: sum([n(x).sum() for n in neurons]),
+            lambda: sum([picograd.mse_loss(x @ w, y) for w in weights]),
+            lambda: sum([(t @ np.tanh(m)).sum() for m in matrices]),
+            lambda: sum([(np.tanh(m) @ t).sum() for m in matrices]),
+            lambda: layer(x).sum(),
+        ):
+            root = make()
+            fast = optimize(root)
+            for data in (x, t, y):
+                data.data = data.data * 1.5 + 1.0
+            self.assertAlmostEqual(fast.forward().item(), root.forward().item(), 4)
+
+    @mock.patch.dict(PRIMITIVES)
+    @mock.patch.dict(TABLE)
+    def test_rules_of_users_see_what_eager_ones_see(self):
+        def rule(g, out, x, m, i):
+            h = g * (m + m)  # of masks it is "or"
+            np.add.at(h, i, 1.0)
+            return np.where(~m, 0.0, h)
+
+        mine = primitive(lambda x, m, i: x * m + 0.0 * i, rule, None, None, name="mine")
+        for dtype in (np.float32, np.float64):
+            x, m = Value([1.0, 2.0], dtype=dtype), Tensor([True, False], dtype=bool)
+            root = mine(x, m, Tensor([0, 1], dtype=int))
+            fast = optimize(root)
+            for y in (root, fast):
+                y.backward()
+            self.assertEqual(x.grad.tolist(), [4.0, 0.0])
+            self.assertIn("def backward", fast.source)
+
+    def test_copies_keep_their_data(self):
+        x = Value(2.0)
+        fast = optimize(x * 3)
+        x.data = 5.0
+        for twin in (copy.copy(fast), copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            self.assertEqual(twin.item(), 6.0)
+            self.assertEqual(twin.forward().item(), 15.0)
+            x.data = 2.0
+            fast.forward()
+            x.data = 5.0
+
+    def test_faults_of_the_forward_are_not_told_twice(self):
+        x = Value([-1.0, 2.0])
+        with np.errstate(all="ignore"):
+            roots = optimize(np.log(x), x * 2)
+        with np.errstate(all="raise"):
+            for root in (*roots, *roots):
+                root.backward()
+
+    def test_true_as_an_index(self):
+        xs = [np.sin(Value(np.ones((3, 3)))) for _ in range(4)]
+        for index in ((0, slice(None), True), (True, slice(None), 0), (None, Ellipsis, 0)):
+            root = np.stack([x[index] for x in xs])
+            self.assertEqual(optimize(root).tolist(), root.tolist())
 
     def passed(self, apply, *roots):
         """What a pass makes of a graph, whose value and gradients it must keep."""

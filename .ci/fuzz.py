@@ -409,7 +409,7 @@ OWN = {
 
 
 class Run:
-    """The names after a program ran, its leaves, and what it raised."""
+    """The names after a program ran, its leaves, its Tensors, and what it raised."""
 
     def __init__(self, program, names: dict, leaf):
         self.leaves: list = []
@@ -484,10 +484,16 @@ def run_real(program, leaves=None, eager=False) -> Run:
     def roots_of(*roots):  # of a leaf a node, as `optimize` gives one: copies of that, too, send gradients to the leaf
         return OWN["optimize"](*[x if x._prev else +x for x in roots])
 
-    module = picograd
+    def tensor(data, dtype=None):
+        tensors.append(picograd.Tensor(data, dtype))
+        return tensors[-1]
+
+    module, tensors = picograd, []
     if eager:
         module = types.SimpleNamespace(**vars(picograd) | {"optimize": roots_of})
-    return Run(program, {"picograd": module, "Tensor": picograd.Tensor, "scaled": scaled(), "horner": horner()}, leaf)
+    run = Run(program, {"picograd": module, "Tensor": tensor, "scaled": scaled(), "horner": horner()}, leaf)
+    run.tensors = tensors
+    return run
 
 
 @functools.cache
@@ -1169,6 +1175,8 @@ BATCHES = forms("""
     (({a}) > 0) * ({b})
     ({a}) - ({b})
     np.maximum({a}, {b})
+    np.tanh({a}) @ ({b})
+    ({b}) @ np.tanh({a})
     np.tanh({a}) * 2
     ({a} > 0) * 0.5
     ({a}) > ({b})
@@ -1291,6 +1299,9 @@ def batch(w, x) -> str:
     for _ in range(w.whole(1, 4)):
         first = w.pick(lambda name: w.shape(name) == w.shape(x)) or x
         alike = y in w.names and w.chance(0.6)
+        if w.chance(0.3):  # one that all of them share
+            pairs.append((first, y))
+            continue
         second = w.pick(lambda name: w.shape(name) == w.shape(y)) if alike else w.beside(first)
         pairs.append((first, second))
     form = w.one(BATCHES)
@@ -1671,7 +1682,7 @@ def gradient_wobble(program, raws, seed) -> float:
 def shift(leaves):
     """Changes the leaves' data a little."""
     for i, leaf in enumerate(leaves):
-        raw = leaf.data.data
+        raw = leaf.data.data if isinstance(leaf, picograd.Value) else leaf.data
         leaf.data = raw * (0.9 if i % 2 else 1.1) + (0.03125 if i % 3 else -0.0625)
 
 
@@ -1989,7 +2000,8 @@ class Pair:
         self.eager_roots, self.originals = many(self.eager.root(self.program)), many(real.root(self.program))
         names = ", ".join(f"x{i}" for i in range(len(self.originals)))
         with succeeding(way, f"{way}({names})"):
-            programs, self.leaves = WAYS[way](self.originals, self.leaves)
+            programs, inputs = WAYS[way](self.originals, [*real.leaves, *real.tensors])
+        self.leaves, self.tensors = inputs[: len(real.leaves)], inputs[len(real.leaves) :]
         self.programs = many(programs)
 
     def run(self, program):
@@ -2108,6 +2120,9 @@ class Pair:
 
     def shift(self):
         self.steps.append("for i, v in enumerate(leaves): v.data = v.data.data * (0.9 if i % 2 else 1.1) + 0.03125")
+        self.steps.append("# and t.data = t.data * 1.1 + 0.03125 of every floating Tensor t, in the same way")
+        for tensors in (self.tensors, self.eager.tensors):
+            shift([t for t in tensors if t.dtype.kind == "f"])
         shift(self.leaves)
         shift(self.eager.leaves)
 
