@@ -3026,14 +3026,16 @@ composed(*_since("matvec"))(lambda x1, x2: np.matmul(x1, np.expand_dims(x2, -1))
 composed(*_since("vecmat"))(lambda x1, x2: np.matmul(np.expand_dims(x1, -2), x2)[..., 0, :])
 
 
+_cross = primitive(np.cross, lambda g, out, a, b: _cross(b, g), lambda g, out, a, b: _cross(g, a))
+
+
 @composed(np.cross)
 def cross(a, b, axisa=-1, axisb=-1, axisc=-1, axis=None):
     ends = (axisa, axisb, axisc) if axis is None else (axis,) * 3
     a, b = np.moveaxis(a, ends[0], -1), np.moveaxis(b, ends[1], -1)
     if not np.shape(a)[-1] == np.shape(b)[-1] == 3:
         raise TypeError(f"np.cross: expected vectors of 3 numbers, got arrays of shapes {np.shape(a)}, {np.shape(b)}")
-    product = np.roll(a, -1, -1) * np.roll(b, 1, -1) - np.roll(a, 1, -1) * np.roll(b, -1, -1)
-    return np.moveaxis(product, -1, ends[2])
+    return np.moveaxis(_cross(a, b), -1, ends[2])
 
 
 composed(np.linalg.cross)(lambda x1, x2, *, axis=-1: np.cross(x1, x2, axis=axis))

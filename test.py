@@ -167,6 +167,7 @@ SAMPLES = {
     **dict.fromkeys(["inv", "det", "cholesky", "logabsdet", "matrix of cofactors"], SQUARE),
     **dict.fromkeys(["pinv", "svd", "qr"], [(((3, 2),), {}), (((2, 2, 3),), {})]),
     "eigh": [*SQUARE, ((((3, 3), "definite"),), {"UPLO": "U"})],
+    "cross": [(((2, 3), (3,)), {})],
     "convolve": [(((3,), (5,)), {}), (((4,), (2,)), {"mode": "same"}), (((4,), (3,)), {"mode": "valid"})],
     "partition": [
         (((2, 5),), {"kth": 2}),
