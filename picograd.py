@@ -101,8 +101,9 @@ class Primitive:
 
     def _bind(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Sorts a call's arguments into operands and parameters."""
-        names = self.operands + self.params
-        takes = f"{self.name}: takes {', '.join(names)} on a Value or Tensor"
+        names, home = self.operands + self.params, getattr(self.forward, "__module__", None) or ""
+        typed = f"{home.replace('numpy', 'np')}.{self.name}" if home.startswith("numpy.") else self.name
+        takes = f"{typed}: takes {', '.join(names)} on a Value or Tensor"
         if len(args) > len(names):
             raise TypeError(f"{takes}; got {len(args)} arguments")
         given = dict(zip(names, args, strict=False))

@@ -302,6 +302,7 @@ class TestPrimitives(Strict):
             (lambda: np.linalg.qr(v, "raw"), "np.linalg.qr: mode 'raw'"), (lambda: v + 1j, "operand"),
             (lambda: v.sum(foo=1), "foo"),
             (lambda: np.add(v, 1j), "complex"),
+            (lambda: np.linalg.pinv(v, hermitian=True), "np.linalg.pinv: takes a, rcond"),
         ]:  # fmt: skip
             with self.assertRaisesRegex(TypeError, message):
                 call()
