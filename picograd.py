@@ -104,8 +104,9 @@ class Primitive:
 
     def _bind(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Sorts a call's arguments into operands and parameters."""
-        names = self.operands + self.params
-        takes = f"{self.name}: takes {', '.join(names)} on a Value or Tensor"
+        names, home = self.operands + self.params, getattr(self.forward, "__module__", None) or ""
+        typed = f"{home.replace('numpy', 'np')}.{self.name}" if home.startswith("numpy.") else self.name
+        takes = f"{typed}: takes {', '.join(names)} on a Value or Tensor"
         if len(args) > len(names):
             raise TypeError(f"{takes}; got {len(args)} arguments")
         given = dict(zip(names, args, strict=False))
@@ -255,8 +256,14 @@ def composed(*keys: Callable) -> Callable:
 # Parameters that say how large a result is, what is where, or how it is made: no operands, and a replay keeps them.
 _OPTIONS = frozenset(
     """repeats shift indices_or_sections pad_width reps shape window_shape axis axes axis1 axis2 source
-destination k offset n order kind stable keepdims ord mode constant_values copy nan posinf neginf optimize""".split()
+destination k offset n order kind stable keepdims ord mode constant_values copy nan posinf neginf optimize obj num
+endpoint indexing deg""".split()
 )
+
+
+def _since(name: str) -> list[Callable]:
+    """NumPy's function of that name, if this NumPy is new enough to have it."""
+    return [getattr(np, name)] if hasattr(np, name) else []
 
 
 def _members(*args) -> list:
@@ -1307,8 +1314,8 @@ class Value(Array):
     # --- what Python and NumPy ask of a number or array ---
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
-        if method == "__call__" and not kwargs:
-            return _entry(ufunc)(*inputs)
+        if method == "__call__" and (ufunc.signature or not kwargs):
+            return _entry(ufunc)(*inputs, **kwargs)
         if method not in ("__call__", "outer"):
             return _entry(getattr(ufunc, method))(*inputs, **kwargs)
         if kwargs:
@@ -2424,6 +2431,10 @@ def check_gradients(
 #     power                                    0 for x**0 by x, and for 0**y by y where y is not negative
 #     logaddexp, logsumexp                     weights that sum to 1: infinity takes all, equal infinities share
 #     prod, cumprod, det                       exact, also with zeros and for singular matrices
+#     eigh, svd                                vectors of values that are equal up to rounding, or of the singular value
+#                                              0, which nothing determines, do not turn: there, 0 stands for 1 / 0
+#     pinv, lstsq                              of matrices of the same rank
+#     interp                                   where pieces meet, the slope is that of the right one
 #
 #     >>> x = Value([3.0, 1.0, 3.0])
 #     >>> np.max(x).backward()
@@ -3070,18 +3081,47 @@ def block(arrays):
     return joined(arrays)[0]
 
 
-def _splitting(function):
-    """A function that splits along an axis: into slices, at the places where it splits the numbers from 0 on."""
+def _place(part, whole) -> tuple:
+    """The index of a part that slices made of an array of truths in C order: its address tells where it starts."""
+    offset, index = operator.sub(*(np.lib.array_utils.byte_bounds(x)[0] for x in (part, whole))), []
+    for length, n, stride in zip(part.shape, whole.shape, whole.strides):
+        start = offset // max(stride, 1) % max(n, 1)
+        index.append(slice(None) if length == n else slice(start, start + length))
+    return tuple(index)
 
-    def split(ary, indices_or_sections, axis=0):
-        parts = function(np.arange(np.shape(ary)[axis]), indices_or_sections)
-        return [_along(ary, axis, slice(p[0], p[-1] + 1) if len(p) else slice(0)) for p in parts]
+
+def _splitting(function):
+    """A function that splits an array: into the slices that it makes of one whose numbers nobody reads."""
+
+    def split(ary, *args, **kwargs):
+        whole = np.empty(np.shape(ary), bool)
+        return [ary[_place(part, whole)] for part in function(whole, *args, **kwargs)]
 
     return split
 
 
-composed(np.split)(_splitting(np.split))
-composed(np.array_split)(_splitting(np.array_split))
+for _function in (np.split, np.array_split, np.hsplit, np.vsplit, np.dsplit):
+    composed(_function)(_splitting(_function))
+composed(*_since("unstack"))(lambda x, *, axis=0: tuple(np.moveaxis(x, axis, 0)))
+
+
+@composed(np.trim_zeros)
+def trim_zeros(filt, *args, **kwargs):
+    whole = np.ascontiguousarray(_fetched(_raw(filt)) != 0)
+    return filt[_place(np.trim_zeros(whole, *args, **kwargs), whole)]
+
+
+@composed(np.broadcast_arrays)
+def broadcast_arrays(*args):
+    shape = np.broadcast_shapes(*map(np.shape, args))
+    return tuple([np.broadcast_to(x, shape) for x in args])
+
+
+@composed(np.meshgrid)
+def meshgrid(*xi, **options):
+    places = np.meshgrid(*[np.arange(np.size(x)) for x in xi], **options)
+    return tuple(map(np.take, xi, places))
+
 
 # --- indexing; parts of an index that are Values or Tensors are operands, so that a replay sees their current data ---
 
@@ -3407,6 +3447,61 @@ def corrcoef(x, y=None, rowvar=True):
     return np.clip(c / np.squeeze(np.outer(scale, scale)), -1.0, 1.0)
 
 
+# --- partition, and choices ---
+
+
+def _partition_a(g, out, a, kth, axis=-1):
+    ordered, ranks = np.take_along_axis(g, np.argsort(out, axis), axis), np.argsort(np.argsort(a, axis), axis)
+    return np.reshape(np.take_along_axis(ordered, ranks, axis), np.shape(a))
+
+
+primitive(np.partition, _partition_a)
+
+
+@composed(np.compress)
+def compress(condition, a, axis=None):
+    return np.take(a, np.flatnonzero(condition), axis)
+
+
+composed(np.extract)(compress)
+
+
+@composed(np.choose)
+def choose(a, choices, mode="raise"):
+    n, out = len(choices), choices[0]
+    np.choose(_fetched(_raw(a)), [True] * n, mode=mode)  # NumPy's own checks and errors
+    a = np.remainder(a, n) if mode == "wrap" else np.clip(a, 0, n - 1)
+    for i, choice in enumerate(choices):
+        out = np.where(np.equal(a, i), choice, out)
+    return out
+
+
+@composed(np.select)
+def select(condlist, choicelist, default=0):
+    if not 0 < len(condlist) == len(choicelist):
+        raise ValueError(f"np.select: expected one choice per condition, got {len(choicelist)} for {len(condlist)}")
+    for condition, choice in zip(condlist[::-1], choicelist[::-1]):
+        default = np.where(condition, choice, default)
+    return default
+
+
+@composed(np.piecewise)
+def piecewise(x, condlist, funclist, *args, **kw):
+    """`np.piecewise`: each function sees the elements where its condition holds, and only there do gradients flow."""
+    masks = [condlist] if np.ndim(x) and not np.ndim(condlist[0]) else condlist
+    masks = [np.not_equal(mask, 0) for mask in masks]
+    if len(funclist) == len(masks) + 1:
+        masks.append(np.logical_not(functools.reduce(np.logical_or, masks)))
+    if len(funclist) != len(masks):
+        raise ValueError(f"np.piecewise: expected a function per condition, got {len(funclist)} for {len(masks)}")
+    out = np.zeros_like(x)
+    for mask, part in zip(masks, funclist):
+        if callable(part):
+            part = _scatter(part(x[mask], *args, **kw), mask, shape=np.shape(x), index=(_HOLE,))
+        out = np.where(mask, part, out)
+    return _as_dtype(out, x.dtype)
+
+
 # --- moving elements ---
 
 
@@ -3467,10 +3562,61 @@ def trace(a, offset=0, axis1=0, axis2=1):
     return np.sum(np.diagonal(a, offset, axis1, axis2), axis=-1)
 
 
-def _pad(array, pad_width, mode="constant", **values):
-    if mode not in "constant edge reflect symmetric wrap".split():
-        raise TypeError(f"pad: mode {mode!r} is not supported on a Value or Tensor")
-    return np.pad(array, pad_width, mode, **values)
+@composed(np.insert)
+def insert(arr, obj, values, axis=None):
+    """`np.insert`: of both arrays in a row, the elements that it takes when it is given their places."""
+    arr, values = _together((arr, values))
+    places, others = np.arange(np.size(arr)), np.size(arr) + np.arange(np.size(values))
+    others = np.reshape(others, np.shape(values))
+    places = np.insert(np.reshape(places, np.shape(arr)), _public_index(obj), others, axis)
+    return concatenate([arr, _as_dtype(values, arr.dtype)], None)[places]
+
+
+@composed(np.ediff1d)
+def ediff1d(ary, to_end=None, to_begin=None):
+    return concatenate([x for x in (to_begin, np.diff(np.ravel(ary)), to_end) if x is not None], None)
+
+
+@composed(np.apply_along_axis)
+def apply_along_axis(func1d, axis, arr, *args, **kwargs):
+    rows, first = np.moveaxis(arr, axis, -1), _axis(axis, arr)
+    others = np.shape(rows)[:-1]
+    results = np.stack([func1d(rows[i], *args, **kwargs) for i in np.ndindex(others)])
+    n = np.ndim(results) - 1
+    return np.moveaxis(np.reshape(results, others + np.shape(results)[1:]), range(-n, 0), range(first, first + n))
+
+
+@composed(np.apply_over_axes)
+def apply_over_axes(func, a, axes):
+    for axis in _axes(a, axes):
+        reduced = func(a, axis)
+        a = reduced if np.ndim(reduced) == np.ndim(a) else np.expand_dims(reduced, axis)
+    return a
+
+
+@composed(np.linspace)
+def linspace(start, stop, num=50, endpoint=True, retstep=False, *, axis=0):
+    """`np.linspace`, as weighted means of the ends."""
+    weights = np.linspace(0.0, 1.0, num, endpoint).reshape(-1, *[1] * max(np.ndim(start), np.ndim(stop)))
+    line = np.moveaxis(np.multiply(start, 1.0 - weights) + np.multiply(stop, weights), 0, axis)
+    return (line, np.subtract(stop, start) * np.linspace(0, 1, num, endpoint, True)[1]) if retstep else line
+
+
+@composed(np.logspace)
+def logspace(start, stop, num=50, endpoint=True, base=10.0, *, axis=0):
+    return np.power(base, np.linspace(start, stop, num, endpoint, axis=axis))
+
+
+@composed(np.geomspace)
+def geomspace(start, stop, num=50, endpoint=True, *, axis=0):
+    start, stop = (_as_dtype(x, np.float64) for x in (start, stop))
+    sign = np.sign(start)
+    if not np.all(np.logical_and(sign, stop)):
+        raise ValueError("np.geomspace: start and stop must not be 0")
+    return np.moveaxis(sign * np.exp(np.linspace(np.log(start * sign), np.log(stop * sign), num, endpoint)), 0, axis)
+
+
+composed(*_since("astype"))(lambda x, dtype, *, copy=True: x.astype(dtype))
 
 
 def _pad_x(g, out, array, pad_width, mode="constant", constant_values=0):
@@ -3481,7 +3627,23 @@ def _pad_x(g, out, array, pad_width, mode="constant", constant_values=0):
 
 
 _pad_back = _origins(np.pad)
-TABLE[np.pad] = primitive(_pad, _pad_x, name="pad")
+_padded = primitive(np.pad, _pad_x)
+
+
+@composed(np.pad)
+def pad(array, pad_width, mode="constant", **values):
+    """`np.pad`; linear_ramp as a line on either side, axis by axis."""
+    if mode in "constant edge reflect symmetric wrap".split():
+        return _padded(array, pad_width=pad_width, mode=mode, **values)
+    if mode != "linear_ramp" or array.dtype.kind != "f":
+        raise TypeError(f"np.pad: mode {mode!r} is not supported on a Value or Tensor of dtype {array.dtype}")
+    widths, ends = (np.broadcast_to(x, (array.ndim, 2)).tolist() for x in (pad_width, values.get("end_values", 0)))
+    for axis, (width, end) in enumerate(zip(widths, ends)):
+        left, right = (
+            np.linspace(end[i], _along(array, axis, -i), width[i], endpoint=False, axis=axis) for i in range(2)
+        )
+        array = _concatenate(left, array, np.flip(right, axis), axis=axis)
+    return array
 
 
 def _window_x(g, out, x, window_shape, axis=None):
@@ -3579,6 +3741,47 @@ def vdot(a, b):
     return np.matmul(*map(np.ravel, _together((a, b))))
 
 
+@composed(np.vecdot, np.linalg.vecdot)
+def vecdot(x1, x2, axis=-1):
+    x1, x2 = np.moveaxis(x1, axis, -1), np.moveaxis(x2, axis, -1)
+    return np.matmul(np.expand_dims(x1, -2), np.expand_dims(x2, -1))[..., 0, 0]
+
+
+composed(*_since("matvec"))(lambda x1, x2: np.matmul(x1, np.expand_dims(x2, -1))[..., 0])
+composed(*_since("vecmat"))(lambda x1, x2: np.matmul(np.expand_dims(x1, -2), x2)[..., 0, :])
+
+
+_cross = primitive(np.cross, lambda g, out, a, b: _cross(b, g), lambda g, out, a, b: _cross(g, a))
+
+
+@composed(np.cross)
+def cross(a, b, axisa=-1, axisb=-1, axisc=-1, axis=None):
+    ends = (axisa, axisb, axisc) if axis is None else (axis,) * 3
+    a, b = np.moveaxis(a, ends[0], -1), np.moveaxis(b, ends[1], -1)
+    if not np.shape(a)[-1] == np.shape(b)[-1] == 3:
+        raise TypeError(f"np.cross: expected vectors of 3 numbers, got arrays of shapes {np.shape(a)}, {np.shape(b)}")
+    return np.moveaxis(_cross(a, b), -1, ends[2])
+
+
+composed(np.linalg.cross)(lambda x1, x2, *, axis=-1: np.cross(x1, x2, axis=axis))
+
+
+def _convolve_a(g, out, a, v, mode="full"):
+    missing = np.size(a) + np.size(v) - 1 - np.size(g)  # of the full convolution
+    full = np.pad(g, (missing // 2, missing - missing // 2))
+    return np.reshape(np.convolve(full, np.flip(v), "valid"), np.shape(a))
+
+
+primitive(np.convolve, _convolve_a, lambda g, out, a, v, mode="full": _convolve_a(g, out, v, a))
+
+
+@composed(np.correlate)
+def correlate(a, v, mode="valid"):
+    if np.size(a) < np.size(v):
+        return np.flip(np.correlate(v, a, mode))
+    return np.convolve(a, np.flip(v), mode)
+
+
 composed(np.linalg.outer)(lambda x1, x2: einsum("i,j->ij", x1, x2))
 
 
@@ -3670,6 +3873,114 @@ def tensordot(a, b, axes=2):
     return _einsum(a, b, subscripts="".join([*s, ",", *t, "->", *out]))
 
 
+# --- polynomials and interpolation ---
+
+
+def _widened(x):
+    """x in the dtype that NumPy gives it beside whole numbers: float32 becomes float64."""
+    return _as_dtype(x, np.result_type(x.dtype, int))
+
+
+@composed(np.vander)
+def vander(x, N=None, increasing=False):
+    if np.ndim(x) != 1:
+        raise ValueError(f"np.vander: x must be one-dimensional, got shape {np.shape(x)}")
+    powers = np.arange(len(x) if N is None else N)
+    return np.expand_dims(_widened(x), 1) ** (powers if increasing else powers[::-1])
+
+
+@composed(np.polyval)
+def polyval(p, x):
+    out = np.zeros_like(x)
+    for coefficient in p:
+        out = out * x + coefficient
+    return out
+
+
+def _aligned(function):
+    """A function of two polynomials, the shorter one with zeros in front."""
+
+    def combine(a1, a2):
+        n = max(np.size(a1), np.size(a2))
+        return function(*(np.pad(np.atleast_1d(a), (n - np.size(a), 0)) for a in (a1, a2)))
+
+    return combine
+
+
+composed(np.polyadd)(_aligned(np.add))
+composed(np.polysub)(_aligned(np.subtract))
+
+
+@composed(np.polymul)
+def polymul(a1, a2):
+    trimmed = (np.trim_zeros(np.atleast_1d(a), "f") for a in (a1, a2))  # as in NumPy, where one zero stays
+    return np.convolve(*(a if np.size(a) else np.zeros_like(a, shape=1) for a in trimmed))
+
+
+@composed(np.polyder)
+def polyder(p, m=1):
+    for _ in range(m):
+        p = _widened(p)[:-1] * np.arange(np.size(p) - 1, 0, -1)
+    return p
+
+
+@composed(np.polyint)
+def polyint(p, m=1, k=None):
+    for constant in np.broadcast_to(0.0 if k is None else k, (m,)):
+        p = np.append(_widened(p) / np.arange(np.size(p), 0, -1), constant)
+    return p
+
+
+@composed(np.polyfit)
+def polyfit(x, y, deg, rcond=None, *, w=None):
+    left = np.vander(np.add(x, 0.0), deg + 1)
+    y = _as_dtype(y, left.dtype)
+    if w is not None:
+        left, y = left * np.expand_dims(w, 1), np.transpose(np.transpose(y) * w)
+    scale = np.sqrt(np.sum(np.square(left), axis=0))
+    return np.transpose(np.transpose(np.linalg.pinv(left / scale, rtol=rcond) @ y) / scale)
+
+
+@composed(np.gradient)
+def gradient(f, *varargs, axis=None, edge_order=1):
+    """`np.gradient`: means of the slopes on both sides, each weighted with the other side's step."""
+    axes, steps = _axes(f, axis), varargs or (1.0,)
+    if len(steps) == 1 and not np.ndim(steps[0]):
+        steps = steps * len(axes)
+    if len(steps) != len(axes):
+        raise TypeError(f"np.gradient: expected one number or a spacing for each of the axes {axes}, got {len(steps)}")
+    slopes = [_slopes(np.moveaxis(f, i, 0), step, edge_order) for i, step in zip(axes, steps)]
+    slopes = tuple([np.moveaxis(slope, 0, i) for slope, i in zip(slopes, axes)])
+    return slopes if len(axes) > 1 else slopes[0]
+
+
+def _slopes(f, step, edge_order):
+    """The slopes along the first axis, given the places or the distance between them."""
+    places, unit = (step, 1.0) if np.ndim(step) else (np.arange(float(len(f))), step)
+    if not edge_order < len(f) == len(places):
+        raise ValueError(f"np.gradient: {len(places)} places for {len(f)} numbers, with edge_order {edge_order}")
+    h = np.expand_dims(np.diff(places), tuple(range(1, np.ndim(f))))
+    slope, both = (f[1:] - f[:-1]) / h, h[1:] + h[:-1]
+    inner, ends = (h[1:] * slope[:-1] + h[:-1] * slope[1:]) / both, [slope[:1], slope[-1:]]
+    if edge_order == 2:
+        ends = [2.0 * slope[:1] - inner[:1], 2.0 * slope[-1:] - inner[-1:]]
+    return np.concatenate([ends[0], inner, ends[1]]) / unit
+
+
+@composed(np.interp)
+def interp(x, xp, fp, left=None, right=None):
+    """`np.interp`, in double precision, and weak of a weak number; where pieces meet, the slope is the right one's."""
+    weak, (x, xp, fp) = type(_raw(x)) is float, (_as_dtype(a, np.float64) for a in (x, xp, fp))
+    if np.shape(xp) != np.shape(fp):
+        raise ValueError(f"np.interp: expected as many xp as fp, got shapes {np.shape(xp)} and {np.shape(fp)}")
+    i = np.clip(np.searchsorted(xp, x, "right") - 1, 0, len(xp) - 2)
+    low, high, left_of, right_of = (_getitem(a, i + k, index=(_HOLE,)) for a in (xp, fp) for k in (0, 1))
+    out = left_of + _over(x - low, high - low) * (right_of - left_of)
+    out = np.where(x < xp[0], fp[0] if left is None else left, out)
+    out = np.where(x > xp[-1], fp[-1] if right is None else right, out)
+    return _as_dtype(out, float) if weak else out
+
+
 # --- linear algebra; batches of matrices as NumPy has them ---
 
 
@@ -3690,11 +4001,21 @@ def solve(a, b):
     return _solve(a, np.reshape(b, (-1, 1)))[..., 0] if np.ndim(b) == 1 else _solve(a, b)
 
 
+def _half(n):
+    """The share of what is twice symmetric that goes to the lower triangle, which stands for both."""
+    return np.tri(n) - 0.5 * np.eye(n)
+
+
 def _cholesky_a(g, out, a):
     # Murray 2016, "Differentiation of the Cholesky decomposition", eq. 9. NumPy reads the lower triangle only.
-    half = np.tri(np.shape(a)[-1]) - 0.5 * np.eye(np.shape(a)[-1])
+    half = _half(np.shape(a)[-1])
     s = np.linalg.solve(_t(out), _t(np.linalg.solve(_t(out), _t(np.matmul(_t(out), g) * half))))
-    return (s + _t(s)) * half
+    return _twice(s) * half
+
+
+def _twice(a):
+    """Twice the symmetric part of a matrix."""
+    return a + _t(a)
 
 
 primitive(np.linalg.inv, lambda g, out, a: -np.matmul(_t(out), np.matmul(g, _t(out))))
@@ -3754,17 +4075,203 @@ _norm = primitive(
 
 @composed(np.linalg.norm)
 def norm(x, ord=None, axis=None, keepdims=False):
-    """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices; its gradient at 0 is 0."""
+    """`np.linalg.norm`, of vectors and matrices; its gradient at 0 is 0."""
     if ord is not None or axis is not None:
         np.linalg.norm(np.ones((1,) * np.ndim(x)), ord, axis)  # NumPy's own checks and errors
-    x, vector = _floating(x), (np.ndim(x) if axis is None else np.size(axis)) == 1
-    if ord is None or ord == (2 if vector else "fro"):
-        return _norm(x, axis=axis, keepdims=keepdims)
-    reduce = {1: np.sum, np.inf: np.max, -np.inf: np.min}.get(ord)
-    if not vector or reduce is None:
-        raise TypeError(f"norm: ord={ord!r} is not supported for axis {axis} of a Value or Tensor")
-    reduce = np.sum if ord == np.inf and not x.size else reduce  # of none, it is 0
-    return reduce(np.abs(x), axis=axis, keepdims=keepdims)
+    x, axes = _floating(x), _axes(x, axis)
+    if ord in (None, "fro") or len(axes) == 1:
+        return _vector_norm(x, ord, axis=axis, keepdims=keepdims)
+    out = _matrix_norm(np.moveaxis(x, axes, (-2, -1)), ord)
+    return np.expand_dims(out, axes) if keepdims else out
+
+
+def _vector_norm(x, ord, **kept):
+    if ord in (None, "fro", 2):
+        return _norm(x, **kept)
+    if ord == 0:
+        return np.sum(np.not_equal(x, 0), **kept).astype(x.dtype)
+    if abs(ord) == np.inf and np.size(x):
+        return (np.max if ord > 0 else np.min)(np.abs(x), **kept)
+    total = np.sum(np.abs(x) ** ord, **kept)
+    some = np.not_equal(total, 0)
+    return np.where(some, np.where(some, total, 1.0) ** (1.0 / ord), 0.0)
+
+
+def _matrix_norm(x, ord):
+    """Of the sums of rows or columns, or of the singular values, the largest, the smallest, or their sum."""
+    if ord in (2, -2, "nuc"):
+        sizes = np.linalg.svdvals(x)
+    else:
+        sizes = np.sum(np.abs(x), axis=-2 if abs(ord) == 1 else -1)
+    if ord == "nuc":
+        return np.sum(sizes, axis=-1)
+    return (np.max if ord > 0 else np.min)(sizes, axis=-1)
+
+
+composed(np.linalg.vector_norm)(
+    lambda x, *, axis=None, keepdims=False, ord=2: _vector_norm(_floating(x), ord, axis=axis, keepdims=keepdims)
+)
+composed(np.linalg.matrix_norm)(lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims))
+composed(np.linalg.diagonal)(lambda x, *, offset=0: np.diagonal(x, offset, -2, -1))
+composed(np.linalg.trace)(lambda x, *, offset=0: trace(x, offset, -2, -1))
+
+# A decomposition is one primitive, whose parts lie side by side in one array: one rule gives the gradient of all.
+
+
+def _gaps(s):
+    """1 / (s[j] - s[i]) at i, j, for the numbers along the last axis; 0 if they are equal up to rounding."""
+    gap = np.expand_dims(s, -2) - np.expand_dims(s, -1)
+    tiny = np.shape(s)[-1] * np.finfo(s.dtype).eps * np.expand_dims(_peak(np.abs(s), -1), -1)
+    return 1.0 / np.where(np.abs(gap) <= tiny, np.inf, gap)
+
+
+def _eigh_forward(a, UPLO="L"):
+    w, v = np.linalg.eigh(a, UPLO)
+    return np.concatenate([np.expand_dims(w, -2), v], -2)
+
+
+def _eigh_a(g, out, a, UPLO="L"):
+    # Giles 2008, "An extended collection of matrix derivative results", 3.1. NumPy reads one triangle only.
+    w, v, n = out[..., 0, :], out[..., 1:, :], np.shape(a)[-1]
+    inner = _t(v) @ g[..., 1:, :] * _gaps(w) + np.expand_dims(g[..., 0, :], -1) * np.eye(n)
+    return _twice(v @ inner @ _t(v)) * (_half(n) if UPLO in "Ll" else _t(_half(n)))
+
+
+_eigh = primitive(_eigh_forward, _eigh_a, name="eigh")
+
+
+@composed(np.linalg.eigh)
+def eigh(a, UPLO="L"):
+    out = _eigh(a, UPLO=UPLO)
+    return type(np.linalg.eigh(np.eye(1)))(out[..., 0, :], out[..., 1:, :])
+
+
+composed(np.linalg.eigvalsh)(lambda a, UPLO="L": eigh(a, UPLO).eigenvalues)
+
+
+def _svd_forward(a):
+    u, s, v = np.linalg.svd(a, full_matrices=False)
+    return np.concatenate([_t(u), np.expand_dims(s, -1), v], -1)
+
+
+def _svd_parts(out, a):
+    m = np.shape(a)[-2]
+    return _t(out[..., :m]), out[..., m], _t(out[..., m + 1 :])
+
+
+def _svd_a(g, out, a):
+    # Townsend 2016, "Differentiating the singular value decomposition", eqs. 8 to 20.
+    (u, s, v), (gu, gs, gv) = _svd_parts(out, a), _svd_parts(g, a)
+    row, column = np.expand_dims(s, -2), np.expand_dims(s, -1)
+    gaps, of_u, of_v = _over(_gaps(s), row + column), _t(u) @ gu, _t(v) @ gv
+    inner = _twice(of_u * gaps) * row + column * _twice(of_v * gaps) + np.expand_dims(gs, -1) * np.eye(s.shape[-1])
+    inverse = _over(1.0, row)
+    outside = (gu - u @ of_u) * inverse @ _t(v) + u @ _t((gv - v @ of_v) * inverse)  # of the spaces of u and of v
+    return u @ inner @ _t(v) + outside
+
+
+_svd = primitive(_svd_forward, _svd_a, name="svd")
+
+
+@composed(np.linalg.svd)
+def svd(a, full_matrices=True, compute_uv=True):
+    m, n = np.shape(a)[-2:]
+    if compute_uv and full_matrices and m != n:
+        raise TypeError(f"np.linalg.svd: of a matrix of shape {m, n}, only full_matrices=False has a gradient")
+    u, s, v = _svd_parts(_svd(a), a)
+    return type(np.linalg.svd(np.eye(1)))(u, s, _t(v)) if compute_uv else s
+
+
+composed(np.linalg.svdvals)(lambda x: svd(x, False, False))
+
+
+def _qr_forward(a):
+    q, r = np.linalg.qr(a)
+    return np.concatenate([_t(q), r], -1)
+
+
+def _qr_a(g, out, a):
+    # Walter and Lehmann 2010, "Algorithmic differentiation of linear algebra functions with application in optimum
+    # experimental design", 3.2. Columns beyond the rows have no part in q: there, r is q.T @ a.
+    m, k = np.shape(a)[-2], min(np.shape(a)[-2:])
+    (q, r), (gq, gr) = ((_t(x[..., :m]), x[..., m : m + k]) for x in (out, g))
+    beyond = g[..., m + k :]
+    gq = gq + a[..., k:] @ _t(beyond)
+    inner = r @ _t(gr) - _t(gq) @ q
+    both = gq + q @ (np.tril(inner) + _t(np.tril(inner, -1)))
+    return np.concatenate([_t(np.linalg.solve(r, _t(both))), q @ beyond], -1)
+
+
+_qr = primitive(_qr_forward, _qr_a, name="qr")
+
+
+@composed(np.linalg.qr)
+def qr(a, mode="reduced"):
+    if mode not in ("reduced", "r"):
+        raise TypeError(f"np.linalg.qr: mode {mode!r} is not supported on a Value or Tensor, only 'reduced' and 'r'")
+    out, m = _qr(a), np.shape(a)[-2]
+    q, r = _t(out[..., :m]), out[..., m:]
+    return r if mode == "r" else type(np.linalg.qr(np.eye(1)))(q, r)
+
+
+def _pinv_a(g, out, a, rcond=None, rtol=None):
+    # Golub and Pereyra 1973, "The differentiation of pseudo-inverses and nonlinear least squares problems", eq. 4.12.
+    p, h = _t(out), _t(g)
+    return (h - a @ (out @ h)) @ out @ p + p @ out @ (h - (h @ out) @ a) - p @ g @ p
+
+
+primitive(np.linalg.pinv, _pinv_a)
+
+
+@composed(np.linalg.lstsq)
+def lstsq(a, b, rcond=None):
+    """`np.linalg.lstsq`, by the pseudo-inverse; the singular values have gradients, too, and the rank is plain."""
+    a, (m, n) = _floating(a), np.shape(a)
+    x = np.linalg.pinv(a, rtol=rcond) @ b
+    rank = np.linalg.matrix_rank(_fetched(_raw(a)), rtol=rcond)
+    residuals = np.sum(np.reshape(np.square(b - a @ x), (m, -1)), axis=0)
+    return x, residuals if rank == n < m else residuals[:0], rank, np.linalg.svdvals(a)
+
+
+@composed(np.linalg.matrix_power)
+def matrix_power(a, n):
+    a, n = (np.linalg.inv(a), -n) if n < 0 else (a, n)
+    if n < 2:
+        return np.where(n, a, np.eye(np.shape(a)[-1], dtype=a.dtype))
+    half = np.linalg.matrix_power(a, n // 2)
+    return half @ half @ a if n % 2 else half @ half
+
+
+@composed(np.linalg.multi_dot)
+def multi_dot(arrays):
+    """`np.linalg.multi_dot`: the product that sums over most comes first."""
+    arrays = list(arrays)
+    while len(arrays) > 1:
+        i = max(range(1, len(arrays)), key=lambda i: np.shape(arrays[i])[0])
+        arrays[i - 1 : i + 1] = [arrays[i - 1] @ arrays[i]]
+    return arrays[0]
+
+
+@composed(np.linalg.tensorsolve)
+def tensorsolve(a, b, axes=None):
+    a = a if axes is None else np.moveaxis(a, axes, range(-len(axes), 0))
+    return np.reshape(solve(np.reshape(a, (np.size(b), -1)), np.ravel(b)), np.shape(a)[np.ndim(b) :])
+
+
+@composed(np.linalg.tensorinv)
+def tensorinv(a, ind=2):
+    if ind <= 0:
+        raise ValueError(f"np.linalg.tensorinv: ind must be positive, got {ind}")
+    rows, columns = np.shape(a)[:ind], np.shape(a)[ind:]
+    return np.reshape(np.linalg.inv(np.reshape(a, (math.prod(rows), -1))), columns + rows)
+
+
+@composed(np.linalg.cond)
+def cond(x, p=None):
+    if p in (None, 2, -2):
+        s = np.linalg.svdvals(x)
+        return s[..., -1] / s[..., 0] if p == -2 else s[..., 0] / s[..., -1]
+    return norm(x, p, (-2, -1)) * norm(np.linalg.inv(x), p, (-2, -1))
 
 
 # --- no gradient: nodes all the same, so that a replay recomputes them ---
@@ -4151,7 +4658,9 @@ def _sort(self, axis=-1, kind=None, order=None, *, stable=None):
 
 
 _put_in(Array, "sort", _sort, "sort")
-del Array.resize  # an array's own one changes it
+_put_in(Array, "compress", lambda self, condition, axis=None: np.compress(condition, self, axis), "compress")
+_put_in(Array, "pad", pad, "pad")
+del Array.resize, Array.partition  # an array's own ones change it
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -233,6 +233,8 @@ LIKE = {"zeros_like", "ones_like", "full_like", "empty_like"}
 FIRST_ONLY = {"take", "take_along_axis", "repeat", "tile", "pad", "roll", "broadcast_to", "reshape", "transpose", "sum"}
 FIRST_ONLY |= {"resize", "delete", "diagflat", "rollaxis", "fftshift", "ifftshift", "trapezoid", "argpartition", "cov"}
 FIRST_ONLY |= {f"{nan}{name}" for nan in ("", "nan") for name in ("quantile", "percentile", "median")}
+FIRST_ONLY |= {"hsplit", "vsplit", "dsplit", "unstack", "trim_zeros", "partition", "vander", "polyder", "polyint"}
+FIRST_ONLY |= {"gradient", "matrix_power"}
 FIRST_ONLY |= {"array_split", "split", "moveaxis", "sliding_window_view", "squeeze", "expand_dims", "flip", "rot90"}
 
 
@@ -278,7 +280,7 @@ class Model(np.lib.mixins.NDArrayOperatorsMixin):
 
             return f(*map(fill, args), **{k: fill(x) for k, x in kwargs.items()})
 
-        out = compute(function, operands, call, plain=int(name in ("where", "bincount")))
+        out = compute(function, operands, call, plain=int(name in ("where", "bincount", "choose")))
         if name not in ENDS or not any(isinstance(x, Model) for x in operands):
             return out
         return tuple(map(_detach, out)) if isinstance(out, tuple) else _detach(out)
@@ -360,6 +362,7 @@ class Hole(int):
 
 
 NUMBERS = set("where clip stack concatenate append isclose dot inner outer vdot kron hstack".split())
+NUMBERS |= set("linspace logspace geomspace polyval".split())
 
 
 def plain(x):
@@ -910,6 +913,13 @@ def _split(w, x):
     return f"{x}, {w.one([1, w.shape(x)[0] or 1, [1]])})[{w.one([0, -1])}" if w.shape(x) else None
 
 
+MODES = ("full", "same", "valid")
+
+
+def _choice(w, choices=(0, 1)):
+    return [w.one(choices) for _ in range(w.one([1, 1, *[shape[0] for shape in w.shapes if shape]]))]
+
+
 def _need(ndim, text):
     """Arguments for operands of at least ndim dimensions."""
     return lambda w, x: w.one(text)(w, x) if len(w.shape(x)) >= ndim else None
@@ -1027,6 +1037,49 @@ ARGUMENTS = {
     "slogdet": lambda w, x: (a := _matrix(w, x)) and f"{a})[{w.whole(0, 1)}",
     "solve": _solve,
     "norm": _norm,
+    "hsplit": _texts(1, "{x}, 1)[0", "{x}, [1])[-1"),
+    "vsplit": _texts(2, "{x}, 1)[0", "{x}, [1])[-1"),
+    "dsplit": _texts(3, "{x}, 1)[0", "{x}, [1])[-1"),
+    "unstack": _texts(1, "{x})[0", "{x}, axis={axis})[-1"),
+    "trim_zeros": _texts(0, "np.append(0.0, np.square({x}) + 0.5)", "np.append(np.abs({x}) + 1, 0), 'b'"),
+    "broadcast_arrays": _texts(0, "{x}, np.zeros((2, 1, 1)))[0"),
+    "meshgrid": _texts(1, "{x}, {x})[0", "{x}, {x}, indexing='ij')[1", "{x}, {x}, sparse=True)[0"),
+    "partition": _texts(1, "{x}, 0, {axis}", "{x}, -1", "{x}, [0, -1], None"),
+    "compress": _texts(1, "[True], {x}, {axis}", "[False, True], {x}"),
+    "extract": _texts(1, "{x} > 0, {x}"),
+    "choose": lambda w, x: f"np.array({_choice(w)}), [{x}, {w.beside(x)}], mode='wrap'",
+    "select": lambda w, x: f"[[False], {_choice(w, [True, False])}], [1.0, {x}], {w.one(['0', '0.5'])}",
+    "piecewise": _texts(1, "{x}, [{x} > 0], [np.sin, 0.5]", "{x}, [{x} < 0, {x} > 0.5], [np.square, np.negative]"),
+    "insert": _texts(1, "{x}, 0, 2.0", "{x}, [0, -1], np.ravel({x})[:1]", "{x}, 1, {x}[0], axis=0"),
+    "ediff1d": _texts(0, "{x}", "{x}, {x}"),
+    "apply_along_axis": _texts(1, "np.sum, {axis}, {x}", "np.cumsum, {axis}, {x}"),
+    "apply_over_axes": _texts(2, "np.sum, {x}, {axis}", "np.sum, {x}, (0, -1)"),
+    "linspace": _texts(0, "{x}, 2.0, num=3", "0.0, {x}, num=4, endpoint=False", "{x}, {x} * 2, num=1, axis=-1"),
+    "logspace": _texts(0, "np.tanh({x}), 1.0, num=3", "0.5, np.tanh({x}), num=2"),
+    "geomspace": _texts(0, "np.abs({x}) + 0.5, 2.0, num=3"),
+    "cross": _texts(1, "np.resize({x}, 3), np.resize({x}, (2, 3)) + 1.0"),
+    **dict.fromkeys(["convolve", "correlate"], _texts(1, *[f"np.ravel({{x}}), [1.0, -0.5], {m!r}" for m in MODES])),
+    "interp": _texts(1, "{x}, [-1.0, 0.25, 2.0], [0.5, -1.0, 3.0]", "[0.25], [0.0, 0.5, 2.0], np.resize({x}, 3), 1.0"),
+    "gradient": _texts(1, "{x}, axis={axis}", "{x}, 0.5, axis=0, edge_order=2"),
+    "vander": _texts(1, "np.ravel({x}), 3", "np.ravel({x}), 2, True"),
+    "polyval": _texts(1, "[1.0, 0.5, -2.0], {x}", "np.ravel({x})[:3], 0.5"),
+    **dict.fromkeys(["polyadd", "polysub", "polymul"], _texts(1, "np.ravel({x}), [1.0, 2.0]", "[2.0], np.ravel({x})")),
+    **dict.fromkeys(["polyder", "polyint"], _texts(1, "np.ravel({x})", "np.ravel({x}), 2")),
+    "polyfit": _texts(1, "np.linspace(-1.0, 1.0, 6), np.resize({x}, 6), 2"),
+    **dict.fromkeys(["eigvalsh", "svdvals", "pinv", "cond"], lambda w, x: _matrix(w, x)),
+    **dict.fromkeys(["eigh", "qr", "svd"], lambda w, x: (a := _matrix(w, x)) and f"{a})[{w.whole(0, 1)}"),
+    "lstsq": lambda w, x: (a := _matrix(w, x)) and f"{a}, {x})[0",
+    "matrix_power": lambda w, x: (a := _matrix(w, x)) and f"{a}, {w.one([-1, 0, 1, 2, 3])}",
+    "multi_dot": _texts(2, "[{x}, np.transpose({x}), {x}]", "[np.transpose({x}), {x}[:, 0]]"),
+    "tensorsolve": lambda w, x: (a := _matrix(w, x)) and f"{a}, {x}[:, 0]",
+    "tensorinv": lambda w, x: (a := _matrix(w, x)) and f"{a}, ind=1",
+    "vector_norm": _texts(0, "{x}", "{x}, ord=3", "{x}, ord=1, axis={axis}", "{x}, ord=np.inf, keepdims=True"),
+    "matrix_norm": _texts(2, "{x}", "{x}, ord=1", "{x}, ord=-np.inf, keepdims=True", "{x}, ord='nuc'"),
+    "vecdot": lambda w, x: _pair(w, x, "{x}, {y}"),
+    "matvec": _texts(2, "{x}, {x}[..., 0, :]"),
+    "vecmat": _texts(2, "{x}[..., 0], {x}"),
+    "astype": _texts(1, "{x}, np.float64"),
+    "flatnonzero": _texts(0, "{x}"),
     **dict.fromkeys(["allclose", "array_equal", "array_equiv"], lambda w, x: _pair(w, x, "{x}, {y}", 0)),
     **dict.fromkeys(["shape"], lambda w, x: f"{x})[0" if w.shape(x) else None),
     **dict.fromkeys(["ndim", "size", "iscomplexobj", "zeros_like", "ones_like", "nan_to_num"], _texts(0, "{x}")),
@@ -1040,20 +1093,9 @@ ARGUMENTS = {
 REACHED = {"reshape", "concatenate", "stack", "getitem", "scatter", "astype", "einsum", "norm", "clip", "matmul", "sum"}
 REACHED |= {"sliding_window_view", "logabsdet", "signdet", "detach", "dot", "pack", "fused", "program", "mean"}
 REACHED |= {"join", "result", "rule", "sealed", "checkpoint", "update", "is last"}
-REACHED |= {
-    "join",
-    "result",
-    "rule",
-    "sealed",
-    "modf 0",
-    "modf 1",
-    "frexp 0",
-    "frexp 1",
-    "unique",
-    "bincount",
-    "lexsort",
-}
+REACHED |= {"modf 0", "modf 1", "frexp 0", "frexp 1", "unique", "bincount", "lexsort"}
 REACHED |= {"ranks of quantiles", "maximum.accumulate", "minimum.accumulate", "logaddexp.accumulate"}
+REACHED |= {"eigh", "svd", "qr"}
 REACHED |= {
     "weights of logsumexp",
     "matrix of cofactors",
@@ -1147,10 +1189,12 @@ def call(w, x) -> str | None:
     if args is None:
         return None
     name = spelled.rpartition(".")[2]
-    method = args.startswith(f"{x}, ") and hasattr(np.ndarray, name) and name not in ("sort", "resize")  # in place
+    method = (
+        args.startswith(f"{x}, ") and hasattr(np.ndarray, name) and name not in ("sort", "resize", "partition")
+    )  # in place
     if method and w.chance(0.3) and isinstance(w.names[x], Model):
         return f"{x}.{name}({args[len(x) + 2 :]})"
-    return f"{spelled}({args})"
+    return f"{spelled}({args}" + ("]" if args.count("[") > args.count("]") else ")")
 
 
 def forms(text: str) -> list[str]:
