@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import copy
 import dataclasses
+import datetime
 import gc
 import html
 import importlib.util
@@ -56,24 +57,30 @@ from picograd import (
     Value,
     binary_cross_entropy_with_logits,
     check_gradients,
+    checkpoint,
     cross_entropy,
     draw,
     elementwise_grad,
+    find_nonfinite,
     gelu,
     grad,
     hessian,
     hinge_loss,
+    hvp,
     jacobian,
+    jvp,
     log_softmax,
     logsumexp,
     mse_loss,
     no_grad,
     primitive,
+    ravel_nest,
     relu,
     sigmoid,
     softmax,
     softplus,
     value_and_grad,
+    vjp,
 )
 
 try:
@@ -101,6 +108,8 @@ SEED = int(os.environ.get("PICOGRAD_TEST_SEED", random.randrange(2**32)))
 REAL, POSITIVE, UNIT, OVER_1 = (-2.0, 2.0), (0.3, 3.0), (-0.9, 0.9), (1.1, 3.0)
 APART = np.array([-1.7, 0.1, 1.3])  # no kink near
 AXES = [{}] + [{"axis": axis, "keepdims": keep} for axis in (1, -1, (0, 2)) for keep in (0, 1)]
+GRAPHS = ("join", "checkpoint", "program", "result", "sealed")
+HOWS = {"set": None, "add": np.add, "multiply": np.multiply, "min": np.minimum, "max": np.maximum}  # of v.at[index]
 SQUARE = [((((3, 3), "definite"),), {}), ((((2, 3, 3), "definite"),), {})]
 DIAGONALS = [(((3,),), {}), (((3,),), {"k": -2}), (((3, 4),), {"k": 1})]
 SAMPLES = {
@@ -151,6 +160,12 @@ SAMPLES = {
     "diagonals": [(((3, 3, 2),), {"subscripts": "iij->ij"})],
     "nan_to_num": [(((2, 3),), {})],
     "scatter": [(((2,),), {"shape": (3, 4), "index": (1, slice(1, 3))})],
+    "update": [
+        (((3, 4), shape), {"index": index, "how": how})
+        for how in HOWS
+        for shape, index in [((2,), (1, slice(1, 3))), ((3, 1), (np.array([0, 2, 0]),)), ((), (1, np.array([1, 1])))]
+        if how != "multiply" or isinstance(index[-1], slice)  # the others name an element twice
+    ],
     "tile": [(((2, 3),), {"reps": (2, 2)}), (((3,),), {"reps": (2, 1, 3)}), (((2, 1, 2),), {"reps": 3})],
     "repeat": [(((2, 3),), {"repeats": 2}), (((2, 3),), {"repeats": [2, 0, 1], "axis": 1}), (((),), {"repeats": 2})],
     "flip": [(((2, 3),), {}), (((2, 3),), {"axis": -1}), (((2, 3, 2),), {"axis": (0, 2)})],
@@ -175,8 +190,18 @@ SAMPLES = {
         + [((5, 1, 2, 3), (4, 3, 2)), ((3,), (5, 3, 2)), ((5, 2, 3), (3,))]
     ],
     "mse": [(((2, 3), (2, 3)), {})],
+    "cross entropy": [(((2, 3), np.eye(3, dtype=bool)[[2, 0]]), {}), (((3,), np.array([False, True, False])), {})],
     "dense layer": [(((2, 3), (3, 4), (4,)), {"activation": f}) for f in (TABLE[np.tanh], sigmoid, None)],
     **dict.fromkeys(["inv", "det", "cholesky", "logabsdet", "matrix of cofactors"], SQUARE),
+    **dict.fromkeys(["pinv", "svd", "qr"], [(((3, 2),), {}), (((2, 2, 3),), {})]),
+    "eigh": [*SQUARE, ((((3, 3), "definite"),), {"UPLO": "U"})],
+    "cross": [(((2, 3), (3,)), {})],
+    "convolve": [(((3,), (5,)), {}), (((4,), (2,)), {"mode": "same"}), (((4,), (3,)), {"mode": "valid"})],
+    "partition": [
+        (((2, 5),), {"kth": 2}),
+        (((4, 2),), {"kth": (0, 2), "axis": 0}),
+        (((2, 3),), {"kth": 1, "axis": None}),
+    ],
     "solve": [(((shape, "definite"), b), {}) for shape, b in [((3, 3), (3, 1)), ((2, 3, 3), (3, 2))]],
     "dot": [(((), (), (), (), ()), {"products": 2}), (((2, 3), (2, 3), (2, 3)), {"products": 0})],
     "pack": [(((), (), ()), {"dtype": np.float64})],
@@ -274,8 +299,8 @@ class TestPrimitives(Strict):
     def test_gradients_of_every_primitive(self):
         rng = np.random.default_rng(SEED)
         for prim in PRIMITIVES.values():
-            if not any(prim.vjps) or not prim.builtin or prim.name in ("join", "program", "result", "sealed"):
-                continue  # other tests made it; or it is an operation on graphs: see TestOptimizer
+            if not any(prim.vjps) or not prim.builtin or prim.name in GRAPHS:
+                continue  # other tests made it; or it is an operation on graphs: see TestGradients, TestOptimizer
             with self.subTest(primitive=prim.name, seed=SEED):
                 tested = list(cases(prim, rng))
                 self.assertTrue(tested, f"{prim.name} has no entry in SAMPLES: give it one, so that its rule is tested")
@@ -331,8 +356,10 @@ class TestPrimitives(Strict):
             (lambda: np.sum([v, v]), "np.stack"), (lambda: np.pad(v, 1, "mean"), "mean"), (lambda: v + "a", "operand"),
             (lambda: v + None, "operand"), (lambda: np.add(v, None), "add: expected"), (lambda: v * np.array(["a"]),
             "dtype"),
-            (lambda: np.linalg.norm(v, 3), "ord=3"), (lambda: v + 1j, "operand"), (lambda: v.sum(foo=1), "foo"),
+            (lambda: np.linalg.qr(v, "raw"), "np.linalg.qr: mode 'raw'"), (lambda: v + 1j, "operand"),
+            (lambda: v.sum(foo=1), "foo"),
             (lambda: np.add(v, 1j), "complex"),
+            (lambda: np.linalg.pinv(v, hermitian=True), "np.linalg.pinv: takes a, rcond"),
         ]:  # fmt: skip
             with self.assertRaisesRegex(TypeError, message):
                 call()
@@ -659,6 +686,22 @@ class TestArrays(Strict):
             repr(Tensor([1.5, 2])), "Tensor(shape=(2,), dtype=float32, distributed=False, data=[1.5, 2.0])"
         )
         self.assertEqual(repr(Tensor(1.5)), "Tensor(1.5)")
+        self.assertEqual(repr(Tensor(1.5, label="t")), "Tensor(1.5, label='t')")
+        self.assertTrue(repr(Tensor([[0.1], [2]], label="t")).endswith(", data=[[0.1], [2.0]], label='t')"))
+        whole = Tensor([1, 2], np.uint8)
+        self.assertTrue(repr(whole > 1).endswith("dtype=bool, distributed=False, data=[False, True])"))
+        self.assertTrue(repr(Tensor(np.where(np.arange(20) < 3, np.nan, np.inf))).endswith(", nan=3)"))
+
+    def test_label(self):
+        t = Tensor([1.0, 2.0], label="t")
+        for twin in (pickle.loads(pickle.dumps(t)), copy.copy(t), copy.deepcopy(t)):
+            self.assertEqual(twin.label, "t")
+        self.assertEqual([(t + 1).label, t[0].label, Value(t).label, Value(1.0).data.label], [""] * 4)
+        t.label = "u"
+        self.assertEqual(t.label, "u")
+        for cls in (Tensor, Value):
+            with self.assertRaisesRegex(TypeError, f"{cls.__name__}: label must be a string, got 3"):
+                cls(1.0, label=3)
 
     @needs_power
     def test_distributed_switches(self):
@@ -1275,6 +1318,13 @@ class TestValue(Strict):
         self.assertEqual(f"{Value(1.23456):.2f}", "1.23")
         self.assertEqual(repr(Value(1.5, label="x")), "Value(data=1.5, grad=0.0, label='x')")
         self.assertIn("op='tanh'", repr(np.tanh(v)))
+        small = Value([[0.1, 2]], label="w")
+        self.assertEqual(repr(small), "Value(shape=(1, 2), dtype=float32, data=[[0.1, 2.0]], label='w')")
+        self.assertEqual(str(small[:0]), "Value(shape=(0, 2), dtype=float32, data=[], op='getitem')")
+        large = np.ones((3, 3))
+        self.assertEqual(repr(Value(large)), "Value(shape=(3, 3), dtype=float32)")
+        large[1] = np.nan
+        self.assertEqual(repr(Value(large)), "Value(shape=(3, 3), dtype=float32, nan=3)")
         self.assertEqual(v.astype(float).dtype, np.float64)
         x = np.arange(3.0) - v
         self.assertIsInstance(x, Value)
@@ -1362,7 +1412,6 @@ class TestGradients(Strict):
         self.assertEqual(jacobian(lambda x: x * 2)(3.0), 2.0)
         self.assertEqual(grad(lambda x, y: x * y, argnums=(0, 1))(2.0, 3.0), (3.0, 2.0))
         self.assertEqual(value_and_grad(lambda x: x**2)(3.0), (9.0, 6.0))
-        self.assertEqual(grad(lambda x: 3.0)(1.0), 0.0)
         # A Value in gives a Value out; an outer variable that the inner function closes over is not lost.
         v = Value(2.0)
         out = grad(lambda x: x**3)(v)
@@ -1381,9 +1430,278 @@ class TestGradients(Strict):
         with no_grad():
             self.assertEqual(grad(lambda x: x**2)(3.0), 6.0)
 
+    def test_arguments_may_be_nests(self):
+        Pair = collections.namedtuple("Pair", "one two")
+        nest = {
+            "w": np.ones((2, 3)),
+            "b": 0.5,
+            "l": [np.arange(3.0, dtype=np.float32), (np.array(2.0), [1.0, 2.0])],
+            "p": Pair(np.ones(1), collections.OrderedDict(e=np.zeros(0))),
+        }
+
+        def f(n):
+            last = np.sum(n["p"].one) * n["l"][1][0] * np.prod(n["l"][1][1]) + np.sum(n["p"].two["e"])
+            return np.sum(np.tanh(n["w"] @ n["l"][0]) * n["b"]) * last
+
+        slopes = grad(f)(nest)
+        self.assertEqual((list(slopes), type(slopes["l"]), type(slopes["l"][1])), (list(nest), list, tuple))
+        self.assertEqual((type(slopes["p"]), type(slopes["p"].two)), (Pair, collections.OrderedDict))
+        self.assertEqual((slopes["l"][0].dtype, slopes["l"][1][1].tolist()), (np.float32, [f(nest), f(nest) / 2]))
+        flat, unravel = ravel_nest(nest)
+        self.assertEqual((flat.dtype, flat.shape), (np.float64, (14,)))
+        again = unravel(flat)
+        self.assertEqual((again["b"], again["l"][0].dtype, again["l"][1][0].shape), (0.5, np.float32, ()))
+        np.testing.assert_allclose(ravel_nest(slopes)[0], grad(lambda v: f(unravel(v)))(flat), rtol=1e-6)
+        values = unravel(Value(flat, np.float64))  # a Value in a nest: Values come out
+        twice = grad(f)(values)
+        self.assertTrue(all(isinstance(x, Value) for x in (*ravel_nest(values)[:1], twice["b"], twice["p"].two["e"])))
+        np.testing.assert_allclose(ravel_nest(twice)[0].data.data, ravel_nest(slopes)[0], rtol=1e-6)
+        wide = ravel_nest(nest | {"l": [np.arange(3.0), nest["l"][1]]})[1]
+        check_gradients(lambda v: f(wide(v)), flat, order=2)
+        square = {"a": np.array([1.0, 2.0]), "b": 3.0}
+        rows = hessian(lambda n: np.sum(n["a"] ** 2) * n["b"])(square)
+        self.assertEqual((rows["a"]["a"].tolist(), rows["a"]["b"].tolist()), ([[6.0, 0.0], [0.0, 6.0]], [2.0, 4.0]))
+        self.assertEqual(grad(lambda x, y: x[0] * y["a"], (0, 1))([Value(2.0)], {"a": 3.0})[0][0].item(), 3.0)
+        self.assertEqual((ravel_nest({})[0].shape, ravel_nest(2)[1]([3.0])), ((0,), 3.0))
+        for call, error, message in [
+            (lambda: grad(f)({"w": None}), TypeError, r"argument 0\['w'\]: .*NoneType"),
+            (lambda: ravel_nest([np.ones(1), "a"]), TypeError, r"nest\[1\]: .*str"),
+            (lambda: unravel(np.ones(3)), ValueError, r"expected shape \(14,\), got \(3,\)"),
+            (lambda: grad(lambda x: [x, x])(1.0), ValueError, "must return one number, got list"),
+        ]:
+            self.assertRaisesRegex(error, message, call)
+
+    def test_products_with_jacobians(self):
+        def f(x, n):
+            return {"a": np.sin(x) * n["y"], "b": [x * np.sum(n["y"]), 3.0]}
+
+        x, y, v, g = 0.7, np.array([1.0, 2.0]), np.array([0.5, -1.0]), np.array([3.0, 4.0])
+        out, pull = vjp(f, x, {"y": y})
+        self.assertEqual((type(out["a"]), type(out["b"][0]), out["b"][1]), (np.ndarray, np.float64, 3.0))
+        for _ in range(2):  # as often as one likes
+            by_x, by_n = pull({"a": g, "b": (2.0, 1.0)})
+            self.assertAlmostEqual(by_x, np.sum(g * np.cos(x) * y) + 2.0 * 3.0)
+            np.testing.assert_allclose(by_n["y"], g * np.sin(x) + 2.0 * x)
+        again, change = jvp(f, (x, {"y": y}), (2.0, {"y": v}))
+        np.testing.assert_array_equal(again["a"], out["a"])
+        np.testing.assert_allclose(change["a"], np.cos(x) * 2.0 * y + np.sin(x) * v)
+        self.assertAlmostEqual(change["b"][0], 2.0 * 3.0 + x * -0.5)
+        self.assertEqual(change["b"][1], 0.0)
+        r = lambda x, c: np.sum(x**3) * c + x[0] * x[1]  # noqa: E731
+        full = np.diag(6 * y * 2.0) + [[0.0, 1.0], [1.0, 0.0]]
+        np.testing.assert_allclose(hvp(lambda x: r(x, 2.0), y, v), full @ v)
+        by_y, by_c = hvp(r, (y, 2.0), (v, 0.0))
+        np.testing.assert_allclose(by_y, full @ v)
+        self.assertAlmostEqual(by_c, np.sum(3 * y**2 * v))
+        self.assertEqual(hvp(np.sum, (y,), (v,))[0].tolist(), [0.0, 0.0])  # in silence
+        self.assertEqual(jvp(np.square, y.astype(np.float32), v)[1].dtype, np.float32)
+        self.assertEqual(jvp(np.sum, y.astype(np.float32), v)[1].dtype, np.float32)
+        # They are differentiable themselves, by arguments and by what is passed with them.
+        self.assertAlmostEqual(grad(lambda x: jvp(np.sin, x, 1.0)[1])(0.3), -np.sin(0.3))
+        self.assertAlmostEqual(grad(lambda g: vjp(np.sin, 0.3)[1](g)[0])(2.0), np.cos(0.3))
+        t = Value(2.0)
+        hvp(lambda x: r(x, 2.0), y, v * t)[0].backward()
+        self.assertAlmostEqual(t.grad.item(), (full @ v)[0])
+        w = Value(2.0)
+        jvp(lambda x: x * w, w, 1.0)[1].backward()
+        self.assertEqual(w.grad.item(), 1.0)
+        for call, message in [
+            (lambda: pull({"a": [1.0], "b": [1.0, 1.0]}), r"gradient\['a'\]: expected shape \(2,\), got \(1,\)"),
+            (lambda: pull([1.0]), "gradient: expected a dict of .*'a', 'b'"),
+            (lambda: hvp(np.sum, y, 1.0), r"expected shape \(2,\), got \(\)"),
+        ]:
+            self.assertRaisesRegex(ValueError, message, call)
+
+    def test_what_else_a_function_returns(self):
+        f = lambda x: (x**2, {"half": x / 2, "name": "f", "n": [3]})  # noqa: E731
+        slope, extra = grad(f, has_aux=True)(3.0)
+        self.assertEqual((slope, extra), (6.0, {"half": 1.5, "name": "f", "n": [3]}))
+        self.assertIs(type(extra["half"]), np.float64)
+        (value, extra), slope = value_and_grad(f, has_aux=True)(Value(3.0))
+        self.assertEqual((value.item(), extra["half"].item(), slope.item()), (9.0, 1.5, 6.0))
+        self.assertEqual(grad(lambda x: grad(f, has_aux=True)(x)[1]["half"] * x)(3.0), 3.0)
+        with self.assertRaisesRegex(TypeError, "has_aux: .*pair, got"):
+            grad(lambda x: x, has_aux=True)(1.0)
+
+    def test_what_does_not_depend_on_the_argument_warns(self):
+        w = Value(2.0)
+        for f in (lambda x: 3.0, lambda x: w * 2.0, lambda x: x.detach(), lambda x: np.sum(x > 0)):
+            with self.assertWarnsRegex(UserWarning, "does not depend on the argument") as caught:
+                self.assertEqual(grad(f)(1.0), 0.0)
+            self.assertEqual(caught.filename, __file__)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.assertEqual(grad(lambda n: n["a"] * 2.0)({"a": 1.0, "b": 2.0}), {"a": 2.0, "b": 0.0})
+            self.assertEqual(hessian(np.sum)(np.ones(2)).tolist(), [[0.0, 0.0], [0.0, 0.0]])
+            check_gradients(lambda x: 3.0 * x, 2.0, order=2)
+
+    def test_checkpoints_keep_results_only(self):
+        rng, inner = np.random.default_rng(0), []
+        w = Value(rng.normal(size=(3, 3)), np.float64)
+
+        def layer(x, shift=0.0):
+            h = np.tanh(x @ w)
+            inner.append(weakref.ref(h))
+            return h * x + w[0] + shift
+
+        kept = checkpoint(layer)
+        forms = [
+            (lambda x: kept(kept(x, shift=0.5)), lambda x: layer(layer(x, shift=0.5))),
+            (
+                lambda x: checkpoint(lambda x: kept(kept(x) * 2.0) + kept(x))(x),
+                lambda x: layer(layer(x) * 2.0) + layer(x),
+            ),
+            (
+                lambda x: np.prod(np.stack([*checkpoint(lambda x: (x.sum(), x.mean() + w[0, 0]))(x)])),
+                lambda x: x.sum() * (x.mean() + w[0, 0]),
+            ),
+            (lambda x: checkpoint(lambda x: {"y": [x * w, 2], "x": x})(x)["y"][0], lambda x: x * w),
+        ]
+        for short, long in forms:
+            x = Value(rng.normal(size=(3, 3)), np.float64)
+            del inner[:]
+            out = short(x).sum()
+            self.assertEqual([h() for h in inner], [None] * len(inner))
+            for way in (lambda y: y, copy.deepcopy, lambda y: pickle.loads(pickle.dumps(y)), *WAYS[1:]):
+                self.assertAlmostEqual(way(out).forward().item(), long(x).sum().item(), places=12)
+            for way in WAYS:
+                w.grad = x.grad = None
+                way(out).backward()
+                got = x.grad.data.copy(), w.grad.data.copy()
+                w.grad = x.grad = None
+                long(x).sum().backward()
+                for g, v in zip(got, (x, w)):
+                    np.testing.assert_allclose(g, v.grad.data, rtol=1e-12, atol=1e-12)
+            check_gradients(lambda x, short=short: np.tanh(short(x)), x, order=2)
+            w.data = w.data * 0.5  # a replay reads anew
+            self.assertAlmostEqual(out.forward().item(), long(x).sum().item(), places=12)
+
+    def test_checkpoints_of_all_sorts(self):
+        number = checkpoint(lambda x: np.exp(x) * x)
+        self.assertIs(type(number(Value(2.0))._held), float)
+        self.assertAlmostEqual(grad(grad(number))(2.0), 4.0 * math.exp(2.0))
+        v, half = Value(2.0), Value([1.0, 2.0])
+        a, b, c = checkpoint(lambda x: (x * half, x * 2.0, x > 0))(v)
+        self.assertEqual((a.dtype, type(b._held), c.item()), (np.float32, float, True))
+        self.assertIs(checkpoint(lambda x: x)(v), v)
+        self.assertEqual(checkpoint(lambda: 3)(), 3)
+        draws = checkpoint(lambda x: x * np.random.default_rng().normal(size=2))(v)
+        self.assertEqual(draws.forward().tolist(), draws.tolist())  # the same random numbers
+        draws.sum().backward()
+        self.assertAlmostEqual(v.grad.item(), draws.data.data.sum() / 2.0)
+        t = Tensor([1.0, 2.0])
+        out = checkpoint(lambda x: (x * t) ** 2)(v)
+        t.data = [3.0, 4.0]
+        self.assertEqual(out.forward().tolist(), [36.0, 64.0])
+        out.label = "out"
+        wrong = primitive(lambda x: x * 2.0, lambda g, out, x: g * np.ones(7), name="wrong in a checkpoint")
+        bad = checkpoint(lambda x: wrong(x).sum())(half)
+        with self.assertRaisesRegex(ValueError, "in the rule of wrong in a checkpoint"):
+            bad.backward()
+        del PRIMITIVES[wrong.name], TABLE[wrong.forward]
+        with no_grad():
+            self.assertIsNone(number(v)._prim)
+        model = MLP(2, [3, 1], seed=0)
+        loss = checkpoint(model)(np.ones((4, 2))).sum()
+        loss.backward(retain_grads=False)
+        got = [p.grad.data.copy() for p in model.parameters()]
+        model.zero_grad()
+        model(np.ones((4, 2))).sum().backward()
+        for g, p in zip(got, model.parameters()):
+            np.testing.assert_allclose(g, p.grad.data, rtol=1e-6)
+        with self.assertRaisesRegex(TypeError, "expected a function, got 3"):
+            checkpoint(3)
+
+    def test_where_inf_and_nan_come_from(self):
+        x = Value([0.0, 1.0, 2.0], label="x")
+        with np.errstate(all="ignore"):
+            self.assertIsNone(find_nonfinite(np.sum(x * 2.0)))
+            y = (x - 1.0) / 2.0
+            z = 1.0 / y
+            z.label = "z"
+            text = find_nonfinite(np.sum(z * 0.0))
+            for part in (r"values: divide 'z' has inf in 1 of 3, shape \(3,\)", "operand 0: constant",
+                         r"operand 1: divide made of subtract, constant, shape \(3,\), -0.5 to 0.5"):  # fmt: skip
+                self.assertRegex(text, part)
+            self.assertNotIn("np.where", text)
+            for way in WAYS:
+                loss = way(np.sum(np.where(x > 0, np.sqrt(x) * 2.0, 0.0)))
+                x.grad = None
+                self.assertIsNone(find_nonfinite(loss))
+                loss.backward()
+                text = find_nonfinite(loss)
+                self.assertRegex(text, r"^gradients: the rule of sqrt gives leaf 'x' nan in 1 of 3")
+                self.assertRegex(text, r"branch of np.where.*\n.*np.where\(ok, f\(np.where\(ok, x, 1.0\)\), 0.0\)")
+            x.grad = None
+            for kept in (np.log, checkpoint(np.log)):
+                loss = np.sum(kept(x))
+                loss.backward(retain_grads=False)
+                self.assertRegex(
+                    find_nonfinite(loss), "values: log has inf in 1(.|\n)*the rule of log gives leaf 'x' inf"
+                )
+            x.grad = None
+            masked = np.where(Tensor([True, False, True]), x, -np.inf)
+            self.assertIsNone(find_nonfinite(np.sum(softmax(masked))))  # infinite on purpose
+            self.assertRegex(
+                find_nonfinite(masked.sum()), r"where has inf(.|\n)*operand 2: constant, .*, inf in 1 of 1"
+            )
+            self.assertRegex(find_nonfinite(Value([np.nan], label="w") * x), "^values: leaf 'w' has nan in 1 of 1")
+        with self.assertRaisesRegex(TypeError, "root must be a Value, got float"):
+            find_nonfinite(1.0)
+
 
 class TestCatalogue(Strict):
     """Room 5: every operation on awkward operands, and NumPy's functions on Values against NumPy."""
+
+    def test_updates_at_an_index_are_numpys(self):
+        rng = np.random.default_rng(SEED)
+        a = rng.normal(size=(3, 4))
+        places = [
+            1,
+            (slice(None), -2),
+            [0, 2, 0],
+            (np.array([0, 2, 0]), [1, 1, 1]),
+            a > 0,
+            (None, 1),
+            ...,
+            (),
+            np.zeros(0, int),
+        ]
+        for index, (how, ufunc) in itertools.product([*places, slice(0, 0)], HOWS.items()):
+            shape = a[index].shape
+            for x in [rng.normal(size=shape), rng.normal(size=shape[1:]), 0.3]:
+                expected = a.copy()
+                if ufunc is None:
+                    expected[index] = x
+                else:
+                    ufunc.at(expected, index, x)
+                for left, right in itertools.product([Value, Tensor], [Value, Tensor, lambda x, dtype: x]):
+                    out = getattr(left(a, np.float64).at[index], how)(right(x, np.float64))
+                    np.testing.assert_allclose(out.data if left is right is Tensor else np.asarray(out.data), expected)
+        for how in HOWS:  # ties, zeros and repeats
+            v = Value([1.0, 2.0, 0.0])
+            out = getattr(v.at[np.array([0, 0, 2])], how)(Value([1.0, 1.0, 0.0]))
+            if how == "multiply":
+                self.assertRaisesRegex(TypeError, "names an element twice.*in the rule of update", out.sum().backward)
+                continue
+            out.sum().backward()
+            shares = {"set": 0, "add": 1, "min": 1 / 3, "max": 1 / 3}
+            self.assertAlmostEqual(v.grad.data[0], shares[how], places=6)
+        v, t = Value([1.0, 2.0, 3.0]), Tensor([0, 2], np.int64)
+        out = v.at[t].multiply(Value(np.array([2.0, 3.0]), np.float64))
+        self.assertEqual((out.dtype, v.tolist()), (np.float32, [1.0, 2.0, 3.0]))
+        t.data = [1, 1]  # a replay reads it anew
+        for make in WAYS:
+            self.assertEqual(make(out).forward().tolist(), [1.0, 12.0, 3.0])
+        self.assertIs(type(Value(2.0).at[()].set(3)._held), float)
+        self.assertIsInstance(Tensor([1, 2]).at[0].set(Value(9.0)), Value)
+        for call, error, message in [
+            (lambda: v.at.set(3), TypeError, "expected an index"),
+            (lambda: v.at[0].set("a"), TypeError, "at: expected"),
+            (lambda: v.at[5].set(3), IndexError, "out of bounds"),
+            (lambda: v.at[:2].add([1.0] * 3), ValueError, "broadcast"),
+        ]:
+            self.assertRaisesRegex(error, message, call)
 
     def test_what_was_kept_for_other_parameters_is_not_taken(self):
         for index, slope in (((0, 1), [0.0, 0.0]), ((False, True), [1.0, 0.0]), ((0, 1), [0.0, 0.0])):
@@ -1671,6 +1989,136 @@ class TestCatalogue(Strict):
                 np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
                 tensors = function(*(Tensor(x, x.dtype) if isinstance(x, np.ndarray) else x for x in args))
                 np.testing.assert_allclose(np.asarray(tensors), expected, rtol=1e-12, atol=1e-12)
+
+    def test_numpys_functions_have_its_values_and_the_gradients_of_differences(self):
+        rng = np.random.default_rng(SEED)
+        a, b, c, square = (rng.normal(size=shape) for shape in [(3, 4), (4,), (2, 3, 4), (3, 3)])
+        stack, mask, grid = rng.normal(size=(2, 3, 3)), a > 0, np.arange(-2.0, 4.0) + rng.uniform(-0.3, 0.3, 6)
+        wide, line, linalg = rng.normal(size=(2, 3)), np.linspace(-1.0, 2.0, 7), np.linalg
+        definite, zeros = stack @ stack.mT / 3 + np.eye(3), np.array([0.0, 0.0, 1.5, 0.0, -2.0, 0.0])
+        sixes = rng.normal(size=(2, 3, 6)) / 5 + np.eye(6).reshape(2, 3, 6)
+        over_0, over_1 = np.exp(b), np.exp(b[::-1])
+        programs = [
+            (np.hsplit, (a, 2)), (np.hsplit, (b, [1, 3])), (np.vsplit, (a, [1])), (np.dsplit, (c, [3, 1])),
+            (np.split, (a, [2, 1, 3], 1)), (np.array_split, (a, 3, -1)), (np.unstack, (a,)),
+            (np.unstack, (c,), {"axis": -1}),
+            (np.broadcast_arrays, (a, b, np.array([[2.0]]))), (np.meshgrid, (b, grid)),
+            (np.meshgrid, (b, grid, zeros[:2]), {"indexing": "ij"}), (np.meshgrid, (b, grid), {"sparse": True}),
+            (np.partition, (grid[[3, 0, 5, 1, 4, 2]], 2)), (np.partition, (a, (1, 2), 0)), (np.partition, (a, 3, None)),
+            (np.compress, ([True, False, True], a, 0)), (np.compress, ([0, 1], a, -1)), (np.compress, (mask[0], a)),
+            (np.extract, (mask, a)), (np.choose, ([0, 1, 1, 0], [b, grid[:4]])),
+            (np.choose, (np.array([[3, -1], [0, 1]]), c[:, :2, :2]), {"mode": "wrap"}),
+            (np.choose, ([2, 0, 1, -3], [b, 1.0]), {"mode": "clip"}),
+            (np.select, ([mask, a < -0.5], [a, b], 2.0)), (np.select, ([mask], [a])),
+            (np.piecewise, (a, [a < -0.5, mask], [lambda x: x * x, np.exp, 3.0])), (np.piecewise, (b, b > 0, [np.sin])),
+            (np.piecewise, (b, [True, False, True, True], [lambda x, k: k * x, 1.0], 3.0)),
+            (np.insert, (a, 1, b, 0)), (np.insert, (a, [0, 2], 5.0)), (np.insert, (b, slice(2), np.array([2.0]))),
+            (np.insert, (a, [3, 1], np.array([[7.0, 8.0]]), -1)), (np.ediff1d, (a,)),
+            (np.ediff1d, (b, np.array([1.0, 2.0]), a)), (np.apply_along_axis, (lambda x: x * x[0], 0, c)),
+            (np.apply_along_axis, (lambda x, k: np.sum(x) * k, -1, a, 2.0)),
+            (np.apply_along_axis, (lambda x: np.outer(x, x), 1, c)), (np.apply_over_axes, (np.sum, c, (0, -1))),
+            (np.apply_over_axes, (np.cumsum, a, 1)), (np.linspace, (a, b, 5)), (np.linspace, (1.0, b, 4, False)),
+            (np.linspace, (a, 3, 1), {"axis": -1}), (np.linspace, (b, 3.0, 6, True, True)),
+            (np.logspace, (b / 5, b / 3, 3)), (np.logspace, (0, b, 3, False, 2.0), {"axis": 1}),
+            (np.geomspace, (over_0, over_1, 5)), (np.geomspace, (-over_0, -over_1, 4, False), {"axis": -1}),
+            (np.pad, (a, ((0, 2), (1, 3)), "linear_ramp")), (np.pad, (b, 2, "linear_ramp"), {"end_values": (1.0, -2)}),
+            (np.cross, (stack, square[1])), (np.cross, (square.T, stack), {"axisa": 0, "axisc": 1}),
+            (np.cross, (square, square.T), {"axis": 0}), (linalg.cross, (square, stack), {"axis": -2}),
+            *[(np.convolve, (x, y, mode)) for mode in ("full", "same", "valid") for x, y in [(b, grid), (line, b)]],
+            *[(np.correlate, (x, y, mode)) for mode in ("full", "same", "valid") for x, y in [(b, grid), (line, b)]],
+            (np.convolve, (b, np.array(2.0))), (np.interp, (a, line, line**2)), (np.interp, (a, grid, zeros, -1.0, 2)),
+            (np.interp, (0.3, [0.0, 1.0], np.array([2.0, 5.0]))), (np.interp, (b, [0.5], np.array([2.0]))),
+            (np.gradient, (a,)), (np.gradient, (a, 0.5, grid[:4])), (np.gradient, (c, 2.0), {"axis": (0, -1)}),
+            (np.gradient, (a, np.array([0.0, 1.0, 3.0])), {"axis": 0, "edge_order": 2}),
+            (np.gradient, (b, 0.1), {"edge_order": 2}), (np.vander, (b,)), (np.vander, (b, 3, True)),
+            (np.polyval, (b, a)), (np.polyval, ([1.0, 2.0], b)), (np.polyadd, (b, grid)), (np.polysub, (grid, b)),
+            (np.polymul, (grid, b)), (np.polyder, (grid, 2)), (np.polyint, (b, 2, 1.0)),
+            (np.polyint, (b,)), (np.polyfit, (grid, zeros + line[1:], 2)),
+            (np.polyfit, (grid, np.stack([zeros, line[1:]], 1), 1), {"w": np.exp(grid)}),
+            *[(linalg.eigh, (x, *args)) for x in (square, stack) for args in [(), ("U",)]], (linalg.eigvalsh, (stack,)),
+            *[(linalg.svd, (x,), {"full_matrices": False}) for x in (wide, wide.T, c)], (linalg.svd, (stack,)),
+            (linalg.svdvals, (c,)), (linalg.svd, (a,), {"compute_uv": False}),
+            *[(linalg.qr, (x,)) for x in (wide, wide.T, c, stack)], (linalg.qr, (c, "r")), (linalg.pinv, (wide,)),
+            (linalg.pinv, (c,)), (linalg.pinv, (wide.T, 1e-9)), (linalg.lstsq, (a.T, b)), (linalg.lstsq, (a, a[:, :2])),
+            (linalg.lstsq, (wide, wide[:, 0])), *[(linalg.matrix_power, (definite, n)) for n in (-3, -1, 0, 1, 2, 5)],
+            (linalg.multi_dot, ([a, c[0].T, square],)), (linalg.multi_dot, ([b, a.T, a, b],)),
+            (linalg.tensorsolve, (sixes, wide)), (linalg.tensorinv, (sixes,)),
+            (linalg.tensorsolve, (sixes.swapaxes(1, 2), wide, (1,))), (linalg.tensorinv, (definite[0], 1)),
+            *[(linalg.cond, (definite, p)) for p in (None, 2, -2, 1, -1, np.inf, "fro")], (linalg.cond, (wide,)),
+            *[(linalg.norm, (b, p)) for p in (0, 3, 0.5, -2, 2.5)], *[(linalg.norm, (c, p, -2)) for p in (3, -np.inf)],
+            *[(linalg.norm, (c, p, (0, -1), True)) for p in ("fro", "nuc", 1, -1, 2, -2, np.inf, -np.inf)],
+            *[(linalg.matrix_norm, (c,), {"ord": p}) for p in ("fro", "nuc", 1, -2)], (linalg.vector_norm, (c,)),
+            (linalg.matrix_norm, (a,), {"keepdims": True}), (linalg.diagonal, (c,), {"offset": 1}),
+            *[(linalg.vector_norm, (c,), {"ord": p, "axis": (0, -1), "keepdims": True}) for p in (1, 2, 3, np.inf)],
+            (linalg.trace, (c,)), (np.vecdot, (c, b)), (np.vecdot, (a, c[1, :, :1]), {"axis": 0}),
+            (linalg.vecdot, (c, a), {"axis": -2}), (np.matvec, (c, b)), (np.matvec, (a, c)),
+            (np.vecmat, (c[:, :, :3], a)),
+            (np.vecmat, (b, c.mT)), (np.astype, (a, np.float64)),
+        ]  # fmt: skip
+        for function, args, *more in programs:
+            with self.subTest(seed=SEED, function=function.__name__, args=str((args, more))[:200]):
+                self.check_program(function, args, more[0] if more else {})
+
+    def test_vectors_of_equal_values_do_not_turn(self):
+        rng = np.random.default_rng(SEED)
+        q = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+        for a in (np.eye(3), q @ np.diag([2.0, 1.0, 1.0]) @ q.T, np.zeros((3, 3)), np.diag([2.0, 1.0, 0.0])):
+            for f in (np.linalg.eigh, np.linalg.svd):
+                v = Value(a, float)
+                parts = f(v)
+                sum([np.sum(part * rng.normal(size=part.shape)) for part in parts]).backward()
+                self.assertLess(np.abs(v.grad.data).max(), 20.0)
+                slopes = hessian(lambda x, f=f: np.sum(np.square(f(x)[f is np.linalg.svd])))(a)
+                self.assertTrue(np.isfinite(slopes).all())
+            slope = grad(lambda x: np.sum(np.square(np.linalg.svdvals(x))))(a)  # in which equal values count alike
+            np.testing.assert_allclose(slope, 2 * a, atol=1e-12)
+
+    def test_zeros_in_front_are_trimmed(self):
+        for args, slope in [(([0.0, 2.0, 0.0, 3.0, 0.0],), [0, 1, 1, 1, 0]), (([0.0, 2.0, 0.0], "b"), [1, 1, 0])]:
+            x = Value(args[0])
+            out = np.trim_zeros(x, *args[1:])
+            self.assertEqual(out.tolist() if isinstance(out, Tensor) else out.data.tolist(), np.trim_zeros(*args))
+            out.backward()
+            self.assertEqual(x.grad.tolist(), slope)
+        self.assertEqual(np.trim_zeros(Value([0.0, 0.0])).shape, (0,))
+        for p in ([0.0, 1.0, 2.0], [0.0, 0.0]):
+            out = np.polymul(Value(p), [0.0, 3.0, 1.0])
+            self.assertEqual(out.data.tolist(), np.polymul(p, [0.0, 3.0, 1.0]).tolist())
+
+    def check_program(self, function, args, kwargs):
+        """A function's value is NumPy's, of Values and of Tensors; its gradients are those of finite differences."""
+
+        def leaves(x):
+            return [leaf for part in x for leaf in leaves(part)] if isinstance(x, (list, tuple)) else [x]
+
+        def floats(out):
+            return [x for x in leaves(out) if isinstance(x, Value) and x.dtype.kind == "f"]
+
+        def filled(x):
+            if isinstance(x, (list, tuple)):
+                return type(x)(map(filled, x))
+            return next(values) if isinstance(x, np.ndarray) and x.dtype == np.float64 else x
+
+        free = [x for x in leaves([args, *kwargs.values()]) if isinstance(x, np.ndarray) and x.dtype == np.float64]
+        expected = leaves(function(*args, **kwargs))
+        for wrap in (lambda x: Value(x, np.float64), lambda x: Tensor(x, np.float64)):
+            values = iter(map(wrap, free))
+            out = leaves(function(*filled(args), **{name: filled(x) for name, x in kwargs.items()}))
+            self.assertEqual(len(out), len(expected))
+            for got, wanted in zip(out, expected):
+                raw = getattr(got, "_held", got)
+                self.assertEqual(
+                    (np.shape(raw), np.result_type(raw).kind), (np.shape(wanted), np.result_type(wanted).kind)
+                )
+                np.testing.assert_allclose(raw, wanted, rtol=1e-9, atol=1e-9)
+
+        def f(*xs):
+            nonlocal values
+            values = iter(xs)
+            out = floats(function(*filled(args), **{name: filled(x) for name, x in kwargs.items()}))
+            return sum([np.sum(x * np.cos(np.arange(x.size)).reshape(x.shape)) for x in out])
+
+        check_gradients(f, *free, rtol=1e-4, atol=1e-5)
 
     def test_gradients_of_compositions(self):
         rng = np.random.default_rng(SEED)
@@ -2716,6 +3164,21 @@ class TestNN(InFolder):
         self.assertEqual(repr(model), "MLP(2, [16, 1], activation='tanh') with 65 parameters")
         self.assertEqual(repr(Layer(2, 3)), "Layer(2, 3, activation='tanh')")
 
+    def test_a_printed_module_is_a_table(self):
+        class Pair(Module):
+            def __init__(self):
+                self.scale, self.parts = Value(1.0), {"first": MLP(2, [1000, 1]), "again": None}
+                self.parts["again"] = self.parts["first"]  # counted once
+
+        table = """
+Pair                  parameters              numbers
+                      scale ()                      1
+parts.first.layers.0  w (2, 1000), b (1000,)    3,000
+parts.first.layers.1  w (1000, 1), b (1,)       1,001
+total                                           4,002"""
+        self.assertEqual(str(Pair()), table.strip("\n"))
+        self.assertEqual(str(Module()), "Module  parameters  numbers\ntotal                     0")
+
     def test_numpys_errstate_is_a_context_variable(self):
         """Which a step asks for, in place of the errstate itself."""
         empty = contextvars.Context()
@@ -2751,9 +3214,12 @@ class TestDraw(InFolder):
 
     @staticmethod
     def boxes(graph):
-        """Node name -> its label's lines; boxes are v0, v1, ..., and op_v3 is the operation that made v3."""
-        found = re.findall(r"^\t(\w+) \[label=<(.*?)> \w+=", graph.source, re.M)
-        return {name: html.unescape(re.sub("<(?!br/).*?>", "", label)).split("<br/>") for name, label in found}
+        """Node name -> its label's lines, that of an operation first; boxes are v0, v1, ..."""
+        found = re.findall(r"^\t(v\d+) \[label=<(.*?)> tooltip=", graph.source, re.M)
+        return {
+            name: html.unescape(re.sub("<(?!br/).*?>", "", label.replace("</tr><tr>", "<br/>"))).split("<br/>")
+            for name, label in found
+        }
 
     @staticmethod
     def edges(graph):
@@ -2761,47 +3227,75 @@ class TestDraw(InFolder):
 
     @staticmethod
     def svg_text(graph):
-        """The lines of text in the boxes and ellipses of the picture that dot makes."""
+        """The lines of text in the boxes of the picture that dot makes."""
         space = "{http://www.w3.org/2000/svg}"
         groups = ElementTree.fromstring(graph.pipe(format="svg")).iter(space + "g")
         texts = [text for group in groups if group.get("class") == "node" for text in group.iter(space + "text")]
-        return ["".join(text.itertext()).replace("\N{NO-BREAK SPACE}", " ") for text in texts]
+        lines = ["".join(text.itertext()).replace("\N{NO-BREAK SPACE}", " ").strip() for text in texts]
+        return [line for line in lines if line]
 
     def test_scalar_graph(self):
         a, b = Value(2.0, label="a"), Value(3.0, label="b")
         c = a * b + a**2
         c.label = "c"
-        self.assertEqual(self.boxes(draw(a * b))["v2"], ["6"])  # no gradient before backward
+        self.assertEqual(self.boxes(draw(a * b))["v2"], ["*", "6"])  # no gradient before backward
         c.backward()
         graph = draw(c)
         expected = {
             "v0": ["a", "2", "grad 7"],
             "v1": ["b", "3", "grad 2"],
-            "v2": ["6", "grad 1"],
-            "op_v2": ["*"],
-            "v3": ["4", "grad 1"],
-            "op_v3": ["**"],
-            "v4": ["2"],
-            "v5": ["c", "10", "grad 1"],
-            "op_v5": ["+"],
+            "v2": ["*", "6", "grad 1"],
+            "v3": ["· ** 2", "4", "grad 1"],
+            "v4": ["+", "c", "10", "grad 1"],
         }
         self.assertEqual(self.boxes(graph), expected)
-        edges = "op_v2 v2, v0 op_v2, v1 op_v2, op_v3 v3, v0 op_v3, v4 op_v3, op_v5 v5, v2 op_v5, v3 op_v5"
-        self.assertEqual(self.edges(graph), [tuple(edge.split()) for edge in edges.split(", ")])
+        self.assertEqual(self.edges(graph), [tuple(e.split()) for e in ("v0 v2", "v1 v2", "v0 v3", "v2 v4", "v3 v4")])
         self.assertEqual(graph.source, draw(c).source)
 
     def test_kinds(self):
-        x, w = Tensor([1.0, 2.0]), Value([3.0, 4.0])
+        x, w = Tensor([1.0, 2.0], label="x"), Value([3.0, 4.0])
         result = w * x * np.float32([5.0, 6.0]) + 7.0
         colours = {}
-        for name, colour in re.findall(r"^\t(v\d+) .*? fillcolor=\"(#\w+)\"", draw(result).source, re.M):
-            colours.setdefault(colour, []).append(self.boxes(draw(result))[name][0])
-        self.assertEqual(
-            sorted(colours.values()), [["[1, 2]"], ["[22, 55]"], ["[3, 4]"], ["[3, 8]", "[15, 48]"], ["[5, 6]", "7"]]
-        )
-        legend = re.findall("<td .*?>(.*?)</td>", draw(result).source)
-        self.assertEqual(legend, ["leaf", "input", "constant", "intermediate", "result"])
-        self.assertEqual(re.findall("<td .*?>(.*?)</td>", draw(w).source), ["leaf"])
+        for name, colour in re.findall(r"^\t(v\d+) .*?<table .*?bgcolor=\"(#\w+)\"", draw(result).source, re.M):
+            colours.setdefault(colour, []).append(self.boxes(draw(result))[name])
+        constant, leaf, inner = [["[5, 6]"]], [["[3, 4]"]], [["*", "[3, 8]"], ["*", "[15, 48]"]]
+        self.assertEqual(sorted(colours.values()), [inner, leaf, constant, [["x", "[1, 2]"]], [["· + 7", "[22, 55]"]]])
+        self.assertEqual(self.boxes(draw(w * Tensor([1.0, 2.0])))["v1"], ["input", "[1, 2]"])
+        legend = re.findall("<td border.*?>(.*?)</td>", draw(result).source)
+        self.assertEqual(legend, ["leaf", "input", "constant", "operation", "result"])
+        self.assertEqual(re.findall("<td border.*?>(.*?)</td>", draw(w).source), ["leaf"])
+
+    def test_the_legend_explains_the_marks(self):
+        def notes(root):
+            return re.findall('<font point-size="9">(.*?)</font>', draw(root).source)
+
+        a, b = Value(1.0), Value(2.0)
+        self.assertEqual(notes(a + b), [])
+        self.assertRegex(notes(2.0 - a)[0], "^· stands for an operand")
+        self.assertRegex(notes(a - b)[0], "order of operands matters")
+        self.assertRegex(notes(np.stack([a, b, a, b]))[0], "numbers at arrows")
+        wide = Value(np.ones(9))
+        total = wide.sum()
+        total.backward()
+        self.assertEqual([note.split(" is ")[0] for note in notes(total)], ["<i>grad</i>", "<i>max |grad|</i>"])
+        self.assertIn("<b>one &lt; two</b>", draw(a, caption="one < two").source)
+
+    def test_not_finite(self):
+        x, w = Value([1.0, np.inf]), Value([0.0, 2.0])
+        boxes = re.findall(r"^\t(v\d+) .*?<table .*? border=\"(\d)\"", draw((x * w).sum()).source, re.M)
+        self.assertEqual(boxes, [("v0", "3"), ("v1", "1"), ("v2", "3"), ("v3", "3")])
+        root = np.sqrt(w).sum()
+        with np.errstate(divide="ignore"):
+            root.backward()  # an infinite gradient of a finite number
+        self.assertEqual(draw(root).source.count(' border="3"'), 2)  # of w, and in the legend
+        w.grad = 0
+        self.assertNotIn("not finite", draw(w * 2).source)
+
+    def test_hover_texts(self):
+        v = Value(np.arange(3.0).reshape(3, 1), label="v\\N")
+        (v * 2).sum().backward()
+        self.assertIn(r'tooltip="[[0.],\n [1.],\n [2.]]\ngrad\n[[2.],\n [2.],\n [2.]]"', draw(v).source)
+        self.assertIn('tooltip="[0., 0., 0., ..., 0., 0., 0.]"', draw(Value(np.zeros(1000))).source)
 
     def test_contrast(self):
         def luminance(colour):
@@ -2813,10 +3307,10 @@ class TestDraw(InFolder):
             dark, light = sorted([luminance(a), luminance(b)])
             return (light + 0.05) / (dark + 0.05)
 
-        source = draw((Value([1.0]) * Tensor([2.0]) + 3.0).sum()).source
+        source = draw((Value([1.0]) * Tensor([2.0]) + np.float32([3.0, np.nan])).sum()).source
         (ink,) = set(re.findall(r'fontcolor="(#\w+)"', source))
-        fills, borders = (set(re.findall(rf'[ \[]{key}="(#\w+)"', source)) for key in ("fillcolor", "color"))
-        self.assertEqual((len(fills), len(borders)), (6, 5))
+        fills, borders = (set(re.findall(rf'[ \[]{key}="(#\w+)"', source)) for key in ("bgcolor", "color"))
+        self.assertEqual((len(fills), len(borders)), (6, 6))
         for fill in fills:
             self.assertGreater(contrast(ink, fill), 12)
         for border in borders:
@@ -2827,54 +3321,74 @@ class TestDraw(InFolder):
         w = v * Tensor(-2.0)
         w.backward(np.arange(6.0).reshape(2, 3))
         boxes = self.boxes(draw(w))
-        self.assertEqual(boxes["v0"], ["v", "(2, 3) float32", "|grad| ≤ 10"])
-        self.assertEqual(self.boxes(draw(v[:, :2] / 3))["v1"], ["[[0, 1], [3, 4]]"])
-        self.assertEqual(self.boxes(draw(v[:0]))["v1"], ["(0, 3) float32"])
-        self.assertEqual(self.boxes(draw(v[0] > 1))["v2"], ["[False, False, True]"])
-        self.assertEqual(self.boxes(draw(v[0, 0] / 3 - np.inf))["v4"], ["-inf"])
+        self.assertEqual(boxes["v0"], ["v", "(2, 3) float32", "max |grad| 10"])
+        self.assertEqual(self.boxes(draw(v[:, :2] / 3))["v1"], ["getitem [:, :2]", "[[0, 1], [3, 4]]"])
+        self.assertEqual(self.boxes(draw(v[:0]))["v1"], ["getitem [:0]", "(0, 3) float32"])
+        self.assertEqual(self.boxes(draw(v[0] > 1))["v2"], ["· > 1", "[False, False, True]"])
+        self.assertEqual(self.boxes(draw(v[0, 0] / 3 - np.inf))["v3"], ["· - inf", "-inf"])
         huge = Value(np.ones(9))
         huge.sum().backward(1e30)  # its square, for a norm, would not fit float32
-        self.assertEqual(self.boxes(draw(huge))["v0"][1], "|grad| ≤ 1e+30")
+        self.assertEqual(self.boxes(draw(huge))["v0"][1], "max |grad| 1e+30")
         huge.grad = np.where(np.arange(9) > 4, np.nan, 1.0)
-        self.assertEqual(self.boxes(draw(huge))["v0"][1], "|grad| ≤ nan")
+        self.assertEqual(self.boxes(draw(huge))["v0"][1], "max |grad| nan")
+        huge.data = np.where(np.arange(9) > 4, np.nan, 1.0)
+        self.assertEqual(self.boxes(draw(huge))["v0"][:2], ["(9,) float32", "4 nan"])
         empty = Value(np.zeros((0, 2)))
         empty.sum().backward()
-        self.assertEqual(self.boxes(draw(empty))["v0"], ["(0, 2) float32", "|grad| ≤ 0"])
+        self.assertEqual(self.boxes(draw(empty))["v0"], ["(0, 2) float32", "max |grad| 0"])
+
+    def test_heads(self):
+        a, b = Value(2.0), Value(3.0)
+        cases = [
+            (-a, "neg"),
+            (+a, "pos"),
+            (abs(a), "abs"),
+            (~(a > b), "invert"),
+            (10.0 / a, "10 / ·"),
+            (a / 3.0, "· / 3"),
+            (a - b, "-"),
+            (a % -2.5, "· % -2.5"),
+            (np.maximum(a, 0.0), "maximum(·, 0)"),
+            (np.where(a > b, 1.0, b), "where(·, 1, ·)"),
+            (np.stack([a, 1.0]), "stack(·, 1) axis=0"),
+            (np.tanh(a), "tanh"),
+        ]
+        for result, expected in cases:
+            with self.subTest(expected=expected):
+                self.assertEqual([*self.boxes(draw(result)).values()][-1][0], expected)
 
     def test_parameters(self):
         v = Value(np.ones((4, 5)))
         cases = [
             (v.sum(axis=0, keepdims=True), ["sum", "axis=0", "keepdims=True"]),
             (v.sum(), ["sum"]),
+            (v.sum(axis=1), ["sum axis=1"]),
             (v.reshape(2, -1), ["reshape", "shape=(2, -1)"]),
-            (v[::-1, 1:3], ["getitem", "[::-1, 1:3]"]),
+            (v[::-1, 1:3], ["getitem [::-1, 1:3]"]),
             (v[..., None, 2], ["getitem", "[..., None, 2]"]),
-            (v[np.array([0, 2])], ["getitem", "[array(2,)]"]),
-            (v[Tensor([1, 2], dtype=np.int64)], ["getitem", "[·]"]),
-            (v.astype(np.float64), ["astype", "dtype=float64"]),
+            (v[np.array([0, 2])], ["getitem [array(2,)]"]),
+            (v[Tensor([1, 2], dtype=np.int64)], ["getitem [·]"]),
+            (v.astype(np.float64), ["astype dtype=float64"]),
             (np.einsum("ij->ji", v), ["einsum", "subscripts='ij->ji'"]),
         ]
         for result, expected in cases:
             with self.subTest(expected=expected):
-                labels = [label for name, label in self.boxes(draw(result)).items() if name.startswith("op_")]
-                self.assertEqual(labels, [expected])
+                lines = [*self.boxes(draw(result)).values()][-1]
+                self.assertEqual(lines[: len(expected)], expected)
 
     def test_one_object_is_one_box(self):
         x, t = Value([1.0, 2.0]), Tensor([3.0, 4.0])
         constant = np.float32([5.0, 6.0])
         graph = draw((x * x + t * x) * t + constant + x * constant)
-        counts = [text for name, text in self.boxes(graph).items() if name.startswith("v")]
-        for text in (["[1, 2]"], ["[3, 4]"], ["[5, 6]"]):
-            self.assertEqual(counts.count(text), 1)
-        self.assertEqual(self.edges(draw(x * x)), [("op_v1", "v1"), ("v0", "op_v1"), ("v0", "op_v1")])
-        y = Value(1.0) * 2.0 * 2.0 * 2.0  # numbers have no identity: three boxes, though Python may share the object
-        boxes = [text for name, text in self.boxes(draw(y)).items() if name.startswith("v")]
-        self.assertEqual(len(boxes), 7)
-        self.assertEqual(boxes.count(["2"]), 4)
+        boxes = [*self.boxes(graph).values()]
+        for text in (["[1, 2]"], ["input", "[3, 4]"], ["[5, 6]"]):
+            self.assertEqual(boxes.count(text), 1)
+        self.assertEqual(self.edges(draw(x * x)), [("v0", "v1"), ("v0", "v1")])
+        self.assertEqual(len(self.boxes(draw(Value(1.0) * 2.0 * 2.0 * 2.0))), 4)  # numbers are no boxes
 
     def test_order_of_operands(self):
         def ends(result, rankdir="LR"):
-            return re.findall(r"^\t(\w+) -> op_\w+ \[(head\w+)=(\w+) ", draw(result, rankdir=rankdir).source, re.M)
+            return re.findall(r"^\t(\w+) -> \w+ \[(head\w+)=(\w+) ", draw(result, rankdir=rankdir).source, re.M)
 
         a, b = Value(1.0), Value(2.0)
         self.assertEqual(ends(a - b), [("v0", "headport", "nw"), ("v1", "headport", "sw")])
@@ -2882,14 +3396,13 @@ class TestDraw(InFolder):
         self.assertEqual(ends(b - a, "TB"), [("v1", "headport", "nw"), ("v0", "headport", "ne")])
         self.assertEqual(ends(a * b), [])
         four = ends(np.stack([b, a, b, a]))
-        self.assertEqual(four, [(v, "headlabel", str(i)) for i, v in enumerate(["v1", "v0", "v1", "v0"])])
+        self.assertEqual(four, [(v, "headlabel", str(i)) for i, v in enumerate(["v1", "v0", "v1", "v0"], 1)])
 
     def test_direction(self):
-        wide = sum(Value(float(i)) * Value(float(i)) for i in range(8))
-        long = Value(1.0)
-        for _ in range(5):
+        short, long = Value(1.0).tanh(), Value(1.0)
+        for _ in range(40):
             long = long.tanh()
-        short = Value(1.0).tanh()
+        wide = np.stack([Value(1.0, label="w" * 40) for _ in range(40)]).sum()  # downwards, 40 boxes beside each other
         for root, expected in [(wide, "LR"), (long, "TB"), (short, "LR")]:
             self.assertIn(f"rankdir={expected} ", draw(root).source)
         self.assertIn("rankdir=TB ", draw(short, rankdir="TB").source)
@@ -2913,7 +3426,7 @@ class TestDraw(InFolder):
         for text, lines in shown.items():
             with self.subTest(text=text[:100]):
                 self.assertEqual(self.svg_text(draw(Value(1.0, label=text))), [*lines, "1"])
-        self.assertEqual(len(self.svg_text(draw(self.operation(" ")(Value(1.0))))), 3)
+        self.assertEqual(self.svg_text(draw(self.operation(" ")(Value(1.0)))), ["1", "1"])
 
     @needs_dot
     def test_parameters_are_safe(self):
@@ -2933,9 +3446,9 @@ class TestDraw(InFolder):
         with self.assertRaisesRegex(ValueError, r"100001 nodes .*max_nodes is 300\. Draw a part"):
             draw(v)
         two = Value(1.0) * 2.0 * 3.0 + Tensor(4.0)
-        with self.assertRaisesRegex(ValueError, r"7 nodes \(4 Values, 3 Tensors and constants\), and max_nodes is 6"):
-            draw(two, max_nodes=6)
-        self.assertEqual(len(self.boxes(draw(two, max_nodes=7))), 7 + 3)
+        with self.assertRaisesRegex(ValueError, r"5 nodes \(4 Values, 1 Tensors and constants\), and max_nodes is 4"):
+            draw(two, max_nodes=4)
+        self.assertEqual(len(self.boxes(draw(two, max_nodes=5))), 5)
 
     @needs_dot
     def test_files(self):
@@ -2946,6 +3459,11 @@ class TestDraw(InFolder):
             draw(v, path if name == "a.png" else str(path))
             self.assertTrue(path.read_bytes().startswith(magic), name)
         self.assertEqual(sorted(os.listdir(self.folder)), ["B.PNG", "a.pdf", "a.png", "a.svg"])
+        picture = ElementTree.parse(self.folder / "a.svg").getroot()
+        space = "{http://www.w3.org/2000/svg}"
+        self.assertIn("prefers-color-scheme: dark", picture.find(f"{space}style").text)
+        titles = [link.get("{http://www.w3.org/1999/xlink}title") for link in picture.iter(f"{space}a")]
+        self.assertEqual(titles, ["2.", "4."])
         if os.name == "posix":
             (self.folder / "plain").touch()
             self.assertEqual((self.folder / "a.png").stat().st_mode, (self.folder / "plain").stat().st_mode)
@@ -3280,6 +3798,19 @@ class TestBlocks(Strict):
                 abs(np.sum(Tensor(data) * 1).item() - exact), abs(float(data.sum()) - exact) + 1e-7 * exact
             )
 
+    def test_printing_is_one_pass_that_keeps_nothing(self):
+        data = np.ones((4000, 1000), np.float32)
+        data[1, 2:5] = np.nan
+        with distributed_config(enabled=True):
+            y = Tensor(data) * 2 + 1
+            tracemalloc.start()
+            said = repr(y)
+            self.assertLess(tracemalloc.get_traced_memory()[1], 8e6, "nothing of full size is allocated")
+            tracemalloc.stop()
+            self.assertEqual(said, "Tensor(shape=(4000, 1000), dtype=float32, distributed=True, nan=3)")
+            self.assertIsNotNone(y._held.buffer.step, "it still waits")
+            self.assertEqual(y._held.buffer.given, 0)
+
     def test_chains_fuse(self):
         with distributed_config(enabled=True), mock.patch.object(picograd, "_FEW_BLOCKS", 0):
             x = Tensor(np.ones((4000, 1000)))
@@ -3287,7 +3818,7 @@ class TestBlocks(Strict):
             with mock.patch.object(picograd, "run_blocks", wraps=picograd.run_blocks) as runs:
                 y = np.tanh(x * 2 + 1) - x
                 runs.assert_not_called()
-                repr(y), y.shape, y.dtype
+                self.assertEqual((y.shape, y.distributed), ((4000, 1000), True))
                 runs.assert_not_called()
                 y.sum()
                 self.assertEqual((runs.call_count, len(runs.call_args[0][0]), runs.call_args[0][3]), (1, 4, []))
@@ -4557,6 +5088,38 @@ class TestOptimizer(Strict):
         loss = sum(np.sum(model(row)) for row in inputs)
         self.compare(loss, model.parameters() + inputs, lambda: setattr(inputs[3], "data", np.ones(3)))
 
+    def test_a_stack_of_what_is_in_an_array_already(self):
+        rng = np.random.default_rng(SEED)
+        for losses in (mse_loss, cross_entropy):
+            model = MLP(3, [5, 2 if losses is cross_entropy else 1], seed=0, dtype=np.float64)
+            x, y = rng.normal(size=(4, 3)), [1, 0, 0, 1] if losses is cross_entropy else rng.normal(size=4)
+            each = [losses(model(Tensor(row, np.float64)), label) for row, label in zip(x, y)]
+            for root in (np.mean(np.stack(each)), np.stack(each[::-1]), np.stack(each[1:3] + each[:1])):
+                fast = self.compare(root, model.parameters(), lambda: None)
+                self.assertEqual(self.names(fast.graph).count("stack"), 1)  # of the inputs
+            np.testing.assert_allclose(optimize(np.mean(np.stack(each))).item(), losses(model(x), np.array(y)).item())
+        numbers = [Value(float(i)) for i in range(20)]
+        squares = [np.tanh(v) for v in numbers]
+        self.compare(np.stack(squares), numbers, lambda: None)
+        self.compare(np.stack([squares[3], np.array(0.0), 1.0]), numbers, lambda: None)
+
+    def test_pictures(self):
+        a, b = Value(2.0, label="a"), Value([[1.0, 2.0]] * 3, label="b")
+        fast = optimize(np.exp(a * b - 1.0).sum())
+        boxes = TestDraw.boxes(draw(fast))
+        self.assertEqual(
+            [*boxes.values()],
+            [["a", "2"], ["b", "(3, 2) float32"], ["exp(a * b - 1)", "(3, 2) float32"], ["sum", "68.41"]],
+        )
+        clipped = optimize(np.clip(b, Tensor([0.0, 1.0], label="t"), 3.0) * a.detach())
+        self.assertEqual(
+            [text[0] for text in TestDraw.boxes(draw(clipped)).values()][-1], "at most(at least(b, t), 3) * ·"
+        )
+        self.assertEqual(self.names(optimize(a.detach()).graph), ["detach"])
+        root = fast + 1.0
+        root.backward()
+        self.assertEqual([*TestDraw.boxes(draw(root)).values()][-1], ["· + 1", "69.41", "grad 1"])  # a program is in it
+
     def test_fuse(self):
         x, w, b = (
             Value(np.random.default_rng(0).normal(size=s), np.float64, n)
@@ -5334,7 +5897,8 @@ class TestElsewhere(unittest.TestCase):
         v = Value(Counted(self.x[:1, :2]))
         y = (v * v).sum()
         y.backward()
-        self.assertIn("(1, 2) float32", draw(y).source)
+        self.assertIn("(1, 2) float32<br/>not computed<br/><i>grad not computed</i>", draw(y).source)
+        self.assertIn('tooltip="not computed\\ngrad\\nnot computed"', draw(y).source)
         self.assertIn("shape=(1, 2)", repr(v))
         self.assertEqual(Counted.copies_home, 0)
 
@@ -5476,7 +6040,8 @@ class TestDask(unittest.TestCase):
         with self.passes() as count:
             model, x = MLP(6, [5, 3], seed=2), Value(self.chunked(self.x))
             loss = cross_entropy(model(x), self.chunked(self.labels))
-            repr(x), repr(loss), loss.distributed, x.shape, draw(loss)
+            repr(x), repr(loss), loss.distributed, x.shape
+            self.assertRegex(draw(loss).source, r"\(60, 6\) float32<br/>chunksize=\(\d+, \d+\)<br/>not computed")
             self.assertEqual(len(count), 0)
             loss.backward()
             self.assertEqual(len(count), 1)
@@ -5889,7 +6454,9 @@ class TestDemo(unittest.TestCase):
         for name in ("initial_graph.png", "optimized_graph.png", "trained_model.png"):
             picture = (self.folder / "graph" / name).read_bytes()
             self.assertEqual(picture[:8], b"\x89PNG\r\n\x1a\n")
-            self.assertLessEqual(struct.unpack(">I", picture[16:20])[0], 900, f"{name} is wider than a page")
+            width, height = struct.unpack(">II", picture[16:24])
+            self.assertLessEqual(width, 1200, f"{name} is wider than a page")
+            self.assertLessEqual(height, 1000, f"{name} is higher than a page")
         self.assertNotIn("\r", run.stdout)
 
     def test_seed_decides_everything(self):
@@ -5908,6 +6475,7 @@ class TestDemo(unittest.TestCase):
             "plain.csv": None,
             "semicolon.csv": lambda text: text.replace(",", ";"),
             "tab.csv": lambda text: text.replace(",", "\t"),
+            "decimal_comma.csv": lambda text: text.replace(",", ";").replace(".", ","),
             "excel.csv": lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode(),
             "blank.csv": lambda text: "\n" + text.replace("\n", "\n\n") + " \n,,,\n\n",
             "quoted.csv": lambda text: re.sub(r"[^,\n]+", r' "\g<0>"', text),
@@ -5916,6 +6484,8 @@ class TestDemo(unittest.TestCase):
         }
         paths = [self.table(name, self.kind, change=change) for name, change in forms.items()]
         paths.append(self.table("no_header.csv", self.kind, header=""))
+        bare = self.table("bare_comma.csv", self.kind, "", lambda text: text.replace(",", ";").replace(".", ","))
+        paths.append(bare)
         with ThreadPoolExecutor(2) as pool:
             results = list(pool.map(lambda path: self.last_line(path, "--epochs", 15), paths))
         self.assertRegex(results[0], "test accuracy")
@@ -6018,29 +6588,57 @@ class TestDemo(unittest.TestCase):
             "too few": ("\n".join(text.splitlines()[:10]), [], "9 rows below the header, at least 10"),
             "short row": (text.replace("\n3,3.5,-3,y", "\n3,3.5,y"), [], "row 4: 3 cells, but row 1 has 4"),
             "long row": (bare + "1,2,3,x,\n", [], "row 21: 5 cells, but row 1 has 4"),
-            "text": (put(5, 2, "high"), [], r"row 5, column 2 \('b'\): 'high' is not a number"),
+            "text": (put(5, 2, "high"), ["--strict"], r"row 5, column 2 \('b'\): 'high' is not a finite number"),
             "decimal comma": (
                 text.replace(",", ";").replace("3.5", "3,5"),
-                [],
-                "row 4, column 2 .*'3,5' is not a number",
+                ["--strict"],
+                "rows 4, 14, column 2 .*'3,5', '13,5' are not finite numbers",
             ),
-            "text in first row": (put(1, 2, "12x", bare), [], "row 1, column 2: '12x' is not a number"),
-            "gap": (put(7, 1, ""), [], r"row 7, column 1 \('a'\): is missing"),
-            "gap in first row": (put(1, 3, "", bare), [], "row 1, column 3: is missing"),
-            "nan": (put(21, 3, "NaN"), [], r"row 21, column 3 \('c'\): 'NaN' is not a finite number"),
-            "inf": (put(21, 3, "-inf", text.replace("\n", "\n\n")), [], "row 21, column 3"),
-            "overflow": (put(2, 1, "1e999"), [], "row 2, column 1 .*not a finite number"),
-            "no label": (put(9, 4, ""), [], r"row 9, column 4 \('label'\): is missing"),
-            "nan label": (put(9, 4, "nan", numbers), [], "row 9, column 4 .*'nan'"),
-            "text label": (put(9, 4, "1.5kg", numbers), [], "row 9, column 4 .*'1.5kg' is not a number, as most"),
-            "all labels differ": (re.sub(r"(\d+),[xy]\n", r"\1,id\1\n", text), [], "20 different ones are too many"),
+            "text in first row": (put(1, 2, "12x", bare), ["--strict"], "row 1, column 2: '12x' is not a finite"),
+            "gap": (put(7, 1, ""), ["--strict"], r"row 7, column 1 \('a'\): is missing"),
+            "gaps": (
+                put(8, 1, "?", put(7, 2, "", put(7, 1, "", put(9, 2, "")))),
+                ["--strict"],
+                r"row 7, column 1 \('a'\): is missing; row 8, column 1 \('a'\): '\?' is not a finite number; "
+                r"rows 7, 9, column 2 \('b'\): are missing; without --strict, gaps are filled, and words are inputs$",
+            ),
+            "gap in first row": (put(1, 3, "", bare), ["--strict"], "row 1, column 3: is missing"),
+            "nan": (put(21, 3, "NaN"), ["--strict"], r"row 21, column 3 \('c'\): 'NaN' is not a finite number"),
+            "inf": (put(21, 3, "-inf", text.replace("\n", "\n\n")), ["--strict"], "row 21, column 3"),
+            "overflow": (put(2, 1, "1e999"), ["--strict"], "row 2, column 1 .*not a finite number"),
+            "no label": (put(9, 4, ""), ["--strict"], r"row 9, column 4 \('label'\): is missing"),
+            "nan label": (put(9, 4, "nan", numbers), ["--strict"], "row 9, column 4 .*'nan'"),
+            "text labels": (
+                put(11, 4, "2kg", put(9, 4, "1.5kg", numbers)),
+                [],
+                r"rows 9, 11, column 4 \('label'\): '1.5kg', '2kg' are not finite numbers, as most of that column are$",
+            ),
+            "all labels differ": (
+                re.sub(r"(\d+),[xy]\n", r"\1,id\1\n", text),
+                [],
+                "20 different ones are too many.*--target names another column, such as 'a', 'b', 'c'$",
+            ),
+            "identifier": (
+                re.sub(r"(\d+),[xy]\n", r"\1,\1\n", text).replace("label", "row_id"),
+                [],
+                "'row_id', the last column, is an identifier.*--target names another column, such as 'a', 'b', 'c'$",
+            ),
+            "no labels": (re.sub("[xy]\n", "\n", text).replace(",\n", ",NA\n"), [], "0 rows .* with a target"),
+            "no features": (
+                "a,b,label\n" + "".join(f"w{i},,{'xy'[i % 2]}\n" for i in range(40)),
+                [],
+                "no column is left to predict the target from: 'a': 40 different words.*; 'b': is empty",
+            ),
+            "ignored target": (text, ["--ignore", "4"], "--ignore: 'label' is the target"),
+            "unknown column": (text, ["--ignore", "d"], "--ignore 'd': no such column"),
+            "several ragged": (text + "1\n2\n", [], "row 22: 1 cells, row 23: 1 cells, but row 1 has 4"),
             "one class": (text.replace("y\n", "x\n"), [], "target 'label' is 'x' in every row"),
             "one number": (re.sub(r"[xy]\n", "0.5\n", text), [], "target 'label' is '0.5' in every row"),
             "one column": ("label\n" + "x\ny\n" * 10, [], "only one column"),
             "open quote": (put(15, 4, '"x'), [], "row 15: "),
-            "latin-1": (put(4, 4, "é").encode("latin-1"), [], "row 4: not UTF-8"),
-            "utf-16": (text.encode("utf-16"), [], "not UTF-8"),
-            "binary": (b"PK\x03\x04\0\0\0\x01\n", [], "not a text file"),
+            "latin-1": (put(4, 4, "é").encode("latin-1"), [], "row 4, column 4: not UTF-8"),
+            "utf-16": (text.encode("utf-16"), [], "not text in UTF-8"),
+            "binary": (b"PK\x03\x04\0\0\0\x01\n", [], "not text in UTF-8"),
             "unknown name": (text, ["--target", "size"], "--target 'size': no such column; .*'a', 'b', 'c', 'label'"),
             "column 5": (text, ["--target", "5"], "--target '5': no such column"),
             "column 0": (text, ["--target", "0"], "--target '0': no such column"),
@@ -6083,6 +6681,136 @@ class TestDemo(unittest.TestCase):
         self.assertGreater(z[held, 0].min(), 10)
         self.assertFalse(z[:, 1].any())
 
+    def test_what_is_decided_about_columns(self):
+        import demo
+
+        days = [datetime.date(2023, 12, 1) + datetime.timedelta(i) for i in range(60)]
+        columns = {
+            "Nr": range(1, 61),
+            "Name": [f"Frau {i}" for i in range(60)],
+            "Ort": ["Ulm; Donau", "Köln", "\n Bonn"] * 20,
+            "Alter": ["k.A.", *range(20, 79)],
+            "Lohn": [f"{i + 1}.{i:03},5{i % 10} €" for i in range(60)],
+            "Anteil": ["?", *[f"{i}%" for i in range(59)]],
+            "Weg": [f"{i} km" for i in range(60)],
+            "Seit": [f"{day:%d.%m.%Y}" for day in days],
+            "Wert": [-999] * 3 + list(range(57)),
+            "Art": ["A"] * 60,
+            "leer": [""] * 60,
+            "raus": range(60),
+            "Ziel": ["n/a", "", *range(58)],
+        }
+        cells = [columns, *zip(*columns.values())]
+        quoted = [";".join(f'"{cell}"' for cell in row) for row in cells]
+        path = self.folder / "people.csv"
+        path.write_bytes((";;\r\n".join(quoted) + ";;\r\n" + ";" * 14).encode("utf-8-sig"))
+        gap = "1 gap, filled with the mean of the rows trained on, and marked by an input"
+        title, (ort, alter, lohn, anteil, weg, tag, monat, wert), y, classes, notes = demo.read_table(
+            str(path), None, ["raus"]
+        )
+        self.assertEqual(
+            (title, classes, notes),
+            (
+                "people.csv (with a header row), target 'Ziel'",
+                0,
+                [
+                    "numbers have decimal commas",
+                    "'raus': ignored",
+                    "'Ziel': 2 rows without a target left out",
+                    "'Nr': different whole numbers under such a name are an identifier: left out",
+                    "'Name': 58 different words in 58 rows: left out",
+                    "'Ort': 3 words, an input for each",
+                    "'Weg': numbers of km",
+                    "'Seit': dates, as the day, a number, and an input for each month",
+                    "'Wert': -999, which is far from all other numbers, is taken for a gap; " + gap,
+                    "'Art': is 'A' in every row: left out",
+                    "'leer': is empty: left out",
+                ],
+            ),
+        )
+        np.testing.assert_array_equal(y, range(58))
+        np.testing.assert_array_equal(alter, range(21, 79))
+        np.testing.assert_array_equal(anteil, range(1, 59))
+        np.testing.assert_array_equal(weg, range(2, 60))
+        np.testing.assert_array_equal(np.diff(tag), 1)
+        self.assertEqual((list(monat[[0, -1]]), ort[0], lohn[0]), (["12", "1"], "Bonn", 3002.52))
+        self.assertEqual(len(demo.read_table(str(path), "Ort")[1]), 9)  # codes and gaps are in the rows now
+        notes = demo.read_table(str(path), "Ort", ["Ziel"])[-1]
+        self.assertIn(f"'Alter': 'k.A.' among numbers: taken for gaps; {gap}", notes)
+        self.assertIn(f"'Anteil': {gap}", notes)
+        self.assertIn("'Wert': -999, which is far from all other numbers, is taken for a gap; 3 gaps" + gap[5:], notes)
+
+    def test_forms_of_numbers(self):
+        import demo
+
+        for text, point, comma in (
+            ("-1.5", -1.5, -1.5),
+            ("1,5", None, 1.5),
+            ("1,234", 1234, 1.234),
+            ("1,234.5", 1234.5, None),
+            ("1.234.567,8", None, 1234567.8),
+            ("1'234", 1234, 1234),
+            ("1 234,5 kr", None, None),
+            ("$ 1,234.50", 1234.5, None),
+            ("-12,5 %", None, -12.5),
+            ("€-3", -3, -3),
+            ("2e-3", 0.002, 0.002),
+            ("1_000", None, None),
+            ("1e999", None, None),
+            ("inf", None, None),
+            ("12x", None, None),
+            ("", None, None),
+        ):
+            with self.subTest(text):
+                self.assertEqual((demo.number(text, demo.POINT), demo.number(text, demo.COMMA)), (point, comma))
+
+    def test_headers(self):
+        import demo
+
+        words = [["sun", "yes"], ["rain", "no"], ["sun", "no"], ["rain", "yes"]]
+        numbers = [["1", "a", "2"], ["3", "b", ""], ["5", "a", "7"]]
+        for rows, header in (
+            (words, False),
+            ([["sky", "play"], *words], True),
+            (numbers, False),
+            ([["", "what", "size"], *numbers], True),
+            ([["x", "a", ""], *numbers], True),
+            ([["?", "c", "4"], *numbers], False),
+            ([["2020", "what", "2021"], *numbers], False),
+            ([["2020", "what", "sum"], *numbers], True),
+        ):
+            with self.subTest(rows=rows):
+                self.assertEqual(demo.is_header(list(enumerate(rows)), demo.POINT), header)
+
+    def test_what_the_network_sees(self):
+        import demo
+
+        held = np.array([False] * 4 + [True] * 2)
+        words = np.array(["b", "a", "a", "", "c", "b"], object)
+        numbers = np.array([1.0, 3.0, math.nan, math.nan, 5.0, math.nan])
+        np.testing.assert_allclose(
+            demo.inputs([words, numbers, np.array([math.nan, *range(5)])], held)[:, :4],
+            [[0, 1, -1, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 0, 0, 1], [0, 0, 3, 0], [0, 1, 0, 1]],
+        )
+
+    def test_a_table_of_words_and_gaps(self):
+        rows = [
+            f"{i},{a},{'' if i % 7 else 'NA'},{kind},{a + b > 0}"
+            for i, ((a, b, _), kind) in enumerate(zip(self.x, self.kind))
+        ]
+        path = self.folder / "words.csv"
+        path.write_text("id,a,b,kind,large\n" + "\n".join(rows) + "\n", encoding="utf-8")
+        run = self.demo(path, "--epochs", 30)
+        self.assertEqual((run.returncode, run.stderr), (0, ""))
+        self.assertIn("'large': 2 classes, 3 features", run.stdout)
+        self.assertIn("\n  'kind': 2 words, an input for each\n", run.stdout)
+        self.assertRegex(run.stdout, r"\nweight decay (0\.1|0\.3|1\.0): of 0\.1, 0\.3, 1\.0 the best")
+        self.assertRegex(run.stdout, r"test accuracy: (9\d|100)\.\d%\n$")
+        if shutil.which("dot"):
+            self.assertRegex(run.stdout, "Drawn: graph/words/initial_graph.png, .*, graph/words/trained_model.png")
+            pictures = ["initial_graph.png", "optimized_graph.png", "trained_model.png"]
+            self.assertEqual(sorted(os.listdir(self.folder / "graph" / "words")), pictures)
+
     def test_pictures_that_cannot_be_drawn(self):
         def without_package(folder):
             (folder / "graphviz.py").write_text("raise ImportError('no graphviz')", encoding="utf-8")
@@ -6102,8 +6830,10 @@ class TestDemo(unittest.TestCase):
                 for name in ("demo.py", "picograd.py"):
                     shutil.copy(self.folder / name, folder)
                 prepare(Path(folder))
+                before = sorted(os.listdir(folder))
                 run = self.demo("--epochs", 1, folder=Path(folder), **environment)
                 self.assertEqual((run.returncode, run.stderr), (0, ""))
+                self.assertEqual(sorted(set(os.listdir(folder)) - {"__pycache__"}), before)
                 said = [line for line in run.stdout.splitlines() if "Not drawn" in line]
                 self.assertEqual(len(said), 1, run.stdout)
                 self.assertRegex(said[0], rf"^Not drawn: (graph/\w+_\w+.png, ){{2}}graph/trained_model.png: .*{reason}")

@@ -233,6 +233,8 @@ LIKE = {"zeros_like", "ones_like", "full_like", "empty_like"}
 FIRST_ONLY = {"take", "take_along_axis", "repeat", "tile", "pad", "roll", "broadcast_to", "reshape", "transpose", "sum"}
 FIRST_ONLY |= {"resize", "delete", "diagflat", "rollaxis", "fftshift", "ifftshift", "trapezoid", "argpartition", "cov"}
 FIRST_ONLY |= {f"{nan}{name}" for nan in ("", "nan") for name in ("quantile", "percentile", "median")}
+FIRST_ONLY |= {"hsplit", "vsplit", "dsplit", "unstack", "trim_zeros", "partition", "vander", "polyder", "polyint"}
+FIRST_ONLY |= {"gradient", "matrix_power"}
 FIRST_ONLY |= {"array_split", "split", "moveaxis", "sliding_window_view", "squeeze", "expand_dims", "flip", "rot90"}
 
 
@@ -278,7 +280,7 @@ class Model(np.lib.mixins.NDArrayOperatorsMixin):
 
             return f(*map(fill, args), **{k: fill(x) for k, x in kwargs.items()})
 
-        out = compute(function, operands, call, plain=int(name in ("where", "bincount")))
+        out = compute(function, operands, call, plain=int(name in ("where", "bincount", "choose")))
         if name not in ENDS or not any(isinstance(x, Model) for x in operands):
             return out
         return tuple(map(_detach, out)) if isinstance(out, tuple) else _detach(out)
@@ -312,6 +314,43 @@ class Model(np.lib.mixins.NDArrayOperatorsMixin):
     dtype = property(lambda self: self.raw.dtype if hasattr(self.raw, "dtype") else np.dtype(_WEAK[type(self.raw)]))
     T = property(lambda self: np.transpose(self))
     mT = property(lambda self: np.swapaxes(self, -1, -2))
+    at = property(lambda self: At(self))
+
+
+class At:
+    """`x.at`: each element of the result is made of it and of those that come to its place, padded to be as many."""
+
+    PADS = {"set": 0.0, "add": 0.0, "multiply": 1.0, "min": np.inf, "max": -np.inf}
+
+    def __init__(self, x):
+        self.x = x
+
+    def __getitem__(self, index):
+        return types.SimpleNamespace(**{how: functools.partial(self.updated, plain(index), how) for how in self.PADS})
+
+    def updated(self, index, how, new):
+        def call(f, xs):
+            (a, y), xp = xs, mode.xp
+            numbers = np.arange(np.size(a)).reshape(np.shape(a))
+            places = numbers[index]
+            np.broadcast_to(np.empty(np.shape(y)), np.shape(places))  # or it is an error
+            if not mode.wide and hasattr(y, "astype") and np.asarray(a).dtype.kind == "f":
+                y = y.astype(np.asarray(a).dtype)
+            y = xp.ravel(y * np.ones(np.shape(places), getattr(y, "dtype", None)))
+            pad = xp.array([self.PADS[how]]) if xp is anp else np.array([self.PADS[how]]).astype(y.dtype)
+            rows = [[i, *np.flatnonzero(places.ravel() == i) + numbers.size] for i in range(numbers.size)]
+            rows = [row[-1:] for row in rows] if how == "set" else rows
+            most = max(map(len, rows), default=1)
+            table = [row + [numbers.size + places.size] * (most - len(row)) for row in rows]
+            parts = xp.concatenate([xp.ravel(a), y, pad])[np.array(table, int).reshape(-1, most)]
+            if how in ("min", "max"):
+                out = getattr(xp, how)(parts, axis=1)
+            else:
+                step = operator.mul if how == "multiply" else operator.add
+                out = functools.reduce(step, [parts[:, i] for i in range(most)])
+            return xp.reshape(out, np.shape(a))
+
+        return compute("at", [self.x, new], call)
 
 
 # Through these no gradient flows, though what they give depends on the numbers.
@@ -323,6 +362,7 @@ class Hole(int):
 
 
 NUMBERS = set("where clip stack concatenate append isclose dot inner outer vdot kron hstack".split())
+NUMBERS |= set("linspace logspace geomspace polyval".split())
 
 
 def plain(x):
@@ -405,6 +445,7 @@ OWN = {
     "binary_cross_entropy_with_logits": lambda x, y: np.mean(OWN["softplus"](x) - x * y),
     "hinge_loss": lambda x, y: np.mean(OWN["relu"](1.0 - x * y)),
     "optimize": lambda *roots: roots[0] if len(roots) == 1 else roots,
+    "checkpoint": lambda f: f,
 }
 
 
@@ -872,6 +913,13 @@ def _split(w, x):
     return f"{x}, {w.one([1, w.shape(x)[0] or 1, [1]])})[{w.one([0, -1])}" if w.shape(x) else None
 
 
+MODES = ("full", "same", "valid")
+
+
+def _choice(w, choices=(0, 1)):
+    return [w.one(choices) for _ in range(w.one([1, 1, *[shape[0] for shape in w.shapes if shape]]))]
+
+
 def _need(ndim, text):
     """Arguments for operands of at least ndim dimensions."""
     return lambda w, x: w.one(text)(w, x) if len(w.shape(x)) >= ndim else None
@@ -989,6 +1037,49 @@ ARGUMENTS = {
     "slogdet": lambda w, x: (a := _matrix(w, x)) and f"{a})[{w.whole(0, 1)}",
     "solve": _solve,
     "norm": _norm,
+    "hsplit": _texts(1, "{x}, 1)[0", "{x}, [1])[-1"),
+    "vsplit": _texts(2, "{x}, 1)[0", "{x}, [1])[-1"),
+    "dsplit": _texts(3, "{x}, 1)[0", "{x}, [1])[-1"),
+    "unstack": _texts(1, "{x})[0", "{x}, axis={axis})[-1"),
+    "trim_zeros": _texts(0, "np.append(0.0, np.square({x}) + 0.5)", "np.append(np.abs({x}) + 1, 0), 'b'"),
+    "broadcast_arrays": _texts(0, "{x}, np.zeros((2, 1, 1)))[0"),
+    "meshgrid": _texts(1, "{x}, {x})[0", "{x}, {x}, indexing='ij')[1", "{x}, {x}, sparse=True)[0"),
+    "partition": _texts(1, "{x}, 0, {axis}", "{x}, -1", "{x}, [0, -1], None"),
+    "compress": _texts(1, "[True], {x}, {axis}", "[False, True], {x}"),
+    "extract": _texts(1, "{x} > 0, {x}"),
+    "choose": lambda w, x: f"np.array({_choice(w)}), [{x}, {w.beside(x)}], mode='wrap'",
+    "select": lambda w, x: f"[[False], {_choice(w, [True, False])}], [1.0, {x}], {w.one(['0', '0.5'])}",
+    "piecewise": _texts(1, "{x}, [{x} > 0], [np.sin, 0.5]", "{x}, [{x} < 0, {x} > 0.5], [np.square, np.negative]"),
+    "insert": _texts(1, "{x}, 0, 2.0", "{x}, [0, -1], np.ravel({x})[:1]", "{x}, 1, {x}[0], axis=0"),
+    "ediff1d": _texts(0, "{x}", "{x}, {x}"),
+    "apply_along_axis": _texts(1, "np.sum, {axis}, {x}", "np.cumsum, {axis}, {x}"),
+    "apply_over_axes": _texts(2, "np.sum, {x}, {axis}", "np.sum, {x}, (0, -1)"),
+    "linspace": _texts(0, "{x}, 2.0, num=3", "0.0, {x}, num=4, endpoint=False", "{x}, {x} * 2, num=1, axis=-1"),
+    "logspace": _texts(0, "np.tanh({x}), 1.0, num=3", "0.5, np.tanh({x}), num=2"),
+    "geomspace": _texts(0, "np.abs({x}) + 0.5, 2.0, num=3"),
+    "cross": _texts(1, "np.resize({x}, 3), np.resize({x}, (2, 3)) + 1.0"),
+    **dict.fromkeys(["convolve", "correlate"], _texts(1, *[f"np.ravel({{x}}), [1.0, -0.5], {m!r}" for m in MODES])),
+    "interp": _texts(1, "{x}, [-1.0, 0.25, 2.0], [0.5, -1.0, 3.0]", "[0.25], [0.0, 0.5, 2.0], np.resize({x}, 3), 1.0"),
+    "gradient": _texts(1, "{x}, axis={axis}", "{x}, 0.5, axis=0, edge_order=2"),
+    "vander": _texts(1, "np.ravel({x}), 3", "np.ravel({x}), 2, True"),
+    "polyval": _texts(1, "[1.0, 0.5, -2.0], {x}", "np.ravel({x})[:3], 0.5"),
+    **dict.fromkeys(["polyadd", "polysub", "polymul"], _texts(1, "np.ravel({x}), [1.0, 2.0]", "[2.0], np.ravel({x})")),
+    **dict.fromkeys(["polyder", "polyint"], _texts(1, "np.ravel({x})", "np.ravel({x}), 2")),
+    "polyfit": _texts(1, "np.linspace(-1.0, 1.0, 6), np.resize({x}, 6), 2"),
+    **dict.fromkeys(["eigvalsh", "svdvals", "pinv", "cond"], lambda w, x: _matrix(w, x)),
+    **dict.fromkeys(["eigh", "qr", "svd"], lambda w, x: (a := _matrix(w, x)) and f"{a})[{w.whole(0, 1)}"),
+    "lstsq": lambda w, x: (a := _matrix(w, x)) and f"{a}, {x})[0",
+    "matrix_power": lambda w, x: (a := _matrix(w, x)) and f"{a}, {w.one([-1, 0, 1, 2, 3])}",
+    "multi_dot": _texts(2, "[{x}, np.transpose({x}), {x}]", "[np.transpose({x}), {x}[:, 0]]"),
+    "tensorsolve": lambda w, x: (a := _matrix(w, x)) and f"{a}, {x}[:, 0]",
+    "tensorinv": lambda w, x: (a := _matrix(w, x)) and f"{a}, ind=1",
+    "vector_norm": _texts(0, "{x}", "{x}, ord=3", "{x}, ord=1, axis={axis}", "{x}, ord=np.inf, keepdims=True"),
+    "matrix_norm": _texts(2, "{x}", "{x}, ord=1", "{x}, ord=-np.inf, keepdims=True", "{x}, ord='nuc'"),
+    "vecdot": lambda w, x: _pair(w, x, "{x}, {y}"),
+    "matvec": _texts(2, "{x}, {x}[..., 0, :]"),
+    "vecmat": _texts(2, "{x}[..., 0], {x}"),
+    "astype": _texts(1, "{x}, np.float64"),
+    "flatnonzero": _texts(0, "{x}"),
     **dict.fromkeys(["allclose", "array_equal", "array_equiv"], lambda w, x: _pair(w, x, "{x}, {y}", 0)),
     **dict.fromkeys(["shape"], lambda w, x: f"{x})[0" if w.shape(x) else None),
     **dict.fromkeys(["ndim", "size", "iscomplexobj", "zeros_like", "ones_like", "nan_to_num"], _texts(0, "{x}")),
@@ -1001,20 +1092,10 @@ ARGUMENTS = {
 # Primitives that have no name to call: they are reached through others, or through syntax.
 REACHED = {"reshape", "concatenate", "stack", "getitem", "scatter", "astype", "einsum", "norm", "clip", "matmul", "sum"}
 REACHED |= {"sliding_window_view", "logabsdet", "signdet", "detach", "dot", "pack", "fused", "program", "mean"}
-REACHED |= {
-    "join",
-    "result",
-    "rule",
-    "sealed",
-    "modf 0",
-    "modf 1",
-    "frexp 0",
-    "frexp 1",
-    "unique",
-    "bincount",
-    "lexsort",
-}
+REACHED |= {"join", "result", "rule", "sealed", "checkpoint", "update", "is last"}
+REACHED |= {"modf 0", "modf 1", "frexp 0", "frexp 1", "unique", "bincount", "lexsort"}
 REACHED |= {"ranks of quantiles", "maximum.accumulate", "minimum.accumulate", "logaddexp.accumulate"}
+REACHED |= {"eigh", "svd", "qr"}
 REACHED |= {
     "weights of logsumexp",
     "matrix of cofactors",
@@ -1026,6 +1107,7 @@ REACHED |= {
     "solve",
     "nan_to_num",
     "mse",
+    "cross entropy",
     "at least",
     "at most",
     "diagonals",
@@ -1107,10 +1189,12 @@ def call(w, x) -> str | None:
     if args is None:
         return None
     name = spelled.rpartition(".")[2]
-    method = args.startswith(f"{x}, ") and hasattr(np.ndarray, name) and name not in ("sort", "resize")  # in place
+    method = (
+        args.startswith(f"{x}, ") and hasattr(np.ndarray, name) and name not in ("sort", "resize", "partition")
+    )  # in place
     if method and w.chance(0.3) and isinstance(w.names[x], Model):
         return f"{x}.{name}({args[len(x) + 2 :]})"
-    return f"{spelled}({args})"
+    return f"{spelled}({args}" + ("]" if args.count("[") > args.count("]") else ")")
 
 
 def forms(text: str) -> list[str]:
@@ -1243,6 +1327,14 @@ PLACES_3D = forms("""
     sum([{x}[i][..., np.array({q})] for i in {p}])
     np.stack([{x}[i, :, np.array({q})] * 2 for i in {p}])
 """)
+CHECKPOINTS = forms("""
+    picograd.checkpoint(lambda e: np.tanh(e) * e)({x})
+    picograd.checkpoint(lambda e: np.tanh(e * {y}) + e)({x})
+    picograd.checkpoint(lambda e: e.T * 2)({x})
+    picograd.checkpoint(lambda e: [np.sum(e * e), e * {y}])({x})[1]
+    sum(picograd.checkpoint(lambda e: (np.sum(e * 2), np.mean(e)))({x}))
+    picograd.checkpoint(lambda e: picograd.checkpoint(np.tanh)(e * 2) * {y})({x})
+""")
 SECOND_OPERATORS = {"/": 0.5, "//": 1.5, "%": 1.5}
 LOWEST_LABEL = {"mse_loss": -2, "hinge_loss": -1, "binary_cross_entropy_with_logits": 0}
 
@@ -1277,6 +1369,17 @@ def unary(w, x) -> str | None:
 
 def indexing(w, x) -> str:
     return f"{x}[{w.index(x)}]"
+
+
+def updating(w, x) -> str | None:
+    how, index = w.one(list(At.PADS)), w.index(x)
+    if np.asarray(w.raw(x)).dtype.kind != "f" or (how == "multiply" and re.search("array|Tensor|\\[", index)):
+        return None  # what integers take is left open, and repeated products have no gradient
+    return f"{x}.at[{index}].{how}({w.one([w.number(), w.number(), f'{x}[{index}] * 0.5', w.beside(x)])})"
+
+
+def checkpointed(w, x) -> str | None:
+    return filled(CHECKPOINTS)(w, x) if x in w.needs and isinstance(w.names[x], Model) else None
 
 
 def cast(w, x) -> str:
@@ -1380,9 +1483,12 @@ FORMS = {
         product: 3,
         batch: 2,
         gather: 1,
+        updating: 8,
+        checkpointed: 2,
     },
     "optimizer": {call: 22, operation: 18, indexing: 5, unary: 4, cast: 2, mask: 8, user: 4, loss: 2, product: 8}
-    | {batch: 12, rolled: 5, gather: 5, nested: 6, chain: 8},
+    | {batch: 12, rolled: 5, gather: 5, nested: 6, chain: 8}
+    | {updating: 5, checkpointed: 4},
 }
 
 
