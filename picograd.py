@@ -35,6 +35,7 @@ import atexit
 import collections
 import contextlib
 import contextvars
+import copy
 import errno
 import functools
 import io
@@ -58,7 +59,8 @@ import numpy as np
 
 __version__ = "2.0"
 __all__ = ["Value", "Tensor", "no_grad", "set_default_dtype", "primitive", "PRIMITIVES", "TABLE"]
-__all__ += ["grad", "value_and_grad", "elementwise_grad", "jacobian", "hessian", "check_gradients"]
+__all__ += ["grad", "value_and_grad", "elementwise_grad", "jacobian", "hessian", "vjp", "jvp", "hvp", "ravel_nest"]
+__all__ += ["checkpoint", "find_nonfinite", "check_gradients"]
 __all__ += ["relu", "sigmoid", "softplus", "gelu", "softmax", "log_softmax", "logsumexp"]
 __all__ += ["nn", "Module", "Neuron", "Layer", "MLP", "SGD", "Adam", "draw"]
 __all__ += ["mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "hinge_loss"]
@@ -77,7 +79,8 @@ __all__ += ["mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "hi
 # it back, or spreads it out.
 # An operand whose rule is None carries no gradient.
 #
-# `TABLE` maps NumPy's callables to primitives, or, where an operation is a composition of others, to a function.
+# `TABLE` maps NumPy's callables to primitives, or, where an operation is a composition of others, to a function; and a
+# primitive to what computes it with more keywords than it takes itself, such as where=.
 # ---------------------------------------------------------------------------------------------------------------------
 
 TABLE: dict[Callable, Callable] = {}  # NumPy callable -> Primitive, or a function composed of primitives
@@ -101,8 +104,9 @@ class Primitive:
 
     def _bind(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Sorts a call's arguments into operands and parameters."""
-        names = self.operands + self.params
-        takes = f"{self.name}: takes {', '.join(names)} on a Value or Tensor"
+        names, home = self.operands + self.params, getattr(self.forward, "__module__", None) or ""
+        typed = f"{home.replace('numpy', 'np')}.{self.name}" if home.startswith("numpy.") else self.name
+        takes = f"{typed}: takes {', '.join(names)} on a Value or Tensor"
         if len(args) > len(names):
             raise TypeError(f"{takes}; got {len(args)} arguments")
         given = dict(zip(names, args, strict=False))
@@ -209,7 +213,7 @@ def primitive(
     names = names or _argument_names(forward)
     new.operands = None if variadic else (names or ("x", "y", "z"))[: len(vjps)]
     params = names if variadic else names[len(vjps) :]
-    new.params = tuple(name for name in params if name not in ("out", "where"))
+    new.params = tuple(name for name in params if name not in ("out", "where", "return_indices"))
     TABLE[forward] = new
     if not getattr(PRIMITIVES.get(new.name), "builtin", False):  # those keep their names
         PRIMITIVES[new.name] = new
@@ -252,8 +256,14 @@ def composed(*keys: Callable) -> Callable:
 # Parameters that say how large a result is, what is where, or how it is made: no operands, and a replay keeps them.
 _OPTIONS = frozenset(
     """repeats shift indices_or_sections pad_width reps shape window_shape axis axes axis1 axis2 source
-destination k offset n order kind stable keepdims ord mode constant_values copy nan posinf neginf optimize""".split()
+destination k offset n order kind stable keepdims ord mode constant_values copy nan posinf neginf optimize obj num
+endpoint indexing deg""".split()
 )
+
+
+def _since(name: str) -> list[Callable]:
+    """NumPy's function of that name, if this NumPy is new enough to have it."""
+    return [getattr(np, name)] if hasattr(np, name) else []
 
 
 def _members(*args) -> list:
@@ -686,10 +696,14 @@ def _harmless(state: dict) -> bool:
 _QUIET = frozenset(("ignore", "warn"))
 
 
+def _typed(prim: Primitive, operands: Sequence) -> Sequence[int]:
+    """The places of the operands that share one dtype: an index does not, nor a condition."""
+    return range(len(operands)) if prim.typed is None else prim.typed
+
+
 def _strong(prim: Primitive, raw: Sequence) -> list[tuple[int, np.dtype]]:
-    """Places and dtypes of the operands that have one, of those that share it: an index does not, nor a condition."""
-    places = range(len(raw)) if prim.typed is None else prim.typed
-    return [(i, raw[i].dtype) for i in places if type(raw[i]) not in _WEAK_TYPES]
+    """Places and dtypes of the operands that have one, of those that share it."""
+    return [(i, raw[i].dtype) for i in _typed(prim, raw) if type(raw[i]) not in _WEAK_TYPES]
 
 
 def _lifted(prim: Primitive, operands: Sequence) -> tuple:
@@ -702,8 +716,8 @@ def _lifted(prim: Primitive, operands: Sequence) -> tuple:
     raw = [_raw(x) for x in operands]
     strong = _strong(prim, raw)
     if not strong:
-        if float in map(type, raw):  # a whole number beside weak floats is one of them
-            operands = [float(x) if type(x) is int else x for x in operands]
+        if any([type(raw[i]) is float for i in _typed(prim, raw)]):  # a whole number beside weak floats is one of them
+            operands = [float(x) if type(x) is int and i in _typed(prim, raw) else x for i, x in enumerate(operands)]
         return tuple(operands)
     held = [dtype for i, dtype in strong if dtype.kind == "f" and isinstance(operands[i], Array)]
     dtype = np.result_type(*(held or [dtype for _, dtype in strong]))
@@ -711,7 +725,7 @@ def _lifted(prim: Primitive, operands: Sequence) -> tuple:
         if own != dtype and (own.kind == "f" or held) and not isinstance(operands[i], Array):
             operands[i] = operands[i].astype(dtype)
     if dtype.kind == "f":
-        for i in range(len(operands)) if prim.typed is None else prim.typed:
+        for i in _typed(prim, operands):
             if type(operands[i]) is int:
                 operands[i] = float(operands[i])
     return tuple(operands)
@@ -735,7 +749,7 @@ def _strengthened(prim: Primitive, raw: Sequence) -> Sequence:
     if not any([type(x) in _WEAK_TYPES for x in raw]):
         return raw
     dtypes, raw = [dtype for _, dtype in _strong(prim, raw)], list(raw)
-    for i in range(len(raw)) if prim.typed is None else prim.typed:
+    for i in _typed(prim, raw):
         if type(raw[i]) in _WEAK_TYPES:
             with contextlib.suppress(OverflowError):  # a whole number that does not fit is left to the function
                 raw[i] = np.result_type(*dtypes, raw[i]).type(raw[i])
@@ -819,6 +833,8 @@ class Array:
     nbytes: int = property(lambda self: self.size * self.dtype.itemsize)
     T = property(lambda self: np.transpose(self))
     mT = property(lambda self: np.matrix_transpose(self))
+    real = property(lambda self: np.real(self))
+    imag = property(lambda self: np.imag(self))
 
     def _adopt(self) -> None:
         """Lets the hook take over the raw value, which is of its limit or more."""
@@ -904,6 +920,12 @@ class Array:
 
     def __round__(self, decimals=0):
         return np.round(self, decimals)
+
+    def __divmod__(self, other):
+        return np.divmod(self, other)
+
+    def __rdivmod__(self, other):
+        return np.divmod(other, self)
 
 
 class Tensor(Array):
@@ -1226,6 +1248,10 @@ class Value(Array):
         """The root of the graph that `draw` shows."""
         return self
 
+    def _plain(self) -> Value:
+        """The root of the graph as it was written."""
+        return self
+
     @property
     def _args(self) -> tuple:
         """The operands: Values, Tensors, and constants as raw values."""
@@ -1288,11 +1314,16 @@ class Value(Array):
     # --- what Python and NumPy ask of a number or array ---
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
-        if method != "__call__":
-            raise TypeError(f"{ufunc.__name__}.{method} is not supported on a Value; use functions of the table")
+        if method == "__call__" and (ufunc.signature or not kwargs):
+            return _entry(ufunc)(*inputs, **kwargs)
+        if method not in ("__call__", "outer"):
+            return _entry(getattr(ufunc, method))(*inputs, **kwargs)
         if kwargs:
             raise TypeError(f"{ufunc.__name__}: {', '.join(kwargs)}= is not supported on a Value")
-        return _entry(ufunc)(*inputs)
+        x, y = map(_recorded, inputs)
+        if np.ndim(x) and np.ndim(y):
+            x = np.reshape(x, np.shape(x) + (1,) * np.ndim(y))
+        return _entry(ufunc)(x, y)
 
     def __array_function__(self, function, kinds, args, kwargs):
         return _call_entry(_entry(function), function, args, kwargs)
@@ -1305,7 +1336,7 @@ class Value(Array):
 
     def __setitem__(self, index, new):
         raise TypeError(
-            "a Value cannot be assigned to in place: use np.where(mask, new, v) or np.concatenate, "
+            "a Value cannot be assigned to in place: use v.at[index].set(new) or np.where(mask, new, v), "
             "or v.data[index] = new to change the data of a leaf"
         )
 
@@ -1367,15 +1398,22 @@ def _call_entry(entry: Callable, function: Callable, args: tuple, kwargs: dict):
     if len(args) == n and not kwargs:
         return _apply(entry, args, _NO_PARAMS)
     # By NumPy's names, in whose order they came; its defaults need no support.
-    given = dict(zip(_argument_names(function)[n:], args[n:])) | kwargs
-    return entry(*args[:n], **{k: x for k, x in given.items() if x is not None or k in entry.params})
+    given = dict(zip(_argument_names(function)[n:], args[n:])) | kwargs if len(args) > n else kwargs
+    given = {k: x for k, x in given.items() if x is not None or k in entry.params}
+    if entry in TABLE and not given.keys() <= _USUAL:
+        entry = TABLE[entry]
+    return entry(*args[:n], **given)
+
+
+_USUAL = {"axis", "keepdims", "ddof"}  # the keywords of reductions that primitives take themselves
 
 
 def _entry(function):
     if function not in TABLE:
-        module = (getattr(function, "__module__", None) or "numpy").replace("numpy", "np", 1)
+        ufunc = getattr(function, "__self__", None)
+        home = f"np.{ufunc.__name__}" if isinstance(ufunc, np.ufunc) else getattr(function, "__module__", None) or "np"
         raise TypeError(
-            f"{module}.{function.__name__} is not in picograd's table, so it has no gradient: "
+            f"{home.replace('numpy', 'np', 1)}.{function.__name__} is not in picograd's table, so it has no gradient: "
             "add it with picograd.primitive, or call it on .data.data where none is needed"
         )
     return TABLE[function]
@@ -1451,13 +1489,13 @@ def _rebuild(cls, first, listed, prim, args, params, needs, data, grad, label) -
 # --- walks, and what gradients are ---
 
 
-def _newest_first(root: Value) -> list[Value]:
-    """All nodes that root depends on, newest first."""
+def _newest_first(root: Value, since: int = 0) -> list[Value]:
+    """All nodes that root depends on, newest first; a walk ends at nodes whose number is at most `since`."""
     if not isinstance(root, Value):
         raise TypeError(_two_copies(type(root)))
     seen, nodes = {root}, [root]
     for node in nodes:  # the list grows as it is walked
-        for x in node._args:
+        for x in node._args if node._number > since else ():
             if isinstance(x, Value) and x not in seen:
                 seen.add(x)
                 nodes.append(x)
@@ -1572,7 +1610,7 @@ def _recompute(node: Value) -> None:
 def _as_met(prim: Primitive, operands: Sequence, dtype: np.dtype) -> Sequence:
     """Operands for a rule in the dtype of the result, as the forward met them: in -y, an unsigned y would wrap, and in
     y - 1 one of half the precision would lose digits."""
-    for i in range(len(operands)) if prim.typed is None else prim.typed:
+    for i in _typed(prim, operands):
         x = operands[i]
         own = getattr(x, "dtype", dtype)
         if own is not dtype and type(_raw(x)) not in _WEAK_TYPES and np.result_type(own, dtype) == dtype:
@@ -1751,6 +1789,67 @@ def _fitted(h, x: Value, prim: Primitive):
     return _fit(h, raw)
 
 
+# --- several roots as one ---
+
+
+class _Parts(dict):
+    """The gradients of roots, by their places: what a sweep sends through a node that stands for all of them."""
+
+    shape, dtype = (), None
+
+    def __add__(self, other):
+        both = _Parts(self)
+        for i, g in other.items():
+            both[i] = both[i] + g if i in both else g
+        return both
+
+
+class _AsTheyAre(Kind):
+    """Whole graphs, and gradients of several roots: nobody but they themselves knows how to compute with them."""
+
+    rank = 100
+
+    def evaluate(self, prim, raw, params):
+        return prim.forward(*raw, **params)
+
+
+KINDS[_Parts] = _AsTheyAre()
+
+
+_join = primitive(
+    lambda *roots: 0.0,
+    lambda wanted, g, out, roots: [g.get(i) for i in range(len(roots))],
+    name="join",
+    joint=True,
+    typed=(),
+)
+
+
+def _joined(roots):
+    """A node on top of several, from which one walk or one sweep, with `_Parts` for a gradient, reaches all of them."""
+    return _rebuild(Value, (), None, _join, tuple(roots), _NO_PARAMS, True, 0.0, None, "")
+
+
+def _oldest_first(roots):
+    """Every node that the roots depend on, operands before what is made of them."""
+    return _newest_first(_joined(roots))[:0:-1]
+
+
+def _rewrite(roots, rule, nodes=None, ends=_NO_PARAMS):
+    """Rebuilds a graph from the leaves up: rule(node, its new operands) is the new node, or a constant. `nodes`: all of
+    them, oldest first, if they are known. `ends`: nodes with what stands for them; they need not be leaves."""
+    new = dict(ends)
+    for node in nodes or _oldest_first(roots):
+        if node._prim is None:
+            new.setdefault(node, node)
+        elif node not in ends:
+            new[node] = rule(node, tuple([new[x] if isinstance(x, Value) else x for x in node._args]))
+    return [new[root] if isinstance(root, Value) else root for root in roots]
+
+
+# --- modes ---
+
+
 @contextlib.contextmanager
 def no_grad() -> Iterator[None]:
     """Within it, in this thread, results are leaves without history. Also a decorator."""
@@ -1777,68 +1876,163 @@ def _recording(tracing=False):
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Gradients
 #
-# Functions of functions: in comes a function of NumPy's arithmetic, out a function that returns derivatives of it.
+# Functions of functions: in comes a function of NumPy's arithmetic, out one that returns derivatives of it, or one
+# that computes the same in less memory. All go through `_Call`. Arguments are arrays, or nests: dicts, lists and tuples
+# of arrays or of further nests. And a function that says where in a graph inf and nan come from.
+# Invariant: derivatives have the form, shapes and dtypes of what they belong to, and are Values where Values came in.
+#
+#     >>> grad(lambda p: p["a"] * p["b"] ** 2)({"a": 2.0, "b": 3.0})
+#     {'a': np.float64(9.0), 'b': np.float64(12.0)}
+#     >>> jvp(np.sin, (0.0,), (2.0,))
+#     (np.float64(0.0), np.float64(2.0))
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _differentiate(f: Callable, argnums, args: tuple, kwargs: dict, seeds: Callable):
-    """Calls f with the arguments `argnums` as fresh variables: its output, and per seed the gradients by them.
+class _Differentiating:
+    """A context in which, in this thread, graphs are recorded, and numbers in them are not to leave them."""
 
-    seeds: maps the raw output to the gradients that the backward sweeps start from.
+    def __enter__(self):
+        self.before = _mode.recording
+        _mode.recording, _mode.depth = True, _mode.depth + 1
+
+    def __exit__(self, *error):
+        _mode.recording, _mode.depth = self.before, _mode.depth - 1
+
+
+def _is_nest(x) -> bool:
+    """Whether it is a dict, list or tuple of arrays; a list or tuple of numbers alone is itself an array."""
+    if isinstance(x, (list, tuple)):
+        return not all([isinstance(y, _NUMBERS) for y in _members(x)])
+    return isinstance(x, dict)
+
+
+def _keys(x):
+    """Of what has parts, their keys or numbers."""
+    if isinstance(x, (list, tuple)):
+        return range(len(x))
+    return x.keys() if isinstance(x, dict) else None
+
+
+def _mapped(f: Callable, where: str, x, *others):
+    """f(where, leaf, *leaves of the others there) for each leaf of a nest, in a nest of the same form."""
+    if not _is_nest(x):
+        return f(where, x, *others)
+    keys = _keys(x)
+    for other in others:
+        if _keys(other) != keys:
+            raise ValueError(f"{where}: expected a {type(x).__name__} of {list(keys)}, got {reprlib.repr(other)}")
+    items = [_mapped(f, f"{where}[{key!r}]", x[key], *[other[key] for other in others]) for key in keys]
+    if isinstance(x, dict):
+        made = copy.copy(x)  # of a class of its own, it stays one
+        made.update(zip(keys, items))
+        return made
+    return type(x)(items) if type(x) in (list, tuple) else type(x)(*items)
+
+
+def _leaves(x) -> list:
+    """What is in a nest, in order."""
+    found: list = []
+    _mapped(lambda where, leaf: found.append(leaf), "", x)
+    return found
+
+
+class _Call:
+    """A call of a function with the arguments argnums, or what is in them, as fresh variables: its output, and the way
+    back, from gradients of the output to those of the variables.
+
     On a Value, or inside another gradient function, the gradients are Values again, to be differentiated further.
     """
-    if not callable(f):
-        raise TypeError(f"expected a function to differentiate, got {f!r}")
-    numbers = tuple(argnums) if isinstance(argnums, (tuple, list)) else (argnums,)
-    if not all(isinstance(i, (int, np.integer)) for i in numbers):
-        raise TypeError(f"argnums: expected an integer or a tuple of integers, got {argnums!r}")
-    if len(set(numbers)) < len(numbers):
-        raise ValueError(f"argnums: names an argument twice: {argnums}")
-    for i in numbers:
-        if not -len(args) <= i < len(args):
-            raise ValueError(f"argnums: asks for argument {i}, but the function was called with {len(args)}")
-    args = list(args)
-    symbolic = _mode.depth > 0 or any(isinstance(args[i], Value) for i in numbers)
-    before, _mode.recording, _mode.depth = _mode.recording, True, _mode.depth + 1
-    try:
-        variables = [_variable(args[i], i) for i in numbers]
-        since = max([v._number for v in variables], default=0)  # what is newer may depend on them
-        for i, variable in zip(numbers, variables):
-            args[i] = variable
-        try:
-            out = f(*args, **kwargs)
-        except ValueError as error:  # buffer[0] = v: NumPy makes a ValueError of what float(v) raised
-            if isinstance(error.__cause__, TypeError) and _ENDS in str(error.__cause__):
-                raise error.__cause__ from None
-            raise
-        if not isinstance(out, (Array, np.ndarray, np.number, int, float)):
-            raise TypeError(f"the function to differentiate must return a Value or number, got {type(out).__name__}")
-        rows = []
-        for seed in seeds(_raw(out)):
-            grads = {}
-            if isinstance(out, Value) and out._needs:
-                seed = _leaf(seed) if symbolic else seed
-                grads = _backpropagate(out, seed, symbolic=symbolic, since=since)
-                grads = {v: grads[v] for v in variables if v in grads}
-                grads = grads if symbolic else _deposited(_at_home(grads, out), add=False)
-            rows.append([grads[v] if v in grads else _filled_like(v._held, 0) for v in variables])
-    finally:
-        _mode.recording, _mode.depth = before, _mode.depth - 1
-    return out, rows
+
+    def __init__(self, f: Callable, argnums, args: tuple, kwargs: dict, has_aux: bool = False):
+        if not callable(f):
+            raise TypeError(f"expected a function to differentiate, got {f!r}")
+        numbers = tuple(argnums) if isinstance(argnums, (tuple, list, range)) else (argnums,)
+        if not all(isinstance(i, (int, np.integer)) for i in numbers):
+            raise TypeError(f"argnums: expected an integer or a tuple of integers, got {argnums!r}")
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"argnums: names an argument twice: {argnums}")
+        for i in numbers:
+            if not -len(args) <= i < len(args):
+                raise ValueError(f"argnums: asks for argument {i}, but the function was called with {len(args)}")
+        self.given, self.one, args = [args[i] for i in numbers], numbers == (argnums,), list(args)
+        self.inside, self.valued, self.variables = _mode.depth > 0, False, []
+        with _Differentiating():
+            for i in numbers:
+                args[i] = _mapped(self.enter, f"argument {i}", args[i])
+            self.since = max([v._number for v in self.variables], default=0)  # what is newer may depend on them
+            try:
+                self.out = f(*args, **kwargs)
+            except ValueError as error:  # buffer[0] = v: NumPy makes a ValueError of what float(v) raised
+                if isinstance(error.__cause__, TypeError) and _ENDS in str(error.__cause__):
+                    raise error.__cause__ from None
+                raise
+        if has_aux and not (isinstance(self.out, tuple) and len(self.out) == 2):
+            raise TypeError(f"has_aux: the function must return a pair, got {reprlib.repr(self.out)}")
+        self.out, self.aux = self.out if has_aux else (self.out, None)
+        self.outs = _leaves(self.out)
+        for x in self.outs:
+            if not isinstance(x, (Array, np.ndarray, np.number, int, float)):
+                raise TypeError(f"the function to differentiate must return a Value or number, got {type(x).__name__}")
+
+    def enter(self, where: str, x) -> Value:
+        """A fresh variable for an argument, or a part of one; connected to x if that is a Value."""
+        self.valued = self.valued or isinstance(x, Value)
+        self.variables.append(np.positive(x) if isinstance(x, Value) else _variable(x, where))
+        return self.variables[-1]
+
+    def sweep(self, seeds: dict) -> list:
+        """The gradients of the variables, raw or Values, for those of outputs, by their places."""
+        root, found = self.outs[0] if len(self.outs) == 1 else _joined(self.outs), {}
+        symbolic = self.inside or self.valued or any([isinstance(g, Value) for g in seeds.values()])
+        if symbolic:
+            seeds = {i: g if isinstance(g, Value) else _leaf(g) for i, g in seeds.items()}
+        if isinstance(root, Value) and root._needs:
+            with _Differentiating():
+                seed = seeds[0] if len(self.outs) == 1 else _Parts(seeds)
+                grads = _backpropagate(root, seed, symbolic=symbolic, since=self.since)
+                found = {v: grads[v] for v in self.variables if v in grads}
+                found = found if symbolic else _deposited(_at_home(found, root), add=False)
+        self.reached = bool(found)
+        return [found[v] if v in found else _filled_like(v._held, 0) for v in self.variables]
+
+    def pull(self, gradient):
+        """The gradients of the arguments for one of the output, in its form."""
+        seeds: list = []
+
+        def match(where, out, g):
+            raw = _raw(out)
+            if np.shape(_raw(g)) != np.shape(raw):
+                raise ValueError(f"{where}: expected shape {np.shape(raw)}, got {np.shape(_raw(g))}")
+            seeds.append(_fit(g, raw) if isinstance(g, Value) else _conform(g, raw, where))
+
+        _mapped(match, "gradient", self.out, gradient)
+        return self.in_form(self.sweep(dict(enumerate(seeds))), any([isinstance(g, Value) for g in seeds]))
+
+    def in_form(self, results: Sequence, valued: bool = False):
+        """Results for the variables, in the form of the arguments. valued: whether Values, whatever was given."""
+        rest = iter(results)
+
+        def hand_out(where, x):
+            return _handed_out(next(rest), valued or isinstance(x, Value))
+
+        nests = [_mapped(hand_out, "", x) for x in self.given]
+        return nests[0] if self.one else tuple(nests)
+
+    def returned(self, out):
+        """What the function returned: Values if some were given, else NumPy's numbers and arrays."""
+        return _mapped(lambda where, x: _handed_out(x, self.valued) if isinstance(x, Value) else x, "", out)
 
 
-def _variable(x, i):
-    """A fresh node for argument i of a function; connected to x if that is a Value."""
-    if isinstance(x, Value):
-        return np.positive(x)
+def _variable(x, where: str) -> Value:
+    """A fresh leaf for an argument, or a part of one, that is no Value."""
     try:
         dtype = None
         if not isinstance(x, (Array, *_NUMBERS)) and not _lazy(x):
-            x = np.asarray(x)
-            dtype = x.dtype if x.dtype.kind == "f" else None
+            own = np.asarray(x).dtype
+            dtype = own if own.kind == "f" else None
         return Value(x, dtype)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"argument {i}: {error}") from None
+        raise type(error)(f"{where}: {error}") from None
 
 
 def _leaf(raw) -> Value:
@@ -1848,44 +2042,45 @@ def _leaf(raw) -> Value:
     return leaf
 
 
-def _hand_out(result, x):
-    """A result for argument x: a Value for a Value, or where an outer gradient function needs one; else NumPy's."""
-    if isinstance(x, Value) or (_mode.depth and isinstance(result, Value) and result._needs):
+def _handed_out(result, valued: bool):
+    """A result: a Value if it has to be one, or where an outer gradient function needs it; else NumPy's."""
+    if valued or (_mode.depth and isinstance(result, Value) and result._needs):
         return result if isinstance(result, Value) else _leaf(result)
     return _public(_raw(result))
 
 
-def _one_number(raw):
-    if math.prod(np.shape(raw)) != 1:
-        raise ValueError(
-            f"grad: the function must return one number, got shape {np.shape(raw)}; see jacobian and elementwise_grad"
-        )
-    return [_filled_like(raw, 1)]
-
-
-def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
+def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
     """A function that returns f's value and its gradient by the argument(s) argnums (a tuple for a tuple).
 
     A number or array in gives a NumPy number or array out, computed in the array's own floating dtype; a Value in gives
-    Values out, which can be differentiated again. f must return one number, else ValueError. Nests to any order.
+    Values out, which can be differentiated again. A dict, list or tuple of arrays, or of further such, gives one of
+    gradients; but a list or tuple of numbers alone is an array. f must return one number, else ValueError; if that does
+    not depend on the arguments, the gradient is 0, with a warning. Nests to any order.
+
+    has_aux: f returns a pair of the number and of anything else, and the function `((value, else), gradient)`.
     """
 
     def value_and_gradient(*args, **kwargs):
-        out, (row,) = _differentiate(f, argnums, args, kwargs, _one_number)
-        if isinstance(argnums, (int, np.integer)):
-            return _hand_out(out, args[argnums]), _hand_out(row[0], args[argnums])
-        given = [args[i] for i in argnums]
-        value = _hand_out(out, next((x for x in given if isinstance(x, Value)), None))
-        return value, tuple(map(_hand_out, row, given))
+        call = _Call(f, argnums, args, kwargs, has_aux)
+        raw = _raw(call.out)
+        if _is_nest(raw) or math.prod(np.shape(raw)) != 1:
+            got = f"{type(call.out).__name__} of shape {getattr(raw, 'shape', ())}"
+            raise ValueError(f"grad: the function must return one number, got {got}; see jacobian and elementwise_grad")
+        found = call.sweep({0: _filled_like(raw, 1)})
+        if call.variables and not call.reached:
+            warnings.warn("grad: what the function returns does not depend on the argument: zeros", stacklevel=3)
+        value = _handed_out(call.out, call.valued)
+        return ((value, call.returned(call.aux)) if has_aux else value), call.in_form(found)
 
     return value_and_gradient
 
 
-def grad(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
-    """A function that returns the gradient of f; see `value_and_grad`."""
+def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
+    """A function that returns the gradient of f; see `value_and_grad`. With has_aux, `(gradient, else)`."""
 
     def gradient(*args, **kwargs):
-        return value_and_grad(f, argnums)(*args, **kwargs)[1]
+        value, slope = value_and_grad(f, argnums, has_aux)(*args, **kwargs)
+        return (slope, value[1]) if has_aux else slope
 
     return gradient
 
@@ -1898,26 +2093,27 @@ def elementwise_grad(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
 def jacobian(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
     """A function that returns the derivatives of every output of f by every element of the argument(s) argnums.
 
-    Of shape (*output shape, *argument shape); one backward sweep per output element.
+    Of shape (*output shape, *argument shape); of nests, a nest of arguments for each array in the nest of outputs. One
+    backward sweep per output element.
     """
 
-    def units(raw):
-        if not np.ndim(raw):
-            return [_filled_like(raw, 1)]
-        return [unit.reshape(raw.shape) for unit in np.eye(raw.size, dtype=raw.dtype)]
-
     def derivatives(*args, **kwargs):
-        single = isinstance(argnums, (int, np.integer))
-        out, rows = _differentiate(f, argnums, args, kwargs, units)
-        results = []
-        for k, i in enumerate((argnums,) if single else argnums):
-            shape = np.shape(_raw(out)) + np.shape(_raw(args[i]))
-            column = [row[k] for row in rows]
-            if shape:
-                stack = np.stack if any(isinstance(g, Value) or _lazy(g) for g in column) else np.array
-                column = [np.reshape(stack(column), shape) if column else np.zeros(shape)]
-            results.append(_hand_out(column[0], args[i]))
-        return results[0] if single else tuple(results)
+        call, places = _Call(f, argnums, args, kwargs), itertools.count()
+
+        def of_output(where, out):
+            raw, place, units = _raw(out), next(places), [_filled_like(_raw(out), 1)]
+            if np.ndim(raw):
+                units = [unit.reshape(raw.shape) for unit in np.eye(raw.size, dtype=raw.dtype)]
+            rows, results = [call.sweep({place: unit}) for unit in units], []
+            for k, v in enumerate(call.variables):
+                column, shape = [row[k] for row in rows], np.shape(raw) + v.shape
+                if shape:
+                    stack = np.stack if any(isinstance(g, Value) or _lazy(g) for g in column) else np.array
+                    column = [np.reshape(stack(column), shape) if column else np.zeros(shape)]
+                results.append(column[0])
+            return call.in_form(results)
+
+        return _mapped(of_output, "", call.out)
 
     return derivatives
 
@@ -1925,6 +2121,241 @@ def jacobian(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
 def hessian(f: Callable, argnum: int = 0) -> Callable:
     """A function that returns the second derivatives of f, which returns one number, by the elements of an argument."""
     return jacobian(grad(f, argnum), argnum)
+
+
+def vjp(f: Callable, *args: Any) -> tuple[Any, Callable]:
+    """f's value at the arguments, and a function from a gradient of that value to those of the arguments.
+
+    f returns a Value or number, or a dict, list or tuple of such. The function takes a gradient of that form, and
+    returns a tuple of one for each argument; it may be called many times. Arguments are as in `value_and_grad`.
+    """
+    call = _Call(f, range(len(args)), args, {})
+    return call.returned(call.out), call.pull
+
+
+def jvp(f: Callable, args: tuple, tangents: tuple) -> tuple[Any, Any]:
+    """f's value at the arguments, and its change along the tangents: the product of the Jacobian with them.
+
+    args and tangents are tuples of the same form; one argument may stand for itself. f and its arguments are as in
+    `vjp`. Gradients of arguments are linear in that of the value: a sweep back through a sweep goes forward.
+    """
+    args, tangents = (x if type(x) is tuple else (x,) for x in (args, tangents))
+    call = _Call(f, range(len(args)), args, {})
+    one = (lambda x: _leaf(_filled_like(x, 1))) if call.valued else np.ones_like
+    ones = _mapped(lambda where, x: one(_raw(x)), "", call.out)
+    return call.returned(call.out), vjp(call.pull, ones)[1](tangents)[0]
+
+
+def hvp(f: Callable, args: tuple, vector: tuple) -> Any:
+    """The product of the Hessian of f, which returns one number, with a vector of the form of args, in that form.
+
+    args and vector are tuples; one argument may stand for itself. Two sweeps, whatever the size.
+    """
+    several = type(args) is tuple
+    args, vector = (args, vector) if several else ((args,), (vector,))
+    product = vjp(grad(f, range(len(args))), *args)[1](vector if type(vector) is tuple else (vector,))
+    return product if several else product[0]
+
+
+def ravel_nest(nest: Any) -> tuple[Any, Callable]:
+    """All numbers in a dict, list or tuple of arrays, or of further such, as one vector; and the way back.
+
+    The vector has the widest dtype among them, double precision for numbers; it is a Value if one of them is. The
+    function takes such a vector, or a Value, and returns its parts in the form and the dtypes of the nest.
+    """
+    leaves: list = []
+
+    def enter(where, x):
+        leaves.append(x if isinstance(x, Value) else _variable(x, where)._held)
+
+    form = _mapped(enter, "nest", nest)
+    kinds = [(np.shape(_raw(x)), getattr(_raw(x), "dtype", float)) for x in leaves]
+    *ends, total = itertools.accumulate([math.prod(shape) for shape, _ in kinds], initial=0)
+    dtype = np.result_type(*[dtype for _, dtype in kinds] or [float])
+    parts = [np.ravel(_as_dtype(x, dtype)) for x in leaves]
+
+    def unravel(flat):
+        flat = flat if isinstance(flat, Array) else np.asarray(flat)
+        if flat.shape != (total,):
+            raise ValueError(f"unravel: expected shape ({total},), got {flat.shape}")
+        rest = zip(np.split(flat, ends[1:]), kinds)
+
+        def part(where, _):
+            x, (shape, dtype) = next(rest)
+            return _as_dtype(np.reshape(x, shape), dtype)
+
+        return _mapped(part, "", form)
+
+    return np.concatenate(parts) if parts else np.zeros(0), unravel
+
+
+# --- what is computed again: `checkpoint` makes a node of the graph of a call, and that a recipe ---
+
+
+class _Recipe:
+    """The graph that made a result, without data: nodes are placeholders, and so are the inputs, its oldest ones."""
+
+    shape, dtype = (), None
+
+    def __init__(self, root: Value, inputs: list[Value]):
+        self.root, self.inputs = root, inputs
+
+    def __repr__(self):
+        return "a recipe"
+
+
+KINDS[_Recipe] = KINDS[_Parts]
+
+
+def _remade(operands: Sequence, rule: Callable = lambda node, args: node) -> Value:
+    """The result of a recipe, the last of the operands, for the others as its inputs; each node as the rule has it."""
+    *inputs, recipe = operands
+
+    def made(node, args):
+        new = _record(node._prim, args, node._params)
+        new.label = node.label
+        return rule(new, args)
+
+    return _rewrite([recipe.root], made, ends=dict(zip(recipe.inputs, inputs)))[0]
+
+
+@no_grad()
+def _made_again(*operands):
+    return _remade((*map(_leaf, operands[:-1]), operands[-1]))._held
+
+
+def _recipe_rule(wanted, g, out, operands):
+    symbolic = isinstance(out, Value)
+    inputs = operands[:-1] if symbolic else list(map(_leaf, operands[:-1]))
+    for x, wants in zip(inputs, wanted):
+        x._needs = wants  # of a Value it is what it was
+    since = _next_number()
+    with _recording():
+        grads = _backpropagate(_remade((*inputs, operands[-1])), g, symbolic=symbolic, since=since)
+    return [*map(grads.get, inputs), None]
+
+
+_checkpoint = primitive(_made_again, _recipe_rule, name="checkpoint", joint=True, typed=())
+
+
+def _forgotten(root: Value, since: int) -> Value:
+    """A node for all that was computed after that number: its data stays, what it was made by does not."""
+
+    def twin(node, args):
+        return _rebuild(Value, (), None, node._prim, args, node._params, True, None, None, node.label)
+
+    nodes = _newest_first(root, since)[::-1]
+    inputs = {x: _leaf(None) for x in nodes if x._prim is None or x._number <= since}
+    recipe = _Recipe(*_rewrite([root], twin, nodes, inputs), list(inputs.values()))
+    node = _node(root._held, _checkpoint, (*inputs, recipe), _NO_PARAMS)
+    node.label = root.label
+    return node
+
+
+def checkpoint(f: Callable) -> Callable:
+    """f, of whose work only the results are kept; what they were made by is computed again, for backward.
+
+    f returns Values, or dicts, lists and tuples of them. It may use Values that are no arguments, such as parameters,
+    and other functions with checkpoints. It is called once: what is computed again is the graph that it made, with the
+    same random numbers and branches. Gradients of gradients keep what they need. Under `no_grad` it is f, and
+    `optimize`, whose programs have their own buffers, takes it apart. (Griewank and Walther 2000, "Algorithm 799".)
+    """
+    if not callable(f):
+        raise TypeError(f"checkpoint: expected a function, got {f!r}")
+
+    @functools.wraps(f)
+    def call(*args, **kwargs):
+        since = _next_number()
+        out = f(*args, **kwargs)
+        made = [x for x in _leaves(out) if isinstance(x, Value) and x._needs and x._prim and x._number > since]
+        new = {}
+        if len(made) == 1:
+            new = {made[0]: _forgotten(made[0], since)}
+        elif made:  # in one vector, so that all is computed again but once
+            flat, unravel = ravel_nest(made)
+            new = dict(zip(made, unravel(_forgotten(flat, since))))
+        return _mapped(lambda where, x: new.get(x, x) if isinstance(x, Value) else x, "", out)
+
+    return call
+
+
+# --- where inf and nan come from ---
+
+
+def _nonfinite(raw) -> str:
+    """What is not finite in a raw value, in words; "" if all is."""
+    x = np.asarray(_fetched(raw))
+    if x.dtype.kind != "f":
+        return ""
+    counts = {"inf": np.isinf(x).sum(), "nan": np.isnan(x).sum()}
+    return " and ".join([f"{name} in {n} of {x.size}" for name, n in counts.items() if n])
+
+
+def _account(what: str, node: Value, nodes: Sequence[Value]) -> list[str]:
+    """Lines about a node of a graph whose nodes are given newest first: what its operands are and come from."""
+    lines, below = [f"{what}, shape {node.shape}"], {node}
+    for i, x in enumerate(node._args):
+        raw, makers = np.asarray(_fetched(_raw(x))), ", ".join(map(_name_of, getattr(x, "_args", ())))
+        numbers = f"{raw.min()} to {raw.max()}" if raw.size and raw.dtype.kind != "O" else "no numbers"
+        made = f" made of {makers}" if makers else ""
+        lines.append(f"  operand {i}: {_name_of(x)}{made}, shape {raw.shape}, {_nonfinite(raw) or numbers}")
+    for other in reversed(nodes):
+        into = [i for i, x in enumerate(other._args) if isinstance(x, Value) and x in below]
+        if into and other._prim is TABLE[np.where]:
+            lines.append("  It is in a branch of np.where, which sends 0 to a branch not taken, and 0 * inf is nan.")
+            return [*lines, "  Choose its operand first: np.where(ok, f(np.where(ok, x, 1.0)), 0.0)."]
+        if into and other._prim.elementwise:
+            below.add(other)
+    return lines
+
+
+def _name_of(x) -> str:
+    """A node by its operation, any other operand by what it is; with its label."""
+    prim, label = getattr(x, "_prim", None), getattr(x, "label", "")
+    what = prim.name if prim else {Value: "leaf", Tensor: "Tensor"}.get(type(x), "constant")
+    return f"{what} {label!r}" if label else what
+
+
+def _bad_value(root: Value) -> list[str]:
+    """About the first node that is not finite though its operands are; if there is none, about where root's come in."""
+    nodes = _newest_first(root)
+    bad = [x for x in reversed(nodes) if _nonfinite(x._held)]
+    first = [x for x in bad if x._prim and not any([_nonfinite(_raw(y)) for y in x._args])]
+    first = first or (bad if _nonfinite(root._held) else [])
+    if first and first[0]._prim is _checkpoint:
+        return _bad_value(_remade(first[0]._args))
+    return _account(f"values: {_name_of(first[0])} has {_nonfinite(first[0]._held)}", first[0], nodes) if first else []
+
+
+def _bad_gradient(root: Value, g) -> list[str]:
+    """About the first rule of a backward sweep, from the gradient g, after which a gradient is not finite."""
+    nodes, grads = _newest_first(root), {root: g}
+    for node in nodes:
+        for x, h in _pulled(node, grads[node], False) if node._prim and node in grads else ():
+            grads[x] = grads[x] + h if x in grads else h
+            bad = _nonfinite(grads[x])
+            if bad and node._prim is _checkpoint:
+                return _bad_gradient(_remade(node._args), grads[node])
+            if bad:
+                return _account(f"gradients: the rule of {_name_of(node)} gives {_name_of(x)} {bad}", node, nodes)
+    return []
+
+
+def find_nonfinite(root: Value) -> str | None:
+    """Where inf and nan come from, as a text to print; None if all is finite.
+
+    Of the values that root was computed by, the first that is not finite though its operands are; and once `backward`
+    was called, the first rule that made a gradient so: the sweep is done again. With the label and shapes of the
+    operation, where its operands come from, and a word on np.where, if it is in a branch of that.
+    """
+    if not isinstance(root, Value):
+        raise TypeError(f"find_nonfinite: root must be a Value, got {type(root).__name__}")
+    with np.errstate(all="ignore"), _recording():
+        plain, g = root._plain(), root._grad
+        lines = _bad_value(plain)
+        if any([x._grad is not None for x in _newest_first(plain)]):
+            lines += _bad_gradient(plain, _filled_like(root._held, 1) if g is None else g)
+    return "\n".join(lines) or None
 
 
 def check_gradients(
@@ -1966,7 +2397,7 @@ def check_gradients(
         return [value(i, x) for i, x in enumerate(raws)]
 
     for i in free:
-        gradient = np.asarray(grad(total, i)(*values()).data)
+        gradient = np.asarray(jacobian(total, i)(*values()).data)  # which does not warn of 0
         for element in np.ndindex(raws[i].shape):
             kept, sides = raws[i][element].copy(), []
             for change in (step, -step):
@@ -1979,7 +2410,7 @@ def check_gradients(
                 place = f", element {element}" if element else ""
                 raise AssertionError(f"argument {i}{place}: gradient {exact!r}, by finite differences {numeric!r}")
         if order > 1:
-            check_gradients(grad(total, i), *raws, order=order - 1, step=step, rtol=max(rtol, 1e-4), atol=atol)
+            check_gradients(jacobian(total, i), *raws, order=order - 1, step=step, rtol=max(rtol, 1e-4), atol=atol)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1989,12 +2420,21 @@ def check_gradients(
 # Tensors and Values. Out: what NumPy gives for the same arrays. Invariant: a rule has an answer wherever the operation
 # has one, and costs no more than the operation does. Where there is no derivative, or more than one, it is:
 #
-#     abs, relu, norm, std, hypot, arctan2     0 at 0; std also where numbers are equal, but their mean is rounded
+#     abs, fabs, copysign, relu, norm, std,    0 at 0; std also where numbers are equal, but their mean is rounded
+#     hypot, arctan2
 #     max, min, maximum, fmax and their kin    shared equally by ties, 0.0 and -0.0 too; to nan where that is taken
+#     maximum.accumulate and its kin           step by step: shared by the largest so far and the next
+#     nansum, nanmax, ... nanquantile          0 to nan
+#     sort, quantiles, unique                  to the elements that are taken, whatever is equal to them
+#     fmod, modf, frexp, nextafter, unwrap     as if there were no jumps
 #     clip                                     passes at the bounds; where they are in the wrong order, to the upper one
 #     power                                    0 for x**0 by x, and for 0**y by y where y is not negative
 #     logaddexp, logsumexp                     weights that sum to 1: infinity takes all, equal infinities share
 #     prod, cumprod, det                       exact, also with zeros and for singular matrices
+#     eigh, svd                                vectors of values that are equal up to rounding, or of the singular value
+#                                              0, which nothing determines, do not turn: there, 0 stands for 1 / 0
+#     pinv, lstsq                              of matrices of the same rank
+#     interp                                   where pieces meet, the slope is that of the right one
 #
 #     >>> x = Value([3.0, 1.0, 3.0])
 #     >>> np.max(x).backward()
@@ -2029,6 +2469,8 @@ _pow = TABLE[np.power] = _elementwise(_power, _power_x, _power_y, name="power")
 _pow.ufunc = True  # to all that asks: it takes out=, and numbers without a dtype
 # With the quotient that NumPy takes: x / y may round up to the next integer.
 primitive(np.remainder, lambda g, out, x, y: g, lambda g, out, x, y: -g * np.floor_divide(x, y))
+primitive(np.fmod, lambda g, out, x, y: g, lambda g, out, x, y: -g * np.rint((x - out) / y))
+primitive(np.float_power, _power_x, _power_y)
 primitive(np.negative, lambda g, out, x: -g)
 primitive(np.positive, lambda g, out, x: g)
 primitive(np.absolute, lambda g, out, x: g * np.sign(x), name="abs")
@@ -2058,11 +2500,16 @@ def _lead_of(x, y):
 
 
 # The weights are exp(x - out) and exp(y - out), in a form in which they sum to 1 whatever the size of x and y.
-primitive(
-    np.logaddexp,
-    lambda g, out, x, y: g * sigmoid(_lead_of(x, y)),
-    lambda g, out, x, y: g * sigmoid(_lead_of(y, x)),
-)
+def _softly(ufunc, scale):
+    return primitive(
+        ufunc,
+        lambda g, out, x, y: g * sigmoid(scale * _lead_of(x, y)),
+        lambda g, out, x, y: g * sigmoid(scale * _lead_of(y, x)),
+    )
+
+
+_softly(np.logaddexp, 1.0)
+_softly(np.logaddexp2, math.log(2.0))
 
 # --- functions of one number, most of which Python's math has, too: arcsin as asin ---
 
@@ -2079,6 +2526,7 @@ def _sinc_x(g, out, x):
 _LN2, _LN10 = math.log(2.0), math.log(10.0)
 for _ufunc, _rule_of in {
     np.sqrt: lambda g, out, x: 0.5 * g / out,
+    np.cbrt: lambda g, out, x: g / (3.0 * out * out),
     np.exp: lambda g, out, x: g * out,
     np.expm1: lambda g, out, x: g * (out + 1.0),
     np.exp2: lambda g, out, x: g * (_LN2 * out),
@@ -2098,11 +2546,39 @@ for _ufunc, _rule_of in {
     np.arcsinh: lambda g, out, x: g / np.hypot(x, 1.0),  # x * x could overflow
     np.arccosh: lambda g, out, x: g / (np.sqrt(x - 1.0) * np.sqrt(x + 1.0)),
     np.arctanh: lambda g, out, x: g / ((1.0 - x) * (1.0 + x)),
+    **dict.fromkeys((np.deg2rad, np.radians), lambda g, out, x: g * (math.pi / 180.0)),
+    **dict.fromkeys((np.rad2deg, np.degrees), lambda g, out, x: g * (180.0 / math.pi)),
+    np.fabs: lambda g, out, x: g * np.sign(x),
+    np.conjugate: lambda g, out, x: g,
 }.items():
     primitive(_ufunc, _rule_of, scalar=getattr(math, _ufunc.__name__.replace("arc", "a"), None))
 # g * (1 - out**2), in the order of operations in which NumPy needs one temporary array only.
 primitive(np.tanh, lambda g, out, x: -out * out * g + g, scalar=math.tanh, reads="out")
 _elementwise(np.sinc, _sinc_x)
+
+# Bessel's integral for i0' = i1 (DLMF 10.32.3); by the midpoint rule it is exact wherever i0 is finite.
+_ANGLES = np.cos((np.arange(64) + 0.5) * (math.pi / 128))
+_elementwise(np.i0, lambda g, out, x: g * np.matmul(np.sinh(np.expand_dims(x, -1) * _ANGLES), _ANGLES / 64))
+_elementwise(np.real, lambda g, out, val: g)
+
+# Of two numbers, of which one moves the result and the other only says which way, or whether.
+primitive(np.copysign, lambda g, out, x, y: g * (np.sign(x) * np.copysign(1.0, y)), None, typed=(0, 1))
+primitive(np.nextafter, lambda g, out, x, y: g, None, typed=(0, 1))
+primitive(np.ldexp, lambda g, out, x, i: np.ldexp(g, i), None)
+primitive(np.heaviside, None, lambda g, out, x, y: _masked(x == 0, g), typed=(0, 1))
+
+
+def _in_parts(function, *rules):
+    """Enters a function of one number with several results: a primitive for each."""
+    parts = []
+    for i, rule in enumerate(rules):
+        parts.append(_elementwise(lambda x, i=i: function(x)[i], rule, name=f"{function.__name__} {i}"))
+    TABLE[function] = lambda x: tuple([part(x) for part in parts])
+
+
+_in_parts(np.modf, lambda g, out, x: g, None)
+_in_parts(np.frexp, lambda g, out, x: np.ldexp(g, -np.frexp(x)[1]), None)
+composed(np.divmod)(lambda x, y: (np.floor_divide(x, y), np.remainder(x, y)))
 
 # --- selection ---
 
@@ -2278,15 +2754,20 @@ def _others(a):
     return _before(a) * np.flip(_before(np.flip(a, -1)), -1)
 
 
+def _rows(a, axis):
+    """a with the axes that a reduction takes together as one, the last; and before they were joined."""
+    axes = _axes(a, axis)
+    moved = np.moveaxis(a, axes, range(-len(axes), 0))
+    kept = np.ndim(a) - len(axes)
+    return np.reshape(moved, (*moved.shape[:kept], math.prod(moved.shape[kept:]))), moved
+
+
 def _prod_a(g, out, a, axis=None, keepdims=False):
     if 0 in np.shape(a):
         return np.zeros_like(a)
-    axes = _axes(a, axis)
-    last = tuple(range(-len(axes), 0))
-    moved = np.moveaxis(a, axes, last)
-    shape = np.shape(moved)
-    others = _others(np.reshape(moved, (*shape[: len(shape) - len(axes)], -1)))
-    return _unreduce(g, a, axis, keepdims) * np.moveaxis(np.reshape(others, shape), last, axes)
+    (rows, moved), axes = _rows(a, axis), _axes(a, axis)
+    others = np.reshape(_others(rows), np.shape(moved))
+    return _unreduce(g, a, axis, keepdims) * np.moveaxis(others, range(-len(axes), 0), axes)
 
 
 def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
@@ -2301,38 +2782,43 @@ def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
     return _var_a(_over(0.5 * g, out), out, a, axis, ddof, True)
 
 
-def _extremum_a(g, out, a, axis=None, keepdims=False):
+def _extremum_a(g, out, a, axis=None, keepdims=False, initial=None):
     hit = (a == _unreduce(out, a, axis, keepdims)) | np.isnan(a)  # with a nan, only nans are hits
-    share = _unreduce(g, a, axis, keepdims) / np.sum(hit, axis=axis, keepdims=True)
+    count = np.sum(hit, axis=axis, keepdims=True)
+    share = _unreduce(g, a, axis, keepdims) / (count if initial is None else np.maximum(count, 1))
     if isinstance(g, (np.ndarray, np.generic)):
         share = share.astype(g.dtype, copy=False)  # to NumPy, the count is wide
     return _masked(hit, share)
 
 
 def _along_one(rule):
-    """The rule of a function along an axis, from a rule without `out`: with no axis, the array is a vector."""
+    """The rule of a function along an axis, from a rule for one axis: with none, the array is a vector."""
 
     def whole(g, out, a, axis=None):
         if axis is None or not np.ndim(a):
-            return np.reshape(rule(g, np.ravel(a), 0), np.shape(a))
-        return rule(g, a, axis)
+            return np.reshape(rule(g, out, np.ravel(a), 0), np.shape(a))
+        return rule(g, out, a, axis)
 
     return whole
 
 
-def _cumprod_a(g, a, axis):
-    # With x the input, dL/dx_i = (x_0 ... x_{i-1}) * S_i where S_i = g_i + x_{i+1} * S_{i+1}. The recurrence is a
-    # composition of affine maps, done by doubling (Hillis and Steele 1986); no division, so zeros are exact.
-    x, shift, step = np.moveaxis(a, axis, -1), np.moveaxis(g, axis, -1), 1
+def _scan(ufunc, forward=None):
+    """A primitive that applies a function of two numbers again and again: out_i = f(out_{i-1}, a_i)."""
 
-    def ahead(z):
-        """z as it is `step` further on; there it ends with zeros."""
-        return np.concatenate([z[..., step:], np.zeros_like(z[..., :step])], axis=-1)
+    def rule(g, out, a, axis):
+        # With p and q the slopes of f, a_i gets q_i * S_i where S_i = g_i + p_{i+1} * S_{i+1}. The recurrence is a
+        # composition of affine maps, done by doubling (Hillis and Steele 1986); no division, so zeros are exact.
+        total, out, x = (np.moveaxis(z, axis, -1) for z in (g, out, a))
+        scale, q = (vjp(1.0, out[..., 1:], out[..., :-1], x[..., 1:]) for vjp in TABLE[ufunc].vjps)
+        step = 1
+        while step < np.shape(x)[-1]:
+            near = total[..., :-step] + scale * total[..., step:]
+            total = np.concatenate([near, total[..., -step:]], axis=-1)
+            scale, step = scale[..., :-step] * scale[..., step:], 2 * step
+        return np.moveaxis(np.concatenate([total[..., :1], q * total[..., 1:]], axis=-1), -1, axis)
 
-    before, scale = _before(x), ahead(x)
-    while step < np.shape(x)[-1]:
-        shift, scale, step = shift + scale * ahead(shift), scale * ahead(scale), 2 * step
-    return np.moveaxis(before * shift, -1, axis)
+    name = getattr(forward, "__name__", f"{ufunc.__name__}.accumulate")
+    return primitive(forward or (lambda a, axis: ufunc.accumulate(a, axis)), _along_one(rule), name=name)
 
 
 def _peak(a, axis):
@@ -2397,8 +2883,8 @@ TABLE[np.var] = primitive(_in_single(np.var), _var_a, name="var")
 TABLE[np.std] = primitive(_in_single(np.std), _std_a, name="std")
 TABLE[np.amax] = primitive(np.max, _extremum_a)
 TABLE[np.amin] = primitive(np.min, _extremum_a)
-primitive(np.cumsum, _along_one(lambda g, a, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis)))
-primitive(np.cumprod, _along_one(_cumprod_a))
+primitive(np.cumsum, _along_one(lambda g, out, a, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis)))
+_scan(np.multiply, np.cumprod)
 _weights_of = primitive(
     _logsumexp_weights,
     lambda g, out, a, total, axis=None: _softmax_a(g, out, a, axis),
@@ -2411,8 +2897,9 @@ log_softmax = primitive(_log_softmax, _log_softmax_a, name="log_softmax")
 
 
 @composed(np.average)
-def average(a, axis=None, weights=None, *, keepdims=False):
+def average(a, axis=None, weights=None, returned=False, *, keepdims=False):
     """`np.average`, also with differentiable weights: of a's shape, or of its lengths along the axes."""
+    weights = np.ones_like(_raw(a)) if weights is None and returned else weights
     if weights is None:
         return np.mean(a, axis=axis, keepdims=keepdims)
     a, weights = _together((a, weights))
@@ -2423,7 +2910,9 @@ def average(a, axis=None, weights=None, *, keepdims=False):
         others = tuple([i for i in range(np.ndim(a)) if i not in axes])
         weights = np.expand_dims(np.transpose(weights, np.argsort(axes).tolist()), others)
     weights = weights * np.ones_like(a)  # summed in the precision of both
-    return np.sum(a * weights, axis=axis, keepdims=keepdims) / np.sum(weights, axis=axis, keepdims=keepdims)
+    total = np.sum(weights, axis=axis, keepdims=keepdims)
+    out = np.sum(a * weights, axis=axis, keepdims=keepdims) / total
+    return (out, total) if returned else out
 
 
 # --- shape ---
@@ -2592,18 +3081,47 @@ def block(arrays):
     return joined(arrays)[0]
 
 
-def _splitting(function):
-    """A function that splits along an axis: into slices, at the places where it splits the numbers from 0 on."""
+def _place(part, whole) -> tuple:
+    """The index of a part that slices made of an array of truths in C order: its address tells where it starts."""
+    offset, index = operator.sub(*(np.lib.array_utils.byte_bounds(x)[0] for x in (part, whole))), []
+    for length, n, stride in zip(part.shape, whole.shape, whole.strides):
+        start = offset // max(stride, 1) % max(n, 1)
+        index.append(slice(None) if length == n else slice(start, start + length))
+    return tuple(index)
 
-    def split(ary, indices_or_sections, axis=0):
-        parts = function(np.arange(np.shape(ary)[axis]), indices_or_sections)
-        return [_along(ary, axis, slice(p[0], p[-1] + 1) if len(p) else slice(0)) for p in parts]
+
+def _splitting(function):
+    """A function that splits an array: into the slices that it makes of one whose numbers nobody reads."""
+
+    def split(ary, *args, **kwargs):
+        whole = np.empty(np.shape(ary), bool)
+        return [ary[_place(part, whole)] for part in function(whole, *args, **kwargs)]
 
     return split
 
 
-composed(np.split)(_splitting(np.split))
-composed(np.array_split)(_splitting(np.array_split))
+for _function in (np.split, np.array_split, np.hsplit, np.vsplit, np.dsplit):
+    composed(_function)(_splitting(_function))
+composed(*_since("unstack"))(lambda x, *, axis=0: tuple(np.moveaxis(x, axis, 0)))
+
+
+@composed(np.trim_zeros)
+def trim_zeros(filt, *args, **kwargs):
+    whole = np.ascontiguousarray(_fetched(_raw(filt)) != 0)
+    return filt[_place(np.trim_zeros(whole, *args, **kwargs), whole)]
+
+
+@composed(np.broadcast_arrays)
+def broadcast_arrays(*args):
+    shape = np.broadcast_shapes(*map(np.shape, args))
+    return tuple([np.broadcast_to(x, shape) for x in args])
+
+
+@composed(np.meshgrid)
+def meshgrid(*xi, **options):
+    places = np.meshgrid(*[np.arange(np.size(x)) for x in xi], **options)
+    return tuple(map(np.take, xi, places))
+
 
 # --- indexing; parts of an index that are Values or Tensors are operands, so that a replay sees their current data ---
 
@@ -2615,11 +3133,16 @@ def _filled(index, parts):
     return tuple(next(parts) if i is _HOLE else i for i in index)
 
 
+def _is_plain(index: tuple) -> bool:
+    """Whether an index has no arrays, so that it names no element twice."""
+    return all(i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer)) for i in index)
+
+
 def _put(a, *parts, shape, index):
     """Zeros of that shape with `a` added at that index: the transpose of indexing."""
     index = _filled(index, parts)
     out = np.zeros(shape, getattr(a, "dtype", np.float64))
-    if all(i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer)) for i in index):
+    if _is_plain(index):
         out[index] = a
     elif len(index) == 1 and index[0].dtype.kind in "iu" and math.prod(shape[1:]) >= _LONG_ROW:
         _add_rows(out, np.ravel(index[0]) % shape[0], np.reshape(a, (-1, *shape[1:])))
@@ -2683,6 +3206,93 @@ def _index_part(i):
     return _wrap(i) if not isinstance(i, Array) and _lazy(i) else i
 
 
+def _put_last(*parts, shape, index):
+    """Of what an index names, what is the last at its place: it may name an element twice."""
+    index, places = _filled(index, parts), np.zeros(shape, int)
+    turns = np.arange(places[index].size).reshape(places[index].shape)
+    places[index] = turns
+    return places[index] == turns
+
+
+_is_last = primitive(_put_last, None, name="is last", variadic=True)
+_UPDATES = {"add": np.add, "multiply": np.multiply, "min": np.minimum, "max": np.maximum}
+
+
+def _updated(a, x, *parts, index, how):
+    a, index = np.array(a), _filled(index, parts)
+    if how == "set":
+        a[index] = x
+    else:
+        _UPDATES[how].at(a, index, x)
+    return a
+
+
+def _update_rule(wanted, g, out, operands, index, how):
+    a, x, *parts = operands
+    there, update = (functools.partial(f, index=index) for f in (_getitem, _update))
+    slope = there(g * a if how == "multiply" else g, *parts)
+    if how in ("set", "multiply"):
+        last = _is_plain(index) or _is_last(*parts, shape=np.shape(a), index=index)
+        if how == "multiply" and not np.all(last):
+            raise TypeError("at: multiply has no gradient where an index names an element twice")
+        g, slope = update(g, 0.0 if how == "set" else x, *parts, how=how), _masked(last, slope)
+    elif how != "add":
+        hit, hits = (a == out) | np.isnan(a), (x == there(out, *parts)) | np.isnan(x)
+        share = g / update(_masked(hit, np.ones_like(g)), hits, *parts, how="add")
+        g, slope = _masked(hit, share), _masked(hits, there(share, *parts))
+    return [g, slope, *[None] * len(parts)]
+
+
+_update = primitive(_updated, _update_rule, name="update", joint=True, typed=(0, 1))
+
+
+class _At:
+    """`v.at[index]`: its methods give a new Value or Tensor, in which what is there is another; `v` stays as it is.
+
+    x is a Value, Tensor, array or number that broadcasts to `v[index]`; the result has v's dtype, if that is floating.
+    Gradients flow to both. Where an index names an element twice, the last one is set, and all count in the other ways;
+    but then multiply has no gradient.
+    """
+
+    def __init__(self, array: Array, index=None):
+        self.array, self.index = array, index
+
+    def __getitem__(self, index):
+        return _At(self.array, index if isinstance(index, tuple) else (index,))
+
+    def _with(self, x, how: str):
+        if self.index is None:
+            raise TypeError(f"at: expected an index, as in v.at[0].{how}(x)")
+        a, index = self.array, tuple(map(_index_part, self.index))
+        x, parts = x if isinstance(x, Array) else _constant(x, "at"), [i for i in index if isinstance(i, Array)]
+        if a.dtype.kind == "f" and getattr(x, "ndim", 0) and x.dtype != a.dtype:
+            x = _as_dtype(x, a.dtype)
+        return _update(a, x, *parts, index=tuple([_HOLE if isinstance(i, Array) else i for i in index]), how=how)
+
+    def set(self, x: Any):
+        """x is there."""
+        return self._with(x, "set")
+
+    def add(self, x: Any):
+        """x is added to what is there."""
+        return self._with(x, "add")
+
+    def multiply(self, x: Any):
+        """What is there is multiplied by x."""
+        return self._with(x, "multiply")
+
+    def min(self, x: Any):
+        """What is there, or x, if that is smaller; a tie shares the gradient equally."""
+        return self._with(x, "min")
+
+    def max(self, x: Any):
+        """What is there, or x, if that is larger; a tie shares the gradient equally."""
+        return self._with(x, "max")
+
+
+Array.at = property(_At, doc=_At.__doc__)
+
+
 @composed(np.take)
 def take(a, indices, axis=None):
     indices = _index_array(indices)
@@ -2708,6 +3318,188 @@ def take_along_axis(arr, indices, axis=-1):
 def sort(a, axis=-1, kind=None, order=None, *, stable=None):
     a, axis = (np.ravel(a), 0) if axis is None else (a, _axis(axis, a))
     return take_along_axis(a, np.argsort(a, axis), axis)
+
+
+# --- order statistics: sort, and gather ---
+
+
+def _ranks(rows, q, method, skip):
+    """The places of quantiles in sorted rows, where a fraction is between two. NumPy says where, by the quantiles of 0,
+    1, 2, ...; in a row with nans, it is among those that are none, or unless they are to be skipped, the last place."""
+    length = rows.shape[-1]
+    counts = np.asarray(length - np.count_nonzero(np.isnan(rows), axis=-1))
+    places = np.full((*counts.shape, len(q)), length - 1.0)
+    for count in np.unique(counts):
+        if count == length or (skip and count):
+            places[counts == count] = np.quantile(np.arange(count), q, method=method)
+    return places
+
+
+_ranked = primitive(_ranks, None, name="ranks of quantiles")
+
+
+def _quantiles(twin, unit=1.0, q=None):
+    """Enters a function that gives quantiles, q in units of its own or always the same, by sorting and gathering."""
+
+    def quantile(a, q, axis=None, *, overwrite_input=False, method="linear", keepdims=False):
+        if method != "linear" and np.result_type(_raw(a)).kind != "f":
+            raise TypeError(f"{twin.__name__}: method must be 'linear' for whole numbers, got {method!r}")
+        q = np.asarray(q, float) / unit
+        rows = np.sort(_rows(a, axis)[0], axis=-1)
+        if not rows.shape[-1]:
+            rows = np.concatenate([rows, np.full((*rows.shape[:-1], 1), np.nan)], axis=-1)
+        place = _ranked(rows, q=q.ravel().tolist(), method=method, skip=twin.__name__.startswith("nan"))
+        low, high = (np.take_along_axis(rows, _as_dtype(f(place), np.dtype(int)), -1) for f in (np.floor, np.ceil))
+        part = _as_dtype(np.remainder(place, 1.0), np.result_type(_raw(_floating(rows))))
+        out = np.where(part == 0, low, low * (1.0 - part) + high * part)
+        shape = np.shape(np.any(np.empty(np.shape(a), bool), axis=axis, keepdims=keepdims))
+        out = np.reshape(np.moveaxis(out, -1, 0), q.shape + shape)
+        return _as_dtype(out, float) if type(_raw(a)) in _WEAK_TYPES and not out.ndim else out
+
+    composed(twin)(quantile if q is None else lambda a, axis=None, **params: quantile(a, q, axis, **params))
+
+
+for _prefix in ("", "nan"):
+    _quantiles(getattr(np, f"{_prefix}quantile"))
+    _quantiles(getattr(np, f"{_prefix}percentile"), 100.0)
+    _quantiles(getattr(np, f"{_prefix}median"), q=0.5)
+
+_distinct = primitive(
+    lambda ar, part, axis, equal_nan: np.unique(ar, True, True, True, axis, equal_nan=equal_nan)[part],
+    None,
+    name="unique",
+)
+
+
+@composed(np.unique)
+def unique(
+    ar, return_index=False, return_inverse=False, return_counts=False, axis=None, *, equal_nan=True, sorted=True
+):
+    """`np.unique`; the gradient of each goes to where it is first."""
+
+    def found(part):
+        return _distinct(ar, part=part, axis=axis, equal_nan=equal_nan)
+
+    wanted = [found(i) for i, asked in enumerate((return_index, return_inverse, return_counts), 1) if asked]
+    values = np.take(ar, found(1), axis)
+    return (values, *wanted) if wanted else values
+
+
+@composed(np.nonzero)
+def nonzero(a):
+    if not np.ndim(a):
+        raise ValueError("nonzero: a must have at least one dimension, got a number")
+    return tuple(np.transpose(np.argwhere(a)))
+
+
+# --- counting, and statistics ---
+
+_bincount = primitive(
+    lambda *arrays, minlength: np.bincount(*arrays, minlength=minlength),
+    lambda i, g, out, arrays, minlength: g[arrays[0]] if i else None,
+    name="bincount",
+    variadic=True,
+    typed=(),
+)
+
+
+@composed(np.bincount)
+def bincount(x, weights=None, minlength=0):
+    return _bincount(x, *([] if weights is None else [weights]), minlength=minlength)
+
+
+@composed(np.histogram)
+def histogram(a, bins=10, range=None, density=None, weights=None):
+    """`np.histogram`, also with differentiable weights; no gradient flows to a, nor through the edges."""
+    edges = np.histogram_bin_edges(a, bins=bins, range=range)
+    ends = np.concatenate([edges[:-1], np.nextafter(edges[-1:], np.inf)])  # the last bin has its upper end, too
+    weights = weights if weights is None else np.ravel(weights)
+    counts = np.bincount(np.digitize(np.ravel(a), ends), weights, len(ends) + 1)[1:-1]
+    if weights is not None:
+        counts = _as_dtype(counts, np.result_type(_raw(weights)))
+    return (counts / np.sum(counts) / np.diff(edges) if density else counts), edges
+
+
+@composed(np.trapezoid)
+def trapezoid(y, x=None, dx=1.0, axis=-1):
+    y = np.moveaxis(y, axis, -1)
+    if x is not None:
+        dx = np.diff(np.moveaxis(x, axis, -1) if np.ndim(x) > 1 else x)
+    return np.sum(dx * (y[..., 1:] + y[..., :-1]) / 2.0, axis=-1)
+
+
+@composed(np.cov)
+def cov(m, y=None, rowvar=True, bias=False, ddof=None, fweights=None, aweights=None):
+    """`np.cov`, also with differentiable aweights; in double precision, as NumPy's."""
+    x = np.concatenate([np.atleast_2d(z if rowvar else np.transpose(z)) for z in (m, y) if z is not None])
+    x = _as_dtype(x, np.result_type(_raw(x), np.float64))
+    w = functools.reduce(operator.mul, [w for w in (fweights, aweights) if w is not None], np.ones(x.shape[1:]))
+    total, ddof = np.sum(w), (not bias) if ddof is None else ddof
+    lost = ddof if aweights is None or not ddof else ddof * np.sum(w * aweights) / total
+    x = x - np.expand_dims(np.einsum("ij,j", x, w) / total, 1)
+    return np.squeeze(np.matmul(x * w, _t(x)) / np.maximum(total - lost, 0))
+
+
+@composed(np.corrcoef)
+def corrcoef(x, y=None, rowvar=True):
+    c = np.cov(x, y, rowvar)
+    scale = np.sqrt(np.diagonal(np.atleast_2d(c)))
+    return np.clip(c / np.squeeze(np.outer(scale, scale)), -1.0, 1.0)
+
+
+# --- partition, and choices ---
+
+
+def _partition_a(g, out, a, kth, axis=-1):
+    ordered, ranks = np.take_along_axis(g, np.argsort(out, axis), axis), np.argsort(np.argsort(a, axis), axis)
+    return np.reshape(np.take_along_axis(ordered, ranks, axis), np.shape(a))
+
+
+primitive(np.partition, _partition_a)
+
+
+@composed(np.compress)
+def compress(condition, a, axis=None):
+    return np.take(a, np.flatnonzero(condition), axis)
+
+
+composed(np.extract)(compress)
+
+
+@composed(np.choose)
+def choose(a, choices, mode="raise"):
+    n, out = len(choices), choices[0]
+    np.choose(_fetched(_raw(a)), [True] * n, mode=mode)  # NumPy's own checks and errors
+    a = np.remainder(a, n) if mode == "wrap" else np.clip(a, 0, n - 1)
+    for i, choice in enumerate(choices):
+        out = np.where(np.equal(a, i), choice, out)
+    return out
+
+
+@composed(np.select)
+def select(condlist, choicelist, default=0):
+    if not 0 < len(condlist) == len(choicelist):
+        raise ValueError(f"np.select: expected one choice per condition, got {len(choicelist)} for {len(condlist)}")
+    for condition, choice in zip(condlist[::-1], choicelist[::-1]):
+        default = np.where(condition, choice, default)
+    return default
+
+
+@composed(np.piecewise)
+def piecewise(x, condlist, funclist, *args, **kw):
+    """`np.piecewise`: each function sees the elements where its condition holds, and only there do gradients flow."""
+    masks = [condlist] if np.ndim(x) and not np.ndim(condlist[0]) else condlist
+    masks = [np.not_equal(mask, 0) for mask in masks]
+    if len(funclist) == len(masks) + 1:
+        masks.append(np.logical_not(functools.reduce(np.logical_or, masks)))
+    if len(funclist) != len(masks):
+        raise ValueError(f"np.piecewise: expected a function per condition, got {len(funclist)} for {len(masks)}")
+    out = np.zeros_like(x)
+    for mask, part in zip(masks, funclist):
+        if callable(part):
+            part = _scatter(part(x[mask], *args, **kw), mask, shape=np.shape(x), index=(_HOLE,))
+        out = np.where(mask, part, out)
+    return _as_dtype(out, x.dtype)
 
 
 # --- moving elements ---
@@ -2770,10 +3562,61 @@ def trace(a, offset=0, axis1=0, axis2=1):
     return np.sum(np.diagonal(a, offset, axis1, axis2), axis=-1)
 
 
-def _pad(array, pad_width, mode="constant", **values):
-    if mode not in "constant edge reflect symmetric wrap".split():
-        raise TypeError(f"pad: mode {mode!r} is not supported on a Value or Tensor")
-    return np.pad(array, pad_width, mode, **values)
+@composed(np.insert)
+def insert(arr, obj, values, axis=None):
+    """`np.insert`: of both arrays in a row, the elements that it takes when it is given their places."""
+    arr, values = _together((arr, values))
+    places, others = np.arange(np.size(arr)), np.size(arr) + np.arange(np.size(values))
+    others = np.reshape(others, np.shape(values))
+    places = np.insert(np.reshape(places, np.shape(arr)), _public_index(obj), others, axis)
+    return concatenate([arr, _as_dtype(values, arr.dtype)], None)[places]
+
+
+@composed(np.ediff1d)
+def ediff1d(ary, to_end=None, to_begin=None):
+    return concatenate([x for x in (to_begin, np.diff(np.ravel(ary)), to_end) if x is not None], None)
+
+
+@composed(np.apply_along_axis)
+def apply_along_axis(func1d, axis, arr, *args, **kwargs):
+    rows, first = np.moveaxis(arr, axis, -1), _axis(axis, arr)
+    others = np.shape(rows)[:-1]
+    results = np.stack([func1d(rows[i], *args, **kwargs) for i in np.ndindex(others)])
+    n = np.ndim(results) - 1
+    return np.moveaxis(np.reshape(results, others + np.shape(results)[1:]), range(-n, 0), range(first, first + n))
+
+
+@composed(np.apply_over_axes)
+def apply_over_axes(func, a, axes):
+    for axis in _axes(a, axes):
+        reduced = func(a, axis)
+        a = reduced if np.ndim(reduced) == np.ndim(a) else np.expand_dims(reduced, axis)
+    return a
+
+
+@composed(np.linspace)
+def linspace(start, stop, num=50, endpoint=True, retstep=False, *, axis=0):
+    """`np.linspace`, as weighted means of the ends."""
+    weights = np.linspace(0.0, 1.0, num, endpoint).reshape(-1, *[1] * max(np.ndim(start), np.ndim(stop)))
+    line = np.moveaxis(np.multiply(start, 1.0 - weights) + np.multiply(stop, weights), 0, axis)
+    return (line, np.subtract(stop, start) * np.linspace(0, 1, num, endpoint, True)[1]) if retstep else line
+
+
+@composed(np.logspace)
+def logspace(start, stop, num=50, endpoint=True, base=10.0, *, axis=0):
+    return np.power(base, np.linspace(start, stop, num, endpoint, axis=axis))
+
+
+@composed(np.geomspace)
+def geomspace(start, stop, num=50, endpoint=True, *, axis=0):
+    start, stop = (_as_dtype(x, np.float64) for x in (start, stop))
+    sign = np.sign(start)
+    if not np.all(np.logical_and(sign, stop)):
+        raise ValueError("np.geomspace: start and stop must not be 0")
+    return np.moveaxis(sign * np.exp(np.linspace(np.log(start * sign), np.log(stop * sign), num, endpoint)), 0, axis)
+
+
+composed(*_since("astype"))(lambda x, dtype, *, copy=True: x.astype(dtype))
 
 
 def _pad_x(g, out, array, pad_width, mode="constant", constant_values=0):
@@ -2784,7 +3627,23 @@ def _pad_x(g, out, array, pad_width, mode="constant", constant_values=0):
 
 
 _pad_back = _origins(np.pad)
-TABLE[np.pad] = primitive(_pad, _pad_x, name="pad")
+_padded = primitive(np.pad, _pad_x)
+
+
+@composed(np.pad)
+def pad(array, pad_width, mode="constant", **values):
+    """`np.pad`; linear_ramp as a line on either side, axis by axis."""
+    if mode in "constant edge reflect symmetric wrap".split():
+        return _padded(array, pad_width=pad_width, mode=mode, **values)
+    if mode != "linear_ramp" or array.dtype.kind != "f":
+        raise TypeError(f"np.pad: mode {mode!r} is not supported on a Value or Tensor of dtype {array.dtype}")
+    widths, ends = (np.broadcast_to(x, (array.ndim, 2)).tolist() for x in (pad_width, values.get("end_values", 0)))
+    for axis, (width, end) in enumerate(zip(widths, ends)):
+        left, right = (
+            np.linspace(end[i], _along(array, axis, -i), width[i], endpoint=False, axis=axis) for i in range(2)
+        )
+        array = _concatenate(left, array, np.flip(right, axis), axis=axis)
+    return array
 
 
 def _window_x(g, out, x, window_shape, axis=None):
@@ -2882,6 +3741,47 @@ def vdot(a, b):
     return np.matmul(*map(np.ravel, _together((a, b))))
 
 
+@composed(np.vecdot, np.linalg.vecdot)
+def vecdot(x1, x2, axis=-1):
+    x1, x2 = np.moveaxis(x1, axis, -1), np.moveaxis(x2, axis, -1)
+    return np.matmul(np.expand_dims(x1, -2), np.expand_dims(x2, -1))[..., 0, 0]
+
+
+composed(*_since("matvec"))(lambda x1, x2: np.matmul(x1, np.expand_dims(x2, -1))[..., 0])
+composed(*_since("vecmat"))(lambda x1, x2: np.matmul(np.expand_dims(x1, -2), x2)[..., 0, :])
+
+
+_cross = primitive(np.cross, lambda g, out, a, b: _cross(b, g), lambda g, out, a, b: _cross(g, a))
+
+
+@composed(np.cross)
+def cross(a, b, axisa=-1, axisb=-1, axisc=-1, axis=None):
+    ends = (axisa, axisb, axisc) if axis is None else (axis,) * 3
+    a, b = np.moveaxis(a, ends[0], -1), np.moveaxis(b, ends[1], -1)
+    if not np.shape(a)[-1] == np.shape(b)[-1] == 3:
+        raise TypeError(f"np.cross: expected vectors of 3 numbers, got arrays of shapes {np.shape(a)}, {np.shape(b)}")
+    return np.moveaxis(_cross(a, b), -1, ends[2])
+
+
+composed(np.linalg.cross)(lambda x1, x2, *, axis=-1: np.cross(x1, x2, axis=axis))
+
+
+def _convolve_a(g, out, a, v, mode="full"):
+    missing = np.size(a) + np.size(v) - 1 - np.size(g)  # of the full convolution
+    full = np.pad(g, (missing // 2, missing - missing // 2))
+    return np.reshape(np.convolve(full, np.flip(v), "valid"), np.shape(a))
+
+
+primitive(np.convolve, _convolve_a, lambda g, out, a, v, mode="full": _convolve_a(g, out, v, a))
+
+
+@composed(np.correlate)
+def correlate(a, v, mode="valid"):
+    if np.size(a) < np.size(v):
+        return np.flip(np.correlate(v, a, mode))
+    return np.convolve(a, np.flip(v), mode)
+
+
 composed(np.linalg.outer)(lambda x1, x2: einsum("i,j->ij", x1, x2))
 
 
@@ -2973,6 +3873,114 @@ def tensordot(a, b, axes=2):
     return _einsum(a, b, subscripts="".join([*s, ",", *t, "->", *out]))
 
 
+# --- polynomials and interpolation ---
+
+
+def _widened(x):
+    """x in the dtype that NumPy gives it beside whole numbers: float32 becomes float64."""
+    return _as_dtype(x, np.result_type(x.dtype, int))
+
+
+@composed(np.vander)
+def vander(x, N=None, increasing=False):
+    if np.ndim(x) != 1:
+        raise ValueError(f"np.vander: x must be one-dimensional, got shape {np.shape(x)}")
+    powers = np.arange(len(x) if N is None else N)
+    return np.expand_dims(_widened(x), 1) ** (powers if increasing else powers[::-1])
+
+
+@composed(np.polyval)
+def polyval(p, x):
+    out = np.zeros_like(x)
+    for coefficient in p:
+        out = out * x + coefficient
+    return out
+
+
+def _aligned(function):
+    """A function of two polynomials, the shorter one with zeros in front."""
+
+    def combine(a1, a2):
+        n = max(np.size(a1), np.size(a2))
+        return function(*(np.pad(np.atleast_1d(a), (n - np.size(a), 0)) for a in (a1, a2)))
+
+    return combine
+
+
+composed(np.polyadd)(_aligned(np.add))
+composed(np.polysub)(_aligned(np.subtract))
+
+
+@composed(np.polymul)
+def polymul(a1, a2):
+    trimmed = (np.trim_zeros(np.atleast_1d(a), "f") for a in (a1, a2))  # as in NumPy, where one zero stays
+    return np.convolve(*(a if np.size(a) else np.zeros_like(a, shape=1) for a in trimmed))
+
+
+@composed(np.polyder)
+def polyder(p, m=1):
+    for _ in range(m):
+        p = _widened(p)[:-1] * np.arange(np.size(p) - 1, 0, -1)
+    return p
+
+
+@composed(np.polyint)
+def polyint(p, m=1, k=None):
+    for constant in np.broadcast_to(0.0 if k is None else k, (m,)):
+        p = np.append(_widened(p) / np.arange(np.size(p), 0, -1), constant)
+    return p
+
+
+@composed(np.polyfit)
+def polyfit(x, y, deg, rcond=None, *, w=None):
+    left = np.vander(np.add(x, 0.0), deg + 1)
+    y = _as_dtype(y, left.dtype)
+    if w is not None:
+        left, y = left * np.expand_dims(w, 1), np.transpose(np.transpose(y) * w)
+    scale = np.sqrt(np.sum(np.square(left), axis=0))
+    return np.transpose(np.transpose(np.linalg.pinv(left / scale, rtol=rcond) @ y) / scale)
+
+
+@composed(np.gradient)
+def gradient(f, *varargs, axis=None, edge_order=1):
+    """`np.gradient`: means of the slopes on both sides, each weighted with the other side's step."""
+    axes, steps = _axes(f, axis), varargs or (1.0,)
+    if len(steps) == 1 and not np.ndim(steps[0]):
+        steps = steps * len(axes)
+    if len(steps) != len(axes):
+        raise TypeError(f"np.gradient: expected one number or a spacing for each of the axes {axes}, got {len(steps)}")
+    slopes = [_slopes(np.moveaxis(f, i, 0), step, edge_order) for i, step in zip(axes, steps)]
+    slopes = tuple([np.moveaxis(slope, 0, i) for slope, i in zip(slopes, axes)])
+    return slopes if len(axes) > 1 else slopes[0]
+
+
+def _slopes(f, step, edge_order):
+    """The slopes along the first axis, given the places or the distance between them."""
+    places, unit = (step, 1.0) if np.ndim(step) else (np.arange(float(len(f))), step)
+    if not edge_order < len(f) == len(places):
+        raise ValueError(f"np.gradient: {len(places)} places for {len(f)} numbers, with edge_order {edge_order}")
+    h = np.expand_dims(np.diff(places), tuple(range(1, np.ndim(f))))
+    slope, both = (f[1:] - f[:-1]) / h, h[1:] + h[:-1]
+    inner, ends = (h[1:] * slope[:-1] + h[:-1] * slope[1:]) / both, [slope[:1], slope[-1:]]
+    if edge_order == 2:
+        ends = [2.0 * slope[:1] - inner[:1], 2.0 * slope[-1:] - inner[-1:]]
+    return np.concatenate([ends[0], inner, ends[1]]) / unit
+
+
+@composed(np.interp)
+def interp(x, xp, fp, left=None, right=None):
+    """`np.interp`, in double precision, and weak of a weak number; where pieces meet, the slope is the right one's."""
+    weak, (x, xp, fp) = type(_raw(x)) is float, (_as_dtype(a, np.float64) for a in (x, xp, fp))
+    if np.shape(xp) != np.shape(fp):
+        raise ValueError(f"np.interp: expected as many xp as fp, got shapes {np.shape(xp)} and {np.shape(fp)}")
+    i = np.clip(np.searchsorted(xp, x, "right") - 1, 0, len(xp) - 2)
+    low, high, left_of, right_of = (_getitem(a, i + k, index=(_HOLE,)) for a in (xp, fp) for k in (0, 1))
+    out = left_of + _over(x - low, high - low) * (right_of - left_of)
+    out = np.where(x < xp[0], fp[0] if left is None else left, out)
+    out = np.where(x > xp[-1], fp[-1] if right is None else right, out)
+    return _as_dtype(out, float) if weak else out
+
+
 # --- linear algebra; batches of matrices as NumPy has them ---
 
 
@@ -2993,11 +4001,21 @@ def solve(a, b):
     return _solve(a, np.reshape(b, (-1, 1)))[..., 0] if np.ndim(b) == 1 else _solve(a, b)
 
 
+def _half(n):
+    """The share of what is twice symmetric that goes to the lower triangle, which stands for both."""
+    return np.tri(n) - 0.5 * np.eye(n)
+
+
 def _cholesky_a(g, out, a):
     # Murray 2016, "Differentiation of the Cholesky decomposition", eq. 9. NumPy reads the lower triangle only.
-    half = np.tri(np.shape(a)[-1]) - 0.5 * np.eye(np.shape(a)[-1])
+    half = _half(np.shape(a)[-1])
     s = np.linalg.solve(_t(out), _t(np.linalg.solve(_t(out), _t(np.matmul(_t(out), g) * half))))
-    return (s + _t(s)) * half
+    return _twice(s) * half
+
+
+def _twice(a):
+    """Twice the symmetric part of a matrix."""
+    return a + _t(a)
 
 
 primitive(np.linalg.inv, lambda g, out, a: -np.matmul(_t(out), np.matmul(g, _t(out))))
@@ -3057,25 +4075,221 @@ _norm = primitive(
 
 @composed(np.linalg.norm)
 def norm(x, ord=None, axis=None, keepdims=False):
-    """`np.linalg.norm` of vectors (ord None, 1, 2, inf, -inf) and Frobenius' of matrices; its gradient at 0 is 0."""
+    """`np.linalg.norm`, of vectors and matrices; its gradient at 0 is 0."""
     if ord is not None or axis is not None:
         np.linalg.norm(np.ones((1,) * np.ndim(x)), ord, axis)  # NumPy's own checks and errors
-    x, vector = _floating(x), (np.ndim(x) if axis is None else np.size(axis)) == 1
-    if ord is None or ord == (2 if vector else "fro"):
-        return _norm(x, axis=axis, keepdims=keepdims)
-    reduce = {1: np.sum, np.inf: np.max, -np.inf: np.min}.get(ord)
-    if not vector or reduce is None:
-        raise TypeError(f"norm: ord={ord!r} is not supported for axis {axis} of a Value or Tensor")
-    reduce = np.sum if ord == np.inf and not x.size else reduce  # of none, it is 0
-    return reduce(np.abs(x), axis=axis, keepdims=keepdims)
+    x, axes = _floating(x), _axes(x, axis)
+    if ord in (None, "fro") or len(axes) == 1:
+        return _vector_norm(x, ord, axis=axis, keepdims=keepdims)
+    out = _matrix_norm(np.moveaxis(x, axes, (-2, -1)), ord)
+    return np.expand_dims(out, axes) if keepdims else out
+
+
+def _vector_norm(x, ord, **kept):
+    if ord in (None, "fro", 2):
+        return _norm(x, **kept)
+    if ord == 0:
+        return np.sum(np.not_equal(x, 0), **kept).astype(x.dtype)
+    if abs(ord) == np.inf and np.size(x):
+        return (np.max if ord > 0 else np.min)(np.abs(x), **kept)
+    total = np.sum(np.abs(x) ** ord, **kept)
+    some = np.not_equal(total, 0)
+    return np.where(some, np.where(some, total, 1.0) ** (1.0 / ord), 0.0)
+
+
+def _matrix_norm(x, ord):
+    """Of the sums of rows or columns, or of the singular values, the largest, the smallest, or their sum."""
+    if ord in (2, -2, "nuc"):
+        sizes = np.linalg.svdvals(x)
+    else:
+        sizes = np.sum(np.abs(x), axis=-2 if abs(ord) == 1 else -1)
+    if ord == "nuc":
+        return np.sum(sizes, axis=-1)
+    return (np.max if ord > 0 else np.min)(sizes, axis=-1)
+
+
+composed(np.linalg.vector_norm)(
+    lambda x, *, axis=None, keepdims=False, ord=2: _vector_norm(_floating(x), ord, axis=axis, keepdims=keepdims)
+)
+composed(np.linalg.matrix_norm)(lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims))
+composed(np.linalg.diagonal)(lambda x, *, offset=0: np.diagonal(x, offset, -2, -1))
+composed(np.linalg.trace)(lambda x, *, offset=0: trace(x, offset, -2, -1))
+
+# A decomposition is one primitive, whose parts lie side by side in one array: one rule gives the gradient of all.
+
+
+def _gaps(s):
+    """1 / (s[j] - s[i]) at i, j, for the numbers along the last axis; 0 if they are equal up to rounding."""
+    gap = np.expand_dims(s, -2) - np.expand_dims(s, -1)
+    tiny = np.shape(s)[-1] * np.finfo(s.dtype).eps * np.expand_dims(_peak(np.abs(s), -1), -1)
+    return 1.0 / np.where(np.abs(gap) <= tiny, np.inf, gap)
+
+
+def _eigh_forward(a, UPLO="L"):
+    w, v = np.linalg.eigh(a, UPLO)
+    return np.concatenate([np.expand_dims(w, -2), v], -2)
+
+
+def _eigh_a(g, out, a, UPLO="L"):
+    # Giles 2008, "An extended collection of matrix derivative results", 3.1. NumPy reads one triangle only.
+    w, v, n = out[..., 0, :], out[..., 1:, :], np.shape(a)[-1]
+    inner = _t(v) @ g[..., 1:, :] * _gaps(w) + np.expand_dims(g[..., 0, :], -1) * np.eye(n)
+    return _twice(v @ inner @ _t(v)) * (_half(n) if UPLO in "Ll" else _t(_half(n)))
+
+
+_eigh = primitive(_eigh_forward, _eigh_a, name="eigh")
+
+
+@composed(np.linalg.eigh)
+def eigh(a, UPLO="L"):
+    out = _eigh(a, UPLO=UPLO)
+    return type(np.linalg.eigh(np.eye(1)))(out[..., 0, :], out[..., 1:, :])
+
+
+composed(np.linalg.eigvalsh)(lambda a, UPLO="L": eigh(a, UPLO).eigenvalues)
+
+
+def _svd_forward(a):
+    u, s, v = np.linalg.svd(a, full_matrices=False)
+    return np.concatenate([_t(u), np.expand_dims(s, -1), v], -1)
+
+
+def _svd_parts(out, a):
+    m = np.shape(a)[-2]
+    return _t(out[..., :m]), out[..., m], _t(out[..., m + 1 :])
+
+
+def _svd_a(g, out, a):
+    # Townsend 2016, "Differentiating the singular value decomposition", eqs. 8 to 20.
+    (u, s, v), (gu, gs, gv) = _svd_parts(out, a), _svd_parts(g, a)
+    row, column = np.expand_dims(s, -2), np.expand_dims(s, -1)
+    gaps, of_u, of_v = _over(_gaps(s), row + column), _t(u) @ gu, _t(v) @ gv
+    inner = _twice(of_u * gaps) * row + column * _twice(of_v * gaps) + np.expand_dims(gs, -1) * np.eye(s.shape[-1])
+    inverse = _over(1.0, row)
+    outside = (gu - u @ of_u) * inverse @ _t(v) + u @ _t((gv - v @ of_v) * inverse)  # of the spaces of u and of v
+    return u @ inner @ _t(v) + outside
+
+
+_svd = primitive(_svd_forward, _svd_a, name="svd")
+
+
+@composed(np.linalg.svd)
+def svd(a, full_matrices=True, compute_uv=True):
+    m, n = np.shape(a)[-2:]
+    if compute_uv and full_matrices and m != n:
+        raise TypeError(f"np.linalg.svd: of a matrix of shape {m, n}, only full_matrices=False has a gradient")
+    u, s, v = _svd_parts(_svd(a), a)
+    return type(np.linalg.svd(np.eye(1)))(u, s, _t(v)) if compute_uv else s
+
+
+composed(np.linalg.svdvals)(lambda x: svd(x, False, False))
+
+
+def _qr_forward(a):
+    q, r = np.linalg.qr(a)
+    return np.concatenate([_t(q), r], -1)
+
+
+def _qr_a(g, out, a):
+    # Walter and Lehmann 2010, "Algorithmic differentiation of linear algebra functions with application in optimum
+    # experimental design", 3.2. Columns beyond the rows have no part in q: there, r is q.T @ a.
+    m, k = np.shape(a)[-2], min(np.shape(a)[-2:])
+    (q, r), (gq, gr) = ((_t(x[..., :m]), x[..., m : m + k]) for x in (out, g))
+    beyond = g[..., m + k :]
+    gq = gq + a[..., k:] @ _t(beyond)
+    inner = r @ _t(gr) - _t(gq) @ q
+    both = gq + q @ (np.tril(inner) + _t(np.tril(inner, -1)))
+    return np.concatenate([_t(np.linalg.solve(r, _t(both))), q @ beyond], -1)
+
+
+_qr = primitive(_qr_forward, _qr_a, name="qr")
+
+
+@composed(np.linalg.qr)
+def qr(a, mode="reduced"):
+    if mode not in ("reduced", "r"):
+        raise TypeError(f"np.linalg.qr: mode {mode!r} is not supported on a Value or Tensor, only 'reduced' and 'r'")
+    out, m = _qr(a), np.shape(a)[-2]
+    q, r = _t(out[..., :m]), out[..., m:]
+    return r if mode == "r" else type(np.linalg.qr(np.eye(1)))(q, r)
+
+
+def _pinv_a(g, out, a, rcond=None, rtol=None):
+    # Golub and Pereyra 1973, "The differentiation of pseudo-inverses and nonlinear least squares problems", eq. 4.12.
+    p, h = _t(out), _t(g)
+    return (h - a @ (out @ h)) @ out @ p + p @ out @ (h - (h @ out) @ a) - p @ g @ p
+
+
+primitive(np.linalg.pinv, _pinv_a)
+
+
+@composed(np.linalg.lstsq)
+def lstsq(a, b, rcond=None):
+    """`np.linalg.lstsq`, by the pseudo-inverse; the singular values have gradients, too, and the rank is plain."""
+    a, (m, n) = _floating(a), np.shape(a)
+    x = np.linalg.pinv(a, rtol=rcond) @ b
+    rank = np.linalg.matrix_rank(_fetched(_raw(a)), rtol=rcond)
+    residuals = np.sum(np.reshape(np.square(b - a @ x), (m, -1)), axis=0)
+    return x, residuals if rank == n < m else residuals[:0], rank, np.linalg.svdvals(a)
+
+
+@composed(np.linalg.matrix_power)
+def matrix_power(a, n):
+    a, n = (np.linalg.inv(a), -n) if n < 0 else (a, n)
+    if n < 2:
+        return np.where(n, a, np.eye(np.shape(a)[-1], dtype=a.dtype))
+    half = np.linalg.matrix_power(a, n // 2)
+    return half @ half @ a if n % 2 else half @ half
+
+
+@composed(np.linalg.multi_dot)
+def multi_dot(arrays):
+    """`np.linalg.multi_dot`: the product that sums over most comes first."""
+    arrays = list(arrays)
+    while len(arrays) > 1:
+        i = max(range(1, len(arrays)), key=lambda i: np.shape(arrays[i])[0])
+        arrays[i - 1 : i + 1] = [arrays[i - 1] @ arrays[i]]
+    return arrays[0]
+
+
+@composed(np.linalg.tensorsolve)
+def tensorsolve(a, b, axes=None):
+    a = a if axes is None else np.moveaxis(a, axes, range(-len(axes), 0))
+    return np.reshape(solve(np.reshape(a, (np.size(b), -1)), np.ravel(b)), np.shape(a)[np.ndim(b) :])
+
+
+@composed(np.linalg.tensorinv)
+def tensorinv(a, ind=2):
+    if ind <= 0:
+        raise ValueError(f"np.linalg.tensorinv: ind must be positive, got {ind}")
+    rows, columns = np.shape(a)[:ind], np.shape(a)[ind:]
+    return np.reshape(np.linalg.inv(np.reshape(a, (math.prod(rows), -1))), columns + rows)
+
+
+@composed(np.linalg.cond)
+def cond(x, p=None):
+    if p in (None, 2, -2):
+        s = np.linalg.svdvals(x)
+        return s[..., -1] / s[..., 0] if p == -2 else s[..., 0] / s[..., -1]
+    return norm(x, p, (-2, -1)) * norm(np.linalg.inv(x), p, (-2, -1))
 
 
 # --- no gradient: nodes all the same, so that a replay recomputes them ---
 
 for _name in """equal not_equal less less_equal greater greater_equal floor_divide logical_and logical_or logical_xor
     bitwise_and bitwise_or bitwise_xor logical_not invert isnan isfinite isinf signbit sign floor ceil rint trunc
-    any all argmax argmin argsort count_nonzero""".split():
+    spacing gcd lcm left_shift right_shift bitwise_count
+    any all argmax argmin argsort count_nonzero nanargmax nanargmin argpartition argwhere flatnonzero""".split():
     primitive(getattr(np, _name), *[None] * getattr(getattr(np, _name), "nin", 1))
+for _function in (np.fix, np.isposinf, np.isneginf, np.isreal, np.iscomplex, np.imag, np.angle):
+    _elementwise(_function, None)
+for _function in (np.searchsorted, np.digitize, np.isin, np.union1d, np.intersect1d, np.setdiff1d, np.setxor1d):
+    primitive(_function, None, None)
+primitive(np.linalg.matrix_rank, None)
+primitive(np.histogram_bin_edges, None)
+_lexsort = primitive(lambda *keys, axis=-1: np.lexsort(keys, axis), None, name="lexsort", variadic=True, typed=())
+composed(np.lexsort)(lambda keys, axis=-1: _lexsort(*keys, axis=axis))
+primitive(np.unwrap, lambda g, out, p, discont=None, axis=-1, period=math.tau: g)  # whatever jumps are taken out
 TABLE[np.around] = _elementwise(np.round, None)
 _elementwise(np.isclose, None, None)
 _detach = _elementwise(lambda a: a, None, name="detach")
@@ -3093,7 +4307,16 @@ def _on_data(function):
     return lambda *args, **kwargs: function(*map(_raw, args), **{k: _raw(v) for k, v in kwargs.items()})
 
 
-for _function in (np.shape, np.ndim, np.allclose, np.array_equal, np.array_equiv, np.result_type, np.iscomplexobj):
+for _function in (
+    np.shape,
+    np.ndim,
+    np.allclose,
+    np.array_equal,
+    np.array_equiv,
+    np.result_type,
+    np.iscomplexobj,
+    np.isrealobj,
+):
     TABLE[_function] = _on_data(_function)
 TABLE[np.size] = lambda a, axis=None: np.size(np.broadcast_to(0.0, np.shape(a)), axis)  # Dask does not offer it
 
@@ -3114,6 +4337,133 @@ def _like(function):
 
 for _function in (np.zeros_like, np.ones_like, np.full_like, np.empty_like):
     _like(_function)
+
+
+# --- where=, initial= and dtype= of reductions, and what is made of them ---
+
+
+def _in_dtype(prim, a, dtype):
+    """a in the dtype that a reduction was told to compute in."""
+    if dtype is None:
+        return a
+    if np.dtype(dtype).kind != "f" and np.result_type(_raw(a)).kind == "f":
+        raise TypeError(f"{prim.name}: dtype must be floating for floating numbers, got {np.dtype(dtype)}")
+    return _as_dtype(a, np.dtype(dtype))
+
+
+def _keywords(prim, merge, neutral):
+    """Enters what computes a reduction with keywords: to what is left out by where= it is as if it were `neutral`, and
+    `merge` adds initial=."""
+
+    @composed(prim)
+    def reduction(a, *, dtype=None, initial=None, where=True, **params):
+        a, fill = _in_dtype(prim, a, dtype), neutral
+        if merge in (np.maximum, np.minimum):
+            if initial is None:
+                raise ValueError(f"{prim.name}: where= needs initial=, as nothing may be left")
+            fill = neutral if np.result_type(_raw(a)).kind == "f" else initial
+            params["initial"] = fill
+        if where is not True:
+            a = np.where(where, a, fill)
+        out = prim(a, **params)
+        return out if initial is None else merge(out, initial)
+
+
+for _name, _merge, _neutral in (
+    ("sum", np.add, 0),
+    ("prod", np.multiply, 1),
+    ("max", np.maximum, -np.inf),
+    ("min", np.minimum, np.inf),
+    ("any", np.logical_or, False),
+    ("all", np.logical_and, True),
+    ("cumsum", None, None),
+    ("cumprod", None, None),
+):
+    _keywords(PRIMITIVES[_name], _merge, _neutral)
+
+
+def _taken(a, where, **params):
+    """How many elements a reduction takes together where it leaves out some."""
+    return np.sum(np.broadcast_to(where, np.shape(a)), **params)
+
+
+@composed(PRIMITIVES["mean"])
+def mean(a, *, dtype=None, where=True, **params):
+    return np.sum(a, dtype=dtype, where=where, **params) / _taken(a, where, **params)
+
+
+def _deviating(prim):
+    @composed(prim)
+    def deviation(a, *, axis=None, ddof=0, keepdims=False, where=True, **more):
+        if more:
+            return prim(a, **more)  # which says that it does not take them
+        a = a - _detach(np.max(a, axis=axis, keepdims=True, initial=-np.inf, where=where))  # equal numbers become 0
+        centred = np.where(where, a - np.mean(a, axis=axis, keepdims=True, where=where), 0)
+        count = np.maximum(_taken(a, where, axis=axis, keepdims=keepdims) - ddof, 0)
+        out = np.sum(np.square(centred), axis=axis, keepdims=keepdims) / count
+        flat = out == 0
+        return out if prim.name == "var" else np.where(flat, out, np.sqrt(np.where(flat, 1.0, out)))
+
+
+_deviating(PRIMITIVES["var"])
+_deviating(PRIMITIVES["std"])
+
+
+def _skipping_nan(name, fill):
+    """Enters the twin of a function that takes nan for `fill`, or with None leaves it out by where=."""
+    function = getattr(np, name)
+
+    def skip(a, axis=None, **kwargs):
+        nan = np.isnan(a)
+        if np.result_type(_raw(a)).kind != "f":
+            return function(a, axis=axis, **kwargs)
+        if fill is None:
+            kwargs["where"] = np.logical_and(np.logical_not(nan), kwargs.get("where", True))
+            return function(a, axis=axis, **kwargs)
+        out = function(np.where(nan, fill, a), axis=axis, **kwargs)
+        if math.isfinite(fill) or "initial" in kwargs:
+            return out
+        return np.where(np.all(nan, axis=axis, keepdims=kwargs.get("keepdims", False)), np.nan, out)
+
+    TABLE[getattr(np, f"nan{name}")] = skip
+
+
+for _name, _fill in {"sum": 0, "cumsum": 0, "prod": 1, "cumprod": 1, "max": -np.inf, "min": np.inf}.items():
+    _skipping_nan(_name, _fill)
+for _name in ("mean", "var", "std"):
+    _skipping_nan(_name, None)
+
+
+def _cumulative(function, scan, first):
+    """Enters a scan of the array API standard, which may begin with what there is before the first element."""
+
+    @composed(function)
+    def cumulative(x, *, axis=None, dtype=None, include_initial=False):
+        if axis is None and np.ndim(x) > 1:
+            raise ValueError(f"{function.__name__}: axis must be given for shape {np.shape(x)}")
+        x = np.atleast_1d(x)
+        axis = _axis(axis or 0, x)
+        out = scan(x, axis=axis, dtype=dtype)
+        return np.pad(out, [(i == axis, 0) for i in range(x.ndim)], constant_values=first) if include_initial else out
+
+
+if hasattr(np, "cumulative_sum"):  # NumPy 2.1
+    _cumulative(np.cumulative_sum, np.cumsum, 0)
+    _cumulative(np.cumulative_prod, np.cumprod, 1)
+
+
+def _repeated(ufunc, reduction, scan):
+    """Enters the methods of a ufunc that apply it again and again."""
+    TABLE[ufunc.reduce] = lambda array, axis=0, **params: reduction(array, axis=axis, **params)
+    TABLE[ufunc.accumulate] = lambda array, axis=0, **params: scan(array, axis=axis, **params)
+
+
+_repeated(np.add, np.sum, np.cumsum)
+_repeated(np.multiply, np.prod, np.cumprod)
+_repeated(np.maximum, np.max, _scan(np.maximum))
+_repeated(np.minimum, np.min, _scan(np.minimum))
+_repeated(np.logaddexp, logsumexp, _scan(np.logaddexp))
+composed(np.ptp)(lambda a, *args, **kwargs: np.max(a, *args, **kwargs) - np.min(a, *args, **kwargs))
 
 
 # --- operators and methods of both classes, all from the table ---
@@ -3249,7 +4599,7 @@ _LITTLE = 1 << 12  # elements up to which an array in between costs nothing
 
 def _method(function, numpys):
     """A method; arguments that NumPy has in another order, or under names that are not the table's, it sorts out."""
-    params, direct = set(getattr(function, "params", ())), math.inf
+    params, direct = set(getattr(function, "params", ())) - {"initial"}, math.inf
     if isinstance(function, Primitive) and function.operands and TABLE.get(numpys) is function:
         direct = len(function.operands) - 1
         names = _argument_names(numpys)[direct + 1 :]
@@ -3295,7 +4645,7 @@ for _prim in PRIMITIVES.values():
 
 # Methods: every primitive that takes its operands one by one, and the compositions that ndarray has as methods.
 for _key, _function in list(TABLE.items()):
-    _name = getattr(_function, "name", _key.__name__)
+    _name = getattr(_function, "name", None) or getattr(_key, "__name__", "")
     if hasattr(np.ndarray, _name) or getattr(_function, "operands", None):
         if _name.isidentifier() and _name not in vars(Array):
             _add_method(_name, _function, _name)
@@ -3308,7 +4658,9 @@ def _sort(self, axis=-1, kind=None, order=None, *, stable=None):
 
 
 _put_in(Array, "sort", _sort, "sort")
-del Array.resize  # an array's own one changes it
+_put_in(Array, "compress", lambda self, condition, axis=None: np.compress(condition, self, axis), "compress")
+_put_in(Array, "pad", pad, "pad")
+del Array.resize, Array.partition  # an array's own ones change it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5460,37 +6812,6 @@ def _twin(node, prim, args, params=_NO_PARAMS):
     return new
 
 
-_join = primitive(
-    lambda *roots: 0.0,
-    lambda wanted, g, out, roots: [g.get(i) for i in range(len(roots))],
-    name="join",
-    joint=True,
-    typed=(),
-)
-
-
-def _joined(roots):
-    """A node on top of several, from which one walk or one sweep, with `_Parts` for a gradient, reaches all of them."""
-    return _rebuild(Value, (), None, _join, tuple(roots), _NO_PARAMS, True, 0.0, None, "")
-
-
-def _oldest_first(roots):
-    """Every node that the roots depend on, operands before what is made of them."""
-    return _newest_first(_joined(roots))[:0:-1]
-
-
-def _rewrite(roots, rule, nodes=None):
-    """Rebuilds a graph from the leaves up: rule(node, its new operands) is the new node, or a constant. `nodes`: all of
-    them, oldest first, if they are known."""
-    new = {}
-    for node in nodes or _oldest_first(roots):
-        if node._prim is None:
-            new[node] = node
-        else:
-            new[node] = rule(node, tuple([new[x] if isinstance(x, Value) else x for x in node._args]))
-    return [new[root] if isinstance(root, Value) else root for root in roots]
-
-
 def _renewed(node, args):
     """The node, or its twin if an operand is another one now."""
     for x, y in zip(args, node._args):
@@ -6501,20 +7822,23 @@ _WHOLE: dict[Primitive, Callable] = {  # what is one operation to save time and 
 }
 
 
+def _taken_apart(node, args):
+    """A copy of a node; of one that stands for a whole graph, the graph that it was made of."""
+    if node._prim in _WHOLE and _regular(node):
+        whole = _WHOLE[node._prim](*_recorded(args), **node._params)
+        return _twin(node, whole._prim, whole._args, whole._params)
+    if node._prim is _program:
+        return _replayed(args[-1].traced)
+    if node._prim is _checkpoint:
+        return _remade(args, _taken_apart)
+    if node._prim is _root:
+        return args[0][node._params["index"]]
+    return _twin(node, node._prim, args, node._params)
+
+
 def _traced(roots):
     """A copy of the graph, with the programs in it written out as the graphs that they were made of."""
-
-    def rule(node, args):
-        if node._prim in _WHOLE and _regular(node):
-            whole = _WHOLE[node._prim](*_recorded(args), **node._params)
-            return _twin(node, whole._prim, whole._args, whole._params)
-        if node._prim is _program:
-            return _replayed(args[-1].traced)
-        if node._prim is _root:
-            return args[0][node._params["index"]]
-        return _twin(node, node._prim, args, node._params)
-
-    return _rewrite(roots, rule)
+    return _rewrite(roots, _taken_apart)
 
 
 def _as_nodes(graph):
@@ -6525,18 +7849,6 @@ def _are_leaves(xs):
     """Whether they are leaves and Tensors, and numbers of one type."""
     kinds = {type(x._held) if isinstance(x, Tensor) or getattr(x, "_args", None) == () else None for x in xs}
     return len(kinds) == 1 and None not in kinds
-
-
-class _Parts(dict):
-    """The gradients of roots, by their places: what a sweep sends through a node that stands for all of them."""
-
-    shape, dtype = (), None
-
-    def __add__(self, other):
-        both = _Parts(self)
-        for i, g in other.items():
-            both[i] = both[i] + g if i in both else g
-        return both
 
 
 class _Program:
@@ -6755,18 +8067,7 @@ class _Hub(Value):
         return _Program.node, (self._held,)
 
 
-class _AsTheyAre(Kind):
-    """Programs, and gradients of their roots: nobody but they themselves knows how to compute with them."""
-
-    rank = 100
-
-    def evaluate(self, prim, raw, params):
-        return prim.forward(*raw, **params)
-
-
-KINDS |= dict.fromkeys((_Program, _Parts), _AsTheyAre())
-
-
+KINDS[_Program] = KINDS[_Parts]
 _program = primitive(
     lambda *operands: operands[-1].forward(),
     lambda wanted, g, out, operands: operands[-1].gradients(g),
@@ -6781,7 +8082,7 @@ _root = primitive(
     variadic=True,
     typed=(),
 )
-for _prim in (_join, _dot, _pack, _fused, _program, _root):
+for _prim in (_dot, _pack, _fused, _program, _root):
     _prim.builtin = True
 
 
@@ -6831,6 +8132,9 @@ class Optimized(Value):
 
     def _picture(self) -> Value:
         return self.graph
+
+    def _plain(self) -> Value:
+        return _replayed(self._params["program"].traced)[self._params["index"]]
 
     @property
     def graph(self) -> Value:
@@ -6994,7 +8298,7 @@ class _Elsewhere(Kind):
         if prim.name == "copy":
             return self.own(foreign)
         # NumPy would compute a foreign index into its own array; Dask's Cholesky factor is the upper one.
-        if prim.name == "cholesky" or ("index" in params and KINDS[type(raw[0])] is not self):
+        if prim.name in ("cholesky", "update") or ("index" in params and KINDS[type(raw[0])] is not self):
             raise _not_offered(prim.name, foreign)
         if prim.name == "matmul" and np.shape(raw[0])[-1:] != np.shape(raw[1])[-2:][:1]:  # Dask repeats a row
             raise ValueError(f"matmul: shapes {np.shape(raw[0])} and {np.shape(raw[1])} do not match")

@@ -228,10 +228,13 @@ TWINS = {
 }
 # Functions whose results are plain, whose results are constants, and how many first arguments are operands, where not
 # all are; a function that is not named here has all its arrays and lists of arrays as operands.
-PLAIN = {"shape", "ndim", "size", "allclose", "array_equal", "array_equiv", "result_type", "iscomplexobj"}
+PLAIN = {"isrealobj", "shape", "ndim", "size", "allclose", "array_equal", "array_equiv", "result_type", "iscomplexobj"}
 LIKE = {"zeros_like", "ones_like", "full_like", "empty_like"}
 FIRST_ONLY = {"take", "take_along_axis", "repeat", "tile", "pad", "roll", "broadcast_to", "reshape", "transpose", "sum"}
-FIRST_ONLY |= {"resize", "delete", "diagflat", "rollaxis", "fftshift", "ifftshift"}
+FIRST_ONLY |= {"resize", "delete", "diagflat", "rollaxis", "fftshift", "ifftshift", "trapezoid", "argpartition", "cov"}
+FIRST_ONLY |= {f"{nan}{name}" for nan in ("", "nan") for name in ("quantile", "percentile", "median")}
+FIRST_ONLY |= {"hsplit", "vsplit", "dsplit", "unstack", "trim_zeros", "partition", "vander", "polyder", "polyint"}
+FIRST_ONLY |= {"gradient", "matrix_power"}
 FIRST_ONLY |= {"array_split", "split", "moveaxis", "sliding_window_view", "squeeze", "expand_dims", "flip", "rot90"}
 
 
@@ -241,8 +244,8 @@ class Model(np.lib.mixins.NDArrayOperatorsMixin):
     def __init__(self, raw):
         self.raw = raw
 
-    def __array_ufunc__(self, ufunc, method, *inputs):
-        return compute(ufunc, list(inputs), lambda f, xs: f(*xs), typed=False)
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        return compute(ufunc, list(inputs), lambda f, xs: getattr(f, method)(*xs, **kwargs), typed=False)
 
     def __array_function__(self, function, kinds, args, kwargs):
         name = function.__name__
@@ -265,7 +268,7 @@ class Model(np.lib.mixins.NDArrayOperatorsMixin):
 
         first = 1 if name in FIRST_ONLY else len(args)
         args = [hole(x) for x in args[:first]] + [plain(x) for x in args[first:]]
-        inert = ("axis", "ddof", "keepdims")
+        inert = ("axis", "ddof", "keepdims", "where", "initial", "dtype")
         kwargs = {
             k: plain(x) if name in FIRST_ONLY or k in inert else hole(x, k in ("prepend", "append"))
             for k, x in kwargs.items()
@@ -277,7 +280,10 @@ class Model(np.lib.mixins.NDArrayOperatorsMixin):
 
             return f(*map(fill, args), **{k: fill(x) for k, x in kwargs.items()})
 
-        return compute(function, operands, call, plain=int(name == "where"))
+        out = compute(function, operands, call, plain=int(name in ("where", "bincount", "choose")))
+        if name not in ENDS or not any(isinstance(x, Model) for x in operands):
+            return out
+        return tuple(map(_detach, out)) if isinstance(out, tuple) else _detach(out)
 
     def __getitem__(self, index):
         return compute(
@@ -308,6 +314,47 @@ class Model(np.lib.mixins.NDArrayOperatorsMixin):
     dtype = property(lambda self: self.raw.dtype if hasattr(self.raw, "dtype") else np.dtype(_WEAK[type(self.raw)]))
     T = property(lambda self: np.transpose(self))
     mT = property(lambda self: np.swapaxes(self, -1, -2))
+    at = property(lambda self: At(self))
+
+
+class At:
+    """`x.at`: each element of the result is made of it and of those that come to its place, padded to be as many."""
+
+    PADS = {"set": 0.0, "add": 0.0, "multiply": 1.0, "min": np.inf, "max": -np.inf}
+
+    def __init__(self, x):
+        self.x = x
+
+    def __getitem__(self, index):
+        return types.SimpleNamespace(**{how: functools.partial(self.updated, plain(index), how) for how in self.PADS})
+
+    def updated(self, index, how, new):
+        def call(f, xs):
+            (a, y), xp = xs, mode.xp
+            numbers = np.arange(np.size(a)).reshape(np.shape(a))
+            places = numbers[index]
+            np.broadcast_to(np.empty(np.shape(y)), np.shape(places))  # or it is an error
+            if not mode.wide and hasattr(y, "astype") and np.asarray(a).dtype.kind == "f":
+                y = y.astype(np.asarray(a).dtype)
+            y = xp.ravel(y * np.ones(np.shape(places), getattr(y, "dtype", None)))
+            pad = xp.array([self.PADS[how]]) if xp is anp else np.array([self.PADS[how]]).astype(y.dtype)
+            rows = [[i, *np.flatnonzero(places.ravel() == i) + numbers.size] for i in range(numbers.size)]
+            rows = [row[-1:] for row in rows] if how == "set" else rows
+            most = max(map(len, rows), default=1)
+            table = [row + [numbers.size + places.size] * (most - len(row)) for row in rows]
+            parts = xp.concatenate([xp.ravel(a), y, pad])[np.array(table, int).reshape(-1, most)]
+            if how in ("min", "max"):
+                out = getattr(xp, how)(parts, axis=1)
+            else:
+                step = operator.mul if how == "multiply" else operator.add
+                out = functools.reduce(step, [parts[:, i] for i in range(most)])
+            return xp.reshape(out, np.shape(a))
+
+        return compute("at", [self.x, new], call)
+
+
+# Through these no gradient flows, though what they give depends on the numbers.
+ENDS = set("union1d intersect1d setdiff1d setxor1d histogram histogram_bin_edges".split())
 
 
 class Hole(int):
@@ -315,6 +362,7 @@ class Hole(int):
 
 
 NUMBERS = set("where clip stack concatenate append isclose dot inner outer vdot kron hstack".split())
+NUMBERS |= set("linspace logspace geomspace polyval".split())
 
 
 def plain(x):
@@ -397,6 +445,7 @@ OWN = {
     "binary_cross_entropy_with_logits": lambda x, y: np.mean(OWN["softplus"](x) - x * y),
     "hinge_loss": lambda x, y: np.mean(OWN["relu"](1.0 - x * y)),
     "optimize": lambda *roots: roots[0] if len(roots) == 1 else roots,
+    "checkpoint": lambda f: f,
 }
 
 
@@ -555,14 +604,16 @@ NUMERALS += "np.float64(1.5) np.float32(0.5) np.float16(2) np.int64(2) np.bool_(
 AWKWARD = (0.0, -0.0, np.inf, -np.inf, np.nan, 1e30, -1e30, 1e-30, 1.0, 65000.0)
 # Where a function is defined on a part of the numbers only: an operand that lies there.
 DOMAIN = {"arcsin": "0.9 * np.tanh({})", "arccosh": "np.abs({}) + 1.25", "log1p": "np.abs({})"}
-DOMAIN |= dict.fromkeys(["log", "log2", "log10", "sqrt", "reciprocal"], "np.abs({}) + 0.5")
+DOMAIN |= dict.fromkeys(["log", "log2", "log10", "sqrt", "cbrt", "reciprocal"], "np.abs({}) + 0.5")
 DOMAIN |= dict.fromkeys(["arccos", "arctanh"], DOMAIN["arcsin"])
-SECOND = {"divide": "np.abs({}) + 0.5", "remainder": "np.abs({}) + 1.5", "floor_divide": "np.abs({}) + 1.5"}
+SECOND = {"divide": "np.abs({}) + 0.5"} | dict.fromkeys(["remainder", "fmod", "floor_divide"], "np.abs({}) + 1.5")
 OPERATORS = "+ - * / ** // % @ < <= > >= == != & | ^".split()
 OPERATOR_WEIGHTS = np.array([5, 4, 7, 4, 2, 1, 1, 2, 1, 1, 2, 1, 1, 1, 0.5, 0.5, 0.5])
 OPERATOR_WEIGHTS /= OPERATOR_WEIGHTS.sum()
 SIZE_LIMIT = 200
-FLAT = re.compile(r"//|sign|floor|ceil|rint|trunc|round|detach|like|slogdet.*\[0\]|\.ndim|\.size|np\.size|equal")
+FLAT = re.compile(
+    r"//|(union|intersect|setdiff|setxor)1d|histogram|sign|floor|ceil|rint|trunc|round|detach|like|slogdet.*\[0\]|\.ndim|\.size|np\.size|equal"
+)
 
 
 REFUSED = re.compile("out of bounds|numpy boolean|negative integer power")
@@ -762,12 +813,16 @@ def fits(a: tuple, b: tuple) -> bool:
 # --- and the name of an operand, and gives the text of the arguments; None if the operand will not do.
 
 
-def _reduction(w, x, spare=(), keep=True):
+def _reduction(w, x, takes=(), keep=True):
     axis = w.axis(x)
     args = x if axis is None and w.chance(0.6) else f"{x}, axis={axis}"
-    return (
-        args + (", keepdims=True" if keep and w.chance(0.25) else "") + (", ddof=1" if spare and w.chance(0.2) else "")
-    )
+    args += ", keepdims=True" if keep and w.chance(0.25) else ""
+    args += ", ddof=1" if "ddof" in takes and w.chance(0.2) else ""
+    if "where" in takes and w.shape(x) and w.chance(0.2):
+        args += f", where=np.arange({w.shape(x)[-1]}) % 3 != 1" + (", initial=0.5" if "initial" in takes else "")
+    elif "initial" in takes and w.chance(0.1):
+        args += ", initial=-0.5"
+    return args
 
 
 def _along(w, x):
@@ -845,8 +900,24 @@ def _norm(w, x):
     return f"{x}, axis={w.one_axis(x)}" if n and w.chance(0.5) else x
 
 
+def _quantile(*texts):
+    """Of finite floating numbers: NumPy makes nan beside infinity."""
+    return lambda w, x: (
+        _texts(len(texts) - 1, *texts)(w, x)
+        if np.asarray(w.raw(x)).dtype.kind == "f" and np.isfinite(w.raw(x)).all()
+        else None
+    )
+
+
 def _split(w, x):
     return f"{x}, {w.one([1, w.shape(x)[0] or 1, [1]])})[{w.one([0, -1])}" if w.shape(x) else None
+
+
+MODES = ("full", "same", "valid")
+
+
+def _choice(w, choices=(0, 1)):
+    return [w.one(choices) for _ in range(w.one([1, 1, *[shape[0] for shape in w.shapes if shape]]))]
 
 
 def _need(ndim, text):
@@ -893,7 +964,40 @@ ARGUMENTS = {
     "take_along_axis": _texts(1, "{x}, np.argsort({x}, {axis}), {axis}"),
     "sort": lambda w, x: f"{x}, {w.one([None, w.one_axis(x)])}" if w.shape(x) else None,
     "argsort": lambda w, x: f"{x}, {w.one_axis(x)}" if w.shape(x) else None,
-    **dict.fromkeys(["argmax", "argmin", "cumsum", "cumprod"], _along),
+    **dict.fromkeys("argmax argmin cumsum cumprod nancumsum nancumprod nanargmax nanargmin".split(), _along),
+    **dict.fromkeys(["cumulative_sum", "cumulative_prod"], _texts(1, "{x}, axis={axis}, include_initial=True")),
+    "reduce": _texts(0, "{x}", "{x}, axis=None"),
+    "accumulate": _texts(1, "{x}", "{x}, {axis}"),
+    **dict.fromkeys(
+        ["quantile", "nanquantile"], _quantile("{x}, 0.3", "{x}, [0.25, 1.0], axis={axis}, method='lower'")
+    ),
+    **dict.fromkeys(["percentile", "nanpercentile"], _quantile("{x}, 40", "{x}, 75, axis={axis}, keepdims=True")),
+    **dict.fromkeys(["median", "nanmedian"], _reduction),
+    **dict.fromkeys(["modf", "frexp"], lambda w, x: f"{x})[{w.whole(0, 1)}"),
+    "divmod": lambda w, x: f"{x}, {w.beside(x)})[{w.whole(0, 1)}",
+    "ldexp": _texts(0, "{x}, 2", "{x}, -1"),
+    "float_power": lambda w, x: f"np.abs({x}) + 0.5, {w.beside(x)}",
+    **dict.fromkeys("unique argwhere flatnonzero".split(), _texts(0, "{x}")),
+    "nonzero": _texts(1, "{x})[0", "{x})[-1"),
+    "argpartition": _texts(1, "{x}, 0, {axis}"),
+    "lexsort": _texts(1, "({x}, -{x}), {axis}"),
+    "searchsorted": lambda w, x: f"np.sort({x}), [0.5, -0.5]" if len(w.shape(x)) == 1 else None,
+    "digitize": _texts(0, "{x}, [-1.0, 0.0, 1.0]"),
+    **dict.fromkeys(
+        "isin union1d intersect1d setdiff1d setxor1d".split(),
+        lambda w, x: f"{x}, {w.numbers((3,), w.floating())}" if np.asarray(w.raw(x)).dtype.kind == "f" else None,
+    ),
+    "bincount": lambda w, x: (
+        f"{w.rng.integers(0, 4, w.shape(x)).tolist()}, {x}" if len(w.shape(x)) == 1 and w.shape(x)[0] else None
+    ),
+    "histogram": _texts(0, "{x})[0", "{x}, 3)[1", "{x}, [-1.0, 0.5, 1.0])[0"),
+    "histogram_bin_edges": _texts(0, "{x}, 4"),
+    "matrix_rank": _texts(2, "{x}"),
+    "unwrap": _texts(1, "{x}"),
+    "trapezoid": _texts(1, "{x}", "{x}, axis={axis}", "{x}, dx=0.5"),
+    "cov": _texts(1, "{x}", "{x}, bias=True", "{x}, rowvar=False"),
+    "corrcoef": _texts(1, "{x}"),
+    **dict.fromkeys(["isrealobj"], _texts(0, "{x}")),
     **dict.fromkeys(["softmax", "log_softmax"], lambda w, x: f"{x}, axis={w.one_axis(x)}" if w.shape(x) else None),
     "repeat": _texts(0, "{x}, 2", "{x}, 2, axis={axis}"),
     "tile": _texts(0, "{x}, 2", "{x}, (2, 1)"),
@@ -933,6 +1037,49 @@ ARGUMENTS = {
     "slogdet": lambda w, x: (a := _matrix(w, x)) and f"{a})[{w.whole(0, 1)}",
     "solve": _solve,
     "norm": _norm,
+    "hsplit": _texts(1, "{x}, 1)[0", "{x}, [1])[-1"),
+    "vsplit": _texts(2, "{x}, 1)[0", "{x}, [1])[-1"),
+    "dsplit": _texts(3, "{x}, 1)[0", "{x}, [1])[-1"),
+    "unstack": _texts(1, "{x})[0", "{x}, axis={axis})[-1"),
+    "trim_zeros": _texts(0, "np.append(0.0, np.square({x}) + 0.5)", "np.append(np.abs({x}) + 1, 0), 'b'"),
+    "broadcast_arrays": _texts(0, "{x}, np.zeros((2, 1, 1)))[0"),
+    "meshgrid": _texts(1, "{x}, {x})[0", "{x}, {x}, indexing='ij')[1", "{x}, {x}, sparse=True)[0"),
+    "partition": _texts(1, "{x}, 0, {axis}", "{x}, -1", "{x}, [0, -1], None"),
+    "compress": _texts(1, "[True], {x}, {axis}", "[False, True], {x}"),
+    "extract": _texts(1, "{x} > 0, {x}"),
+    "choose": lambda w, x: f"np.array({_choice(w)}), [{x}, {w.beside(x)}], mode='wrap'",
+    "select": lambda w, x: f"[[False], {_choice(w, [True, False])}], [1.0, {x}], {w.one(['0', '0.5'])}",
+    "piecewise": _texts(1, "{x}, [{x} > 0], [np.sin, 0.5]", "{x}, [{x} < 0, {x} > 0.5], [np.square, np.negative]"),
+    "insert": _texts(1, "{x}, 0, 2.0", "{x}, [0, -1], np.ravel({x})[:1]", "{x}, 1, {x}[0], axis=0"),
+    "ediff1d": _texts(0, "{x}", "{x}, {x}"),
+    "apply_along_axis": _texts(1, "np.sum, {axis}, {x}", "np.cumsum, {axis}, {x}"),
+    "apply_over_axes": _texts(2, "np.sum, {x}, {axis}", "np.sum, {x}, (0, -1)"),
+    "linspace": _texts(0, "{x}, 2.0, num=3", "0.0, {x}, num=4, endpoint=False", "{x}, {x} * 2, num=1, axis=-1"),
+    "logspace": _texts(0, "np.tanh({x}), 1.0, num=3", "0.5, np.tanh({x}), num=2"),
+    "geomspace": _texts(0, "np.abs({x}) + 0.5, 2.0, num=3"),
+    "cross": _texts(1, "np.resize({x}, 3), np.resize({x}, (2, 3)) + 1.0"),
+    **dict.fromkeys(["convolve", "correlate"], _texts(1, *[f"np.ravel({{x}}), [1.0, -0.5], {m!r}" for m in MODES])),
+    "interp": _texts(1, "{x}, [-1.0, 0.25, 2.0], [0.5, -1.0, 3.0]", "[0.25], [0.0, 0.5, 2.0], np.resize({x}, 3), 1.0"),
+    "gradient": _texts(1, "{x}, axis={axis}", "{x}, 0.5, axis=0, edge_order=2"),
+    "vander": _texts(1, "np.ravel({x}), 3", "np.ravel({x}), 2, True"),
+    "polyval": _texts(1, "[1.0, 0.5, -2.0], {x}", "np.ravel({x})[:3], 0.5"),
+    **dict.fromkeys(["polyadd", "polysub", "polymul"], _texts(1, "np.ravel({x}), [1.0, 2.0]", "[2.0], np.ravel({x})")),
+    **dict.fromkeys(["polyder", "polyint"], _texts(1, "np.ravel({x})", "np.ravel({x}), 2")),
+    "polyfit": _texts(1, "np.linspace(-1.0, 1.0, 6), np.resize({x}, 6), 2"),
+    **dict.fromkeys(["eigvalsh", "svdvals", "pinv", "cond"], lambda w, x: _matrix(w, x)),
+    **dict.fromkeys(["eigh", "qr", "svd"], lambda w, x: (a := _matrix(w, x)) and f"{a})[{w.whole(0, 1)}"),
+    "lstsq": lambda w, x: (a := _matrix(w, x)) and f"{a}, {x})[0",
+    "matrix_power": lambda w, x: (a := _matrix(w, x)) and f"{a}, {w.one([-1, 0, 1, 2, 3])}",
+    "multi_dot": _texts(2, "[{x}, np.transpose({x}), {x}]", "[np.transpose({x}), {x}[:, 0]]"),
+    "tensorsolve": lambda w, x: (a := _matrix(w, x)) and f"{a}, {x}[:, 0]",
+    "tensorinv": lambda w, x: (a := _matrix(w, x)) and f"{a}, ind=1",
+    "vector_norm": _texts(0, "{x}", "{x}, ord=3", "{x}, ord=1, axis={axis}", "{x}, ord=np.inf, keepdims=True"),
+    "matrix_norm": _texts(2, "{x}", "{x}, ord=1", "{x}, ord=-np.inf, keepdims=True", "{x}, ord='nuc'"),
+    "vecdot": lambda w, x: _pair(w, x, "{x}, {y}"),
+    "matvec": _texts(2, "{x}, {x}[..., 0, :]"),
+    "vecmat": _texts(2, "{x}[..., 0], {x}"),
+    "astype": _texts(1, "{x}, np.float64"),
+    "flatnonzero": _texts(0, "{x}"),
     **dict.fromkeys(["allclose", "array_equal", "array_equiv"], lambda w, x: _pair(w, x, "{x}, {y}", 0)),
     **dict.fromkeys(["shape"], lambda w, x: f"{x})[0" if w.shape(x) else None),
     **dict.fromkeys(["ndim", "size", "iscomplexobj", "zeros_like", "ones_like", "nan_to_num"], _texts(0, "{x}")),
@@ -945,7 +1092,10 @@ ARGUMENTS = {
 # Primitives that have no name to call: they are reached through others, or through syntax.
 REACHED = {"reshape", "concatenate", "stack", "getitem", "scatter", "astype", "einsum", "norm", "clip", "matmul", "sum"}
 REACHED |= {"sliding_window_view", "logabsdet", "signdet", "detach", "dot", "pack", "fused", "program", "mean"}
-REACHED |= {"join", "result", "rule", "sealed"}
+REACHED |= {"join", "result", "rule", "sealed", "checkpoint", "update", "is last"}
+REACHED |= {"modf 0", "modf 1", "frexp 0", "frexp 1", "unique", "bincount", "lexsort"}
+REACHED |= {"ranks of quantiles", "maximum.accumulate", "minimum.accumulate", "logaddexp.accumulate"}
+REACHED |= {"eigh", "svd", "qr"}
 REACHED |= {
     "weights of logsumexp",
     "matrix of cofactors",
@@ -968,6 +1118,9 @@ REACHED |= {
 
 def spelling(function, entry) -> str | None:
     """How to call an entry of the table in a program."""
+    ufunc = getattr(function, "__self__", None)
+    if isinstance(ufunc, np.ufunc):
+        return f"np.{ufunc.__name__}.{function.__name__}"
     for home, where in (
         (np, "np"),
         (np.linalg, "np.linalg"),
@@ -991,6 +1144,8 @@ def entries() -> tuple[dict, list]:
     """What programs call, as {spelling: maker of arguments}; and the names of entries without a maker."""
     found, missing = {}, []
     for function, entry in list(picograd.TABLE.items()):
+        if isinstance(function, picograd.Primitive):  # with keywords of its own
+            continue
         spelled, name = spelling(function, entry), getattr(entry, "name", getattr(function, "__name__", ""))
         short = spelled.rpartition(".")[2] if spelled else name
         n = arity(function, entry)
@@ -998,7 +1153,7 @@ def entries() -> tuple[dict, list]:
         if not maker and n:
             maker = functools.partial(_elementwise, short, n)
         elif not maker and "axis" in _parameters(function, entry):
-            maker = functools.partial(_reduction, spare="ddof" in _parameters(function, entry))
+            maker = functools.partial(_reduction, takes=_parameters(function, entry))
         if spelled and maker:
             found[spelled] = maker
             if spelled.startswith("picograd.") and short not in OWN:
@@ -1028,16 +1183,18 @@ def _elementwise(name, n, w, x):
 def call(w, x) -> str | None:
     """A call of an entry of the table, as a function or as a method."""
     spelled = w.one(w.calls)
-    if spelled.startswith("picograd.") and np.asarray(w.raw(x)).dtype.kind != "f":
+    if spelled.startswith(("picograd.", "np.logaddexp.reduce")) and np.asarray(w.raw(x)).dtype.kind != "f":
         return None  # what these make of integers is left open
     args = ENTRIES[spelled](w, x)
     if args is None:
         return None
     name = spelled.rpartition(".")[2]
-    method = args.startswith(f"{x}, ") and hasattr(np.ndarray, name) and name not in ("sort", "resize")  # in place
+    method = (
+        args.startswith(f"{x}, ") and hasattr(np.ndarray, name) and name not in ("sort", "resize", "partition")
+    )  # in place
     if method and w.chance(0.3) and isinstance(w.names[x], Model):
         return f"{x}.{name}({args[len(x) + 2 :]})"
-    return f"{spelled}({args})"
+    return f"{spelled}({args}" + ("]" if args.count("[") > args.count("]") else ")")
 
 
 def forms(text: str) -> list[str]:
@@ -1170,6 +1327,14 @@ PLACES_3D = forms("""
     sum([{x}[i][..., np.array({q})] for i in {p}])
     np.stack([{x}[i, :, np.array({q})] * 2 for i in {p}])
 """)
+CHECKPOINTS = forms("""
+    picograd.checkpoint(lambda e: np.tanh(e) * e)({x})
+    picograd.checkpoint(lambda e: np.tanh(e * {y}) + e)({x})
+    picograd.checkpoint(lambda e: e.T * 2)({x})
+    picograd.checkpoint(lambda e: [np.sum(e * e), e * {y}])({x})[1]
+    sum(picograd.checkpoint(lambda e: (np.sum(e * 2), np.mean(e)))({x}))
+    picograd.checkpoint(lambda e: picograd.checkpoint(np.tanh)(e * 2) * {y})({x})
+""")
 SECOND_OPERATORS = {"/": 0.5, "//": 1.5, "%": 1.5}
 LOWEST_LABEL = {"mse_loss": -2, "hinge_loss": -1, "binary_cross_entropy_with_logits": 0}
 
@@ -1204,6 +1369,17 @@ def unary(w, x) -> str | None:
 
 def indexing(w, x) -> str:
     return f"{x}[{w.index(x)}]"
+
+
+def updating(w, x) -> str | None:
+    how, index = w.one(list(At.PADS)), w.index(x)
+    if np.asarray(w.raw(x)).dtype.kind != "f" or (how == "multiply" and re.search("array|Tensor|\\[", index)):
+        return None  # what integers take is left open, and repeated products have no gradient
+    return f"{x}.at[{index}].{how}({w.one([w.number(), w.number(), f'{x}[{index}] * 0.5', w.beside(x)])})"
+
+
+def checkpointed(w, x) -> str | None:
+    return filled(CHECKPOINTS)(w, x) if x in w.needs and isinstance(w.names[x], Model) else None
 
 
 def cast(w, x) -> str:
@@ -1307,9 +1483,12 @@ FORMS = {
         product: 3,
         batch: 2,
         gather: 1,
+        updating: 8,
+        checkpointed: 2,
     },
     "optimizer": {call: 22, operation: 18, indexing: 5, unary: 4, cast: 2, mask: 8, user: 4, loss: 2, product: 8}
-    | {batch: 12, rolled: 5, gather: 5, nested: 6, chain: 8},
+    | {batch: 12, rolled: 5, gather: 5, nested: 6, chain: 8}
+    | {updating: 5, checkpointed: 4},
 }
 
 
@@ -1538,8 +1717,11 @@ def total_of(program, seed, xp):
             raise Aside("kink")  # a step to the side selects other elements
         if run.error:
             raise run.error
+        root = plain(run.root(program))
+        if xp is np and np.shape(root) != np.shape(seed):
+            raise Aside("kink")
         with computing(True, xp):
-            return xp.sum(plain(run.root(program)) * seed)
+            return xp.sum(root * seed)
 
     return total
 
@@ -1725,7 +1907,8 @@ def check_functions(program, raws, seed):
     )
     eps = max(eps, 1e-15) * 4
     check_gradient(program, "grad", list(map(np.asarray, found)), wide, seed, eps, code)
-    if sum(np.size(x) for x in wide) > 24 or len(program) > 14 or ".detach()" in "".join(program):
+    parts = re.findall(r"\w+", " ".join(program))
+    if sum(np.size(x) for x in wide) > 24 or len(program) > 14 or not (ENDS | {"detach"}).isdisjoint(parts):
         return
     check_second(program, total, every, inputs, eps, code.replace("grad", "grad of grad"))
 

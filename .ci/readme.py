@@ -46,7 +46,7 @@ def miscounted(readme: str) -> list[str]:
     sys.path.insert(0, str(ROOT))
     from picograd import TABLE
 
-    functions = {f.__name__ for f in TABLE if isinstance(f, np.ufunc) or f.__module__.startswith("numpy")}
+    functions = {f.__name__ for f in TABLE if isinstance(f, np.ufunc) or (f.__module__ or "").startswith("numpy")}
     lines, engine = source.count("\n"), source.partition("\n# 8. ")[0].count("\n")
     found = []
     for what, pattern, fact, least, most in (
