@@ -769,8 +769,12 @@ def main() -> int:
         metavar="COLUMN",
         help="what to predict: a name in the header, or a number: 1 is the first column, -1 the last (default)",
     )
-    parser.add_argument("--ignore", action="append", default=[], metavar="COLUMN", help="leave a column out")
-    parser.add_argument("--strict", action="store_true", help="refuse gaps and words among the features")
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="COLUMN", help="leave a column out (any number of times)"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse what is no plain number among the features, and gaps"
+    )
     parser.add_argument("--epochs", type=int, default=100, metavar="N", help="passes over the data (default: 100)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
     parser.add_argument(

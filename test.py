@@ -6897,7 +6897,7 @@ class TestDemo(unittest.TestCase):
         command = [sys.executable, "-u", str(self.folder / "demo.py"), "--dask", "--epochs", "1000"]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
         with subprocess.Popen(command, **pipe, start_new_session=True) as process:
-            kill = threading.Timer(20, process.kill)
+            kill = threading.Timer(60, process.kill)
             kill.start()
             line = process.stdout.readline()
             while line and "Dask cluster" not in line:
