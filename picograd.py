@@ -6756,13 +6756,9 @@ _NEGATIVE, _SQUARED, _TRANSPOSE, _BROADCAST = (
 _PRODUCT, _SUM = TABLE[np.matmul], PRIMITIVES["sum"]
 _VIEWS = (_reshape, _TRANSPOSE, _BROADCAST, _getitem)
 # Operands that may be masks: where's condition, a mask times a float (micrograd's relu), masks made of masks.
-_LOGICAL = (np.logical_and, np.logical_or, np.logical_xor, np.logical_not)
-_LOGICAL += (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.invert)
-_MASKS = (
-    {_WHERE: (0,), _MULTIPLY: (0, 1), _cross_entropy: (1,)}
-    | dict.fromkeys(_VIEWS, (0,))
-    | {TABLE[f]: (0, 1) for f in _LOGICAL}
-)
+_LOGICAL = "logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor invert"
+_MASKS = {_WHERE: (0,), _MULTIPLY: (0, 1), _cross_entropy: (1,)} | dict.fromkeys(_VIEWS, (0,))
+_MASKS |= dict.fromkeys([TABLE[getattr(np, name)] for name in _LOGICAL.split()], (0, 1))
 
 
 def _sort(x):
@@ -6903,29 +6899,25 @@ def fold_constants(node: Value):
     return node if any([isinstance(x, Array) for x in node._args]) else node._held
 
 
-def _simpler_add(node, x, y):
-    for a, b in ((x, y), (y, x)):
-        if _is(b, _NEGATIVE):
-            return _twin(node, _SUBTRACT, (a, b._args[0]))
-    return None
+def _opposite(prim):
+    """a + -b -> a - b, and the other way round."""
+    return lambda node, a, b: _is(b, _NEGATIVE) and _twin(node, prim, (a, b._args[0]))
 
 
-def _simpler_multiply(node, x, y):
-    for a, b in ((x, y), (y, x)):
-        if type(b) is float and b == 1.0:
-            return a
-        if _is(a, _NEGATIVE):
-            return _twin(node, _NEGATIVE, (_simple(_MULTIPLY, (a._args[0], b)),))
-        # Where operands broadcast anyway, a broadcast one needs no array of its own.
-        if _is(a, _BROADCAST) and _shape(b) == node.shape and node.ndim:
-            return _twin(node, _MULTIPLY, (a._args[0], b) if a is x else (b, a._args[0]))
-    return _twin(node, _SQUARED, (x,)) if x is y and node.ndim else None
+def _simpler_multiply(node, a, b):
+    if type(b) is float and b == 1.0:
+        return a
+    if _is(a, _NEGATIVE):
+        return _twin(node, _NEGATIVE, (_simple(_MULTIPLY, (a._args[0], b)),))
+    # Where operands broadcast anyway, a broadcast one needs no array of its own.
+    if _is(a, _BROADCAST) and _shape(b) == node.shape and node.ndim:
+        return _twin(node, _MULTIPLY, (a._args[0], b))
+    return a is b and node.ndim > 0 and _twin(node, _SQUARED, (a,))
 
 
 def _simpler_divide(node, x, y):
-    if type(y) is not float or math.frexp(y)[0] not in (0.5, -0.5) or not 1e-4 < abs(y) < 1e4:
-        return None  # only by powers of two is the reciprocal exact
-    return _twin(node, _MULTIPLY, (x, 1.0 / y))
+    exact = type(y) is float and math.frexp(y)[0] in (0.5, -0.5) and 1e-4 < abs(y) < 1e4  # a power of two
+    return exact and _twin(node, _MULTIPLY, (x, 1.0 / y))
 
 
 def _simpler_power(node, x, y):
@@ -6949,19 +6941,19 @@ def _simpler_reshape(node, x, shape):
 
 def _simpler_transpose(node, x, axes=None):
     undone = _is(x, _TRANSPOSE) and [_permutation(x)[i] for i in _permutation(node)] == [*range(node.ndim)]
-    return x._args[0] if undone else None
+    return undone and x._args[0]
 
 
-_SIMPLER: dict[Primitive, Callable] = {
-    _ADD: _simpler_add,
-    _SUBTRACT: lambda node, x, y: _twin(node, _ADD, (x, y._args[0])) if _is(y, _NEGATIVE) else None,
+_SIMPLER: dict[Primitive, Callable] = {  # a Value, if there is a simpler one
+    _ADD: _opposite(_SUBTRACT),
+    _SUBTRACT: _opposite(_ADD),
     _MULTIPLY: _simpler_multiply,
     TABLE[np.divide]: _simpler_divide,
     TABLE[np.power]: _simpler_power,
     PRIMITIVES["mean"]: _simpler_mean,
     _reshape: _simpler_reshape,
     _TRANSPOSE: _simpler_transpose,
-    _NEGATIVE: lambda node, x: x._args[0] if _is(x, _NEGATIVE) else None,
+    _NEGATIVE: lambda node, x: _is(x, _NEGATIVE) and x._args[0],
     TABLE[np.positive]: lambda node, x: x,
     TABLE[np.copy]: lambda node, a: a,
     _BROADCAST: lambda node, array, shape: array,
@@ -6973,10 +6965,13 @@ def simplify(node: Value) -> Value:
     """Algebra that is exact, also for inf, nan and -0.0: x * 1 -> x, x**2 -> square(x), a - -b -> a + b, x / 4 ->
     x * 0.25."""
     while (simpler := _SIMPLER.get(node._prim)) and _regular(node):
-        new = simpler(node, *node._args, **node._params)
-        if not isinstance(new, Value) or not _alike(new, node):
+        for args in (node._args, node._args[::-1])[: 1 + (node._prim in (_ADD, _MULTIPLY))]:  # in either order
+            new = simpler(node, *args, **node._params)
+            if isinstance(new, Value) and _alike(new, node):
+                node = new
+                break
+        else:
             break
-        node = new
     return node
 
 
@@ -7027,33 +7022,47 @@ _dot = primitive(
 )
 
 
-def flatten(roots: Sequence) -> list:
-    """Makes chains of + one sum, and sums of products of numbers a dot product: a*b + c*d + e -> dot(a, b, c, d, e)."""
+def _collected(roots, fits, parts, whole, most=math.inf):
+    """One walk that makes one node of several. What but one other needs, if fits(node, that other), waits for that one,
+    unless it has `most` parts. parts(node, args, the parts of each operand that waited, else ()) is a list;
+    whole(node, its parts) the new node."""
     nodes = _oldest_first(roots)
-    sums = {node for node in nodes if _is(node, _ADD)}
-    private = _private(nodes, roots, lambda x, node: node in sums and _alike(x, node))
-    waiting = {}  # the terms of a sum that only another such sum needs
+    private = _private(nodes, roots, fits)
+    waiting = {}
 
     def rule(node, args):
-        if node not in sums:
-            return _renewed(node, args)
-        terms = []
-        for old, x in zip(node._args, args):
-            alone = isinstance(old, Value) and old in private
-            more = waiting.pop(old) if alone and old in sums else [(alone, x)]
-            if len(more) > len(terms):
-                terms, more = more, terms
-            terms += more
-        if node in private:
-            waiting[node] = terms
-            return node  # a place holder
-        return _sum_of(node, terms) if len(terms) > 2 else _renewed(node, args)
+        found = parts(node, args, [waiting.pop(id(x), ()) for x in node._args])
+        if node not in private or len(found) >= most:
+            return whole(node, found)
+        waiting[id(node)] = found
+        return found[-1]  # a place holder
 
     return _rewrite(roots, rule, nodes)
 
 
+def flatten(roots: Sequence) -> list:
+    """Makes chains of + one sum, and sums of products of numbers a dot product: a*b + c*d + e -> dot(a, b, c, d, e)."""
+    is_sum = functools.cache(lambda node: _is(node, _ADD))
+
+    def terms(node, args, waited):
+        """What is added, each with whether nobody else needs it."""
+        if not is_sum(node):
+            return [(True, _renewed(node, args))]
+        found = []
+        for x, more in zip(args, waited):
+            more = more or [(False, x)]
+            if len(more) > len(found):
+                found, more = more, found
+            found += more
+        return found
+
+    return _collected(roots, lambda x, node: is_sum(node) and _alike(x, node), terms, _sum_of)
+
+
 def _sum_of(node, terms):
-    """One node for a sum of terms, each with whether nobody else needs it."""
+    """One node for a sum of terms; for one term, that."""
+    if len(terms) < 3:
+        return terms[0][1] if len(terms) < 2 else _renewed(node, tuple([x for _, x in terms]))
     products = []
     rest = []
     zero = []  # where sum() starts: it makes -0.0 a 0.0, and comes last
@@ -7117,8 +7126,7 @@ class _Batch:
         elif shape:
             new = _record(_stack, tuple(xs), {"axis": 0})
         else:
-            dtypes = [{float: np.float64, bool: bool}.get(type(x)) or x.dtype for x in map(_raw, xs)]
-            new = _record(_pack, tuple(xs), {"dtype": np.result_type(*dtypes)})
+            new = _record(_pack, tuple(xs), {"dtype": xs[0].dtype})
         self.put(members, new)
 
     def gather(self, xs, layout, dtype=None):
@@ -7127,27 +7135,29 @@ class _Batch:
         keys = [x if isinstance(x, Array) else (_key(x), dtype) for x in xs]
         # What is in no stack yet becomes one, in the order in which it is wanted here; a stack has either constants, or
         # what sends its gradients to the same roots: a zero from one to which others send none would make inf nan.
-        loose = {k: x for k, x in zip(keys, xs) if k not in self.places}
-        kinds = {k: (self.reach.get(x, 0), _kind(x)) if isinstance(x, Array) else None for k, x in loose.items()}
-        for kind in dict.fromkeys(kinds.values()):
-            self.stack({k: x for k, x in loose.items() if kinds[k] == kind}, dtype)
+        loose = collections.defaultdict(dict)
+        for key, x in zip(keys, xs):
+            if key not in self.places:
+                loose[(self.reach.get(x, 0), _kind(x)) if isinstance(x, Array) else None][key] = x
+        for members in loose.values():
+            self.stack(members, dtype)
         found, shape = [self.places[key] for key in keys], _shape(xs[0])
         starts, size = {}, 0
         for number in dict.fromkeys([number for number, _ in found]):
             starts[number], size = size, size + _shape(self.stacks[number])[0]
         joint = self.stacks[found[0][0]] if len(starts) == 1 else _concatenate(*map(self.stacks.__getitem__, starts))
         index = np.array([starts[number] + place for number, place in found])
-        # A grid of rows and columns with the same steps throughout, 0 where it repeats, needs no copy.
-        start, grid = int(index[0]), index.reshape(layout if len(layout) == 2 else (1, -1))
-        n, m = grid.shape
-        down, across = int(grid[-1, 0] - start) // max(1, n - 1), int(grid[0, -1] - start) // max(1, m - 1)
-        rows, columns, step = n if down else 1, m if across else 1, across or down or 1
-        even = np.array_equal(grid, start + np.add.outer(np.arange(n) * down, np.arange(m) * across))
-        if not even or step < 0 or (down and across and down != across * m):
+        grid = index.reshape(layout)
+        for axis in range(grid.ndim):  # what repeats throughout broadcasts, and needs no copy
+            first = grid.take([0], axis)
+            grid = first if (grid == first).all() else grid
+        flat = grid.ravel().tolist()
+        step = max(1, (flat[-1] - flat[0]) // max(1, len(flat) - 1))
+        if flat != [*range(flat[0], flat[-1] + 1, step)]:
             return np.reshape(joint[(index,)], (*layout, *shape))
-        if rows * columns < size:
-            joint = joint[start : start + (rows * columns - 1) * step + 1 : step]
-        return np.reshape(joint, (*(rows, columns)[-len(layout) :], *shape))
+        if len(flat) < size:  # nor does a part with the same steps throughout
+            joint = joint[flat[0] : flat[-1] + 1 : step]
+        return np.reshape(joint, (*grid.shape, *shape))
 
     def alone(self, node):
         """The new form of a node that is in no group. A stack of what is in stacks already is there."""
@@ -7196,7 +7206,7 @@ class _Batch:
         rows, the dot products are a matrix product."""
         node, layout = nodes[0], (len(nodes),)
         end, zero = 2 * node._params["products"], _starts_at_zero(node)
-        dtype = np.float64 if type(node._held) is float else node.dtype
+        dtype = node.dtype
 
         def block(rows):
             stack = self.gather([x for row in rows for x in row], (len(rows), len(rows[0])), dtype)
@@ -7347,34 +7357,17 @@ def fuse(roots: Sequence, smallest: int = 1, products: bool = True) -> list:
     def fits(x, node):
         return x.shape == node.shape and plain(node) and (plain(x) or (products and _is(x, _PRODUCT)))
 
-    nodes = _oldest_first(roots)
-    private = _private(nodes, roots, fits)
-    waiting = {}
+    def chain(node, args, waited):
+        return [*itertools.chain(*waited), _renewed(node, args)]
 
-    def close(chain):
-        """Operations, the oldest first, as one node."""
+    def close(node, chain):
         inside = set(map(id, chain))
         outside = {id(x): x for node in chain for x in node._args if id(x) not in inside}
         places = {x: i for i, x in enumerate([*outside, *map(id, chain)])}
         steps = tuple([(node._prim, tuple([places[id(x)] for x in node._args]), node.dtype) for node in chain])
         return _twin(chain[-1], _fused, tuple(outside.values()), {"steps": steps}) if len(chain) > 1 else chain[0]
 
-    def rule(node, args):
-        chain = []
-        for x in node._args:
-            if isinstance(x, Value) and x in waiting:
-                more = waiting.pop(x)
-                if len(chain) + len(more) < _MAX_CHAIN:
-                    chain += more
-                else:
-                    args = tuple([close(more) if y is more[-1] else y for y in args])
-        chain.append(_renewed(node, args))
-        if node in private:
-            waiting[node] = chain
-            return chain[-1]
-        return close(chain)
-
-    return _rewrite(roots, rule, nodes)
+    return _collected(roots, fits, chain, close, _MAX_CHAIN)
 
 
 def _formula(steps, operands):
@@ -7496,7 +7489,7 @@ def _matmul_form(low, node, x, y):
 def _sum_form(low, node, a, axis=None, keepdims=False):
     a = _raw(a)
     if np.ndim(a) == 2 and axis in (0, (0,)) and not keepdims:
-        return f"{low.bind('c', _ones(np.shape(a)[0], node.dtype))}.dot({{0}}{_OUT}"  # BLAS sums rows faster than NumPy
+        return f"{low.name(_ones(np.shape(a)[0], node.dtype))}.dot({{0}}{_OUT}"  # BLAS sums rows faster than NumPy
     if axis is not None:
         axis = tuple(map(int, axis)) if isinstance(axis, tuple) else int(axis)
     return f"np.add.reduce({{0}}, {axis}, None, {{out}}, {bool(keepdims)})"
@@ -7513,19 +7506,19 @@ def _getitem_form(low, node, a, index):
     places = _places(index, _shape(a))
     if places is None:
         return ""
-    return f"np.take({{0}}, {low.bind('c', places)}, 0, {{out}}, 'clip')"  # with 'raise', take would make a copy
+    return f"np.take({{0}}, {low.name(places)}, 0, {{out}}, 'clip')"  # with 'raise', take would make a copy
 
 
 def _scatter_form(low, node, a, *parts, shape, index):
     places = _places(index, shape)
     if not _is_basic(index) and (parts or places is None or len(np.unique(places)) < places.size):
         return None
-    return f"{{out}}.fill(0); {{out}}[{low.bind('c', index)}] = {{0}}"
+    return f"{{out}}.fill(0); {{out}}[{low.name(index)}] = {{0}}"
 
 
 def _pack_form(low, node, *numbers, dtype):
     if _are_leaves(numbers) and type(numbers[0]._held) is float:
-        return f"{{out}}[:] = [x._held for x in {low.bind('c', numbers)}]"  # their data is read here, not as inputs
+        return f"{{out}}[:] = [x._held for x in {low.name(numbers)}]"  # their data is read here, not as inputs
     return "{out}[:] = {all}"
 
 
@@ -7536,7 +7529,7 @@ def _dot_form(low, node, *terms, products):
 
 def _fused_form(low, node, *operands, steps):
     last = len(operands) + len(steps) - 1
-    return f"_blocks({low.bind('c', steps)}, [{{all}}], {node.shape}, [{last}], None, [{{out}}])"
+    return f"_blocks({low.name(steps)}, [{{all}}], {node.shape}, [{last}], None, [{{out}}])"
 
 
 def _joined_form(low, node, *arrays, axis=0):
@@ -7563,18 +7556,17 @@ class _Lowering:
 
     Arrays go to buffers that are made once, and shared by results that are not needed at the same time; views of
     buffers are made once, too; numbers are local variables. A name is an input x, a buffer or view of one b, a constant
-    c, a function f, a local t, or out for an array that a leaf gets as its gradient. User's strings are never names.
+    or function c, a local t, or out for an array that a leaf gets as its gradient. User's strings are never names.
     """
 
     def __init__(self, roots, sweeps):
-        self.space = {"np": np, "math": math, "_array": np.ndarray, "_evaluate": _evaluate, "_blocks": run_blocks}
+        self.space = {"np": np, "math": math, "_evaluate": _evaluate, "_blocks": run_blocks}
         self.space |= {"_as_before": _as_before, "_checked": _checked}
         self.names = {}  # of nodes, Tensors, and, by id, of other objects
         self.fixed = {}  # by name: what is the same array in every run
         self.buffers = {}  # a node's own buffer, until its last use
         self.spare = collections.defaultdict(list)
         self.inputs = {}
-        self.outputs = set()  # arrays that leaves get as their gradients
         self.lines = []  # of forward, then of each backward
         self.early = set()  # the locals that forward makes
         self.saved = {}  # those of them that a backward needs, in order
@@ -7651,20 +7643,13 @@ class _Lowering:
     def function(self, f):
         if isinstance(f, np.ufunc) or f.__module__ == "math":
             return f"{'np' if isinstance(f, np.ufunc) else 'math'}.{f.__name__}"
-        if id(f) not in self.names:
-            self.names[id(f)] = self.bind("f", f)
-        return self.names[id(f)]
+        return self.name(f)
 
-    def local(self, node, expression):
-        name = self.names[node] = f"t{next(self.number)}"
+    def local(self, node, expression, prefix="t"):
+        """A line for what is new in every run."""
+        name = self.names[node] = f"{prefix}{next(self.number)}"
         if len(self.lines) == 1:
             self.early.add(name)
-        self.lines[-1].append(f"{name} = {expression}")
-
-    def output(self, node, expression):
-        """An array that is new in every run."""
-        name = self.names[node] = f"out{len(self.outputs)}"
-        self.outputs.add(name)
         self.lines[-1].append(f"{name} = {expression}")
         return name
 
@@ -7672,7 +7657,7 @@ class _Lowering:
         """The buffer for a node's result: that of an operand whose last use this is, a spare or a new one."""
         shape, dtype = node.shape, node.dtype
         if node in self.handed_out:
-            return self.output(node, f"np.empty({shape}, np.{dtype.name})")
+            return self.local(node, f"np.empty({shape}, np.{dtype.name})", "out")
         for x in reuse:
             if isinstance(x, Value) and x in self.buffers and self.last[x] == self.place and _alike(x, node):
                 self.names[node], self.buffers[node] = self.names[x], self.buffers.pop(x)
@@ -7713,7 +7698,7 @@ class _Lowering:
         if "{out}" not in form:
             self.local(node, fill(form, *names))
         elif node in self.handed_out and form.endswith(_OUT) and form.count("{out}") == 1:
-            self.output(node, fill(form.removesuffix(_OUT) + ")", *names))
+            self.local(node, fill(form.removesuffix(_OUT) + ")", *names), "out")
         else:
             reuse = () if node._prim in _FORMS else node._args
             self.lines[-1].append(fill(form, *names, out=self.target(node, reuse)))
@@ -7738,11 +7723,11 @@ class _Lowering:
             ]
         names = "".join([f"{name}, " for name in names])
         if prim.builtin:
-            call = f"_evaluate({self.bind('f', prim)}, ({names}), {self.bind('c', params)})"
+            call = f"_evaluate({self.name(prim)}, ({names}), {self.name(params)})"
         else:
-            call = f"{self.bind('f', functools.partial(prim.forward, **params))}({names})"
+            call = f"{self.name(functools.partial(prim.forward, **params))}({names})"
         if type(node._held) is np.ndarray and (prim is _getitem or not prim.builtin):  # its shape may be another
-            return f"_as_before({call}, {node.shape}, {self.bind('c', node.dtype)})"
+            return f"_as_before({call}, {node.shape}, {self.name(node.dtype)})"
         return call
 
     def finish(self):
@@ -7754,7 +7739,7 @@ class _Lowering:
                 name = names[i]
                 if not _alike(g, own[0]):  # the numbers of a pack
                     names[i] = f"*{name}.tolist()" if type(own[0]._held) is float else f"*{name}"
-                elif type(g._held) is np.ndarray and (name not in self.outputs or name in handed):
+                elif type(g._held) is np.ndarray and (name[0] != "o" or name in handed):
                     names[i] = f"np.array({name})"  # a leaf owns its gradient
                 handed.add(name)
             tails.append(f"return [{', '.join(names)}]")
@@ -7765,11 +7750,9 @@ class _Lowering:
         for name, x in self.inputs.items():
             source = self.bind("i", x)
             head.append(f"{name} = {source}._held")
-            if type(x._held) is np.ndarray:
-                wrong = f"type({name}) is not _array or {name}.shape != {x.shape}"
+            if type(x._held) not in _WEAK_TYPES:
+                wrong = f"type({name}) is not {self.name(type(x._held))} or {name}.shape != {x.shape}"
                 head.append(f"if {wrong}: {name} = _checked({source}, {x.shape})")
-            elif isinstance(x._held, np.generic):
-                head.append(f"if {name}.shape != (): _checked({source}, ())")
         bodies = {"forward()": [*head, *self.lines[0], f"return [{', '.join(results)}], ({saved})"]}
         for i, ((seeds, *_), lines, tail) in enumerate(zip(self.sweeps, self.lines[1:], tails)):
             arguments = ", ".join(["saved", *map(self.names.get, seeds)])
@@ -7836,11 +7819,6 @@ def _taken_apart(node, args):
     return _twin(node, node._prim, args, node._params)
 
 
-def _traced(roots):
-    """A copy of the graph, with the programs in it written out as the graphs that they were made of."""
-    return _rewrite(roots, _taken_apart)
-
-
 def _as_nodes(graph):
     return [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
 
@@ -7867,7 +7845,7 @@ class _Program:
     def __init__(self, roots):
         self.lock = threading.RLock()
         with _recording(tracing=True):
-            self.traced = _traced(roots)
+            self.traced = _rewrite(roots, _taken_apart)
             nodes = _oldest_first(self.traced)
             for node in nodes:
                 for x in (node, *node._args):
