@@ -6779,26 +6779,22 @@ def _regular(node):
     A primitive of this file made it; its operands are numbers, or arrays of one floating dtype, which it has, too, none
     of them empty; masks only where `_MASKS` says so. All else is computed by `_evaluate`, as in eager mode.
     """
-    prim, dtype = node._prim, None
+    prim = node._prim
     if prim in _AS_THEY_ARE or not prim.builtin:
         return prim in _AS_THEY_ARE
-    for i, x in enumerate(node._args):
-        sort = _sort(x._held if isinstance(x, Array) else x)
-        if sort is bool:
-            if i not in _MASKS.get(prim, ()):
-                return False
-        elif sort is None or (prim is _WHERE and i == 0):
-            return False
-        elif sort is not float:
-            if dtype not in (None, sort):
-                return False
-            dtype = sort
-    out = _sort(node._held)
+    sorts, out = [_sort(x._held if isinstance(x, Array) else x) for x in node._args], _sort(node._held)
+    if prim is _WHERE and sorts[0] is not bool:
+        return False
+    if bool in sorts:
+        sorts = [x for i, x in enumerate(sorts) if x is not bool or i not in _MASKS.get(prim, ())]
+    kinds = {*sorts, float}
+    if not kinds.isdisjoint((bool, None)) or len(kinds) > 2:
+        return False
     if out is bool:
         return prim.vjps[0] is None or prim in _VIEWS
     if out is float:
-        return dtype is None or prim is _as_dtype
-    return out is not None and (dtype in (None, out) or prim is _as_dtype or prim is _pack)
+        return len(kinds) == 1 or prim is _as_dtype
+    return out is not None and (kinds <= {float, out} or prim is _as_dtype or prim is _pack)
 
 
 def _twin(node, prim, args, params=_NO_PARAMS):
@@ -6856,13 +6852,6 @@ def _reach(roots, nodes):
             if isinstance(x, Value) and x._needs and prim.vjps[0 if prim.operands is None else i] is not None:
                 reach[x] |= reach[node]
     return reach
-
-
-def _private(nodes, roots, fits):
-    """The nodes that one other needs, once, and nobody else, if fits(node, that other)."""
-    uses = collections.Counter(x for node in nodes for x in node._args if isinstance(x, Value))
-    uses.update([root for root in roots if isinstance(root, Value)] * 2)
-    return {x for node in nodes for x in node._args if isinstance(x, Value) and uses[x] == 1 and fits(x, node)}
 
 
 def _shape(x):
@@ -7026,9 +7015,9 @@ def _collected(roots, fits, parts, whole, most=math.inf):
     """One walk that makes one node of several. What but one other needs, if fits(node, that other), waits for that one,
     unless it has `most` parts. parts(node, args, the parts of each operand that waited, else ()) is a list;
     whole(node, its parts) the new node."""
-    nodes = _oldest_first(roots)
-    private = _private(nodes, roots, fits)
-    waiting = {}
+    nodes, waiting = _oldest_first(roots), {}
+    uses = collections.Counter(x for node in (*nodes, _joined(roots)) for x in node._args if isinstance(x, Value))
+    private = {x for node in nodes for x in node._args if isinstance(x, Value) and uses[x] == 1 and fits(x, node)}
 
     def rule(node, args):
         found = parts(node, args, [waiting.pop(id(x), ()) for x in node._args])
@@ -7383,17 +7372,21 @@ def _formula(steps, operands):
             return label or next(letters, "·")
         return f"{x:g}" if isinstance(x, float) else "c"
 
+    def within(part, least):
+        text, rank = part
+        return text if rank >= least else f"({text})"
+
     texts = [(name(x, label), 4) for x, label in zip(operands, labels)]  # with how tightly they bind
     for prim, places, _ in steps:
-        symbol, args = prim.symbol, [texts[i] for i in places]
-        own = ranks.get(symbol)
-        if own is not None and len(args) == 2:
-            left, right = (f"({text})" if rank < least else text for (text, rank), least in zip(args, (own, own + 1)))
-            texts.append((f"{left} {symbol} {right}", own))
+        symbol, args, rank = prim.symbol, [texts[i] for i in places], 4
+        if symbol in ranks and len(args) == 2:
+            rank = ranks[symbol]
+            text = f"{within(args[0], rank)} {symbol} {within(args[1], rank + 1)}"
         elif symbol == "-":
-            texts.append((f"-({args[0][0]})" if args[0][1] < 3 else f"-{args[0][0]}", 3))
+            text, rank = f"-{within(args[0], 3)}", 3
         else:
-            texts.append((f"{symbol}({', '.join([text for text, _ in args])})", 4))
+            text = f"{symbol}({', '.join([text for text, _ in args])})"
+        texts.append((text, rank))
     return texts[-1][0]
 
 
@@ -7612,8 +7605,7 @@ class _Lowering:
         self.dying = collections.defaultdict(list)
         for node, i in last.items():
             self.dying[i].append(node)
-        counts = collections.Counter([g for g, _ in owned])
-        self.handed_out = {g for g, own in owned if counts[g] == 1 and _alike(g, own[0])}.difference(sections[0])
+        self.handed_out = {g for g, own in owned if _alike(g, own[0])}.difference(sections[0])
 
     # --- names ---
 
@@ -7777,15 +7769,11 @@ def _as_before(x, shape, dtype):
     return x
 
 
-class _ShapeChanged(ValueError):
-    """A leaf's data no longer has the shape that a program was made for."""
-
-
 def _checked(x, shape):
     """The array of an input, which must have the shape that it had."""
     if x.shape != shape:
         label = f" {x.label!r}" if getattr(x, "label", "") else ""
-        raise _ShapeChanged(
+        raise ValueError(
             f"optimize: {type(x).__name__}{label} had shape {shape} when the graph was optimized, and now has "
             f"{x.shape}; build and optimize the graph anew for another shape"
         )
@@ -7866,18 +7854,18 @@ class _Program:
         first = next((i for i, root in enumerate(self.graph) if root._needs), 0)
         self.sweeps = [(first,)]  # the roots of each sweep that is compiled: at first a guess
         self.guess = True
-        self.code = self.compiled(self.graph)
+        self.code = self.compiled(self.graph, self.sweeps)
         for node in {*nodes, *_oldest_first(self.graph)}.difference(self.leaves):
             node._held = None
 
-    def compiled(self, graph):
+    def compiled(self, graph, sweeps):
         """The code for the sweeps; None if there is to be none."""
         if self.replays or len(_oldest_first(graph)) > _MAX_LINES:
             return None
         with _recording(tracing=True):
             graph = _pass(seal)(graph)
             try:
-                sweeps = [self.swept(graph, which) for which in self.sweeps]
+                sweeps = [self.swept(graph, which) for which in sweeps]
             except Exception:  # a rule fails on these data, as it would in eager mode: in `backward`, if that is called
                 return None
             joint = itertools.chain(graph, *[gradients for _, gradients, _ in sweeps])
@@ -7915,13 +7903,11 @@ class _Program:
         if self.code is not None:
             try:
                 return self.code.forward()
-            except _ShapeChanged:
-                raise
             except _Resized:
                 self.graph, self.code, self.replays = self.traced, None, True
             except (RuntimeWarning, FloatingPointError):  # where warnings are errors, only those of eager mode are
                 return self.replay(self.traced)
-            except (ArithmeticError, ValueError):
+            except (ArithmeticError, ValueError):  # also if a shape has changed: the replay says so
                 pass
         return self.replay(self.graph)
 
@@ -7954,13 +7940,8 @@ class _Program:
         if which in self.sweeps or self.code is None or len(self.sweeps) >= _MAX_SWEEPS:
             return
         self.run()  # which says so if a shape has changed
-        self.saved, before = None, self.sweeps
-        self.sweeps = [which] if self.guess else [*before, which]
-        try:
-            self.code = self.compiled(_replayed(self.graph))
-        except BaseException:
-            self.sweeps = before
-            raise
+        self.saved, sweeps = None, [which] if self.guess else [*self.sweeps, which]
+        self.code, self.sweeps = self.compiled(_replayed(self.graph), sweeps), sweeps
 
     def backward(self, which, seeds):
         """Pairs of leaf and gradient, to be added up, for the seeds of those roots. Results do not change."""
