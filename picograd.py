@@ -6921,11 +6921,10 @@ def _simpler_mean(node, a, **params):
 
 def _simpler_reshape(node, x, shape):
     inner = x._args[0] if _is(x, _reshape) else x
-    if type(_raw(inner)) in _WEAK_TYPES and inner is not x and not node.ndim:
-        return None  # a number that was an array on the way is strong
     if _alike(inner, node):
         return inner
-    return None if inner is x else _twin(node, _reshape, (inner,), {"shape": node.shape})
+    strong = type(_raw(inner)) not in _WEAK_TYPES  # else it is strong since it was an array on the way
+    return strong and inner is not x and _twin(node, _reshape, (inner,), {"shape": node.shape})
 
 
 def _simpler_transpose(node, x, axes=None):
@@ -6976,7 +6975,7 @@ def _key(x):
     if kind is tuple or kind is list:
         return tuple(map(_key, x))
     if kind is slice:
-        return "slice", _key(x.start), _key(x.stop), _key(x.step)
+        return kind, _key((x.start, x.stop, x.step))
     return id(x)  # arrays and nodes, what there is one of, and what we know nothing about
 
 
@@ -6991,8 +6990,7 @@ def merge_common(swept: bool = True) -> Callable:
     def rule(node):
         if not node._prim.builtin or (node._needs and not swept):
             return node
-        key = node._prim, _key(node._args), *[(name, _key(x)) for name, x in sorted(node._params.items())]
-        return known.setdefault(key, node)
+        return known.setdefault((node._prim, _key(node._args), _key(tuple(node._params.items()))), node)
 
     return rule
 
@@ -7150,10 +7148,9 @@ class _Batch:
 
     def alone(self, node):
         """The new form of a node that is in no group. A stack of what is in stacks already is there."""
-        stacked = [isinstance(x, Value) and x in self.places for x in node._args]
-        if _is(node, _stack) and not node._params.get("axis") and all(stacked):
+        if _is(node, _stack) and all([isinstance(x, Value) and x in self.places for x in node._args]):
             found = self.gather(node._args, (len(node._args),))
-            if _alike(found, node):
+            if _alike(found, node) and not node._params.get("axis"):
                 return found
         return _renewed(node, tuple(map(self.single, node._args)))
 
@@ -7290,7 +7287,7 @@ def _group(node, reach):
     else:
         fits = prim.elementwise and prim.operands and not node._params
     if not fits or node.size > _BATCH_SIZE or not _regular(node):
-        return node, 1
+        return node, 2
     shared = [id(x) for x in args if isinstance(x, Array) and x.ndim > 1 and not getattr(x, "_prim", None)]
     return (prim, _key(tuple(node._params.items())), *kinds, *shared, zero, reach), enough
 
@@ -7310,13 +7307,13 @@ def batch(roots: Sequence) -> list:
         if node._prim is not None:
             levels[level].append(node)
     for _, level in sorted(levels.items()):
-        groups, often = collections.defaultdict(list), collections.Counter([node._prim for node in level])
+        groups = collections.defaultdict(list)
         for node in level:
-            groups[_group(node, reach[node]) if often[node._prim] > 1 else (node, 1)].append(node)
-        for (key, enough), group in sorted(groups.items(), key=lambda item: -len(item[1])):
+            groups[_group(node, reach[node]) if len(level) > 1 else (node, 2)].append(node)
+        for (_, enough), group in sorted(groups.items(), key=lambda item: -len(item[1])):
             if any([x in state.places for x in group[0]._args if isinstance(x, Value)]):
                 enough = min(enough, _BATCH_ARRAYS)  # the numbers are in an array already
-            if key is group[0] or len(group) < enough or not state.combine(group):
+            if len(group) < enough or not state.combine(group):
                 for node in group:
                     state.new[node] = state.alone(node)
     return [state.single(root) for root in roots]
@@ -7835,16 +7832,15 @@ class _Program:
         with _recording(tracing=True):
             self.traced = _rewrite(roots, _taken_apart)
             nodes = _oldest_first(self.traced)
-            for node in nodes:
-                for x in (node, *node._args):
-                    if isinstance(x, Array) and type(x._held) is Chunked:
-                        x._held = x._held.expose()  # the passes look at arrays
-            self.foreign = self.replays = any([_lazy(node._held) for node in nodes])
+            found = [x for node in nodes for x in (node, *node._args) if isinstance(x, Array)]
+            for x in found:
+                if type(x._held) is Chunked:
+                    x._held = x._held.expose()  # the passes look at arrays
+            self.foreign = self.replays = any(map(_lazy, nodes))
             graph = batch(flatten(_pass(fold_constants, merge_common(swept=False))(self.traced)))
             self.graph = _as_nodes(_pass(simplify, merge_common(swept=False))(graph))
         self.leaves = [node for node in nodes if node._prim is None]
-        inputs = [x for node in nodes for x in (node, *node._args) if isinstance(x, Array)]
-        self.shapes = {x: _shape(x) for x in inputs if not getattr(x, "_prim", None)}
+        self.shapes = {x: _shape(x) for x in found if not getattr(x, "_prim", None)}
         reach = _reach(self.traced, nodes)
         self.reach = {x: reach[x] for x in self.leaves}
         self.nodes = []  # the Values that show the results, and which
@@ -8011,10 +8007,7 @@ class _Program:
 
 
 def _retraced(roots):
-    for node in _oldest_first(roots):
-        if node._prim is not None:
-            _recompute(node)
-    return _Program(roots)
+    return _Program(_replayed(roots))
 
 
 class _Hub(Value):
