@@ -6823,7 +6823,7 @@ def _pass(*rules):
                 break
         return node
 
-    return lambda roots: _rewrite(roots, rule)
+    return lambda roots, nodes=None: _rewrite(roots, rule, nodes)
 
 
 def _replayed(roots):
@@ -7013,13 +7013,15 @@ def _collected(roots, fits, parts, whole, most=math.inf):
     """One walk that makes one node of several. What but one other needs, if fits(node, that other), waits for that one,
     unless it has `most` parts. parts(node, args, the parts of each operand that waited, else ()) is a list;
     whole(node, its parts) the new node."""
-    nodes, waiting = _oldest_first(roots), {}
-    uses = collections.Counter(x for node in (*nodes, _joined(roots)) for x in node._args if isinstance(x, Value))
-    private = {x for node in nodes for x in node._args if isinstance(x, Value) and uses[x] == 1 and fits(x, node)}
+    nodes, users, waiting = _oldest_first(roots), {}, {}
+    for node in (*nodes, _joined(roots)):
+        for x in node._args:
+            if isinstance(x, Value):
+                users[x] = None if x in users else node
 
     def rule(node, args):
         found = parts(node, args, [waiting.pop(id(x), ()) for x in node._args])
-        if node not in private or len(found) >= most:
+        if users[node] is None or len(found) >= most or not fits(node, users[node]):
             return whole(node, found)
         waiting[id(node)] = found
         return found[-1]  # a place holder
@@ -7836,12 +7838,14 @@ class _Program:
             for x in found:
                 if type(x._held) is Chunked:
                     x._held = x._held.expose()  # the passes look at arrays
-            self.foreign = self.replays = any(map(_lazy, nodes))
-            graph = batch(flatten(_pass(fold_constants, merge_common(swept=False))(self.traced)))
+            self.foreign = any(map(_lazy, nodes))
+            graph = batch(flatten(_pass(fold_constants, merge_common(swept=False))(self.traced, nodes)))
             self.graph = _as_nodes(_pass(simplify, merge_common(swept=False))(graph))
+        inner = _oldest_first(self.graph)
+        self.replays = self.foreign or len(inner) > _MAX_LINES
         self.leaves = [node for node in nodes if node._prim is None]
         self.shapes = {x: _shape(x) for x in found if not getattr(x, "_prim", None)}
-        reach = _reach(self.traced, nodes)
+        reach = _reach(self.graph, inner)
         self.reach = {x: reach[x] for x in self.leaves}
         self.nodes = []  # the Values that show the results, and which
         self.show([_owned(root._held) for root in roots])
@@ -7851,12 +7855,12 @@ class _Program:
         self.sweeps = [(first,)]  # the roots of each sweep that is compiled: at first a guess
         self.guess = True
         self.code = self.compiled(self.graph, self.sweeps)
-        for node in {*nodes, *_oldest_first(self.graph)}.difference(self.leaves):
+        for node in {*nodes, *inner}.difference(self.leaves):
             node._held = None
 
     def compiled(self, graph, sweeps):
         """The code for the sweeps; None if there is to be none."""
-        if self.replays or len(_oldest_first(graph)) > _MAX_LINES:
+        if self.replays:
             return None
         with _recording(tracing=True):
             graph = _pass(seal)(graph)
