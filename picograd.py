@@ -6782,19 +6782,19 @@ def _regular(node):
     prim = node._prim
     if prim in _AS_THEY_ARE or not prim.builtin:
         return prim in _AS_THEY_ARE
-    sorts, out = [_sort(x._held if isinstance(x, Array) else x) for x in node._args], _sort(node._held)
-    if prim is _WHERE and sorts[0] is not bool:
-        return False
-    if bool in sorts:
-        sorts = [x for i, x in enumerate(sorts) if x is not bool or i not in _MASKS.get(prim, ())]
-    kinds = {*sorts, float}
-    if not kinds.isdisjoint((bool, None)) or len(kinds) > 2:
+    kinds, out = {_sort(x._held if isinstance(x, Array) else x) for x in node._args}, _sort(node._held)
+    if bool in kinds or prim is _WHERE:
+        masks = [i for i, x in enumerate(node._args) if _sort(_raw(x)) is bool]
+        if not set(_MASKS.get(prim, ())).issuperset(masks) or (prim is _WHERE and not masks):
+            return False
+    kinds -= {bool, float}
+    if None in kinds or len(kinds) > 1:
         return False
     if out is bool:
         return prim.vjps[0] is None or prim in _VIEWS
     if out is float:
-        return len(kinds) == 1 or prim is _as_dtype
-    return out is not None and (kinds <= {float, out} or prim is _as_dtype or prim is _pack)
+        return not kinds or prim is _as_dtype
+    return out is not None and (kinds <= {out} or prim is _as_dtype or prim is _pack)
 
 
 def _twin(node, prim, args, params=_NO_PARAMS):
@@ -8221,16 +8221,15 @@ def _put_foreign(a, shape, index):
     index = [i for i in index if i is not None]
     for at in [k for k, i in enumerate(index) if i is Ellipsis]:
         index[at : at + 1] = [slice(None)] * (len(shape) - len(index) + 1)
-    ends = []
+    sizes, around = [], []
     for n, i in itertools.zip_longest(shape, index, fillvalue=slice(None)):
-        if not isinstance(i, (slice, int, np.integer)) or (isinstance(i, slice) and i.indices(n)[2] != 1):
+        part = slice(i % n, i % n + 1) if isinstance(i, (int, np.integer)) else i
+        if not isinstance(part, slice) or part.indices(n)[2] != 1:
             raise TypeError(f"getitem: on {_library(a)}, only integers and slices of step 1 have a gradient, got {i!r}")
-        start, stop, _ = i.indices(n) if isinstance(i, slice) else (i % n, i % n + 1, 1)
-        ends.append((start, max(start, stop)))
-    if not math.prod(a.shape):
-        return np.zeros_like(a, shape=shape)
-    block = np.reshape(a, tuple(stop - start for start, stop in ends))
-    return np.pad(block, [(start, n - stop) for n, (start, stop) in zip(shape, ends)])
+        places = range(n)[part]
+        sizes.append(len(places))
+        around.append((places.start, n - places.stop))
+    return np.pad(np.reshape(a, sizes), around) if math.prod(a.shape) else np.zeros_like(a, shape=shape)
 
 
 class _Elsewhere(Kind):
@@ -8267,9 +8266,9 @@ class _Elsewhere(Kind):
         return _known_shape(out, prim.name)
 
     def fetch(self, raws):
-        lazy = [x for x in raws if hasattr(x, "__dask_graph__")]
-        done = iter(sys.modules["dask"].compute(*lazy, traverse=False) if lazy else ())  # one pass for all
-        return [_settle(np.array(next(done) if hasattr(x, "__dask_graph__") else x)) for x in raws]
+        if any([hasattr(x, "__dask_graph__") for x in raws]):
+            raws = sys.modules["dask"].compute(*raws, traverse=False)  # one pass for all; others stay as they are
+        return [_settle(np.array(x)) for x in raws]
 
     def own(self, raw):
         return raw.copy() if hasattr(raw, "copy") else raw  # Dask's can be assigned to; a copy shares its chunks
