@@ -5902,7 +5902,8 @@ class _Memory:
         with self.lock:
             if segment.name or type(segment) is _Private:  # a parted one still has a descriptor
                 self.free.append(segment)
-            self.clear(bound=self.bound)
+            if len(self.free) > 1 or segment.size > self.bound:
+                self.clear(bound=self.bound)
 
     def clear(self, shared: bool = False, bound: int = 0) -> int:
         """Gives freed segments, or the shared ones only, back to the system, those that were freed first, until no
@@ -6370,7 +6371,8 @@ class _Buffer:
 
     def __init__(self, shape: tuple, dtype: np.dtype, step: tuple | None = None, array=None, given: int = 0):
         self.shape, self.dtype, self.step, self.array, self.given, self.runs = shape, dtype, step, array, given, 0
-        self.readers, self.holder = weakref.WeakValueDictionary(), lambda: None  # by id
+        # By id, of which there are no more than buffers were alive at a time. NoneType gives None, when it is called.
+        self.readers, self.holder = {}, type(None)
 
     def blocks(self) -> float:
         """How many blocks its data are."""
@@ -6436,7 +6438,7 @@ class _Buffer:
         with _chunk_lock:
             self.given += 1  # from now on it stays where it is
             array = self.array
-        for reader in filter(None, [ref() for ref in self.readers.valuerefs()]):
+        for reader in filter(None, [ref() for ref in list(self.readers.values())]):
             reader.force()  # if that fails, nobody gets the data, and all is as it was
         return array
 
@@ -6546,11 +6548,9 @@ def _exposed(function: Callable, args, kwargs: dict):
     """Calls code that may keep what it gets, and write to it, on the arrays of chunked ones, which are handed out."""
 
     def plain(x):
-        if isinstance(x, (list, tuple)):
-            return type(x)(map(plain, x))
         return x.expose() if type(x) is Chunked else x
 
-    return function(*map(plain, args), **{name: plain(x) for name, x in kwargs.items()})
+    return function(*_each(plain, args), **{name: _each(plain, x) for name, x in kwargs.items()})
 
 
 class _InBlocks(Kind):
@@ -6686,7 +6686,7 @@ def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buff
     new = _Buffer(shape, dtype, (prim, tuple(args), state))
     for x in args:
         if type(x) is _Buffer:
-            x.readers[id(new)] = new
+            x.readers[id(new)] = weakref.ref(new)
             wait = wait and not x.given
     if not wait or len(new.pending({})) >= _MAX_PENDING:
         new.force()
