@@ -6904,19 +6904,10 @@ def _simpler_multiply(node, a, b):
     return a is b and node.ndim > 0 and _twin(node, _SQUARED, (a,))
 
 
-def _simpler_divide(node, x, y):
-    exact = type(y) is float and math.frexp(y)[0] in (0.5, -0.5) and 1e-4 < abs(y) < 1e4  # a power of two
-    return exact and _twin(node, _MULTIPLY, (x, 1.0 / y))
-
-
 def _simpler_power(node, x, y):
     if type(y) is not float or y not in (1.0, 2.0):
         return None
     return x if y == 1.0 else _twin(node, _SQUARED, (x,))
-
-
-def _simpler_mean(node, a, **params):
-    return _twin(node, _MULTIPLY, (_simple(_SUM, (a,), params), node.size / np.size(_raw(a))))
 
 
 def _simpler_reshape(node, x, shape):
@@ -6927,20 +6918,27 @@ def _simpler_reshape(node, x, shape):
     return strong and inner is not x and _twin(node, _reshape, (inner,), {"shape": node.shape})
 
 
-def _simpler_transpose(node, x, axes=None):
-    undone = _is(x, _TRANSPOSE) and [_permutation(x)[i] for i in _permutation(node)] == [*range(node.ndim)]
-    return undone and x._args[0]
+def _is_undone(node, x):
+    """Whether one transpose is the opposite of another, x."""
+    return _is(x, _TRANSPOSE) and [_permutation(x)[i] for i in _permutation(node)] == [*range(node.ndim)]
+
+
+def _is_power_of_two(y):
+    """By such a number, and only by such, the reciprocal is exact."""
+    return type(y) is float and math.frexp(y)[0] in (0.5, -0.5) and 1e-4 < abs(y) < 1e4
 
 
 _SIMPLER: dict[Primitive, Callable] = {  # a Value, if there is a simpler one
     _ADD: _opposite(_SUBTRACT),
     _SUBTRACT: _opposite(_ADD),
     _MULTIPLY: _simpler_multiply,
-    TABLE[np.divide]: _simpler_divide,
+    TABLE[np.divide]: lambda node, x, y: _is_power_of_two(y) and _twin(node, _MULTIPLY, (x, 1.0 / y)),
     TABLE[np.power]: _simpler_power,
-    PRIMITIVES["mean"]: _simpler_mean,
+    PRIMITIVES["mean"]: lambda node, a, **params: _twin(
+        node, _MULTIPLY, (_simple(_SUM, (a,), params), node.size / np.size(_raw(a)))
+    ),
     _reshape: _simpler_reshape,
-    _TRANSPOSE: _simpler_transpose,
+    _TRANSPOSE: lambda node, x, axes=None: _is_undone(node, x) and x._args[0],
     _NEGATIVE: lambda node, x: _is(x, _NEGATIVE) and x._args[0],
     TABLE[np.positive]: lambda node, x: x,
     TABLE[np.copy]: lambda node, a: a,
@@ -7811,9 +7809,7 @@ def _as_nodes(graph):
 
 
 def _are_leaves(xs):
-    """Whether they are leaves and Tensors, and numbers of one type."""
-    kinds = {type(x._held) if isinstance(x, Tensor) or getattr(x, "_args", None) == () else None for x in xs}
-    return len(kinds) == 1 and None not in kinds
+    return all([isinstance(x, Array) and not getattr(x, "_prim", None) for x in xs])
 
 
 class _Program:
