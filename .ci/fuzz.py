@@ -1065,7 +1065,9 @@ ARGUMENTS = {
     "gradient": _texts(1, "{x}, axis={axis}", "{x}, 0.5, axis=0, edge_order=2"),
     "vander": _texts(1, "np.ravel({x}), 3", "np.ravel({x}), 2, True"),
     "polyval": _texts(1, "[1.0, 0.5, -2.0], {x}", "np.ravel({x})[:3], 0.5"),
-    **dict.fromkeys(["polyadd", "polysub", "polymul"], _texts(1, "np.ravel({x}), [1.0, 2.0]", "[2.0], np.ravel({x})")),
+    **dict.fromkeys(
+        ["polyadd", "polysub", "polymul"], _texts(1, "np.append(1.5, {x}), [1.0, 2.0]", "[2.0], np.append(1.5, {x})")
+    ),
     **dict.fromkeys(["polyder", "polyint"], _texts(1, "np.ravel({x})", "np.ravel({x}), 2")),
     "polyfit": _texts(1, "np.linspace(-1.0, 1.0, 6), np.resize({x}, 6), 2"),
     **dict.fromkeys(["eigvalsh", "svdvals", "pinv", "cond"], lambda w, x: _matrix(w, x)),
@@ -1092,7 +1094,21 @@ ARGUMENTS = {
     "horner": lambda w, x: f"{x}, terms={w.one(['[1.0, 0.5, -0.25]', 'np.array([1.0, 0.5, -0.25])'])}",
 }
 # Primitives that have no name to call: they are reached through others, or through syntax.
-REACHED = {"reshape", "concatenate", "stack", "getitem", "scatter", "astype", "einsum", "norm", "clip", "matmul", "sum"}
+REACHED = {
+    "reshape",
+    "concatenate",
+    "stack",
+    "getitem",
+    "scatter",
+    "astype",
+    "einsum",
+    "norm",
+    "clip",
+    "matmul",
+    "sum",
+    "max",
+    "min",
+}
 REACHED |= {"sliding_window_view", "logabsdet", "signdet", "detach", "dot", "pack", "fused", "program", "mean"}
 REACHED |= {"join", "result", "rule", "sealed", "checkpoint", "update", "is last"}
 REACHED |= {"modf 0", "modf 1", "frexp 0", "frexp 1", "unique", "bincount", "lexsort"}
