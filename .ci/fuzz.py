@@ -171,7 +171,14 @@ def compute(function, xs: list, call, typed=True, plain=0):
         np.float32,
     ):  # of masks: weak numbers are in double precision
         out = call(_alias(function), [np.float64(x) for x in lifted])
-    return wrap(out, weak)
+    node = any(isinstance(x, Model) and x.node for x in xs)
+    if isinstance(out, (bool, np.bool_)) and weak and not node:
+        raise NotImplementedError("a comparison of Tensors that are numbers is NumPy's truth, no Tensor")
+    out = wrap(out, weak)
+    for part in out if isinstance(out, (list, tuple)) else (out,):
+        if isinstance(part, Model):
+            part.node = node
+    return out
 
 
 def deviation(function, a, *args, **kwargs):
@@ -240,6 +247,8 @@ FIRST_ONLY |= {"array_split", "split", "moveaxis", "sliding_window_view", "squee
 
 class Model(np.lib.mixins.NDArrayOperatorsMixin):
     """What a Value or Tensor is by the contract. raw: an array or scalar of NumPy; a weak number is one of Python's."""
+
+    node = False  # whether it stands for a Value
 
     def __init__(self, raw):
         self.raw = raw
@@ -501,7 +510,9 @@ def run_model(program, leaves=None, wide=False, xp=np) -> Run:
     mode.eps, mode.turn = 0.0, 0
 
     def leaf(i, data, dtype):
-        return wrap(leaves[i] if leaves is not None else model_raw(data, dtype), False)
+        model = wrap(leaves[i] if leaves is not None else model_raw(data, dtype), False)
+        model.node = True
+        return model
 
     def tensor(data, dtype=None):
         raw = model_raw(data, dtype)
