@@ -1090,7 +1090,11 @@ def _each(f: Callable, x):
     """f of everything in an argument, however nested."""
     if not isinstance(x, (list, tuple)):
         return f(x)
-    items = [_each(f, i) for i in x]
+    return _like_sequence(x, [_each(f, i) for i in x])
+
+
+def _like_sequence(x, items: list):
+    """A list or tuple, also a named one, of the type of x."""
     return type(x)(items) if type(x) in (list, tuple) else type(x)(*items)
 
 
@@ -1419,10 +1423,10 @@ def _entry(function):
     return TABLE[function]
 
 
-def _node(data, prim, args, params) -> Value:
+def _node(data, prim, args, params, label="") -> Value:
     """A new node; under `no_grad` a leaf, to which no gradient flows."""
     node = _new(Value)
-    node._held, node._grad, node._number, node.label = data, None, _next_number(), ""
+    node._held, node._grad, node._number, node.label = data, None, _next_number(), label
     node._needs = False
     if not _mode.recording:
         node._prim, node._x, node._y = None, (), _NO_PARAMS
@@ -1443,9 +1447,9 @@ def _in_slots(prim: Primitive, args: tuple) -> tuple:
     return (*args, None)[:2] if alone and prim.builtin and prim.operands and not prim.joint else (args, _NO_PARAMS)
 
 
-def _record(prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
+def _record(prim: Primitive, args: tuple, params: dict = _NO_PARAMS, label="") -> Value:
     """A node for the operation, also if its operands are Tensors only: a replay reads them anew."""
-    return _node(_evaluate(prim, [_raw(x) for x in args], params), prim, args, params)
+    return _node(_evaluate(prim, [_raw(x) for x in args], params), prim, args, params, label)
 
 
 class _Listed:
@@ -1888,22 +1892,20 @@ def _recording(tracing=False):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Differentiating:
-    """A context in which, in this thread, graphs are recorded, and numbers in them are not to leave them."""
-
-    def __enter__(self):
-        self.before = _mode.recording
-        _mode.recording, _mode.depth = True, _mode.depth + 1
-
-    def __exit__(self, *error):
-        _mode.recording, _mode.depth = self.before, _mode.depth - 1
+def _differentiating(function: Callable, *args, **kwargs):
+    """Calls a function while, in this thread, graphs are recorded, and numbers in them are not to leave them."""
+    before, _mode.recording, _mode.depth = _mode.recording, True, _mode.depth + 1
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _mode.recording, _mode.depth = before, _mode.depth - 1
 
 
 def _is_nest(x) -> bool:
     """Whether it is a dict, list or tuple of arrays; a list or tuple of numbers alone is itself an array."""
-    if isinstance(x, (list, tuple)):
-        return not all([isinstance(y, _NUMBERS) for y in _members(x)])
-    return isinstance(x, dict)
+    if not isinstance(x, (dict, list, tuple)):
+        return False
+    return isinstance(x, dict) or not all([isinstance(y, _NUMBERS) for y in _members(x)])
 
 
 def _keys(x):
@@ -1922,11 +1924,11 @@ def _mapped(f: Callable, where: str, x, *others):
         if _keys(other) != keys:
             raise ValueError(f"{where}: expected a {type(x).__name__} of {list(keys)}, got {reprlib.repr(other)}")
     items = [_mapped(f, f"{where}[{key!r}]", x[key], *[other[key] for other in others]) for key in keys]
-    if isinstance(x, dict):
-        made = copy.copy(x)  # of a class of its own, it stays one
-        made.update(zip(keys, items))
-        return made
-    return type(x)(items) if type(x) in (list, tuple) else type(x)(*items)
+    if not isinstance(x, dict):
+        return _like_sequence(x, items)
+    made = copy.copy(x)  # of a class of its own, it stays one
+    made.update(zip(keys, items))
+    return made
 
 
 def _leaves(x) -> list:
@@ -1936,6 +1938,11 @@ def _leaves(x) -> list:
     return found
 
 
+def _formed(x, leaves: Iterator):
+    """A nest of the same form, of the next leaves."""
+    return _mapped(lambda where, _: next(leaves), "", x)
+
+
 class _Call:
     """A call of a function with the arguments argnums, or what is in them, as fresh variables: its output, and the way
     back, from gradients of the output to those of the variables.
@@ -1943,56 +1950,60 @@ class _Call:
     On a Value, or inside another gradient function, the gradients are Values again, to be differentiated further.
     """
 
-    def __init__(self, f: Callable, argnums, args: tuple, kwargs: dict, has_aux: bool = False):
+    def __init__(self, f: Callable, argnums, args: tuple, kwargs: dict = _NO_PARAMS, has_aux: bool = False):
         if not callable(f):
             raise TypeError(f"expected a function to differentiate, got {f!r}")
         numbers = tuple(argnums) if isinstance(argnums, (tuple, list, range)) else (argnums,)
-        if not all(isinstance(i, (int, np.integer)) for i in numbers):
-            raise TypeError(f"argnums: expected an integer or a tuple of integers, got {argnums!r}")
-        if len(set(numbers)) < len(numbers):
-            raise ValueError(f"argnums: names an argument twice: {argnums}")
         for i in numbers:
+            if not isinstance(i, (int, np.integer)):
+                raise TypeError(f"argnums: expected an integer or a tuple of integers, got {argnums!r}")
             if not -len(args) <= i < len(args):
                 raise ValueError(f"argnums: asks for argument {i}, but the function was called with {len(args)}")
-        self.given, self.one, args = [args[i] for i in numbers], numbers == (argnums,), list(args)
-        self.inside, self.valued, self.variables = _mode.depth > 0, False, []
-        with _Differentiating():
-            for i in numbers:
-                args[i] = _mapped(self.enter, f"argument {i}", args[i])
-            self.since = max([v._number for v in self.variables], default=0)  # what is newer may depend on them
-            try:
-                self.out = f(*args, **kwargs)
-            except ValueError as error:  # buffer[0] = v: NumPy makes a ValueError of what float(v) raised
-                if isinstance(error.__cause__, TypeError) and _ENDS in str(error.__cause__):
-                    raise error.__cause__ from None
-                raise
-        if has_aux and not (isinstance(self.out, tuple) and len(self.out) == 2):
-            raise TypeError(f"has_aux: the function must return a pair, got {reprlib.repr(self.out)}")
-        self.out, self.aux = self.out if has_aux else (self.out, None)
+        if len(numbers) > len(set(numbers)):
+            raise ValueError(f"argnums: names an argument twice: {argnums}")
+        self.given, self.one = [args[i] for i in numbers], numbers == (argnums,)
+        self.inside, self.variables = _mode.depth > 0, []
+        self.out, self.aux = _differentiating(self.record, f, numbers, [*args], kwargs), None
+        self.valued = any([v._prim for v in self.variables])
+        if has_aux:
+            if not (isinstance(self.out, tuple) and len(self.out) == 2):
+                raise TypeError(f"has_aux: the function must return a pair, got {reprlib.repr(self.out)}")
+            self.out, self.aux = self.out
         self.outs = _leaves(self.out)
         for x in self.outs:
             if not isinstance(x, (Array, np.ndarray, np.number, int, float)):
                 raise TypeError(f"the function to differentiate must return a Value or number, got {type(x).__name__}")
 
+    def record(self, f: Callable, numbers: Sequence[int], args: list, kwargs: dict):
+        """What f returns for its arguments with variables in them."""
+        for i in numbers:
+            args[i] = _mapped(self.enter, f"argument {i}", args[i])
+        self.since = _next_number()  # what is newer may depend on them
+        try:
+            return f(*args, **kwargs)
+        except ValueError as error:  # buffer[0] = v: NumPy makes a ValueError of what float(v) raised
+            if isinstance(error.__cause__, TypeError) and _ENDS in str(error.__cause__):
+                raise error.__cause__ from None
+            raise
+
     def enter(self, where: str, x) -> Value:
-        """A fresh variable for an argument, or a part of one; connected to x if that is a Value."""
-        self.valued = self.valued or isinstance(x, Value)
+        """A fresh variable for an argument, or a part of one: a leaf, or made of x if that is a Value."""
         self.variables.append(np.positive(x) if isinstance(x, Value) else _variable(x, where))
         return self.variables[-1]
 
     def sweep(self, seeds: dict) -> list:
         """The gradients of the variables, raw or Values, for those of outputs, by their places."""
-        root, found = self.outs[0] if len(self.outs) == 1 else _joined(self.outs), {}
-        symbolic = self.inside or self.valued or any([isinstance(g, Value) for g in seeds.values()])
+        symbolic, grads = self.inside or self.valued or any([isinstance(g, Value) for g in seeds.values()]), {}
         if symbolic:
             seeds = {i: g if isinstance(g, Value) else _leaf(g) for i, g in seeds.items()}
+        alone = len(self.outs) == 1
+        root, seed = (self.outs[0], seeds[0]) if alone else (_joined(self.outs), _Parts(seeds))
         if isinstance(root, Value) and root._needs:
-            with _Differentiating():
-                seed = seeds[0] if len(self.outs) == 1 else _Parts(seeds)
-                grads = _backpropagate(root, seed, symbolic=symbolic, since=self.since)
-                found = {v: grads[v] for v in self.variables if v in grads}
-                found = found if symbolic else _deposited(_at_home(found, root), add=False)
+            grads = _differentiating(_backpropagate, root, seed, symbolic=symbolic, since=self.since)
+        found = {v: grads[v] for v in self.variables if v in grads}
         self.reached = bool(found)
+        if not symbolic:
+            found = _deposited(_at_home(found, root), add=False)
         return [found[v] if v in found else _filled_like(v._held, 0) for v in self.variables]
 
     def pull(self, gradient):
@@ -2008,14 +2019,10 @@ class _Call:
         _mapped(match, "gradient", self.out, gradient)
         return self.in_form(self.sweep(dict(enumerate(seeds))), any([isinstance(g, Value) for g in seeds]))
 
-    def in_form(self, results: Sequence, valued: bool = False):
+    def in_form(self, results: Iterable, valued: bool = False):
         """Results for the variables, in the form of the arguments. valued: whether Values, whatever was given."""
-        rest = iter(results)
-
-        def hand_out(where, x):
-            return _handed_out(next(rest), valued or isinstance(x, Value))
-
-        nests = [_mapped(hand_out, "", x) for x in self.given]
+        rest = iter([_handed_out(x, valued or v._prim is not None) for x, v in zip(results, self.variables)])
+        nests = [_formed(x, rest) for x in self.given]
         return nests[0] if self.one else tuple(nests)
 
     def returned(self, out):
@@ -2026,11 +2033,10 @@ class _Call:
 def _variable(x, where: str) -> Value:
     """A fresh leaf for an argument, or a part of one, that is no Value."""
     try:
-        dtype = None
-        if not isinstance(x, (Array, *_NUMBERS)) and not _lazy(x):
-            own = np.asarray(x).dtype
-            dtype = own if own.kind == "f" else None
-        return Value(x, dtype)
+        if isinstance(x, _NUMBERS) or isinstance(x, Array) or _lazy(x):
+            return Value(x)
+        own = np.asarray(x).dtype
+        return Value(x, own if own.kind == "f" else None)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from None
 
@@ -2063,8 +2069,9 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
     def value_and_gradient(*args, **kwargs):
         call = _Call(f, argnums, args, kwargs, has_aux)
         raw = _raw(call.out)
-        if _is_nest(raw) or math.prod(np.shape(raw)) != 1:
-            got = f"{type(call.out).__name__} of shape {getattr(raw, 'shape', ())}"
+        shape = getattr(raw, "shape", ())
+        if _is_nest(raw) or math.prod(shape) != 1:
+            got = f"{type(call.out).__name__} of shape {shape}"
             raise ValueError(f"grad: the function must return one number, got {got}; see jacobian and elementwise_grad")
         found = call.sweep({0: _filled_like(raw, 1)})
         if call.variables and not call.reached:
@@ -2078,8 +2085,10 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
 def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
     """A function that returns the gradient of f; see `value_and_grad`. With has_aux, `(gradient, else)`."""
 
+    both = value_and_grad(f, argnums, has_aux)
+
     def gradient(*args, **kwargs):
-        value, slope = value_and_grad(f, argnums, has_aux)(*args, **kwargs)
+        value, slope = both(*args, **kwargs)
         return (slope, value[1]) if has_aux else slope
 
     return gradient
@@ -2101,17 +2110,15 @@ def jacobian(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
         call, places = _Call(f, argnums, args, kwargs), itertools.count()
 
         def of_output(where, out):
-            raw, place, units = _raw(out), next(places), [_filled_like(_raw(out), 1)]
+            raw, place = _raw(out), next(places)
+            units = [_filled_like(raw, 1)]
             if np.ndim(raw):
                 units = [unit.reshape(raw.shape) for unit in np.eye(raw.size, dtype=raw.dtype)]
-            rows, results = [call.sweep({place: unit}) for unit in units], []
-            for k, v in enumerate(call.variables):
-                column, shape = [row[k] for row in rows], np.shape(raw) + v.shape
-                if shape:
-                    stack = np.stack if any(isinstance(g, Value) or _lazy(g) for g in column) else np.array
-                    column = [np.reshape(stack(column), shape) if column else np.zeros(shape)]
-                results.append(column[0])
-            return call.in_form(results)
+            rows = [call.sweep({place: unit}) for unit in units]
+            shapes = [np.shape(raw) + v.shape for v in call.variables]
+            columns = zip(zip(*rows), shapes)
+            found = [np.reshape(np.stack(column), shape) if shape else column[0] for column, shape in columns]
+            return call.in_form(found if rows else map(np.zeros, shapes))
 
         return _mapped(of_output, "", call.out)
 
@@ -2129,8 +2136,12 @@ def vjp(f: Callable, *args: Any) -> tuple[Any, Callable]:
     f returns a Value or number, or a dict, list or tuple of such. The function takes a gradient of that form, and
     returns a tuple of one for each argument; it may be called many times. Arguments are as in `value_and_grad`.
     """
-    call = _Call(f, range(len(args)), args, {})
+    call = _Call(f, range(len(args)), args)
     return call.returned(call.out), call.pull
+
+
+def _in_tuple(x) -> tuple:
+    return x if type(x) is tuple else (x,)
 
 
 def jvp(f: Callable, args: tuple, tangents: tuple) -> tuple[Any, Any]:
@@ -2139,11 +2150,11 @@ def jvp(f: Callable, args: tuple, tangents: tuple) -> tuple[Any, Any]:
     args and tangents are tuples of the same form; one argument may stand for itself. f and its arguments are as in
     `vjp`. Gradients of arguments are linear in that of the value: a sweep back through a sweep goes forward.
     """
-    args, tangents = (x if type(x) is tuple else (x,) for x in (args, tangents))
-    call = _Call(f, range(len(args)), args, {})
-    one = (lambda x: _leaf(_filled_like(x, 1))) if call.valued else np.ones_like
-    ones = _mapped(lambda where, x: one(_raw(x)), "", call.out)
-    return call.returned(call.out), vjp(call.pull, ones)[1](tangents)[0]
+    args = _in_tuple(args)
+    call = _Call(f, range(len(args)), args)
+    one = _leaf if call.valued else np.asarray
+    ones = _mapped(lambda where, x: one(_filled_like(_raw(x), 1)), "", call.out)
+    return call.returned(call.out), vjp(call.pull, ones)[1](_in_tuple(tangents))[0]
 
 
 def hvp(f: Callable, args: tuple, vector: tuple) -> Any:
@@ -2151,10 +2162,9 @@ def hvp(f: Callable, args: tuple, vector: tuple) -> Any:
 
     args and vector are tuples; one argument may stand for itself. Two sweeps, whatever the size.
     """
-    several = type(args) is tuple
-    args, vector = (args, vector) if several else ((args,), (vector,))
-    product = vjp(grad(f, range(len(args))), *args)[1](vector if type(vector) is tuple else (vector,))
-    return product if several else product[0]
+    slopes = grad(f, range(len(args)) if type(args) is tuple else (0,))
+    product = vjp(slopes, *_in_tuple(args))[1](_in_tuple(vector))
+    return product if type(args) is tuple else product[0]
 
 
 def ravel_nest(nest: Any) -> tuple[Any, Callable]:
@@ -2178,13 +2188,8 @@ def ravel_nest(nest: Any) -> tuple[Any, Callable]:
         flat = flat if isinstance(flat, Array) else np.asarray(flat)
         if flat.shape != (total,):
             raise ValueError(f"unravel: expected shape ({total},), got {flat.shape}")
-        rest = zip(np.split(flat, ends[1:]), kinds)
-
-        def part(where, _):
-            x, (shape, dtype) = next(rest)
-            return _as_dtype(np.reshape(x, shape), dtype)
-
-        return _mapped(part, "", form)
+        parts = zip(np.split(flat, ends[1:]), kinds)
+        return _formed(form, (_as_dtype(np.reshape(x, shape), dtype) for x, (shape, dtype) in parts))
 
     return np.concatenate(parts) if parts else np.zeros(0), unravel
 
@@ -2212,9 +2217,7 @@ def _remade(operands: Sequence, rule: Callable = lambda node, args: node) -> Val
     *inputs, recipe = operands
 
     def made(node, args):
-        new = _record(node._prim, args, node._params)
-        new.label = node.label
-        return rule(new, args)
+        return rule(_record(node._prim, args, node._params, node.label), args)
 
     return _rewrite([recipe.root], made, ends=dict(zip(recipe.inputs, inputs)))[0]
 
@@ -2242,14 +2245,12 @@ def _forgotten(root: Value, since: int) -> Value:
     """A node for all that was computed after that number: its data stays, what it was made by does not."""
 
     def twin(node, args):
-        return _rebuild(Value, (), None, node._prim, args, node._params, True, None, None, node.label)
+        return _node(None, node._prim, args, node._params, node.label)
 
     nodes = _newest_first(root, since)[::-1]
     inputs = {x: _leaf(None) for x in nodes if x._prim is None or x._number <= since}
     recipe = _Recipe(*_rewrite([root], twin, nodes, inputs), list(inputs.values()))
-    node = _node(root._held, _checkpoint, (*inputs, recipe), _NO_PARAMS)
-    node.label = root.label
-    return node
+    return _node(root._held, _checkpoint, (*inputs, recipe), _NO_PARAMS, root.label)
 
 
 def checkpoint(f: Callable) -> Callable:
@@ -2369,16 +2370,13 @@ def check_gradients(
     step, rtol, atol: of the differences; the two may differ by atol + rtol * their size.
     Raises AssertionError that names the argument, the element and both numbers.
     """
-    raws, free = [], []
+    free, weights = {}, []
     for i, x in enumerate(args):
         raw = np.asarray(_raw(x))
         if raw.dtype.kind == "f" or (raw.dtype.kind == "i" and isinstance(x, int)):
-            free.append(i)
-        raws.append(raw.astype(np.float64) if i in free else x)
+            free[i] = raw.astype(np.float64)
     if not free:
         raise TypeError("check_gradients: expected at least one number or floating array among the arguments")
-    weak = {i for i, x in enumerate(args) if isinstance(_raw(x), (int, float)) and not isinstance(x, np.float64)}
-    weights: list = []
 
     def total(*values):
         out = f(*values)
@@ -2388,29 +2386,25 @@ def check_gradients(
             weights.append(np.random.default_rng(0).uniform(0.5, 1.5, out.shape))
         return np.sum(out * weights[0]) if out.ndim else out
 
-    def value(i, x):
-        if i not in free:
-            return x
-        return _leaf(float(x) if i in weak else _settle(x.copy()))
-
     def values():
-        return [value(i, x) for i, x in enumerate(raws)]
+        weak = {i: float(x) for i, x in free.items() if type(_raw(args[i])) in _WEAK_TYPES}
+        return [_leaf(weak.get(i, _settle(free[i].copy()))) if i in free else x for i, x in enumerate(args)]
 
-    for i in free:
+    for i, x in free.items():
         gradient = np.asarray(jacobian(total, i)(*values()).data)  # which does not warn of 0
-        for element in np.ndindex(raws[i].shape):
-            kept, sides = raws[i][element].copy(), []
+        for element in np.ndindex(x.shape):
+            kept, sides = x[element].copy(), []
             for change in (step, -step):
-                raws[i][element] = kept + change
+                x[element] = kept + change
                 with no_grad():
                     sides.append(float(total(*values())))
-            raws[i][element] = kept
+            x[element] = kept
             numeric, exact = (sides[0] - sides[1]) / (2 * step), float(gradient[element])
             if not abs(numeric - exact) <= atol + rtol * max(abs(numeric), abs(exact)):
                 place = f", element {element}" if element else ""
                 raise AssertionError(f"argument {i}{place}: gradient {exact!r}, by finite differences {numeric!r}")
         if order > 1:
-            check_gradients(jacobian(total, i), *raws, order=order - 1, step=step, rtol=max(rtol, 1e-4), atol=atol)
+            check_gradients(jacobian(total, i), *args, order=order - 1, step=step, rtol=max(rtol, 1e-4), atol=atol)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
