@@ -470,6 +470,18 @@ class _Weak(Kind):
     def own(self, raw):
         return raw
 
+    def rule(self, prim, rule):
+        """Where Python raises, or makes a complex number, NumPy has the IEEE answer."""
+
+        def on_numbers(*numbers, **params):
+            with contextlib.suppress(*_NO_ANSWER):
+                h = rule(*numbers, **params)
+                if type(h) is float or h is None:
+                    return h
+            return float(rule(*map(_public, numbers), **params))
+
+        return on_numbers
+
 
 class _Kinds(dict):
     """The kind of each type of raw value; None for types that are not arrays by themselves, such as list.
@@ -565,32 +577,29 @@ class set_default_dtype:  # a function to its users, and as a context manager it
 
 def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub", choice: bool | None = None) -> Any:
     """Copies data into a raw value; dtype float32 unless given, or data is a number or has one of its own."""
-    expected = "floating" if kinds == "f" else "floating, integer or boolean"
-    if dtype is not None:
-        dtype = np.dtype(dtype)
-        if dtype.kind not in kinds:
-            raise TypeError(f"{who}: dtype must be {expected}, got {dtype}")
-    if isinstance(data, Array):
-        data = data._held
-        dtype = dtype or getattr(data, "dtype", None)
-        if dtype is not None and dtype.kind not in kinds:
-            raise TypeError(f"{who}: the dtype of data must be {expected}, got {dtype}; pass dtype=")
-        if dtype is None and kinds != "f":
-            return data if choice is None else HOOK.adopt(data, choice)
-    if dtype is None and isinstance(data, _NUMBERS):
-        return float(data) if choice is None else HOOK.adopt(float(data), choice)
+    ours, data, asked = isinstance(data, Array), _raw(data), None if dtype is None else np.dtype(dtype)
     kind = KINDS[type(data)]
-    if kind is not None and kind.rank > NUMPY.rank:
-        if data.dtype.kind not in (kinds if dtype is None else "fiub"):
-            raise TypeError(f"{who}: the dtype of data must be {expected}, got {data.dtype}; pass dtype=")
-        return kind.enter(data, dtype, choice, who)
+    foreign = kind is not None and kind.rank > NUMPY.rank
+    own = getattr(data, "dtype", None) if ours or foreign else None
+    for found, allowed, what, hint in (
+        (asked, kinds, "dtype", ""),
+        (own, "fiub" if asked else kinds, "the dtype of data", "; pass dtype="),
+    ):
+        if found is not None and found.kind not in allowed:
+            expected = "floating" if allowed == "f" else "floating, integer or boolean"
+            raise TypeError(f"{who}: {what} must be {expected}, got {found}{hint}")
+    if foreign:
+        return kind.enter(data, asked, choice, who)
+    if asked is own is None and isinstance(data, _NUMBERS):
+        number = data if ours and kinds != "f" else float(data)
+        return number if choice is None else HOOK.adopt(number, choice)
     try:
         array = np.asarray(data)
     except ValueError as error:
         raise ValueError(f"{who}: data must be rectangular, got ragged nested sequences ({error})") from None
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{who}: data must be real numbers, got {type(data).__name__} of dtype {array.dtype}")
-    dtype = np.dtype(dtype or set_default_dtype.dtype)
+    dtype = asked or own or set_default_dtype.dtype
     if choice is not None or array.size >= HOOK.limit:
         return _settle(HOOK.adopt(array, choice, dtype))
     return _settle(array.astype(dtype))
@@ -715,19 +724,17 @@ def _lifted(prim: Primitive, operands: Sequence) -> tuple:
     operands = [x if isinstance(x, Array) else _constant(x, prim.name) for x in operands]
     raw = [_raw(x) for x in operands]
     strong = _strong(prim, raw)
-    if not strong:
-        if any([type(raw[i]) is float for i in _typed(prim, raw)]):  # a whole number beside weak floats is one of them
-            operands = [float(x) if type(x) is int and i in _typed(prim, raw) else x for i, x in enumerate(operands)]
-        return tuple(operands)
-    held = [dtype for i, dtype in strong if dtype.kind == "f" and isinstance(operands[i], Array)]
-    dtype = np.result_type(*(held or [dtype for _, dtype in strong]))
-    for i, own in strong:
-        if own != dtype and (own.kind == "f" or held) and not isinstance(operands[i], Array):
-            operands[i] = operands[i].astype(dtype)
-    if dtype.kind == "f":
-        for i in _typed(prim, operands):
-            if type(operands[i]) is int:
-                operands[i] = float(operands[i])
+    floating = any([type(raw[i]) is float for i in _typed(prim, raw)])
+    if strong:
+        held = [dtype for i, dtype in strong if dtype.kind == "f" and isinstance(operands[i], Array)]
+        dtype = np.result_type(*(held or [dtype for _, dtype in strong]))
+        floating = dtype.kind == "f"
+        for i, own in strong:
+            if own != dtype and (own.kind == "f" or held) and not isinstance(operands[i], Array):
+                operands[i] = operands[i].astype(dtype)
+    for i in _typed(prim, raw) if floating else ():  # a whole number beside floats is one of them
+        if type(operands[i]) is int:
+            operands[i] = float(operands[i])
     return tuple(operands)
 
 
@@ -761,12 +768,17 @@ _WEAK_TYPES = frozenset((float, int, bool))
 
 def _evaluate(prim: Primitive, raw: Sequence, params: dict):
     """The forward of a primitive on raw operands: a raw value."""
-    kind = WEAK
-    for x in raw:
-        other = KINDS[type(x)]
-        if other.rank > kind.rank:
-            kind = other
+    kind = _leading(raw, WEAK)
     return kind.evaluate(prim, _promoted(prim, raw) if kind.rank else raw, params)
+
+
+def _leading(raw: Sequence, least: Kind) -> Kind:
+    """The kind of highest rank among those of raw values and the least one."""
+    for x in raw:
+        kind = KINDS[type(x)]
+        if kind.rank > least.rank:
+            least = kind
+    return least
 
 
 def _apply(prim: Primitive, operands: tuple, params: dict):
@@ -1099,7 +1111,7 @@ def _like_sequence(x, items: list):
 
 
 # Functions that write to an argument, or take whole numbers for something else than operands.
-_AS_GIVEN = set("at reduceat ldexp copyto put putmask place put_along_axis fill_diagonal".split())
+_AS_GIVEN = set("at reduceat copyto put putmask place put_along_axis fill_diagonal".split())
 
 
 def _with_out_named(function, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -1114,30 +1126,29 @@ def _with_out_named(function, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 def _on_arrays(function, args, kwargs):
     """Calls a function of NumPy on the arrays of Tensors, however nested, and wraps what comes out; dtypes are settled
     as for a primitive, but for integers, which may be indices, and masks: these only where a ufunc computes."""
-    called = {function.__name__, getattr(function, "__self__", function).__name__}
-    ufunc = isinstance(getattr(function, "__self__", function), np.ufunc)
+    home = getattr(function, "__self__", function)
+    called, ufunc = {function.__name__, home.__name__}, isinstance(home, np.ufunc)
     args, kwargs = _with_out_named(function, args, kwargs)
+    operands = _members(*args)
     for x in _members(*args, *kwargs.values()):
         if isinstance(x, Value):  # where NumPy does not look for one, such as in a list or as initial=
             x._end(f"{function.__name__}(Tensor, ...Value...)")
+    arrays, met = [x for x in operands if isinstance(x, (Tensor, np.ndarray))], []
+    weak = all([type(_raw(x)) in _WEAK_TYPES for x in arrays])
+    prim = types.SimpleNamespace(name=home.__name__, typed=None)
     if ufunc and called & {"__call__", "outer"}:
-        args = tuple([x if isinstance(x, Array) else _constant(x, function.__self__.__name__) for x in args])
-    operands = _members(*args)
-    held = [x for x in operands if isinstance(x, Tensor)]
-    weak = all([type(_raw(x)) in _WEAK_TYPES for x in operands if isinstance(x, (Tensor, np.ndarray))])
-    floats = [x.dtype for x in held if type(x._held) not in _WEAK_TYPES and x.dtype.kind == "f"]
-    settled = "fiub" if ufunc else "f"
-    settled = settled if floats and not called & _AS_GIVEN else ""
-    lazy = [_raw(x) for x in (*operands, *kwargs.values()) if isinstance(x, Array) and _lazy(x)]
+        met = operands
+        prim = TABLE[home] if isinstance(TABLE.get(home), Primitive) else prim
+    elif not called & _AS_GIVEN:
+        met = [x for x in arrays if x.dtype.kind == "f"]
+        met = met if any([type(_raw(x)) not in _WEAK_TYPES for x in met if isinstance(x, Tensor)]) else []
+    raw = list(map(_raw, _lifted(prim, met)))
+    raw = _promoted(prim, raw) if ufunc else raw
+    raw = _strengthened(prim, raw) if "outer" in called else raw
+    known = dict(zip(map(id, met), raw))
 
     def bare(x):
-        raw = _raw(x)
-        if floats and "outer" in called and type(raw) in _WEAK_TYPES:
-            return np.result_type(*floats).type(raw)
-        strong = (type(raw) is np.ndarray or (ufunc and isinstance(raw, np.generic))) and raw.dtype.kind in settled
-        if strong and not (isinstance(x, Tensor) and raw.dtype.kind == "f"):
-            raw = raw.astype(np.result_type(*floats), copy=False)
-        return raw
+        return known.get(id(x), _raw(x))
 
     def wrapped(x):
         if getattr(getattr(x, "dtype", None), "kind", "O") not in "fiub":
@@ -1145,8 +1156,8 @@ def _on_arrays(function, args, kwargs):
         x = _settle(x)
         return _wrap(_number(x) if weak and isinstance(x, np.generic) else x)
 
-    guard = KINDS[type(lazy[0])].guard(function.__name__, lazy[0]) if lazy else contextlib.nullcontext()
-    with guard:
+    given = [_raw(x) for x in (*operands, *kwargs.values()) if isinstance(x, Array)]
+    with _leading(given, NUMPY).guard(function.__name__, next(filter(_lazy, given), None)):
         out = function(*_each(bare, args), **{name: _each(_raw, x) for name, x in kwargs.items()})
     targets = kwargs.get("out")
     if not isinstance(targets, tuple):
@@ -1508,7 +1519,6 @@ def _newest_first(root: Value, since: int = 0) -> list[Value]:
 
 
 _get_number = operator.attrgetter("_number")
-_get_rank = operator.attrgetter("rank")
 
 
 def _filled_like(raw, number):
@@ -1618,8 +1628,7 @@ def _as_met(prim: Primitive, operands: Sequence, dtype: np.dtype) -> Sequence:
         x = operands[i]
         own = getattr(x, "dtype", dtype)
         if own is not dtype and type(_raw(x)) not in _WEAK_TYPES and np.result_type(own, dtype) == dtype:
-            operands = list(operands)
-            operands[i] = _as_dtype(x, dtype)
+            operands = [*operands[:i], _as_dtype(x, dtype), *operands[i + 1 :]]
     return operands
 
 
@@ -1733,15 +1742,6 @@ def _sweep_numbers(heap: list, grads: dict[Value, Any], retain: bool, since: int
 _NO_ANSWER = (ArithmeticError, ValueError, TypeError)  # where IEEE arithmetic has one
 
 
-def _on_numbers(rule: Callable, *numbers, **params) -> float | None:
-    """What a rule gives for numbers. Where Python raises, or makes a complex number, NumPy has the IEEE answer."""
-    with contextlib.suppress(*_NO_ANSWER):
-        h = rule(*numbers, **params)
-        if type(h) is float or h is None:
-            return h
-    return float(rule(*map(_public, numbers), **params))
-
-
 _PLAIN = frozenset((np.ndarray, np.float32, np.float64))  # what needs no kind to be asked
 
 
@@ -1749,43 +1749,35 @@ def _pulled(node: Value, g, symbolic: bool) -> list[tuple[Value, Any]]:
     """The operands of a node that a gradient flows to, each with the gradient that its rule makes of g."""
     prim, args, params, out = node._prim, node._args, node._params, node._held
     operands, kind = [x._held if isinstance(x, Array) else x for x in args], NUMPY
-    if not (type(out) in _PLAIN and type(g) in _PLAIN):
-        if type(out) is type(g) is float and prim.operands:
-            kind = WEAK
-        else:
-            kind = max([KINDS[type(_raw(x))] for x in (g, out, *operands)] + [NUMPY], key=_get_rank)
+    if type(out) is type(g) is float and prim.operands:
+        kind = WEAK
+    elif not (type(out) in _PLAIN and type(g) in _PLAIN):
+        kind = _leading((_raw(g), out, *operands), NUMPY)
     if symbolic:
         # A Tensor becomes a node: what a rule computes from it is recorded, too, and a replay reads it anew.
-        operands = [_record(_detach, (x,)) if isinstance(x, Tensor) else x for x in args]
+        operands = [_recorded(x) if isinstance(x, Tensor) else x for x in args]
     if len(args) > 1 and type(out) is not float:
-        for x in operands:
-            if type(x) is not float and getattr(x, "dtype", out.dtype) is not out.dtype:
-                operands = _as_met(prim, operands, out.dtype)
-                break
-    out = node if symbolic else out
+        operands = _as_met(prim, operands, out.dtype)
+    out, pairs = node if symbolic else out, []
     if prim.joint:
         wanted = [isinstance(x, Value) and x._needs for x in args]
-        rule = prim.vjps[0] if kind is NUMPY else kind.rule(prim, prim.vjps[0])
-        found = rule(wanted, g, out, operands, **params)
+        found = kind.rule(prim, prim.vjps[0])(wanted, g, out, operands, **params)
         return [(x, _fitted(h, x, prim)) for x, h, wants in zip(args, found, wanted) if wants and h is not None]
-    pairs = []
     for i, x in enumerate(args):
         rule = prim.vjps[i if prim.operands else 0]
-        if rule is None or not isinstance(x, Value) or not x._needs:
-            continue
-        if kind is WEAK:
-            h = _on_numbers(rule, g, out, *operands, **params)
-        else:
+        if rule is not None and isinstance(x, Value) and x._needs:
             rule = rule if kind is NUMPY else kind.rule(prim, rule)
             h = rule(g, out, *operands, **params) if prim.operands else rule(i, g, out, operands, **params)
-        if h is not None:
-            pairs.append((x, h if type(h) is float and kind is WEAK else _fitted(h, x, prim)))
+            if h is not None:
+                pairs.append((x, _fitted(h, x, prim)))
     return pairs
 
 
 def _fitted(h, x: Value, prim: Primitive):
     """A gradient, as a rule gave it, of the shape and dtype of the operand that it is for."""
     raw = x._held
+    if type(h) is type(raw) is float:
+        return h
     if not prim.builtin and not isinstance(h, Value):  # a user may keep it
         h = _owned(_settle(np.asarray(h)) if KINDS[type(h)] in (None, WEAK) else h)
     if type(h) is type(raw) is np.ndarray and h.shape == raw.shape and h.dtype is raw.dtype:
@@ -2388,7 +2380,8 @@ def check_gradients(
 
     def values():
         weak = {i: float(x) for i, x in free.items() if type(_raw(args[i])) in _WEAK_TYPES}
-        return [_leaf(weak.get(i, _settle(free[i].copy()))) if i in free else x for i, x in enumerate(args)]
+        strong = {i: _settle(x.copy()) for i, x in free.items()}
+        return [_leaf((strong | weak)[i]) if i in free else x for i, x in enumerate(args)]
 
     for i, x in free.items():
         gradient = np.asarray(jacobian(total, i)(*values()).data)  # which does not warn of 0
