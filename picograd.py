@@ -5151,19 +5151,6 @@ def hinge_loss(scores: Value, labels: Any) -> Value:
 # --- optimizers ---
 
 
-def _faults_pass() -> bool:
-    """Whether no floating-point fault can become an error, by NumPy's errstate or by a filter of warnings.
-
-    The errstate is a context variable: a context without any has NumPy's default. `np.geterr` takes five times as long.
-    """
-    if contextvars.copy_context() and not _QUIET.issuperset(np.geterr().values()):
-        return False
-    return "error" not in map(_get_action, warnings.filters)
-
-
-_get_action = operator.itemgetter(0)
-
-
 class _State(dict):
     """What an optimizer keeps for a parameter: arrays like its data, by name, zeros at first.
 
@@ -5239,7 +5226,9 @@ class _Optimizer:
                 arrays.append((data, g, state))
         if not usual:
             self._check()
-        step = self._step if _faults_pass() else self._step_or_stay
+        # A context without any variable has NumPy's default errstate; `np.geterr` takes five times as long to say so.
+        state = np.geterr() if contextvars.copy_context() else {}
+        step = self._step if _harmless(state) else self._step_or_stay
         step(arrays, scalars, numbers)
 
     def _check(self):
@@ -5603,8 +5592,7 @@ def _empty_graph(rankdir: str):
 class _Picture:
     """A picture in the making: boxes v0, v1, ..., and arrows to each from its operands."""
 
-    def __init__(self, values: list[Value], rankdir: str | None):
-        drawn = {id(x): x for v in values for x in (*v._args, v) if not _written(x)}
+    def __init__(self, values: list[Value], drawn: dict[int, Any], rankdir: str | None):
         boxes = {key: _lines(x) for key, x in drawn.items()}
         self.root, self.rankdir = values[-1], rankdir or _direction(values, boxes)
         self.names, self.graph = {key: f"v{i}" for i, key in enumerate(drawn)}, _empty_graph(self.rankdir)
@@ -5632,14 +5620,14 @@ class _Picture:
     def arrows(self, v: Value) -> None:
         """Adds the arrows that come to the box of a Value."""
         operands = [x for x in v._args if not _written(x)]
-        entries = _ENTRIES[self.rankdir].get(len(operands), "").split()
-        ends = [{"headport": entry} for entry in entries] or [{"headlabel": str(i + 1)} for i in range(len(operands))]
-        if len(operands) < 2 or v._prim.name in _IN_ANY_ORDER:  # where lines cross least
-            ends = [{}] * len(operands)
+        key, ends = "headport", _ENTRIES[self.rankdir].get(len(operands), "").split()
+        if not ends:
+            key, ends = "headlabel", [str(i + 1) for i in range(len(operands))]
+        ordered = len(operands) > 1 and v._prim.name not in _IN_ANY_ORDER  # else where lines cross least
         for x, end in zip(operands, ends):
             # dot draws heavy edges straight: those of the main line, from one result to the next.
-            weight = "2" if isinstance(x, Value) and x._prim else "1"
-            self.graph.edge(self.names[id(x)], self.names[id(v)], weight=weight, **end)
+            look = {"weight": "2" if getattr(x, "_prim", None) else "1"} | ({key: end} if ordered else {})
+            self.graph.edge(self.names[id(x)], self.names[id(v)], **look)
 
     def legend(self, caption: str) -> None:
         """Adds what is below the picture: a caption, the kinds of boxes, and what the marks mean."""
@@ -5690,14 +5678,15 @@ def draw(
         raise FileNotFoundError(f"draw: filename must be in an existing folder, got {str(path)!r}")
     root = root._picture()
     values = _newest_first(root)[::-1]
-    count = len({id(x) for v in values for x in (v, *v._args) if not _written(x)})
+    drawn = {id(x): x for v in values for x in (*v._args, v) if not _written(x)}
+    count = len(drawn)
     if count > max_nodes:
         raise ValueError(
             f"draw: the graph has {count} nodes ({len(values)} Values, {count - len(values)} Tensors and constants), "
             f"and max_nodes is {max_nodes}. Draw a part of it (an inner Value, fewer samples or layers), compute "
             "with arrays in place of numbers, or pass a larger max_nodes: above a thousand, Graphviz may take minutes."
         )
-    picture = _Picture(values, rankdir)
+    picture = _Picture(values, drawn, rankdir)
     picture.legend(caption)
     if path:
         _save_picture(picture.graph, path, _DOT_SECONDS + count)
