@@ -577,22 +577,20 @@ class set_default_dtype:  # a function to its users, and as a context manager it
 
 def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub", choice: bool | None = None) -> Any:
     """Copies data into a raw value; dtype float32 unless given, or data is a number or has one of its own."""
+    if type(data) is float and dtype is choice is None:  # the usual number
+        return data
     ours, data, asked = isinstance(data, Array), _raw(data), None if dtype is None else np.dtype(dtype)
-    kind = KINDS[type(data)]
+    kind, expected = KINDS[type(data)], "floating" if kinds == "f" else "floating, integer or boolean"
     foreign = kind is not None and kind.rank > NUMPY.rank
     own = getattr(data, "dtype", None) if ours or foreign else None
-    for found, allowed, what, hint in (
-        (asked, kinds, "dtype", ""),
-        (own, "fiub" if asked else kinds, "the dtype of data", "; pass dtype="),
-    ):
-        if found is not None and found.kind not in allowed:
-            expected = "floating" if allowed == "f" else "floating, integer or boolean"
-            raise TypeError(f"{who}: {what} must be {expected}, got {found}{hint}")
+    if asked and asked.kind not in kinds:
+        raise TypeError(f"{who}: dtype must be {expected}, got {asked}")
+    if own and own.kind not in ("fiub" if asked else kinds):
+        raise TypeError(f"{who}: the dtype of data must be {expected}, got {own}; pass dtype=")
     if foreign:
         return kind.enter(data, asked, choice, who)
     if asked is own is None and isinstance(data, _NUMBERS):
-        number = data if ours and kinds != "f" else float(data)
-        return number if choice is None else HOOK.adopt(number, choice)
+        return HOOK.adopt(data if ours and kinds != "f" else float(data), choice)
     try:
         array = np.asarray(data)
     except ValueError as error:
@@ -724,8 +722,9 @@ def _lifted(prim: Primitive, operands: Sequence) -> tuple:
     operands = [x if isinstance(x, Array) else _constant(x, prim.name) for x in operands]
     raw = [_raw(x) for x in operands]
     strong = _strong(prim, raw)
-    floating = any([type(raw[i]) is float for i in _typed(prim, raw)])
-    if strong:
+    if not strong:
+        floating = any([type(raw[i]) is float for i in _typed(prim, raw)])
+    else:
         held = [dtype for i, dtype in strong if dtype.kind == "f" and isinstance(operands[i], Array)]
         dtype = np.result_type(*(held or [dtype for _, dtype in strong]))
         floating = dtype.kind == "f"
@@ -804,10 +803,9 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
             plain = False
         raw.append(x)
     if result is None:
-        kinds = [KINDS[type(x)] for x in operands]
-        if None in kinds:
+        if None in [KINDS[type(x)] for x in operands]:
             operands = tuple([_constant(x, prim.name) for x in operands])
-        if any([kind is not None and kind.rank > NUMPY.rank for kind in kinds]):
+        if _leading(operands, NUMPY) is not NUMPY:
             return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
     if floats:
@@ -921,14 +919,18 @@ class Array:
     def __bool__(self):
         return bool(self._held)
 
+    def _leave(self, how: str) -> float | int | bool:
+        """The number, on its way to code that knows nothing of gradients."""
+        return self.item()
+
     def __float__(self):
-        return float(self.item())
+        return float(self._leave("float"))
 
     def __int__(self):
-        return int(self.item())
+        return int(self._leave("int"))
 
     def __index__(self):
-        return operator.index(self.item())
+        return operator.index(self._leave("operator.index"))
 
     def __round__(self, decimals=0):
         return np.round(self, decimals)
@@ -1111,7 +1113,7 @@ def _like_sequence(x, items: list):
 
 
 # Functions that write to an argument, or take whole numbers for something else than operands.
-_AS_GIVEN = set("at reduceat copyto put putmask place put_along_axis fill_diagonal".split())
+_AS_GIVEN = set("at reduceat ldexp copyto put putmask place put_along_axis fill_diagonal".split())
 
 
 def _with_out_named(function, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -1129,41 +1131,37 @@ def _on_arrays(function, args, kwargs):
     home = getattr(function, "__self__", function)
     called, ufunc = {function.__name__, home.__name__}, isinstance(home, np.ufunc)
     args, kwargs = _with_out_named(function, args, kwargs)
-    operands = _members(*args)
-    for x in _members(*args, *kwargs.values()):
+    if ufunc and called & {"__call__", "outer"}:
+        args = tuple([x if isinstance(x, Array) else _constant(x, home.__name__) for x in args])
+    operands, named = _members(*args), _members(*kwargs.values())
+    given = [x for x in operands + named if isinstance(x, Array)]
+    for x in given:
         if isinstance(x, Value):  # where NumPy does not look for one, such as in a list or as initial=
             x._end(f"{function.__name__}(Tensor, ...Value...)")
-    arrays, met = [x for x in operands if isinstance(x, (Tensor, np.ndarray))], []
-    weak = all([type(_raw(x)) in _WEAK_TYPES for x in arrays])
-    prim = types.SimpleNamespace(name=home.__name__, typed=None)
-    if ufunc and called & {"__call__", "outer"}:
-        met = operands
-        prim = TABLE[home] if isinstance(TABLE.get(home), Primitive) else prim
-    elif not called & _AS_GIVEN:
-        met = [x for x in arrays if x.dtype.kind == "f"]
-        met = met if any([type(_raw(x)) not in _WEAK_TYPES for x in met if isinstance(x, Tensor)]) else []
-    raw = list(map(_raw, _lifted(prim, met)))
-    raw = _promoted(prim, raw) if ufunc else raw
-    raw = _strengthened(prim, raw) if "outer" in called else raw
-    known = dict(zip(map(id, met), raw))
+    weak = all([type(_raw(x)) in _WEAK_TYPES for x in operands if isinstance(x, (Tensor, np.ndarray))])
+    strong = [x.dtype for x in operands if isinstance(x, Tensor) and type(x._held) not in _WEAK_TYPES]
+    floats = [dtype for dtype in strong if dtype.kind == "f"]
+    settled = "" if not floats or called & _AS_GIVEN else "f" + "iub" * ufunc
 
     def bare(x):
-        return known.get(id(x), _raw(x))
+        raw = _raw(x)
+        if floats and "outer" in called and type(raw) in _WEAK_TYPES:
+            return np.result_type(*floats).type(raw)
+        strong = (type(raw) is np.ndarray or (ufunc and isinstance(raw, np.generic))) and raw.dtype.kind in settled
+        if strong and not (isinstance(x, Tensor) and raw.dtype.kind == "f"):
+            raw = raw.astype(np.result_type(*floats), copy=False)
+        return raw
+
+    targets = {id(_raw(x)): x for x in _members(kwargs.get("out"))}
 
     def wrapped(x):
-        if getattr(getattr(x, "dtype", None), "kind", "O") not in "fiub":
-            return x
+        if id(x) in targets or getattr(getattr(x, "dtype", None), "kind", "O") not in "fiub":
+            return targets.get(id(x), x)
         x = _settle(x)
         return _wrap(_number(x) if weak and isinstance(x, np.generic) else x)
 
-    given = [_raw(x) for x in (*operands, *kwargs.values()) if isinstance(x, Array)]
-    with _leading(given, NUMPY).guard(function.__name__, next(filter(_lazy, given), None)):
-        out = function(*_each(bare, args), **{name: _each(_raw, x) for name, x in kwargs.items()})
-    targets = kwargs.get("out")
-    if not isinstance(targets, tuple):
-        return _each(wrapped, out) if targets is None else targets
-    results = [wrapped(x) if t is None else t for x, t in zip(out if isinstance(out, tuple) else (out,), targets)]
-    return tuple(results) if len(results) > 1 else results[0]
+    with _leading(map(_raw, given), NUMPY).guard(function.__name__, next(filter(_lazy, map(_raw, given)), None)):
+        return _each(wrapped, function(*_each(bare, args), **{name: _each(_raw, x) for name, x in kwargs.items()}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1211,7 +1209,7 @@ class Value(Array):
     def __init__(self, data: Any, dtype: Any = None, label: str = ""):
         if not isinstance(label, str):
             raise TypeError(f"Value: label must be a string, got {label!r}")
-        self._held = data if type(data) is float and dtype is None else _as_raw(data, dtype, "Value", "f")
+        self._held = _as_raw(data, dtype, "Value", "f")
         self._grad = self._prim = None
         self._x, self._y, self._needs, self._number, self.label = (), _NO_PARAMS, True, _next_number(), label
 
@@ -1355,8 +1353,7 @@ class Value(Array):
             "or v.data[index] = new to change the data of a leaf"
         )
 
-    def _leave(self, how: str) -> float | int | bool:
-        """The number, on its way to code that knows nothing of gradients."""
+    def _leave(self, how):
         number = self.item()
         self._end(f"{how}(Value)")
         return number
@@ -1367,15 +1364,6 @@ class Value(Array):
             if _mode.depth:
                 raise TypeError(f"{what}: {_ENDS}")
             warnings.warn(f"{what}: {_ENDS}", stacklevel=4)
-
-    def __float__(self):
-        return float(self._leave("float"))
-
-    def __int__(self):
-        return int(self._leave("int"))
-
-    def __index__(self):
-        return operator.index(self._leave("operator.index"))
 
     def __copy__(self):
         grad = None if self._grad is None else _owned(self._grad)
@@ -1478,10 +1466,15 @@ class _Listed:
 
 def _extra(x, base: type):
     """What a subclass of users adds to a Value or Tensor, as pickle and copy take it: attributes and slots; or None."""
-    slots = {name for cls in type(x).__mro__ if not issubclass(base, cls) for name in vars(cls).get("__slots__", ())}
-    state = {name: getattr(x, name) for name in slots if hasattr(x, name)}
+    state = {name: getattr(x, name) for name in _slots(type(x)) if not hasattr(base, name) and hasattr(x, name)}
     attributes = getattr(x, "__dict__", None)
     return (attributes or None, state) if attributes or state else None
+
+
+@functools.lru_cache(1000)
+def _slots(cls: type) -> list[str]:
+    """The names of attributes that a class and its bases keep in slots."""
+    return [name for c in reversed(cls.__mro__) for name, x in vars(c).items() if type(x) is types.MemberDescriptorType]
 
 
 def _with_extra(twin, extra):
@@ -1757,7 +1750,9 @@ def _pulled(node: Value, g, symbolic: bool) -> list[tuple[Value, Any]]:
         # A Tensor becomes a node: what a rule computes from it is recorded, too, and a replay reads it anew.
         operands = [_recorded(x) if isinstance(x, Tensor) else x for x in args]
     if len(args) > 1 and type(out) is not float:
-        operands = _as_met(prim, operands, out.dtype)
+        dtype = out.dtype
+        if any([type(x) is not float and getattr(x, "dtype", dtype) is not dtype for x in operands]):
+            operands = _as_met(prim, operands, dtype)
     out, pairs = node if symbolic else out, []
     if prim.joint:
         wanted = [isinstance(x, Value) and x._needs for x in args]
@@ -4869,12 +4864,6 @@ def _type_name(x) -> str:
     return f"{cls.__name__}: {_two_copies(cls)}" if _of_another_copy(cls) else cls.__name__
 
 
-@functools.lru_cache(1000)
-def _slots(cls: type) -> list[str]:
-    """The names of attributes that a class and its bases keep in slots."""
-    return [name for c in reversed(cls.__mro__) for name, x in vars(c).items() if type(x) is types.MemberDescriptorType]
-
-
 class _Mismatch(ValueError):
     """A file of parameters, but of other ones."""
 
@@ -5478,7 +5467,7 @@ def _value_lines(raw) -> list[str]:
     if 0 < x.size <= 4:
         return [_few(x)]
     nans = _count_nans(raw)
-    return [shape, f"{nans} nan"] if nans else [shape]
+    return [shape, f"{nans} nan" * bool(nans)]
 
 
 def _gradient_line(g) -> str:
