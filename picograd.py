@@ -1573,11 +1573,10 @@ def _at_home(grads: dict[Value, Any], root: Value) -> dict[Value, Any]:
     One pass computes them all, and nothing is changed before it is done.
     """
     foreign = [x for x, g in grads.items() if type(g) not in _PLAIN and KINDS[type(g)].lazy]
-    away = [x for x in foreign if x._prim is None and not KINDS[type(x._held)].lazy]
+    away = [x for x in foreign if x._prim is None and not _lazy(x)]
     if away:
-        lazy = KINDS[type(grads[away[0]])]
-        with_root = KINDS[type(root._held)] is lazy and not root.ndim
-        done = lazy.fetch([grads[x] for x in away] + [root._held] * with_root)
+        with_root = _lazy(root) and not root.ndim
+        done = KINDS[type(grads[away[0]])].fetch([grads[x] for x in away] + [root._held] * with_root)
         if with_root:
             root._held = done[-1]
         grads.update((x, float(g) if type(x._held) is float else g) for x, g in zip(away, done))
@@ -2258,7 +2257,7 @@ def checkpoint(f: Callable) -> Callable:
         made = [x for x in _leaves(out) if isinstance(x, Value) and x._needs and x._prim and x._number > since]
         new = {}
         if len(made) == 1:
-            new = {made[0]: _forgotten(made[0], since)}
+            new[made[0]] = _forgotten(made[0], since)
         elif made:  # in one vector, so that all is computed again but once
             flat, unravel = ravel_nest(made)
             new = dict(zip(made, unravel(_forgotten(flat, since))))
@@ -2273,9 +2272,7 @@ def checkpoint(f: Callable) -> Callable:
 def _nonfinite(raw) -> str:
     """What is not finite in a raw value, in words; "" if all is."""
     x = np.asarray(_fetched(raw))
-    if x.dtype.kind != "f":
-        return ""
-    counts = {"inf": np.isinf(x).sum(), "nan": np.isnan(x).sum()}
+    counts = {"inf": np.isinf(x).sum(), "nan": np.isnan(x).sum()} if x.dtype.kind == "f" else {}
     return " and ".join([f"{name} in {n} of {x.size}" for name, n in counts.items() if n])
 
 
@@ -2285,8 +2282,8 @@ def _account(what: str, node: Value, nodes: Sequence[Value]) -> list[str]:
     for i, x in enumerate(node._args):
         raw, makers = np.asarray(_fetched(_raw(x))), ", ".join(map(_name_of, getattr(x, "_args", ())))
         numbers = f"{raw.min()} to {raw.max()}" if raw.size and raw.dtype.kind != "O" else "no numbers"
-        made = f" made of {makers}" if makers else ""
-        lines.append(f"  operand {i}: {_name_of(x)}{made}, shape {raw.shape}, {_nonfinite(raw) or numbers}")
+        name = _name_of(x) + f" made of {makers}" * bool(makers)
+        lines.append(f"  operand {i}: {name}, shape {raw.shape}, {_nonfinite(raw) or numbers}")
     for other in reversed(nodes):
         into = [i for i, x in enumerate(other._args) if isinstance(x, Value) and x in below]
         if into and other._prim is TABLE[np.where]:
@@ -5527,12 +5524,13 @@ def _save_picture(graph, path, seconds: float):
     """Renders in memory, then puts the complete file in its place."""
     import subprocess
 
-    picture = graph.copy()
-    if path.suffix.lower() == ".png":
+    picture, suffix = graph.copy(), path.suffix.lower()
+    if suffix == ".png":
         picture.graph_attr["dpi"] = "96"  # text comes out as large as the code on the page around it
-    command = ["dot", f"-T{path.suffix[1:].lower()}"]
     try:
-        done = subprocess.run(command, input=picture.source.encode(), capture_output=True, timeout=seconds)
+        done = subprocess.run(
+            ["dot", f"-T{suffix[1:]}"], input=picture.source.encode(), capture_output=True, timeout=seconds
+        )
     except OSError as error:
         why = "was not found on PATH" if isinstance(error, FileNotFoundError) else f"cannot be run ({error})"
         source = _save_source(graph.source.encode(), path)
@@ -5549,7 +5547,7 @@ def _save_picture(graph, path, seconds: float):
     if done.returncode or not done.stdout:
         said = done.stderr.decode(errors="replace").strip() or "no message"
         raise RuntimeError(f"draw: Graphviz's program `dot` made no picture (exit code {done.returncode}): {said}")
-    content = done.stdout.replace(b"<g id=", _DARK + b"<g id=", 1) if path.suffix.lower() == ".svg" else done.stdout
+    content = done.stdout.replace(b"<g id=", _DARK + b"<g id=", 1) if suffix == ".svg" else done.stdout
     _write_whole(path, lambda file: file.write(content))
 
 
