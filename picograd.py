@@ -2698,13 +2698,19 @@ gelu = _elementwise(  # the tanh form: Hendrycks and Gimpel 2016, "Gaussian Erro
 _FEW = 8
 
 
-def _by_few(step, a, axis, keepdims):
-    """A reduction over up to _FEW elements that lie side by side, such as those of a pool: of all the first, all the
-    second, ..., as NumPy's own loop over so few takes 20 times as long. None where NumPy does well."""
+def _few_axes(a, axis) -> tuple:
+    """The axes of a reduction over up to _FEW elements that lie side by side, such as those of a pool; else none."""
     if axis is None or a.ndim < 2 or a.shape[-1] > _FEW or a.size < _LITTLE:
-        return None
+        return ()
     axes = _axes(a, axis)
-    if a.ndim - 1 not in axes or not 1 < math.prod([a.shape[i] for i in axes]) <= _FEW:
+    return axes if a.ndim - 1 in axes and 1 < math.prod([a.shape[i] for i in axes]) <= _FEW else ()
+
+
+def _by_few(step, a, axis, keepdims):
+    """A reduction of all the first elements, all the second, ..., as NumPy's own loop over so few takes 20 times as
+    long. None where NumPy does well."""
+    axes = _few_axes(a, axis)
+    if not axes:
         return None
     moved = np.moveaxis(a, axes, range(len(axes)))
     first, second, *others = [moved[i] for i in np.ndindex(moved.shape[: len(axes)])]
@@ -2798,8 +2804,7 @@ def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
 
 def _extremum_a(g, out, a, axis=None, keepdims=False, initial=None):
     hit = (a == _unreduce(out, a, axis, keepdims)) | np.isnan(a)  # with a nan, only nans are hits
-    few = type(hit) is np.ndarray and hit.shape[-1:] <= (_FEW,)
-    count = _sum(hit.astype(np.float32), axis, True) if few else np.sum(hit, axis=axis, keepdims=True)
+    count = TABLE[np.sum](_as_dtype(hit, np.result_type(_raw(out), np.float32)), axis=axis, keepdims=True)
     share = _unreduce(g, a, axis, keepdims) / (count if initial is None else np.maximum(count, 1))
     if isinstance(g, (np.ndarray, np.generic)):
         share = share.astype(g.dtype, copy=False)  # to NumPy, the count is wide
@@ -5077,11 +5082,13 @@ def _entropy(x, mask):
 
 
 def _entropy_x(g, out, x, mask):
-    slope, share = softmax(x), g * _share(x, tuple(range(np.ndim(x) - 1)))
-    if type(slope) is not np.ndarray:
-        return (slope - mask) * share
-    slope[mask] -= 1.0
-    return np.multiply(slope, share, slope)
+    share = g * _share(x, tuple(range(np.ndim(x) - 1)))
+    if type(x) is not np.ndarray:
+        return (softmax(x) - mask) * share
+    slope = _reusing(np.exp, x - _peak(x, -1))  # the same in fewer passes
+    slope *= share / slope.sum(-1, keepdims=True)
+    slope[mask] -= share
+    return slope
 
 
 _cross_entropy = primitive(_entropy, _entropy_x, None, name="cross entropy")
@@ -7525,6 +7532,8 @@ def _matmul_form(low, node, x, y):
 
 def _sum_form(low, node, a, axis=None, keepdims=False):
     a = _raw(a)
+    if _few_axes(a, axis):
+        return None
     if np.ndim(a) == 2 and axis in (0, (0,)) and not keepdims:
         return f"{low.bind('c', _ones(np.shape(a)[0], node.dtype))}.dot({{0}}{_OUT}"  # BLAS sums rows faster than NumPy
     if axis is not None:

@@ -172,8 +172,8 @@ def compute(function, xs: list, call, typed=True, plain=0):
     ):  # of masks: weak numbers are in double precision
         out = call(_alias(function), [np.float64(x) for x in lifted])
     node = any(isinstance(x, Model) and x.node for x in xs)
-    if isinstance(out, (bool, np.bool_)) and weak and not node:
-        raise NotImplementedError("a comparison of Tensors that are numbers is NumPy's truth, no Tensor")
+    if isinstance(out, (bool, np.bool_)) and not node:
+        raise NotImplementedError("a comparison of Tensors of no dimensions is NumPy's truth, no Tensor")
     out = wrap(out, weak)
     for part in out if isinstance(out, (list, tuple)) else (out,):
         if isinstance(part, Model):
