@@ -2101,9 +2101,10 @@ def jacobian(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
             if np.ndim(raw):
                 units = [unit.reshape(raw.shape) for unit in np.eye(raw.size, dtype=raw.dtype)]
             rows = [call.sweep({place: unit}) for unit in units]
-            shapes = [np.shape(raw) + v.shape for v in call.variables]
-            columns = zip(zip(*rows), shapes)
-            found = [np.reshape(np.stack(column), shape) if shape else column[0] for column, shape in columns]
+            shapes, found = [np.shape(raw) + v.shape for v in call.variables], []
+            for column, shape in zip(zip(*rows), shapes):
+                stack = np.array if _PLAIN.issuperset(map(type, column)) else np.stack
+                found.append(np.reshape(stack(column), shape) if shape else column[0])
             return call.in_form(found if rows else map(np.zeros, shapes))
 
         return _mapped(of_output, "", call.out)
