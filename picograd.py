@@ -1160,7 +1160,8 @@ def _on_arrays(function, args, kwargs):
         x = _settle(x)
         return _wrap(_number(x) if weak and isinstance(x, np.generic) else x)
 
-    with _leading(map(_raw, given), NUMPY).guard(function.__name__, next(filter(_lazy, map(_raw, given)), None)):
+    lead = _raw(next(filter(_lazy, given), 0.0))
+    with KINDS[type(lead)].guard(function.__name__, lead):
         return _each(wrapped, function(*_each(bare, args), **{name: _each(_raw, x) for name, x in kwargs.items()}))
 
 
