@@ -470,6 +470,18 @@ class _Weak(Kind):
     def own(self, raw):
         return raw
 
+    def rule(self, prim, rule):
+        """Where Python raises, or makes a complex number, NumPy has the IEEE answer."""
+
+        def on_numbers(*numbers, **params):
+            with contextlib.suppress(*_NO_ANSWER):
+                h = rule(*numbers, **params)
+                if type(h) is float or h is None:
+                    return h
+            return float(rule(*map(_public, numbers), **params))
+
+        return on_numbers
+
 
 class _Kinds(dict):
     """The kind of each type of raw value; None for types that are not arrays by themselves, such as list.
@@ -565,32 +577,27 @@ class set_default_dtype:  # a function to its users, and as a context manager it
 
 def _as_raw(data: Any, dtype: Any, who: str, kinds: str = "fiub", choice: bool | None = None) -> Any:
     """Copies data into a raw value; dtype float32 unless given, or data is a number or has one of its own."""
-    expected = "floating" if kinds == "f" else "floating, integer or boolean"
-    if dtype is not None:
-        dtype = np.dtype(dtype)
-        if dtype.kind not in kinds:
-            raise TypeError(f"{who}: dtype must be {expected}, got {dtype}")
-    if isinstance(data, Array):
-        data = data._held
-        dtype = dtype or getattr(data, "dtype", None)
-        if dtype is not None and dtype.kind not in kinds:
-            raise TypeError(f"{who}: the dtype of data must be {expected}, got {dtype}; pass dtype=")
-        if dtype is None and kinds != "f":
-            return data if choice is None else HOOK.adopt(data, choice)
-    if dtype is None and isinstance(data, _NUMBERS):
-        return float(data) if choice is None else HOOK.adopt(float(data), choice)
-    kind = KINDS[type(data)]
-    if kind is not None and kind.rank > NUMPY.rank:
-        if data.dtype.kind not in (kinds if dtype is None else "fiub"):
-            raise TypeError(f"{who}: the dtype of data must be {expected}, got {data.dtype}; pass dtype=")
-        return kind.enter(data, dtype, choice, who)
+    if type(data) is float and dtype is choice is None:  # the usual number
+        return data
+    ours, data, asked = isinstance(data, Array), _raw(data), None if dtype is None else np.dtype(dtype)
+    kind, expected = KINDS[type(data)], "floating" if kinds == "f" else "floating, integer or boolean"
+    foreign = kind is not None and kind.rank > NUMPY.rank
+    own = getattr(data, "dtype", None) if ours or foreign else None
+    if asked and asked.kind not in kinds:
+        raise TypeError(f"{who}: dtype must be {expected}, got {asked}")
+    if own and own.kind not in ("fiub" if asked else kinds):
+        raise TypeError(f"{who}: the dtype of data must be {expected}, got {own}; pass dtype=")
+    if foreign:
+        return kind.enter(data, asked, choice, who)
+    if asked is own is None and isinstance(data, _NUMBERS):
+        return HOOK.adopt(data if ours and kinds != "f" else float(data), choice)
     try:
         array = np.asarray(data)
     except ValueError as error:
         raise ValueError(f"{who}: data must be rectangular, got ragged nested sequences ({error})") from None
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{who}: data must be real numbers, got {type(data).__name__} of dtype {array.dtype}")
-    dtype = np.dtype(dtype or set_default_dtype.dtype)
+    dtype = asked or own or set_default_dtype.dtype
     if choice is not None or array.size >= HOOK.limit:
         return _settle(HOOK.adopt(array, choice, dtype))
     return _settle(array.astype(dtype))
@@ -716,18 +723,17 @@ def _lifted(prim: Primitive, operands: Sequence) -> tuple:
     raw = [_raw(x) for x in operands]
     strong = _strong(prim, raw)
     if not strong:
-        if any([type(raw[i]) is float for i in _typed(prim, raw)]):  # a whole number beside weak floats is one of them
-            operands = [float(x) if type(x) is int and i in _typed(prim, raw) else x for i, x in enumerate(operands)]
-        return tuple(operands)
-    held = [dtype for i, dtype in strong if dtype.kind == "f" and isinstance(operands[i], Array)]
-    dtype = np.result_type(*(held or [dtype for _, dtype in strong]))
-    for i, own in strong:
-        if own != dtype and (own.kind == "f" or held) and not isinstance(operands[i], Array):
-            operands[i] = operands[i].astype(dtype)
-    if dtype.kind == "f":
-        for i in _typed(prim, operands):
-            if type(operands[i]) is int:
-                operands[i] = float(operands[i])
+        floating = any([type(raw[i]) is float for i in _typed(prim, raw)])
+    else:
+        held = [dtype for i, dtype in strong if dtype.kind == "f" and isinstance(operands[i], Array)]
+        dtype = np.result_type(*(held or [dtype for _, dtype in strong]))
+        floating = dtype.kind == "f"
+        for i, own in strong:
+            if own != dtype and (own.kind == "f" or held) and not isinstance(operands[i], Array):
+                operands[i] = operands[i].astype(dtype)
+    for i in _typed(prim, raw) if floating else ():  # a whole number beside floats is one of them
+        if type(operands[i]) is int:
+            operands[i] = float(operands[i])
     return tuple(operands)
 
 
@@ -761,12 +767,17 @@ _WEAK_TYPES = frozenset((float, int, bool))
 
 def _evaluate(prim: Primitive, raw: Sequence, params: dict):
     """The forward of a primitive on raw operands: a raw value."""
-    kind = WEAK
-    for x in raw:
-        other = KINDS[type(x)]
-        if other.rank > kind.rank:
-            kind = other
+    kind = _leading(raw, WEAK)
     return kind.evaluate(prim, _promoted(prim, raw) if kind.rank else raw, params)
+
+
+def _leading(raw: Sequence, least: Kind) -> Kind:
+    """The kind of highest rank among those of raw values and the least one."""
+    for x in raw:
+        kind = KINDS[type(x)]
+        if kind.rank > least.rank:
+            least = kind
+    return least
 
 
 def _apply(prim: Primitive, operands: tuple, params: dict):
@@ -792,10 +803,9 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
             plain = False
         raw.append(x)
     if result is None:
-        kinds = [KINDS[type(x)] for x in operands]
-        if None in kinds:
+        if None in [KINDS[type(x)] for x in operands]:
             operands = tuple([_constant(x, prim.name) for x in operands])
-        if any([kind is not None and kind.rank > NUMPY.rank for kind in kinds]):
+        if _leading(operands, NUMPY) is not NUMPY:
             return _evaluate(prim, operands, params)
         return prim.forward(*operands, **params)
     if floats:
@@ -909,14 +919,18 @@ class Array:
     def __bool__(self):
         return bool(self._held)
 
+    def _leave(self, how: str) -> float | int | bool:
+        """The number, on its way to code that knows nothing of gradients."""
+        return self.item()
+
     def __float__(self):
-        return float(self.item())
+        return float(self._leave("float"))
 
     def __int__(self):
-        return int(self.item())
+        return int(self._leave("int"))
 
     def __index__(self):
-        return operator.index(self.item())
+        return operator.index(self._leave("operator.index"))
 
     def __round__(self, decimals=0):
         return np.round(self, decimals)
@@ -1090,7 +1104,11 @@ def _each(f: Callable, x):
     """f of everything in an argument, however nested."""
     if not isinstance(x, (list, tuple)):
         return f(x)
-    items = [_each(f, i) for i in x]
+    return _like_sequence(x, [_each(f, i) for i in x])
+
+
+def _like_sequence(x, items: list):
+    """A list or tuple, also a named one, of the type of x."""
     return type(x)(items) if type(x) in (list, tuple) else type(x)(*items)
 
 
@@ -1110,21 +1128,20 @@ def _with_out_named(function, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 def _on_arrays(function, args, kwargs):
     """Calls a function of NumPy on the arrays of Tensors, however nested, and wraps what comes out; dtypes are settled
     as for a primitive, but for integers, which may be indices, and masks: these only where a ufunc computes."""
-    called = {function.__name__, getattr(function, "__self__", function).__name__}
-    ufunc = isinstance(getattr(function, "__self__", function), np.ufunc)
+    home = getattr(function, "__self__", function)
+    called, ufunc = {function.__name__, home.__name__}, isinstance(home, np.ufunc)
     args, kwargs = _with_out_named(function, args, kwargs)
-    for x in _members(*args, *kwargs.values()):
+    if ufunc and called & {"__call__", "outer"}:
+        args = tuple([x if isinstance(x, Array) else _constant(x, home.__name__) for x in args])
+    operands, named = _members(*args), _members(*kwargs.values())
+    given = [x for x in operands + named if isinstance(x, Array)]
+    for x in given:
         if isinstance(x, Value):  # where NumPy does not look for one, such as in a list or as initial=
             x._end(f"{function.__name__}(Tensor, ...Value...)")
-    if ufunc and called & {"__call__", "outer"}:
-        args = tuple([x if isinstance(x, Array) else _constant(x, function.__self__.__name__) for x in args])
-    operands = _members(*args)
-    held = [x for x in operands if isinstance(x, Tensor)]
     weak = all([type(_raw(x)) in _WEAK_TYPES for x in operands if isinstance(x, (Tensor, np.ndarray))])
-    floats = [x.dtype for x in held if type(x._held) not in _WEAK_TYPES and x.dtype.kind == "f"]
-    settled = "fiub" if ufunc else "f"
-    settled = settled if floats and not called & _AS_GIVEN else ""
-    lazy = [_raw(x) for x in (*operands, *kwargs.values()) if isinstance(x, Array) and _lazy(x)]
+    strong = [x.dtype for x in operands if isinstance(x, Tensor) and type(x._held) not in _WEAK_TYPES]
+    floats = [dtype for dtype in strong if dtype.kind == "f"]
+    settled = "" if not floats or called & _AS_GIVEN else "f" + "iub" * ufunc
 
     def bare(x):
         raw = _raw(x)
@@ -1135,20 +1152,17 @@ def _on_arrays(function, args, kwargs):
             raw = raw.astype(np.result_type(*floats), copy=False)
         return raw
 
+    targets = {id(_raw(x)): x for x in _members(kwargs.get("out"))}
+
     def wrapped(x):
-        if getattr(getattr(x, "dtype", None), "kind", "O") not in "fiub":
-            return x
+        if id(x) in targets or getattr(getattr(x, "dtype", None), "kind", "O") not in "fiub":
+            return targets.get(id(x), x)
         x = _settle(x)
         return _wrap(_number(x) if weak and isinstance(x, np.generic) else x)
 
-    guard = KINDS[type(lazy[0])].guard(function.__name__, lazy[0]) if lazy else contextlib.nullcontext()
-    with guard:
-        out = function(*_each(bare, args), **{name: _each(_raw, x) for name, x in kwargs.items()})
-    targets = kwargs.get("out")
-    if not isinstance(targets, tuple):
-        return _each(wrapped, out) if targets is None else targets
-    results = [wrapped(x) if t is None else t for x, t in zip(out if isinstance(out, tuple) else (out,), targets)]
-    return tuple(results) if len(results) > 1 else results[0]
+    lead = _raw(next(filter(_lazy, given), 0.0))
+    with KINDS[type(lead)].guard(function.__name__, lead):
+        return _each(wrapped, function(*_each(bare, args), **{name: _each(_raw, x) for name, x in kwargs.items()}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1196,7 +1210,7 @@ class Value(Array):
     def __init__(self, data: Any, dtype: Any = None, label: str = ""):
         if not isinstance(label, str):
             raise TypeError(f"Value: label must be a string, got {label!r}")
-        self._held = data if type(data) is float and dtype is None else _as_raw(data, dtype, "Value", "f")
+        self._held = _as_raw(data, dtype, "Value", "f")
         self._grad = self._prim = None
         self._x, self._y, self._needs, self._number, self.label = (), _NO_PARAMS, True, _next_number(), label
 
@@ -1340,8 +1354,7 @@ class Value(Array):
             "or v.data[index] = new to change the data of a leaf"
         )
 
-    def _leave(self, how: str) -> float | int | bool:
-        """The number, on its way to code that knows nothing of gradients."""
+    def _leave(self, how):
         number = self.item()
         self._end(f"{how}(Value)")
         return number
@@ -1352,15 +1365,6 @@ class Value(Array):
             if _mode.depth:
                 raise TypeError(f"{what}: {_ENDS}")
             warnings.warn(f"{what}: {_ENDS}", stacklevel=4)
-
-    def __float__(self):
-        return float(self._leave("float"))
-
-    def __int__(self):
-        return int(self._leave("int"))
-
-    def __index__(self):
-        return operator.index(self._leave("operator.index"))
 
     def __copy__(self):
         grad = None if self._grad is None else _owned(self._grad)
@@ -1419,10 +1423,10 @@ def _entry(function):
     return TABLE[function]
 
 
-def _node(data, prim, args, params) -> Value:
+def _node(data, prim, args, params, label="") -> Value:
     """A new node; under `no_grad` a leaf, to which no gradient flows."""
     node = _new(Value)
-    node._held, node._grad, node._number, node.label = data, None, _next_number(), ""
+    node._held, node._grad, node._number, node.label = data, None, _next_number(), label
     node._needs = False
     if not _mode.recording:
         node._prim, node._x, node._y = None, (), _NO_PARAMS
@@ -1443,9 +1447,9 @@ def _in_slots(prim: Primitive, args: tuple) -> tuple:
     return (*args, None)[:2] if alone and prim.builtin and prim.operands and not prim.joint else (args, _NO_PARAMS)
 
 
-def _record(prim: Primitive, args: tuple, params: dict = _NO_PARAMS) -> Value:
+def _record(prim: Primitive, args: tuple, params: dict = _NO_PARAMS, label="") -> Value:
     """A node for the operation, also if its operands are Tensors only: a replay reads them anew."""
-    return _node(_evaluate(prim, [_raw(x) for x in args], params), prim, args, params)
+    return _node(_evaluate(prim, [_raw(x) for x in args], params), prim, args, params, label)
 
 
 class _Listed:
@@ -1463,10 +1467,15 @@ class _Listed:
 
 def _extra(x, base: type):
     """What a subclass of users adds to a Value or Tensor, as pickle and copy take it: attributes and slots; or None."""
-    slots = {name for cls in type(x).__mro__ if not issubclass(base, cls) for name in vars(cls).get("__slots__", ())}
-    state = {name: getattr(x, name) for name in slots if hasattr(x, name)}
+    state = {name: getattr(x, name) for name in _slots(type(x)) if not hasattr(base, name) and hasattr(x, name)}
     attributes = getattr(x, "__dict__", None)
     return (attributes or None, state) if attributes or state else None
+
+
+@functools.lru_cache(1000)
+def _slots(cls: type) -> list[str]:
+    """The names of attributes that a class and its bases keep in slots."""
+    return [name for c in reversed(cls.__mro__) for name, x in vars(c).items() if type(x) is types.MemberDescriptorType]
 
 
 def _with_extra(twin, extra):
@@ -1504,7 +1513,6 @@ def _newest_first(root: Value, since: int = 0) -> list[Value]:
 
 
 _get_number = operator.attrgetter("_number")
-_get_rank = operator.attrgetter("rank")
 
 
 def _filled_like(raw, number):
@@ -1566,11 +1574,10 @@ def _at_home(grads: dict[Value, Any], root: Value) -> dict[Value, Any]:
     One pass computes them all, and nothing is changed before it is done.
     """
     foreign = [x for x, g in grads.items() if type(g) not in _PLAIN and KINDS[type(g)].lazy]
-    away = [x for x in foreign if x._prim is None and not KINDS[type(x._held)].lazy]
+    away = [x for x in foreign if x._prim is None and not _lazy(x)]
     if away:
-        lazy = KINDS[type(grads[away[0]])]
-        with_root = KINDS[type(root._held)] is lazy and not root.ndim
-        done = lazy.fetch([grads[x] for x in away] + [root._held] * with_root)
+        with_root = _lazy(root) and not root.ndim
+        done = KINDS[type(grads[away[0]])].fetch([grads[x] for x in away] + [root._held] * with_root)
         if with_root:
             root._held = done[-1]
         grads.update((x, float(g) if type(x._held) is float else g) for x, g in zip(away, done))
@@ -1614,8 +1621,7 @@ def _as_met(prim: Primitive, operands: Sequence, dtype: np.dtype) -> Sequence:
         x = operands[i]
         own = getattr(x, "dtype", dtype)
         if own is not dtype and type(_raw(x)) not in _WEAK_TYPES and np.result_type(own, dtype) == dtype:
-            operands = list(operands)
-            operands[i] = _as_dtype(x, dtype)
+            operands = [*operands[:i], _as_dtype(x, dtype), *operands[i + 1 :]]
     return operands
 
 
@@ -1729,15 +1735,6 @@ def _sweep_numbers(heap: list, grads: dict[Value, Any], retain: bool, since: int
 _NO_ANSWER = (ArithmeticError, ValueError, TypeError)  # where IEEE arithmetic has one
 
 
-def _on_numbers(rule: Callable, *numbers, **params) -> float | None:
-    """What a rule gives for numbers. Where Python raises, or makes a complex number, NumPy has the IEEE answer."""
-    with contextlib.suppress(*_NO_ANSWER):
-        h = rule(*numbers, **params)
-        if type(h) is float or h is None:
-            return h
-    return float(rule(*map(_public, numbers), **params))
-
-
 _PLAIN = frozenset((np.ndarray, np.float32, np.float64))  # what needs no kind to be asked
 
 
@@ -1745,43 +1742,37 @@ def _pulled(node: Value, g, symbolic: bool) -> list[tuple[Value, Any]]:
     """The operands of a node that a gradient flows to, each with the gradient that its rule makes of g."""
     prim, args, params, out = node._prim, node._args, node._params, node._held
     operands, kind = [x._held if isinstance(x, Array) else x for x in args], NUMPY
-    if not (type(out) in _PLAIN and type(g) in _PLAIN):
-        if type(out) is type(g) is float and prim.operands:
-            kind = WEAK
-        else:
-            kind = max([KINDS[type(_raw(x))] for x in (g, out, *operands)] + [NUMPY], key=_get_rank)
+    if type(out) is type(g) is float and prim.operands:
+        kind = WEAK
+    elif not (type(out) in _PLAIN and type(g) in _PLAIN):
+        kind = _leading((_raw(g), out, *operands), NUMPY)
     if symbolic:
         # A Tensor becomes a node: what a rule computes from it is recorded, too, and a replay reads it anew.
-        operands = [_record(_detach, (x,)) if isinstance(x, Tensor) else x for x in args]
+        operands = [_recorded(x) if isinstance(x, Tensor) else x for x in args]
     if len(args) > 1 and type(out) is not float:
-        for x in operands:
-            if type(x) is not float and getattr(x, "dtype", out.dtype) is not out.dtype:
-                operands = _as_met(prim, operands, out.dtype)
-                break
-    out = node if symbolic else out
+        dtype = out.dtype
+        if any([type(x) is not float and getattr(x, "dtype", dtype) is not dtype for x in operands]):
+            operands = _as_met(prim, operands, dtype)
+    out, pairs = node if symbolic else out, []
     if prim.joint:
         wanted = [isinstance(x, Value) and x._needs for x in args]
-        rule = prim.vjps[0] if kind is NUMPY else kind.rule(prim, prim.vjps[0])
-        found = rule(wanted, g, out, operands, **params)
+        found = kind.rule(prim, prim.vjps[0])(wanted, g, out, operands, **params)
         return [(x, _fitted(h, x, prim)) for x, h, wants in zip(args, found, wanted) if wants and h is not None]
-    pairs = []
     for i, x in enumerate(args):
         rule = prim.vjps[i if prim.operands else 0]
-        if rule is None or not isinstance(x, Value) or not x._needs:
-            continue
-        if kind is WEAK:
-            h = _on_numbers(rule, g, out, *operands, **params)
-        else:
+        if rule is not None and isinstance(x, Value) and x._needs:
             rule = rule if kind is NUMPY else kind.rule(prim, rule)
             h = rule(g, out, *operands, **params) if prim.operands else rule(i, g, out, operands, **params)
-        if h is not None:
-            pairs.append((x, h if type(h) is float and kind is WEAK else _fitted(h, x, prim)))
+            if h is not None:
+                pairs.append((x, _fitted(h, x, prim)))
     return pairs
 
 
 def _fitted(h, x: Value, prim: Primitive):
     """A gradient, as a rule gave it, of the shape and dtype of the operand that it is for."""
     raw = x._held
+    if type(h) is type(raw) is float:
+        return h
     if not prim.builtin and not isinstance(h, Value):  # a user may keep it
         h = _owned(_settle(np.asarray(h)) if KINDS[type(h)] in (None, WEAK) else h)
     if type(h) is type(raw) is np.ndarray and h.shape == raw.shape and h.dtype is raw.dtype:
@@ -1888,22 +1879,20 @@ def _recording(tracing=False):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Differentiating:
-    """A context in which, in this thread, graphs are recorded, and numbers in them are not to leave them."""
-
-    def __enter__(self):
-        self.before = _mode.recording
-        _mode.recording, _mode.depth = True, _mode.depth + 1
-
-    def __exit__(self, *error):
-        _mode.recording, _mode.depth = self.before, _mode.depth - 1
+def _differentiating(function: Callable, *args, **kwargs):
+    """Calls a function while, in this thread, graphs are recorded, and numbers in them are not to leave them."""
+    before, _mode.recording, _mode.depth = _mode.recording, True, _mode.depth + 1
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _mode.recording, _mode.depth = before, _mode.depth - 1
 
 
 def _is_nest(x) -> bool:
     """Whether it is a dict, list or tuple of arrays; a list or tuple of numbers alone is itself an array."""
-    if isinstance(x, (list, tuple)):
-        return not all([isinstance(y, _NUMBERS) for y in _members(x)])
-    return isinstance(x, dict)
+    if not isinstance(x, (dict, list, tuple)):
+        return False
+    return isinstance(x, dict) or not all([isinstance(y, _NUMBERS) for y in _members(x)])
 
 
 def _keys(x):
@@ -1922,11 +1911,11 @@ def _mapped(f: Callable, where: str, x, *others):
         if _keys(other) != keys:
             raise ValueError(f"{where}: expected a {type(x).__name__} of {list(keys)}, got {reprlib.repr(other)}")
     items = [_mapped(f, f"{where}[{key!r}]", x[key], *[other[key] for other in others]) for key in keys]
-    if isinstance(x, dict):
-        made = copy.copy(x)  # of a class of its own, it stays one
-        made.update(zip(keys, items))
-        return made
-    return type(x)(items) if type(x) in (list, tuple) else type(x)(*items)
+    if not isinstance(x, dict):
+        return _like_sequence(x, items)
+    made = copy.copy(x)  # of a class of its own, it stays one
+    made.update(zip(keys, items))
+    return made
 
 
 def _leaves(x) -> list:
@@ -1936,6 +1925,11 @@ def _leaves(x) -> list:
     return found
 
 
+def _formed(x, leaves: Iterator):
+    """A nest of the same form, of the next leaves."""
+    return _mapped(lambda where, _: next(leaves), "", x)
+
+
 class _Call:
     """A call of a function with the arguments argnums, or what is in them, as fresh variables: its output, and the way
     back, from gradients of the output to those of the variables.
@@ -1943,56 +1937,60 @@ class _Call:
     On a Value, or inside another gradient function, the gradients are Values again, to be differentiated further.
     """
 
-    def __init__(self, f: Callable, argnums, args: tuple, kwargs: dict, has_aux: bool = False):
+    def __init__(self, f: Callable, argnums, args: tuple, kwargs: dict = _NO_PARAMS, has_aux: bool = False):
         if not callable(f):
             raise TypeError(f"expected a function to differentiate, got {f!r}")
         numbers = tuple(argnums) if isinstance(argnums, (tuple, list, range)) else (argnums,)
-        if not all(isinstance(i, (int, np.integer)) for i in numbers):
-            raise TypeError(f"argnums: expected an integer or a tuple of integers, got {argnums!r}")
-        if len(set(numbers)) < len(numbers):
-            raise ValueError(f"argnums: names an argument twice: {argnums}")
         for i in numbers:
+            if not isinstance(i, (int, np.integer)):
+                raise TypeError(f"argnums: expected an integer or a tuple of integers, got {argnums!r}")
             if not -len(args) <= i < len(args):
                 raise ValueError(f"argnums: asks for argument {i}, but the function was called with {len(args)}")
-        self.given, self.one, args = [args[i] for i in numbers], numbers == (argnums,), list(args)
-        self.inside, self.valued, self.variables = _mode.depth > 0, False, []
-        with _Differentiating():
-            for i in numbers:
-                args[i] = _mapped(self.enter, f"argument {i}", args[i])
-            self.since = max([v._number for v in self.variables], default=0)  # what is newer may depend on them
-            try:
-                self.out = f(*args, **kwargs)
-            except ValueError as error:  # buffer[0] = v: NumPy makes a ValueError of what float(v) raised
-                if isinstance(error.__cause__, TypeError) and _ENDS in str(error.__cause__):
-                    raise error.__cause__ from None
-                raise
-        if has_aux and not (isinstance(self.out, tuple) and len(self.out) == 2):
-            raise TypeError(f"has_aux: the function must return a pair, got {reprlib.repr(self.out)}")
-        self.out, self.aux = self.out if has_aux else (self.out, None)
+        if len(numbers) > len(set(numbers)):
+            raise ValueError(f"argnums: names an argument twice: {argnums}")
+        self.given, self.one = [args[i] for i in numbers], numbers == (argnums,)
+        self.inside, self.variables = _mode.depth > 0, []
+        self.out, self.aux = _differentiating(self.record, f, numbers, [*args], kwargs), None
+        self.valued = any([v._prim for v in self.variables])
+        if has_aux:
+            if not (isinstance(self.out, tuple) and len(self.out) == 2):
+                raise TypeError(f"has_aux: the function must return a pair, got {reprlib.repr(self.out)}")
+            self.out, self.aux = self.out
         self.outs = _leaves(self.out)
         for x in self.outs:
             if not isinstance(x, (Array, np.ndarray, np.number, int, float)):
                 raise TypeError(f"the function to differentiate must return a Value or number, got {type(x).__name__}")
 
+    def record(self, f: Callable, numbers: Sequence[int], args: list, kwargs: dict):
+        """What f returns for its arguments with variables in them."""
+        for i in numbers:
+            args[i] = _mapped(self.enter, f"argument {i}", args[i])
+        self.since = _next_number()  # what is newer may depend on them
+        try:
+            return f(*args, **kwargs)
+        except ValueError as error:  # buffer[0] = v: NumPy makes a ValueError of what float(v) raised
+            if isinstance(error.__cause__, TypeError) and _ENDS in str(error.__cause__):
+                raise error.__cause__ from None
+            raise
+
     def enter(self, where: str, x) -> Value:
-        """A fresh variable for an argument, or a part of one; connected to x if that is a Value."""
-        self.valued = self.valued or isinstance(x, Value)
+        """A fresh variable for an argument, or a part of one: a leaf, or made of x if that is a Value."""
         self.variables.append(np.positive(x) if isinstance(x, Value) else _variable(x, where))
         return self.variables[-1]
 
     def sweep(self, seeds: dict) -> list:
         """The gradients of the variables, raw or Values, for those of outputs, by their places."""
-        root, found = self.outs[0] if len(self.outs) == 1 else _joined(self.outs), {}
-        symbolic = self.inside or self.valued or any([isinstance(g, Value) for g in seeds.values()])
+        symbolic, grads = self.inside or self.valued or any([isinstance(g, Value) for g in seeds.values()]), {}
         if symbolic:
             seeds = {i: g if isinstance(g, Value) else _leaf(g) for i, g in seeds.items()}
+        alone = len(self.outs) == 1
+        root, seed = (self.outs[0], seeds[0]) if alone else (_joined(self.outs), _Parts(seeds))
         if isinstance(root, Value) and root._needs:
-            with _Differentiating():
-                seed = seeds[0] if len(self.outs) == 1 else _Parts(seeds)
-                grads = _backpropagate(root, seed, symbolic=symbolic, since=self.since)
-                found = {v: grads[v] for v in self.variables if v in grads}
-                found = found if symbolic else _deposited(_at_home(found, root), add=False)
+            grads = _differentiating(_backpropagate, root, seed, symbolic=symbolic, since=self.since)
+        found = {v: grads[v] for v in self.variables if v in grads}
         self.reached = bool(found)
+        if not symbolic:
+            found = _deposited(_at_home(found, root), add=False)
         return [found[v] if v in found else _filled_like(v._held, 0) for v in self.variables]
 
     def pull(self, gradient):
@@ -2008,14 +2006,10 @@ class _Call:
         _mapped(match, "gradient", self.out, gradient)
         return self.in_form(self.sweep(dict(enumerate(seeds))), any([isinstance(g, Value) for g in seeds]))
 
-    def in_form(self, results: Sequence, valued: bool = False):
+    def in_form(self, results: Iterable, valued: bool = False):
         """Results for the variables, in the form of the arguments. valued: whether Values, whatever was given."""
-        rest = iter(results)
-
-        def hand_out(where, x):
-            return _handed_out(next(rest), valued or isinstance(x, Value))
-
-        nests = [_mapped(hand_out, "", x) for x in self.given]
+        rest = iter([_handed_out(x, valued or v._prim is not None) for x, v in zip(results, self.variables)])
+        nests = [_formed(x, rest) for x in self.given]
         return nests[0] if self.one else tuple(nests)
 
     def returned(self, out):
@@ -2026,11 +2020,10 @@ class _Call:
 def _variable(x, where: str) -> Value:
     """A fresh leaf for an argument, or a part of one, that is no Value."""
     try:
-        dtype = None
-        if not isinstance(x, (Array, *_NUMBERS)) and not _lazy(x):
-            own = np.asarray(x).dtype
-            dtype = own if own.kind == "f" else None
-        return Value(x, dtype)
+        if isinstance(x, _NUMBERS) or isinstance(x, Array) or _lazy(x):
+            return Value(x)
+        own = np.asarray(x).dtype
+        return Value(x, own if own.kind == "f" else None)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from None
 
@@ -2063,8 +2056,9 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
     def value_and_gradient(*args, **kwargs):
         call = _Call(f, argnums, args, kwargs, has_aux)
         raw = _raw(call.out)
-        if _is_nest(raw) or math.prod(np.shape(raw)) != 1:
-            got = f"{type(call.out).__name__} of shape {getattr(raw, 'shape', ())}"
+        shape = getattr(raw, "shape", ())
+        if _is_nest(raw) or math.prod(shape) != 1:
+            got = f"{type(call.out).__name__} of shape {shape}"
             raise ValueError(f"grad: the function must return one number, got {got}; see jacobian and elementwise_grad")
         found = call.sweep({0: _filled_like(raw, 1)})
         if call.variables and not call.reached:
@@ -2078,8 +2072,10 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
 def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
     """A function that returns the gradient of f; see `value_and_grad`. With has_aux, `(gradient, else)`."""
 
+    both = value_and_grad(f, argnums, has_aux)
+
     def gradient(*args, **kwargs):
-        value, slope = value_and_grad(f, argnums, has_aux)(*args, **kwargs)
+        value, slope = both(*args, **kwargs)
         return (slope, value[1]) if has_aux else slope
 
     return gradient
@@ -2101,17 +2097,16 @@ def jacobian(f: Callable, argnums: int | Sequence[int] = 0) -> Callable:
         call, places = _Call(f, argnums, args, kwargs), itertools.count()
 
         def of_output(where, out):
-            raw, place, units = _raw(out), next(places), [_filled_like(_raw(out), 1)]
+            raw, place = _raw(out), next(places)
+            units = [_filled_like(raw, 1)]
             if np.ndim(raw):
                 units = [unit.reshape(raw.shape) for unit in np.eye(raw.size, dtype=raw.dtype)]
-            rows, results = [call.sweep({place: unit}) for unit in units], []
-            for k, v in enumerate(call.variables):
-                column, shape = [row[k] for row in rows], np.shape(raw) + v.shape
-                if shape:
-                    stack = np.stack if any(isinstance(g, Value) or _lazy(g) for g in column) else np.array
-                    column = [np.reshape(stack(column), shape) if column else np.zeros(shape)]
-                results.append(column[0])
-            return call.in_form(results)
+            rows = [call.sweep({place: unit}) for unit in units]
+            shapes, found = [np.shape(raw) + v.shape for v in call.variables], []
+            for column, shape in zip(zip(*rows), shapes):
+                stack = np.array if _PLAIN.issuperset(map(type, column)) else np.stack
+                found.append(np.reshape(stack(column), shape) if shape else column[0])
+            return call.in_form(found if rows else map(np.zeros, shapes))
 
         return _mapped(of_output, "", call.out)
 
@@ -2129,8 +2124,12 @@ def vjp(f: Callable, *args: Any) -> tuple[Any, Callable]:
     f returns a Value or number, or a dict, list or tuple of such. The function takes a gradient of that form, and
     returns a tuple of one for each argument; it may be called many times. Arguments are as in `value_and_grad`.
     """
-    call = _Call(f, range(len(args)), args, {})
+    call = _Call(f, range(len(args)), args)
     return call.returned(call.out), call.pull
+
+
+def _in_tuple(x) -> tuple:
+    return x if type(x) is tuple else (x,)
 
 
 def jvp(f: Callable, args: tuple, tangents: tuple) -> tuple[Any, Any]:
@@ -2139,11 +2138,11 @@ def jvp(f: Callable, args: tuple, tangents: tuple) -> tuple[Any, Any]:
     args and tangents are tuples of the same form; one argument may stand for itself. f and its arguments are as in
     `vjp`. Gradients of arguments are linear in that of the value: a sweep back through a sweep goes forward.
     """
-    args, tangents = (x if type(x) is tuple else (x,) for x in (args, tangents))
-    call = _Call(f, range(len(args)), args, {})
-    one = (lambda x: _leaf(_filled_like(x, 1))) if call.valued else np.ones_like
-    ones = _mapped(lambda where, x: one(_raw(x)), "", call.out)
-    return call.returned(call.out), vjp(call.pull, ones)[1](tangents)[0]
+    args = _in_tuple(args)
+    call = _Call(f, range(len(args)), args)
+    one = _leaf if call.valued else np.asarray
+    ones = _mapped(lambda where, x: one(_filled_like(_raw(x), 1)), "", call.out)
+    return call.returned(call.out), vjp(call.pull, ones)[1](_in_tuple(tangents))[0]
 
 
 def hvp(f: Callable, args: tuple, vector: tuple) -> Any:
@@ -2151,10 +2150,9 @@ def hvp(f: Callable, args: tuple, vector: tuple) -> Any:
 
     args and vector are tuples; one argument may stand for itself. Two sweeps, whatever the size.
     """
-    several = type(args) is tuple
-    args, vector = (args, vector) if several else ((args,), (vector,))
-    product = vjp(grad(f, range(len(args))), *args)[1](vector if type(vector) is tuple else (vector,))
-    return product if several else product[0]
+    slopes = grad(f, range(len(args)) if type(args) is tuple else (0,))
+    product = vjp(slopes, *_in_tuple(args))[1](_in_tuple(vector))
+    return product if type(args) is tuple else product[0]
 
 
 def ravel_nest(nest: Any) -> tuple[Any, Callable]:
@@ -2178,13 +2176,8 @@ def ravel_nest(nest: Any) -> tuple[Any, Callable]:
         flat = flat if isinstance(flat, Array) else np.asarray(flat)
         if flat.shape != (total,):
             raise ValueError(f"unravel: expected shape ({total},), got {flat.shape}")
-        rest = zip(np.split(flat, ends[1:]), kinds)
-
-        def part(where, _):
-            x, (shape, dtype) = next(rest)
-            return _as_dtype(np.reshape(x, shape), dtype)
-
-        return _mapped(part, "", form)
+        parts = zip(np.split(flat, ends[1:]), kinds)
+        return _formed(form, (_as_dtype(np.reshape(x, shape), dtype) for x, (shape, dtype) in parts))
 
     return np.concatenate(parts) if parts else np.zeros(0), unravel
 
@@ -2212,9 +2205,7 @@ def _remade(operands: Sequence, rule: Callable = lambda node, args: node) -> Val
     *inputs, recipe = operands
 
     def made(node, args):
-        new = _record(node._prim, args, node._params)
-        new.label = node.label
-        return rule(new, args)
+        return rule(_record(node._prim, args, node._params, node.label), args)
 
     return _rewrite([recipe.root], made, ends=dict(zip(recipe.inputs, inputs)))[0]
 
@@ -2242,14 +2233,12 @@ def _forgotten(root: Value, since: int) -> Value:
     """A node for all that was computed after that number: its data stays, what it was made by does not."""
 
     def twin(node, args):
-        return _rebuild(Value, (), None, node._prim, args, node._params, True, None, None, node.label)
+        return _node(None, node._prim, args, node._params, node.label)
 
     nodes = _newest_first(root, since)[::-1]
     inputs = {x: _leaf(None) for x in nodes if x._prim is None or x._number <= since}
     recipe = _Recipe(*_rewrite([root], twin, nodes, inputs), list(inputs.values()))
-    node = _node(root._held, _checkpoint, (*inputs, recipe), _NO_PARAMS)
-    node.label = root.label
-    return node
+    return _node(root._held, _checkpoint, (*inputs, recipe), _NO_PARAMS, root.label)
 
 
 def checkpoint(f: Callable) -> Callable:
@@ -2270,7 +2259,7 @@ def checkpoint(f: Callable) -> Callable:
         made = [x for x in _leaves(out) if isinstance(x, Value) and x._needs and x._prim and x._number > since]
         new = {}
         if len(made) == 1:
-            new = {made[0]: _forgotten(made[0], since)}
+            new[made[0]] = _forgotten(made[0], since)
         elif made:  # in one vector, so that all is computed again but once
             flat, unravel = ravel_nest(made)
             new = dict(zip(made, unravel(_forgotten(flat, since))))
@@ -2285,9 +2274,7 @@ def checkpoint(f: Callable) -> Callable:
 def _nonfinite(raw) -> str:
     """What is not finite in a raw value, in words; "" if all is."""
     x = np.asarray(_fetched(raw))
-    if x.dtype.kind != "f":
-        return ""
-    counts = {"inf": np.isinf(x).sum(), "nan": np.isnan(x).sum()}
+    counts = {"inf": np.isinf(x).sum(), "nan": np.isnan(x).sum()} if x.dtype.kind == "f" else {}
     return " and ".join([f"{name} in {n} of {x.size}" for name, n in counts.items() if n])
 
 
@@ -2297,8 +2284,8 @@ def _account(what: str, node: Value, nodes: Sequence[Value]) -> list[str]:
     for i, x in enumerate(node._args):
         raw, makers = np.asarray(_fetched(_raw(x))), ", ".join(map(_name_of, getattr(x, "_args", ())))
         numbers = f"{raw.min()} to {raw.max()}" if raw.size and raw.dtype.kind != "O" else "no numbers"
-        made = f" made of {makers}" if makers else ""
-        lines.append(f"  operand {i}: {_name_of(x)}{made}, shape {raw.shape}, {_nonfinite(raw) or numbers}")
+        name = _name_of(x) + f" made of {makers}" * bool(makers)
+        lines.append(f"  operand {i}: {name}, shape {raw.shape}, {_nonfinite(raw) or numbers}")
     for other in reversed(nodes):
         into = [i for i, x in enumerate(other._args) if isinstance(x, Value) and x in below]
         if into and other._prim is TABLE[np.where]:
@@ -2369,16 +2356,13 @@ def check_gradients(
     step, rtol, atol: of the differences; the two may differ by atol + rtol * their size.
     Raises AssertionError that names the argument, the element and both numbers.
     """
-    raws, free = [], []
+    free, weights = {}, []
     for i, x in enumerate(args):
         raw = np.asarray(_raw(x))
         if raw.dtype.kind == "f" or (raw.dtype.kind == "i" and isinstance(x, int)):
-            free.append(i)
-        raws.append(raw.astype(np.float64) if i in free else x)
+            free[i] = raw.astype(np.float64)
     if not free:
         raise TypeError("check_gradients: expected at least one number or floating array among the arguments")
-    weak = {i for i, x in enumerate(args) if isinstance(_raw(x), (int, float)) and not isinstance(x, np.float64)}
-    weights: list = []
 
     def total(*values):
         out = f(*values)
@@ -2388,29 +2372,26 @@ def check_gradients(
             weights.append(np.random.default_rng(0).uniform(0.5, 1.5, out.shape))
         return np.sum(out * weights[0]) if out.ndim else out
 
-    def value(i, x):
-        if i not in free:
-            return x
-        return _leaf(float(x) if i in weak else _settle(x.copy()))
-
     def values():
-        return [value(i, x) for i, x in enumerate(raws)]
+        weak = {i: float(x) for i, x in free.items() if type(_raw(args[i])) in _WEAK_TYPES}
+        strong = {i: _settle(x.copy()) for i, x in free.items()}
+        return [_leaf((strong | weak)[i]) if i in free else x for i, x in enumerate(args)]
 
-    for i in free:
+    for i, x in free.items():
         gradient = np.asarray(jacobian(total, i)(*values()).data)  # which does not warn of 0
-        for element in np.ndindex(raws[i].shape):
-            kept, sides = raws[i][element].copy(), []
+        for element in np.ndindex(x.shape):
+            kept, sides = x[element].copy(), []
             for change in (step, -step):
-                raws[i][element] = kept + change
+                x[element] = kept + change
                 with no_grad():
                     sides.append(float(total(*values())))
-            raws[i][element] = kept
+            x[element] = kept
             numeric, exact = (sides[0] - sides[1]) / (2 * step), float(gradient[element])
             if not abs(numeric - exact) <= atol + rtol * max(abs(numeric), abs(exact)):
                 place = f", element {element}" if element else ""
                 raise AssertionError(f"argument {i}{place}: gradient {exact!r}, by finite differences {numeric!r}")
         if order > 1:
-            check_gradients(jacobian(total, i), *raws, order=order - 1, step=step, rtol=max(rtol, 1e-4), atol=atol)
+            check_gradients(jacobian(total, i), *args, order=order - 1, step=step, rtol=max(rtol, 1e-4), atol=atol)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4888,12 +4869,6 @@ def _type_name(x) -> str:
     return f"{cls.__name__}: {_two_copies(cls)}" if _of_another_copy(cls) else cls.__name__
 
 
-@functools.lru_cache(1000)
-def _slots(cls: type) -> list[str]:
-    """The names of attributes that a class and its bases keep in slots."""
-    return [name for c in reversed(cls.__mro__) for name, x in vars(c).items() if type(x) is types.MemberDescriptorType]
-
-
 class _Mismatch(ValueError):
     """A file of parameters, but of other ones."""
 
@@ -5172,19 +5147,6 @@ def hinge_loss(scores: Value, labels: Any) -> Value:
 # --- optimizers ---
 
 
-def _faults_pass() -> bool:
-    """Whether no floating-point fault can become an error, by NumPy's errstate or by a filter of warnings.
-
-    The errstate is a context variable: a context without any has NumPy's default. `np.geterr` takes five times as long.
-    """
-    if contextvars.copy_context() and not _QUIET.issuperset(np.geterr().values()):
-        return False
-    return "error" not in map(_get_action, warnings.filters)
-
-
-_get_action = operator.itemgetter(0)
-
-
 class _State(dict):
     """What an optimizer keeps for a parameter: arrays like its data, by name, zeros at first.
 
@@ -5260,7 +5222,9 @@ class _Optimizer:
                 arrays.append((data, g, state))
         if not usual:
             self._check()
-        step = self._step if _faults_pass() else self._step_or_stay
+        # A context without any variable has NumPy's default errstate; `np.geterr` takes five times as long to say so.
+        state = np.geterr() if contextvars.copy_context() else {}
+        step = self._step if _harmless(state) else self._step_or_stay
         step(arrays, scalars, numbers)
 
     def _check(self):
@@ -5510,7 +5474,7 @@ def _value_lines(raw) -> list[str]:
     if 0 < x.size <= 4:
         return [_few(x)]
     nans = _count_nans(raw)
-    return [shape, f"{nans} nan"] if nans else [shape]
+    return [shape, f"{nans} nan" * bool(nans)]
 
 
 def _gradient_line(g) -> str:
@@ -5570,12 +5534,13 @@ def _save_picture(graph, path, seconds: float):
     """Renders in memory, then puts the complete file in its place."""
     import subprocess
 
-    picture = graph.copy()
-    if path.suffix.lower() == ".png":
+    picture, suffix = graph.copy(), path.suffix.lower()
+    if suffix == ".png":
         picture.graph_attr["dpi"] = "96"  # text comes out as large as the code on the page around it
-    command = ["dot", f"-T{path.suffix[1:].lower()}"]
     try:
-        done = subprocess.run(command, input=picture.source.encode(), capture_output=True, timeout=seconds)
+        done = subprocess.run(
+            ["dot", f"-T{suffix[1:]}"], input=picture.source.encode(), capture_output=True, timeout=seconds
+        )
     except OSError as error:
         why = "was not found on PATH" if isinstance(error, FileNotFoundError) else f"cannot be run ({error})"
         source = _save_source(graph.source.encode(), path)
@@ -5592,7 +5557,7 @@ def _save_picture(graph, path, seconds: float):
     if done.returncode or not done.stdout:
         said = done.stderr.decode(errors="replace").strip() or "no message"
         raise RuntimeError(f"draw: Graphviz's program `dot` made no picture (exit code {done.returncode}): {said}")
-    content = done.stdout.replace(b"<g id=", _DARK + b"<g id=", 1) if path.suffix.lower() == ".svg" else done.stdout
+    content = done.stdout.replace(b"<g id=", _DARK + b"<g id=", 1) if suffix == ".svg" else done.stdout
     _write_whole(path, lambda file: file.write(content))
 
 
@@ -5624,8 +5589,7 @@ def _empty_graph(rankdir: str):
 class _Picture:
     """A picture in the making: boxes v0, v1, ..., and arrows to each from its operands."""
 
-    def __init__(self, values: list[Value], rankdir: str | None):
-        drawn = {id(x): x for v in values for x in (*v._args, v) if not _written(x)}
+    def __init__(self, values: list[Value], drawn: dict[int, Any], rankdir: str | None):
         boxes = {key: _lines(x) for key, x in drawn.items()}
         self.root, self.rankdir = values[-1], rankdir or _direction(values, boxes)
         self.names, self.graph = {key: f"v{i}" for i, key in enumerate(drawn)}, _empty_graph(self.rankdir)
@@ -5653,14 +5617,14 @@ class _Picture:
     def arrows(self, v: Value) -> None:
         """Adds the arrows that come to the box of a Value."""
         operands = [x for x in v._args if not _written(x)]
-        entries = _ENTRIES[self.rankdir].get(len(operands), "").split()
-        ends = [{"headport": entry} for entry in entries] or [{"headlabel": str(i + 1)} for i in range(len(operands))]
-        if len(operands) < 2 or v._prim.name in _IN_ANY_ORDER:  # where lines cross least
-            ends = [{}] * len(operands)
+        key, ends = "headport", _ENTRIES[self.rankdir].get(len(operands), "").split()
+        if not ends:
+            key, ends = "headlabel", [str(i + 1) for i in range(len(operands))]
+        ordered = len(operands) > 1 and v._prim.name not in _IN_ANY_ORDER  # else where lines cross least
         for x, end in zip(operands, ends):
             # dot draws heavy edges straight: those of the main line, from one result to the next.
-            weight = "2" if isinstance(x, Value) and x._prim else "1"
-            self.graph.edge(self.names[id(x)], self.names[id(v)], weight=weight, **end)
+            look = {"weight": "2" if getattr(x, "_prim", None) else "1"} | ({key: end} if ordered else {})
+            self.graph.edge(self.names[id(x)], self.names[id(v)], **look)
 
     def legend(self, caption: str) -> None:
         """Adds what is below the picture: a caption, the kinds of boxes, and what the marks mean."""
@@ -5711,14 +5675,15 @@ def draw(
         raise FileNotFoundError(f"draw: filename must be in an existing folder, got {str(path)!r}")
     root = root._picture()
     values = _newest_first(root)[::-1]
-    count = len({id(x) for v in values for x in (v, *v._args) if not _written(x)})
+    drawn = {id(x): x for v in values for x in (*v._args, v) if not _written(x)}
+    count = len(drawn)
     if count > max_nodes:
         raise ValueError(
             f"draw: the graph has {count} nodes ({len(values)} Values, {count - len(values)} Tensors and constants), "
             f"and max_nodes is {max_nodes}. Draw a part of it (an inner Value, fewer samples or layers), compute "
             "with arrays in place of numbers, or pass a larger max_nodes: above a thousand, Graphviz may take minutes."
         )
-    picture = _Picture(values, rankdir)
+    picture = _Picture(values, drawn, rankdir)
     picture.legend(caption)
     if path:
         _save_picture(picture.graph, path, _DOT_SECONDS + count)
