@@ -2755,19 +2755,20 @@ def _others(a):
 
 
 def _rows(a, axis):
-    """a with the axes that a reduction takes together as one, the last; and before they were joined."""
+    """a with the axes that a reduction takes together as one, the last; and the way back to a's shape."""
     axes = _axes(a, axis)
-    moved = np.moveaxis(a, axes, range(-len(axes), 0))
-    kept = np.ndim(a) - len(axes)
-    return np.reshape(moved, (*moved.shape[:kept], math.prod(moved.shape[kept:]))), moved
+    last = range(-len(axes), 0)
+    moved = np.moveaxis(a, axes, last)
+    kept = np.shape(moved)[: np.ndim(a) - len(axes)]
+    rows = np.reshape(moved, (*kept, math.prod(np.shape(moved)[len(kept) :])))
+    return rows, lambda x: np.moveaxis(np.reshape(x, np.shape(moved)), last, axes)
 
 
 def _prod_a(g, out, a, axis=None, keepdims=False):
     if 0 in np.shape(a):
         return np.zeros_like(a)
-    (rows, moved), axes = _rows(a, axis), _axes(a, axis)
-    others = np.reshape(_others(rows), np.shape(moved))
-    return _unreduce(g, a, axis, keepdims) * np.moveaxis(others, range(-len(axes), 0), axes)
+    rows, back = _rows(a, axis)
+    return _unreduce(g, a, axis, keepdims) * back(_others(rows))
 
 
 def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
@@ -3320,7 +3321,7 @@ def sort(a, axis=-1, kind=None, order=None, *, stable=None):
     return take_along_axis(a, np.argsort(a, axis), axis)
 
 
-# --- order statistics: sort, and gather ---
+# --- order statistics ---
 
 
 def _ranks(rows, q, method, skip):
@@ -3338,31 +3339,33 @@ def _ranks(rows, q, method, skip):
 _ranked = primitive(_ranks, None, name="ranks of quantiles")
 
 
-def _quantiles(twin, unit=1.0, q=None):
-    """Enters a function that gives quantiles, q in units of its own or always the same, by sorting and gathering."""
+def _quantiles(prefix):
+    """Enters the functions that give quantiles: of the sorted, each is one, or between two."""
 
-    def quantile(a, q, axis=None, *, overwrite_input=False, method="linear", keepdims=False):
-        if method != "linear" and np.result_type(_raw(a)).kind != "f":
-            raise TypeError(f"{twin.__name__}: method must be 'linear' for whole numbers, got {method!r}")
-        q = np.asarray(q, float) / unit
-        rows = np.sort(_rows(a, axis)[0], axis=-1)
-        if not rows.shape[-1]:
-            rows = np.concatenate([rows, np.full((*rows.shape[:-1], 1), np.nan)], axis=-1)
-        place = _ranked(rows, q=q.ravel().tolist(), method=method, skip=twin.__name__.startswith("nan"))
-        low, high = (np.take_along_axis(rows, _as_dtype(f(place), np.dtype(int)), -1) for f in (np.floor, np.ceil))
-        part = _as_dtype(np.remainder(place, 1.0), np.result_type(_raw(_floating(rows))))
-        out = np.where(part == 0, low, low * (1.0 - part) + high * part)
-        shape = np.shape(np.any(np.empty(np.shape(a), bool), axis=axis, keepdims=keepdims))
-        out = np.reshape(np.moveaxis(out, -1, 0), q.shape + shape)
-        return _as_dtype(out, float) if type(_raw(a)) in _WEAK_TYPES and not out.ndim else out
+    def rule(g, out, a, q, axis=None, method="linear", keepdims=False):
+        if not np.size(a):
+            return np.zeros_like(a)
+        (rows, back), q = _rows(a, axis), np.ravel(q).tolist()
+        place = _ranked(rows, q=q, method=method, skip=bool(prefix))
+        g, part = np.moveaxis(np.reshape(g, (len(q), *np.shape(rows)[:-1])), 0, -1), np.remainder(place, 1.0)
+        between = _as_dtype(np.concatenate([np.floor(place), np.ceil(place)], -1), np.dtype(int))
+        *where, _ = np.ogrid[tuple(map(slice, np.shape(between)))]
+        origins = np.take_along_axis(np.argsort(rows, -1), between, -1)
+        shares = np.concatenate([g * (1.0 - part), g * part], -1)
+        return back(_scatter(shares, origins, shape=np.shape(rows), index=(*where, _HOLE)))
 
-    composed(twin)(quantile if q is None else lambda a, axis=None, **params: quantile(a, q, axis, **params))
+    primitive(getattr(np, f"{prefix}quantile"), rule)
+    primitive(
+        getattr(np, f"{prefix}percentile"),
+        lambda g, out, a, q, axis=None, method="linear", keepdims=False: rule(
+            g, out, a, np.divide(q, 100), axis, method
+        ),
+    )
+    primitive(getattr(np, f"{prefix}median"), lambda g, out, a, axis=None, keepdims=False: rule(g, out, a, 0.5, axis))
 
 
-for _prefix in ("", "nan"):
-    _quantiles(getattr(np, f"{_prefix}quantile"))
-    _quantiles(getattr(np, f"{_prefix}percentile"), 100.0)
-    _quantiles(getattr(np, f"{_prefix}median"), q=0.5)
+_quantiles("")
+_quantiles("nan")
 
 _distinct = primitive(
     lambda ar, part, axis, equal_nan: np.unique(ar, True, True, True, axis, equal_nan=equal_nan)[part],
@@ -4075,13 +4078,19 @@ _norm = primitive(
 
 @composed(np.linalg.norm)
 def norm(x, ord=None, axis=None, keepdims=False):
-    """`np.linalg.norm`, of vectors and matrices; its gradient at 0 is 0."""
+    """`np.linalg.norm`; its gradient at 0 is 0. That of a matrix is one of the sums of its rows or columns, or of its
+    singular values."""
     if ord is not None or axis is not None:
         np.linalg.norm(np.ones((1,) * np.ndim(x)), ord, axis)  # NumPy's own checks and errors
     x, axes = _floating(x), _axes(x, axis)
     if ord in (None, "fro") or len(axes) == 1:
         return _vector_norm(x, ord, axis=axis, keepdims=keepdims)
-    out = _matrix_norm(np.moveaxis(x, axes, (-2, -1)), ord)
+    x = np.moveaxis(x, axes, (-2, -1))
+    if ord in (2, -2, "nuc"):
+        sizes = np.linalg.svdvals(x)
+    else:
+        sizes = np.sum(np.abs(x), axis=-2 if abs(ord) == 1 else -1)
+    out = _vector_norm(sizes, 1 if ord == "nuc" else math.copysign(np.inf, ord), axis=-1)
     return np.expand_dims(out, axes) if keepdims else out
 
 
@@ -4097,17 +4106,6 @@ def _vector_norm(x, ord, **kept):
     return np.where(some, np.where(some, total, 1.0) ** (1.0 / ord), 0.0)
 
 
-def _matrix_norm(x, ord):
-    """Of the sums of rows or columns, or of the singular values, the largest, the smallest, or their sum."""
-    if ord in (2, -2, "nuc"):
-        sizes = np.linalg.svdvals(x)
-    else:
-        sizes = np.sum(np.abs(x), axis=-2 if abs(ord) == 1 else -1)
-    if ord == "nuc":
-        return np.sum(sizes, axis=-1)
-    return (np.max if ord > 0 else np.min)(sizes, axis=-1)
-
-
 composed(np.linalg.vector_norm)(
     lambda x, *, axis=None, keepdims=False, ord=2: _vector_norm(_floating(x), ord, axis=axis, keepdims=keepdims)
 )
@@ -4118,6 +4116,28 @@ composed(np.linalg.trace)(lambda x, *, offset=0: trace(x, offset, -2, -1))
 # A decomposition is one primitive, whose parts lie side by side in one array: one rule gives the gradient of all.
 
 
+def _decomposed(function, rule, name):
+    """A function that gives NumPy's parts; rule(their gradients, parts, a) is the gradient of a."""
+    named = type(function(np.eye(1)))
+
+    @functools.lru_cache(64)
+    def layout(*shape):
+        shapes = [x.shape for x in function(np.eye(*shape))]
+        return shapes, list(itertools.accumulate(map(math.prod, shapes)))[:-1]
+
+    def in_parts(joined, a):
+        shapes, ends = layout(*np.shape(a)[-2:])
+        parts = np.split(joined, ends, axis=-1)
+        return [np.reshape(x, np.shape(a)[:-2] + shape) for x, shape in zip(parts, shapes)]
+
+    prim = primitive(
+        lambda a: np.concatenate([_rows(x, range(a.ndim - 2, x.ndim))[0] for x in function(a)], -1),
+        lambda g, out, a: rule(in_parts(g, a), in_parts(out, a), a),
+        name=name,
+    )
+    return lambda a: named(*in_parts(prim(a), a))
+
+
 def _gaps(s):
     """1 / (s[j] - s[i]) at i, j, for the numbers along the last axis; 0 if they are equal up to rounding."""
     gap = np.expand_dims(s, -2) - np.expand_dims(s, -1)
@@ -4125,43 +4145,32 @@ def _gaps(s):
     return 1.0 / np.where(np.abs(gap) <= tiny, np.inf, gap)
 
 
-def _eigh_forward(a, UPLO="L"):
-    w, v = np.linalg.eigh(a, UPLO)
-    return np.concatenate([np.expand_dims(w, -2), v], -2)
-
-
-def _eigh_a(g, out, a, UPLO="L"):
+def _eigh_a(g, out, a):
     # Giles 2008, "An extended collection of matrix derivative results", 3.1. NumPy reads one triangle only.
-    w, v, n = out[..., 0, :], out[..., 1:, :], np.shape(a)[-1]
-    inner = _t(v) @ g[..., 1:, :] * _gaps(w) + np.expand_dims(g[..., 0, :], -1) * np.eye(n)
-    return _twice(v @ inner @ _t(v)) * (_half(n) if UPLO in "Ll" else _t(_half(n)))
+    (gw, gv), (w, v), n = g, out, np.shape(a)[-1]
+    inner = _t(v) @ gv * _gaps(w) + np.expand_dims(gw, -1) * np.eye(n)
+    return _twice(v @ inner @ _t(v)) * _half(n)
 
 
-_eigh = primitive(_eigh_forward, _eigh_a, name="eigh")
+_eigh = {
+    "L": _decomposed(np.linalg.eigh, _eigh_a, "eigh"),
+    "U": _decomposed(lambda a: np.linalg.eigh(a, "U"), lambda g, out, a: _t(_eigh_a(g, out, a)), "eigh of upper"),
+}
 
 
 @composed(np.linalg.eigh)
 def eigh(a, UPLO="L"):
-    out = _eigh(a, UPLO=UPLO)
-    return type(np.linalg.eigh(np.eye(1)))(out[..., 0, :], out[..., 1:, :])
+    np.linalg.eigh(np.eye(1), UPLO)  # NumPy's own checks and errors
+    return _eigh[UPLO.upper()](a)
 
 
 composed(np.linalg.eigvalsh)(lambda a, UPLO="L": eigh(a, UPLO).eigenvalues)
 
 
-def _svd_forward(a):
-    u, s, v = np.linalg.svd(a, full_matrices=False)
-    return np.concatenate([_t(u), np.expand_dims(s, -1), v], -1)
-
-
-def _svd_parts(out, a):
-    m = np.shape(a)[-2]
-    return _t(out[..., :m]), out[..., m], _t(out[..., m + 1 :])
-
-
 def _svd_a(g, out, a):
     # Townsend 2016, "Differentiating the singular value decomposition", eqs. 8 to 20.
-    (u, s, v), (gu, gs, gv) = _svd_parts(out, a), _svd_parts(g, a)
+    (u, s, v), (gu, gs, gv) = out, g
+    v, gv = _t(v), _t(gv)
     row, column = np.expand_dims(s, -2), np.expand_dims(s, -1)
     gaps, of_u, of_v = _over(_gaps(s), row + column), _t(u) @ gu, _t(v) @ gv
     inner = _twice(of_u * gaps) * row + column * _twice(of_v * gaps) + np.expand_dims(gs, -1) * np.eye(s.shape[-1])
@@ -4170,7 +4179,7 @@ def _svd_a(g, out, a):
     return u @ inner @ _t(v) + outside
 
 
-_svd = primitive(_svd_forward, _svd_a, name="svd")
+_svd = _decomposed(lambda a: np.linalg.svd(a, full_matrices=False), _svd_a, "svd")
 
 
 @composed(np.linalg.svd)
@@ -4178,40 +4187,31 @@ def svd(a, full_matrices=True, compute_uv=True):
     m, n = np.shape(a)[-2:]
     if compute_uv and full_matrices and m != n:
         raise TypeError(f"np.linalg.svd: of a matrix of shape {m, n}, only full_matrices=False has a gradient")
-    u, s, v = _svd_parts(_svd(a), a)
-    return type(np.linalg.svd(np.eye(1)))(u, s, _t(v)) if compute_uv else s
+    return _svd(a) if compute_uv else _svd(a).S
 
 
 composed(np.linalg.svdvals)(lambda x: svd(x, False, False))
 
 
-def _qr_forward(a):
-    q, r = np.linalg.qr(a)
-    return np.concatenate([_t(q), r], -1)
-
-
 def _qr_a(g, out, a):
     # Walter and Lehmann 2010, "Algorithmic differentiation of linear algebra functions with application in optimum
     # experimental design", 3.2. Columns beyond the rows have no part in q: there, r is q.T @ a.
-    m, k = np.shape(a)[-2], min(np.shape(a)[-2:])
-    (q, r), (gq, gr) = ((_t(x[..., :m]), x[..., m : m + k]) for x in (out, g))
-    beyond = g[..., m + k :]
+    (gq, gr), (q, r), k = g, out, min(np.shape(a)[-2:])
+    beyond, gr, r = gr[..., k:], gr[..., :k], r[..., :k]
     gq = gq + a[..., k:] @ _t(beyond)
     inner = r @ _t(gr) - _t(gq) @ q
     both = gq + q @ (np.tril(inner) + _t(np.tril(inner, -1)))
     return np.concatenate([_t(np.linalg.solve(r, _t(both))), q @ beyond], -1)
 
 
-_qr = primitive(_qr_forward, _qr_a, name="qr")
+_qr = _decomposed(np.linalg.qr, _qr_a, "qr")
 
 
 @composed(np.linalg.qr)
 def qr(a, mode="reduced"):
     if mode not in ("reduced", "r"):
         raise TypeError(f"np.linalg.qr: mode {mode!r} is not supported on a Value or Tensor, only 'reduced' and 'r'")
-    out, m = _qr(a), np.shape(a)[-2]
-    q, r = _t(out[..., :m]), out[..., m:]
-    return r if mode == "r" else type(np.linalg.qr(np.eye(1)))(q, r)
+    return _qr(a).R if mode == "r" else _qr(a)
 
 
 def _pinv_a(g, out, a, rcond=None, rtol=None):

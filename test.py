@@ -192,9 +192,13 @@ SAMPLES = {
     "mse": [(((2, 3), (2, 3)), {})],
     "cross entropy": [(((2, 3), np.eye(3, dtype=bool)[[2, 0]]), {}), (((3,), np.array([False, True, False])), {})],
     "dense layer": [(((2, 3), (3, 4), (4,)), {"activation": f}) for f in (TABLE[np.tanh], sigmoid, None)],
-    **dict.fromkeys(["inv", "det", "cholesky", "logabsdet", "matrix of cofactors"], SQUARE),
+    **dict.fromkeys(["inv", "det", "cholesky", "eigh", "eigh of upper", "logabsdet", "matrix of cofactors"], SQUARE),
     **dict.fromkeys(["pinv", "svd", "qr"], [(((3, 2),), {}), (((2, 2, 3),), {})]),
-    "eigh": [*SQUARE, ((((3, 3), "definite"),), {"UPLO": "U"})],
+    **dict.fromkeys(["median", "nanmedian"], [(((2, 3, 4),), params) for params in AXES]),
+    **dict.fromkeys(
+        ["quantile", "nanquantile", "percentile", "nanpercentile"],
+        [(((2, 3, 4),), {"q": [0.3, 1.0], **params}) for params in AXES],
+    ),
     "cross": [(((2, 3), (3,)), {})],
     "convolve": [(((3,), (5,)), {}), (((4,), (2,)), {"mode": "same"}), (((4,), (3,)), {"mode": "valid"})],
     "partition": [
