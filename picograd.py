@@ -2444,6 +2444,13 @@ def check_gradients(
 
 _elementwise = functools.partial(primitive, elementwise=True)
 
+
+def _numpys(function: Callable) -> Callable:
+    """Enters a composition for NumPy's function of its name."""
+    name = function.__name__
+    return composed(getattr(np, name, None) or getattr(np.linalg, name))(function)
+
+
 # --- arithmetic ---
 
 
@@ -2578,7 +2585,6 @@ def _in_parts(function, *rules):
 
 _in_parts(np.modf, lambda g, out, x: g, None)
 _in_parts(np.frexp, lambda g, out, x: np.ldexp(g, -np.frexp(x)[1]), None)
-composed(np.divmod)(lambda x, y: (np.floor_divide(x, y), np.remainder(x, y)))
 
 # --- selection ---
 
@@ -2955,14 +2961,14 @@ _as_dtype = _elementwise(_cast, lambda g, out, a, dtype: g, name="astype")
 _elementwise(np.copy, lambda g, out, a: g)
 
 
-@composed(np.reshape)
+@_numpys
 def reshape(a, shape, order="C"):
     if order != "C":
         raise TypeError(f"reshape: order {order!r} is not supported on a Value or Tensor, only 'C'")
     return _reshape(a, shape)
 
 
-@composed(np.ravel)
+@_numpys
 def ravel(a, order="C"):
     flat = reshape(a, (-1,), order)
     raw = _raw(flat)
@@ -3029,21 +3035,11 @@ def _together(arrays) -> list:
     return [x if y is z else _as_dtype(x, y.dtype) for x, y, z in zip(arrays, met, raws)]
 
 
-@composed(np.concatenate)
+@_numpys
 def concatenate(arrays, axis=0):
     if axis is None:
         return _concatenate(*map(np.ravel, _together(arrays)), axis=0)
     return _concatenate(*arrays, axis=axis)
-
-
-@composed(np.stack)
-def stack(arrays, axis=0):
-    return _stack(*arrays, axis=axis)
-
-
-@composed(np.append)
-def append(arr, values, axis=None):
-    return concatenate([arr, values], axis)
 
 
 def _joining(extended, axis):
@@ -3056,13 +3052,7 @@ def _joining(extended, axis):
     return join
 
 
-composed(np.vstack)(_joining(np.atleast_2d, 0))
-composed(np.hstack)(_joining(np.atleast_1d, 1))
-composed(np.dstack)(_joining(np.atleast_3d, 2))
-composed(np.column_stack)(_joining(lambda a: a if np.ndim(a) > 1 else _reshape(a, (-1, 1)), 1))
-
-
-@composed(np.block)
+@_numpys
 def block(arrays):
     """`np.block`: a matrix of numbers and arrays from nested lists."""
 
@@ -3106,19 +3096,19 @@ for _function in (np.split, np.array_split, np.hsplit, np.vsplit, np.dsplit):
 composed(*_since("unstack"))(lambda x, *, axis=0: tuple(np.moveaxis(x, axis, 0)))
 
 
-@composed(np.trim_zeros)
+@_numpys
 def trim_zeros(filt, *args, **kwargs):
     whole = np.ascontiguousarray(_fetched(_raw(filt)) != 0)
     return filt[_place(np.trim_zeros(whole, *args, **kwargs), whole)]
 
 
-@composed(np.broadcast_arrays)
+@_numpys
 def broadcast_arrays(*args):
     shape = np.broadcast_shapes(*map(np.shape, args))
     return tuple([np.broadcast_to(x, shape) for x in args])
 
 
-@composed(np.meshgrid)
+@_numpys
 def meshgrid(*xi, **options):
     places = np.meshgrid(*[np.arange(np.size(x)) for x in xi], **options)
     return tuple(map(np.take, xi, places))
@@ -3305,7 +3295,7 @@ def take(a, indices, axis=None):
     return _as_dtype(taken, float) if weak else taken
 
 
-@composed(np.take_along_axis)
+@_numpys
 def take_along_axis(arr, indices, axis=-1):
     arr, axis = (np.ravel(arr), 0) if axis is None else (arr, _axis(axis, arr))
     if np.ndim(indices) != np.ndim(arr):
@@ -3315,7 +3305,7 @@ def take_along_axis(arr, indices, axis=-1):
     return arr[tuple(where)]
 
 
-@composed(np.sort)
+@_numpys
 def sort(a, axis=-1, kind=None, order=None, *, stable=None):
     a, axis = (np.ravel(a), 0) if axis is None else (a, _axis(axis, a))
     return take_along_axis(a, np.argsort(a, axis), axis)
@@ -3374,7 +3364,7 @@ _distinct = primitive(
 )
 
 
-@composed(np.unique)
+@_numpys
 def unique(
     ar, return_index=False, return_inverse=False, return_counts=False, axis=None, *, equal_nan=True, sorted=True
 ):
@@ -3388,7 +3378,7 @@ def unique(
     return (values, *wanted) if wanted else values
 
 
-@composed(np.nonzero)
+@_numpys
 def nonzero(a):
     if not np.ndim(a):
         raise ValueError("nonzero: a must have at least one dimension, got a number")
@@ -3406,12 +3396,7 @@ _bincount = primitive(
 )
 
 
-@composed(np.bincount)
-def bincount(x, weights=None, minlength=0):
-    return _bincount(x, *([] if weights is None else [weights]), minlength=minlength)
-
-
-@composed(np.histogram)
+@_numpys
 def histogram(a, bins=10, range=None, density=None, weights=None):
     """`np.histogram`, also with differentiable weights; no gradient flows to a, nor through the edges."""
     edges = np.histogram_bin_edges(a, bins=bins, range=range)
@@ -3423,7 +3408,7 @@ def histogram(a, bins=10, range=None, density=None, weights=None):
     return (counts / np.sum(counts) / np.diff(edges) if density else counts), edges
 
 
-@composed(np.trapezoid)
+@_numpys
 def trapezoid(y, x=None, dx=1.0, axis=-1):
     y = np.moveaxis(y, axis, -1)
     if x is not None:
@@ -3431,7 +3416,7 @@ def trapezoid(y, x=None, dx=1.0, axis=-1):
     return np.sum(dx * (y[..., 1:] + y[..., :-1]) / 2.0, axis=-1)
 
 
-@composed(np.cov)
+@_numpys
 def cov(m, y=None, rowvar=True, bias=False, ddof=None, fweights=None, aweights=None):
     """`np.cov`, also with differentiable aweights; in double precision, as NumPy's."""
     x = np.concatenate([np.atleast_2d(z if rowvar else np.transpose(z)) for z in (m, y) if z is not None])
@@ -3443,7 +3428,7 @@ def cov(m, y=None, rowvar=True, bias=False, ddof=None, fweights=None, aweights=N
     return np.squeeze(np.matmul(x * w, _t(x)) / np.maximum(total - lost, 0))
 
 
-@composed(np.corrcoef)
+@_numpys
 def corrcoef(x, y=None, rowvar=True):
     c = np.cov(x, y, rowvar)
     scale = np.sqrt(np.diagonal(np.atleast_2d(c)))
@@ -3461,15 +3446,7 @@ def _partition_a(g, out, a, kth, axis=-1):
 primitive(np.partition, _partition_a)
 
 
-@composed(np.compress)
-def compress(condition, a, axis=None):
-    return np.take(a, np.flatnonzero(condition), axis)
-
-
-composed(np.extract)(compress)
-
-
-@composed(np.choose)
+@_numpys
 def choose(a, choices, mode="raise"):
     n, out = len(choices), choices[0]
     np.choose(_fetched(_raw(a)), [True] * n, mode=mode)  # NumPy's own checks and errors
@@ -3479,7 +3456,7 @@ def choose(a, choices, mode="raise"):
     return out
 
 
-@composed(np.select)
+@_numpys
 def select(condlist, choicelist, default=0):
     if not 0 < len(condlist) == len(choicelist):
         raise ValueError(f"np.select: expected one choice per condition, got {len(choicelist)} for {len(condlist)}")
@@ -3488,7 +3465,7 @@ def select(condlist, choicelist, default=0):
     return default
 
 
-@composed(np.piecewise)
+@_numpys
 def piecewise(x, condlist, funclist, *args, **kw):
     """`np.piecewise`: each function sees the elements where its condition holds, and only there do gradients flow."""
     masks = [condlist] if np.ndim(x) and not np.ndim(condlist[0]) else condlist
@@ -3521,8 +3498,6 @@ primitive(np.roll, lambda g, out, a, shift, axis=None: np.roll(g, np.negative(sh
 primitive(np.rot90, lambda g, out, m, k=1, axes=(0, 1): np.rot90(g, -k, axes))
 primitive(np.triu, lambda g, out, m, k=0: np.triu(g, k))
 primitive(np.tril, lambda g, out, m, k=0: np.tril(g, k))
-composed(np.fliplr)(lambda m: np.flip(m, 1))
-composed(np.flipud)(lambda m: np.flip(m, 0))
 
 
 def _origins(function):
@@ -3560,12 +3535,7 @@ _from_diagonal = TABLE[np.diagonal].vjps[0]
 primitive(np.diag, lambda g, out, v, k=0: np.diagonal(g, k) if np.ndim(v) == 1 else _from_diagonal(g, out, v, offset=k))
 
 
-@composed(np.trace)
-def trace(a, offset=0, axis1=0, axis2=1):
-    return np.sum(np.diagonal(a, offset, axis1, axis2), axis=-1)
-
-
-@composed(np.insert)
+@_numpys
 def insert(arr, obj, values, axis=None):
     """`np.insert`: of both arrays in a row, the elements that it takes when it is given their places."""
     arr, values = _together((arr, values))
@@ -3575,12 +3545,7 @@ def insert(arr, obj, values, axis=None):
     return concatenate([arr, _as_dtype(values, arr.dtype)], None)[places]
 
 
-@composed(np.ediff1d)
-def ediff1d(ary, to_end=None, to_begin=None):
-    return concatenate([x for x in (to_begin, np.diff(np.ravel(ary)), to_end) if x is not None], None)
-
-
-@composed(np.apply_along_axis)
+@_numpys
 def apply_along_axis(func1d, axis, arr, *args, **kwargs):
     rows, first = np.moveaxis(arr, axis, -1), _axis(axis, arr)
     others = np.shape(rows)[:-1]
@@ -3589,7 +3554,7 @@ def apply_along_axis(func1d, axis, arr, *args, **kwargs):
     return np.moveaxis(np.reshape(results, others + np.shape(results)[1:]), range(-n, 0), range(first, first + n))
 
 
-@composed(np.apply_over_axes)
+@_numpys
 def apply_over_axes(func, a, axes):
     for axis in _axes(a, axes):
         reduced = func(a, axis)
@@ -3597,7 +3562,7 @@ def apply_over_axes(func, a, axes):
     return a
 
 
-@composed(np.linspace)
+@_numpys
 def linspace(start, stop, num=50, endpoint=True, retstep=False, *, axis=0):
     """`np.linspace`, as weighted means of the ends."""
     weights = np.linspace(0.0, 1.0, num, endpoint).reshape(-1, *[1] * max(np.ndim(start), np.ndim(stop)))
@@ -3605,12 +3570,7 @@ def linspace(start, stop, num=50, endpoint=True, retstep=False, *, axis=0):
     return (line, np.subtract(stop, start) * np.linspace(0, 1, num, endpoint, True)[1]) if retstep else line
 
 
-@composed(np.logspace)
-def logspace(start, stop, num=50, endpoint=True, base=10.0, *, axis=0):
-    return np.power(base, np.linspace(start, stop, num, endpoint, axis=axis))
-
-
-@composed(np.geomspace)
+@_numpys
 def geomspace(start, stop, num=50, endpoint=True, *, axis=0):
     start, stop = (_as_dtype(x, np.float64) for x in (start, stop))
     sign = np.sign(start)
@@ -3633,7 +3593,7 @@ _pad_back = _origins(np.pad)
 _padded = primitive(np.pad, _pad_x)
 
 
-@composed(np.pad)
+@_numpys
 def pad(array, pad_width, mode="constant", **values):
     """`np.pad`; linear_ramp as a line on either side, axis by axis."""
     if mode in "constant edge reflect symmetric wrap".split():
@@ -3662,7 +3622,7 @@ def _window_x(g, out, x, window_shape, axis=None):
 primitive(np.lib.stride_tricks.sliding_window_view, _window_x)
 
 
-@composed(np.diff)
+@_numpys
 def diff(a, n=1, axis=-1, prepend=None, append=None):
     if n < 0:
         raise ValueError(f"diff: n must not be negative, got {n}")
@@ -3725,19 +3685,14 @@ _dense = primitive(
 )
 
 
-@composed(np.dot)
+@_numpys
 def dot(a, b):
     if 0 in (np.ndim(a), np.ndim(b)):
         return a * b
     return a @ b if np.ndim(b) <= 2 else tensordot(a, b, (-1, -2))
 
 
-@composed(np.inner)
-def inner(a, b):
-    return dot(a, np.swapaxes(b, -1, -2) if np.ndim(a) and np.ndim(b) > 1 else b)
-
-
-@composed(np.vdot)
+@_numpys
 def vdot(a, b):
     if np.ndim(a) == np.ndim(b) == 0:
         return a * b
@@ -3757,16 +3712,13 @@ composed(*_since("vecmat"))(lambda x1, x2: np.matmul(np.expand_dims(x1, -2), x2)
 _cross = primitive(np.cross, lambda g, out, a, b: _cross(b, g), lambda g, out, a, b: _cross(g, a))
 
 
-@composed(np.cross)
+@_numpys
 def cross(a, b, axisa=-1, axisb=-1, axisc=-1, axis=None):
     ends = (axisa, axisb, axisc) if axis is None else (axis,) * 3
     a, b = np.moveaxis(a, ends[0], -1), np.moveaxis(b, ends[1], -1)
     if not np.shape(a)[-1] == np.shape(b)[-1] == 3:
         raise TypeError(f"np.cross: expected vectors of 3 numbers, got arrays of shapes {np.shape(a)}, {np.shape(b)}")
     return np.moveaxis(_cross(a, b), -1, ends[2])
-
-
-composed(np.linalg.cross)(lambda x1, x2, *, axis=-1: np.cross(x1, x2, axis=axis))
 
 
 def _convolve_a(g, out, a, v, mode="full"):
@@ -3778,23 +3730,20 @@ def _convolve_a(g, out, a, v, mode="full"):
 primitive(np.convolve, _convolve_a, lambda g, out, a, v, mode="full": _convolve_a(g, out, v, a))
 
 
-@composed(np.correlate)
+@_numpys
 def correlate(a, v, mode="valid"):
     if np.size(a) < np.size(v):
         return np.flip(np.correlate(v, a, mode))
     return np.convolve(a, np.flip(v), mode)
 
 
-composed(np.linalg.outer)(lambda x1, x2: einsum("i,j->ij", x1, x2))
-
-
-@composed(np.outer)
+@_numpys
 def outer(a, b):
     a, b = _together((a, b))
     return _reshape(a, (-1, 1)) * _reshape(b, (1, -1))
 
 
-@composed(np.kron)
+@_numpys
 def kron(a, b):
     if not (np.ndim(a) and np.ndim(b)):
         return np.multiply(a, b)
@@ -3853,7 +3802,7 @@ def _spelled_out(subscripts: str, *ndims: int) -> tuple[list[str], str]:
     return inputs, output.replace("...", free[len(free) - max(hidden) :])
 
 
-@composed(np.einsum)
+@_numpys
 def einsum(subscripts, *operands, optimize=True):
     """`np.einsum` with a subscript string: explicit or implicit, with ellipses and repeated letters."""
     if not isinstance(subscripts, str):
@@ -3884,7 +3833,7 @@ def _widened(x):
     return _as_dtype(x, np.result_type(x.dtype, int))
 
 
-@composed(np.vander)
+@_numpys
 def vander(x, N=None, increasing=False):
     if np.ndim(x) != 1:
         raise ValueError(f"np.vander: x must be one-dimensional, got shape {np.shape(x)}")
@@ -3892,7 +3841,7 @@ def vander(x, N=None, increasing=False):
     return np.expand_dims(_widened(x), 1) ** (powers if increasing else powers[::-1])
 
 
-@composed(np.polyval)
+@_numpys
 def polyval(p, x):
     out = np.zeros_like(x)
     for coefficient in p:
@@ -3910,31 +3859,27 @@ def _aligned(function):
     return combine
 
 
-composed(np.polyadd)(_aligned(np.add))
-composed(np.polysub)(_aligned(np.subtract))
-
-
-@composed(np.polymul)
+@_numpys
 def polymul(a1, a2):
     trimmed = (np.trim_zeros(np.atleast_1d(a), "f") for a in (a1, a2))  # as in NumPy, where one zero stays
     return np.convolve(*(a if np.size(a) else np.zeros_like(a, shape=1) for a in trimmed))
 
 
-@composed(np.polyder)
+@_numpys
 def polyder(p, m=1):
     for _ in range(m):
         p = _widened(p)[:-1] * np.arange(np.size(p) - 1, 0, -1)
     return p
 
 
-@composed(np.polyint)
+@_numpys
 def polyint(p, m=1, k=None):
     for constant in np.broadcast_to(0.0 if k is None else k, (m,)):
         p = np.append(_widened(p) / np.arange(np.size(p), 0, -1), constant)
     return p
 
 
-@composed(np.polyfit)
+@_numpys
 def polyfit(x, y, deg, rcond=None, *, w=None):
     left = np.vander(np.add(x, 0.0), deg + 1)
     y = _as_dtype(y, left.dtype)
@@ -3944,7 +3889,7 @@ def polyfit(x, y, deg, rcond=None, *, w=None):
     return np.transpose(np.transpose(np.linalg.pinv(left / scale, rtol=rcond) @ y) / scale)
 
 
-@composed(np.gradient)
+@_numpys
 def gradient(f, *varargs, axis=None, edge_order=1):
     """`np.gradient`: means of the slopes on both sides, each weighted with the other side's step."""
     axes, steps = _axes(f, axis), varargs or (1.0,)
@@ -3970,7 +3915,7 @@ def _slopes(f, step, edge_order):
     return np.concatenate([ends[0], inner, ends[1]]) / unit
 
 
-@composed(np.interp)
+@_numpys
 def interp(x, xp, fp, left=None, right=None):
     """`np.interp`, in double precision, and weak of a weak number; where pieces meet, the slope is the right one's."""
     weak, (x, xp, fp) = type(_raw(x)) is float, (_as_dtype(a, np.float64) for a in (x, xp, fp))
@@ -3998,7 +3943,7 @@ _solve = primitive(
 )
 
 
-@composed(np.linalg.solve)
+@_numpys
 def solve(a, b):
     """`np.linalg.solve`; a vector b, which may meet a batch of matrices, is a column."""
     return _solve(a, np.reshape(b, (-1, 1)))[..., 0] if np.ndim(b) == 1 else _solve(a, b)
@@ -4062,7 +4007,7 @@ _logdet = primitive(
 _signdet = primitive(lambda a: np.linalg.slogdet(a)[0], None, name="signdet")
 
 
-@composed(np.linalg.slogdet)
+@_numpys
 def slogdet(a):
     return type(np.linalg.slogdet(np.eye(1)))(_signdet(a), _logdet(a))
 
@@ -4076,7 +4021,7 @@ _norm = primitive(
 )
 
 
-@composed(np.linalg.norm)
+@_numpys
 def norm(x, ord=None, axis=None, keepdims=False):
     """`np.linalg.norm`; its gradient at 0 is 0. That of a matrix is one of the sums of its rows or columns, or of its
     singular values."""
@@ -4105,13 +4050,6 @@ def _vector_norm(x, ord, **kept):
     some = np.not_equal(total, 0)
     return np.where(some, np.where(some, total, 1.0) ** (1.0 / ord), 0.0)
 
-
-composed(np.linalg.vector_norm)(
-    lambda x, *, axis=None, keepdims=False, ord=2: _vector_norm(_floating(x), ord, axis=axis, keepdims=keepdims)
-)
-composed(np.linalg.matrix_norm)(lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims))
-composed(np.linalg.diagonal)(lambda x, *, offset=0: np.diagonal(x, offset, -2, -1))
-composed(np.linalg.trace)(lambda x, *, offset=0: trace(x, offset, -2, -1))
 
 # A decomposition is one primitive, whose parts lie side by side in one array: one rule gives the gradient of all.
 
@@ -4158,13 +4096,10 @@ _eigh = {
 }
 
 
-@composed(np.linalg.eigh)
+@_numpys
 def eigh(a, UPLO="L"):
     np.linalg.eigh(np.eye(1), UPLO)  # NumPy's own checks and errors
     return _eigh[UPLO.upper()](a)
-
-
-composed(np.linalg.eigvalsh)(lambda a, UPLO="L": eigh(a, UPLO).eigenvalues)
 
 
 def _svd_a(g, out, a):
@@ -4182,15 +4117,12 @@ def _svd_a(g, out, a):
 _svd = _decomposed(lambda a: np.linalg.svd(a, full_matrices=False), _svd_a, "svd")
 
 
-@composed(np.linalg.svd)
+@_numpys
 def svd(a, full_matrices=True, compute_uv=True):
     m, n = np.shape(a)[-2:]
     if compute_uv and full_matrices and m != n:
         raise TypeError(f"np.linalg.svd: of a matrix of shape {m, n}, only full_matrices=False has a gradient")
     return _svd(a) if compute_uv else _svd(a).S
-
-
-composed(np.linalg.svdvals)(lambda x: svd(x, False, False))
 
 
 def _qr_a(g, out, a):
@@ -4207,7 +4139,7 @@ def _qr_a(g, out, a):
 _qr = _decomposed(np.linalg.qr, _qr_a, "qr")
 
 
-@composed(np.linalg.qr)
+@_numpys
 def qr(a, mode="reduced"):
     if mode not in ("reduced", "r"):
         raise TypeError(f"np.linalg.qr: mode {mode!r} is not supported on a Value or Tensor, only 'reduced' and 'r'")
@@ -4223,7 +4155,7 @@ def _pinv_a(g, out, a, rcond=None, rtol=None):
 primitive(np.linalg.pinv, _pinv_a)
 
 
-@composed(np.linalg.lstsq)
+@_numpys
 def lstsq(a, b, rcond=None):
     """`np.linalg.lstsq`, by the pseudo-inverse; the singular values have gradients, too, and the rank is plain."""
     a, (m, n) = _floating(a), np.shape(a)
@@ -4233,7 +4165,7 @@ def lstsq(a, b, rcond=None):
     return x, residuals if rank == n < m else residuals[:0], rank, np.linalg.svdvals(a)
 
 
-@composed(np.linalg.matrix_power)
+@_numpys
 def matrix_power(a, n):
     a, n = (np.linalg.inv(a), -n) if n < 0 else (a, n)
     if n < 2:
@@ -4242,7 +4174,7 @@ def matrix_power(a, n):
     return half @ half @ a if n % 2 else half @ half
 
 
-@composed(np.linalg.multi_dot)
+@_numpys
 def multi_dot(arrays):
     """`np.linalg.multi_dot`: the product that sums over most comes first."""
     arrays = list(arrays)
@@ -4252,13 +4184,13 @@ def multi_dot(arrays):
     return arrays[0]
 
 
-@composed(np.linalg.tensorsolve)
+@_numpys
 def tensorsolve(a, b, axes=None):
     a = a if axes is None else np.moveaxis(a, axes, range(-len(axes), 0))
     return np.reshape(solve(np.reshape(a, (np.size(b), -1)), np.ravel(b)), np.shape(a)[np.ndim(b) :])
 
 
-@composed(np.linalg.tensorinv)
+@_numpys
 def tensorinv(a, ind=2):
     if ind <= 0:
         raise ValueError(f"np.linalg.tensorinv: ind must be positive, got {ind}")
@@ -4266,7 +4198,7 @@ def tensorinv(a, ind=2):
     return np.reshape(np.linalg.inv(np.reshape(a, (math.prod(rows), -1))), columns + rows)
 
 
-@composed(np.linalg.cond)
+@_numpys
 def cond(x, p=None):
     if p in (None, 2, -2):
         s = np.linalg.svdvals(x)
@@ -4288,7 +4220,6 @@ for _function in (np.searchsorted, np.digitize, np.isin, np.union1d, np.intersec
 primitive(np.linalg.matrix_rank, None)
 primitive(np.histogram_bin_edges, None)
 _lexsort = primitive(lambda *keys, axis=-1: np.lexsort(keys, axis), None, name="lexsort", variadic=True, typed=())
-composed(np.lexsort)(lambda keys, axis=-1: _lexsort(*keys, axis=axis))
 primitive(np.unwrap, lambda g, out, p, discont=None, axis=-1, period=math.tau: g)  # whatever jumps are taken out
 TABLE[np.around] = _elementwise(np.round, None)
 _elementwise(np.isclose, None, None)
@@ -4463,7 +4394,50 @@ _repeated(np.multiply, np.prod, np.cumprod)
 _repeated(np.maximum, np.max, _scan(np.maximum))
 _repeated(np.minimum, np.min, _scan(np.minimum))
 _repeated(np.logaddexp, logsumexp, _scan(np.logaddexp))
-composed(np.ptp)(lambda a, *args, **kwargs: np.max(a, *args, **kwargs) - np.min(a, *args, **kwargs))
+
+
+# --- compositions that take a line ---
+
+for _function, _composition in {
+    np.divmod: lambda x, y: (np.floor_divide(x, y), np.remainder(x, y)),
+    np.ptp: lambda a, *args, **kwargs: np.max(a, *args, **kwargs) - np.min(a, *args, **kwargs),
+    np.stack: lambda arrays, axis=0: _stack(*arrays, axis=axis),
+    np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
+    np.vstack: _joining(np.atleast_2d, 0),
+    np.hstack: _joining(np.atleast_1d, 1),
+    np.dstack: _joining(np.atleast_3d, 2),
+    np.column_stack: _joining(lambda a: a if np.ndim(a) > 1 else _reshape(a, (-1, 1)), 1),
+    np.fliplr: lambda m: np.flip(m, 1),
+    np.flipud: lambda m: np.flip(m, 0),
+    np.trace: lambda a, offset=0, axis1=0, axis2=1: np.sum(np.diagonal(a, offset, axis1, axis2), axis=-1),
+    np.linalg.trace: lambda x, *, offset=0: np.trace(x, offset, -2, -1),
+    np.linalg.diagonal: lambda x, *, offset=0: np.diagonal(x, offset, -2, -1),
+    **dict.fromkeys(
+        (np.compress, np.extract), lambda condition, a, axis=None: np.take(a, np.flatnonzero(condition), axis)
+    ),
+    np.ediff1d: lambda ary, to_end=None, to_begin=None: concatenate(
+        [x for x in (to_begin, np.diff(np.ravel(ary)), to_end) if x is not None], None
+    ),
+    np.bincount: lambda x, weights=None, minlength=0: _bincount(
+        x, *([] if weights is None else [weights]), minlength=minlength
+    ),
+    np.lexsort: lambda keys, axis=-1: _lexsort(*keys, axis=axis),
+    np.logspace: lambda start, stop, num=50, endpoint=True, base=10.0, *, axis=0: np.power(
+        base, np.linspace(start, stop, num, endpoint, axis=axis)
+    ),
+    np.inner: lambda a, b: dot(a, _t(b) if np.ndim(a) and np.ndim(b) > 1 else b),
+    np.linalg.cross: lambda x1, x2, *, axis=-1: np.cross(x1, x2, axis=axis),
+    np.linalg.outer: lambda x1, x2: einsum("i,j->ij", x1, x2),
+    np.polyadd: _aligned(np.add),
+    np.polysub: _aligned(np.subtract),
+    np.linalg.matrix_norm: lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims),
+    np.linalg.vector_norm: lambda x, *, axis=None, keepdims=False, ord=2: _vector_norm(
+        _floating(x), ord, axis=axis, keepdims=keepdims
+    ),
+    np.linalg.eigvalsh: lambda a, UPLO="L": eigh(a, UPLO).eigenvalues,
+    np.linalg.svdvals: lambda x: svd(x, False).S,
+}.items():
+    composed(_function)(_composition)
 
 
 # --- operators and methods of both classes, all from the table ---
