@@ -2771,8 +2771,6 @@ def _rows(a, axis):
 
 
 def _prod_a(g, out, a, axis=None, keepdims=False):
-    if 0 in np.shape(a):
-        return np.zeros_like(a)
     rows, back = _rows(a, axis)
     return _unreduce(g, a, axis, keepdims) * back(_others(rows))
 
@@ -3059,17 +3057,17 @@ def block(arrays):
     def shaped(x):
         return [shaped(part) for part in x] if isinstance(x, list) else np.empty(np.shape(x), bool)
 
-    def joined(x):
-        """A part, with all axes, and how many lists deep it is."""
+    def joined(x, axis=0):
         if isinstance(x, list):
-            inner, depths = zip(*map(joined, x))
-            return _concatenate(*inner, axis=-1 - depths[0]), 1 + depths[0]
+            return _concatenate(*[joined(part, axis + 1) for part in x], axis=axis - depth)
         part = next(parts)
-        return _reshape(part, (1,) * (ndim - np.ndim(part)) + np.shape(part)), 0
+        return _reshape(part, (1,) * (ndim - np.ndim(part)) + np.shape(part))
 
-    ndim = np.block(shaped(arrays)).ndim  # with NumPy's own checks and errors
+    ndim, depth, part = np.block(shaped(arrays)).ndim, 0, arrays  # with NumPy's own checks and errors
+    while isinstance(part, list):
+        depth, part = depth + 1, part[0]
     parts = iter(_together(_members(arrays)))
-    return joined(arrays)[0]
+    return joined(arrays)
 
 
 def _place(part, whole) -> tuple:
@@ -3424,7 +3422,7 @@ def cov(m, y=None, rowvar=True, bias=False, ddof=None, fweights=None, aweights=N
     w = functools.reduce(operator.mul, [w for w in (fweights, aweights) if w is not None], np.ones(x.shape[1:]))
     total, ddof = np.sum(w), (not bias) if ddof is None else ddof
     lost = ddof if aweights is None or not ddof else ddof * np.sum(w * aweights) / total
-    x = x - np.expand_dims(np.einsum("ij,j", x, w) / total, 1)
+    x = x - np.average(x, axis=1, weights=w, keepdims=True)
     return np.squeeze(np.matmul(x * w, _t(x)) / np.maximum(total - lost, 0))
 
 
@@ -3448,12 +3446,10 @@ primitive(np.partition, _partition_a)
 
 @_numpys
 def choose(a, choices, mode="raise"):
-    n, out = len(choices), choices[0]
+    n = len(choices)
     np.choose(_fetched(_raw(a)), [True] * n, mode=mode)  # NumPy's own checks and errors
     a = np.remainder(a, n) if mode == "wrap" else np.clip(a, 0, n - 1)
-    for i, choice in enumerate(choices):
-        out = np.where(np.equal(a, i), choice, out)
-    return out
+    return np.select([np.equal(a, i) for i in range(n)], choices, choices[0])
 
 
 @_numpys
@@ -3622,6 +3618,14 @@ def _window_x(g, out, x, window_shape, axis=None):
 primitive(np.lib.stride_tricks.sliding_window_view, _window_x)
 
 
+def _diff_a(g, out, a, n, axis):
+    ends = [(n * (i == axis),) * 2 for i in range(np.ndim(a))]
+    return (-1.0) ** n * np.diff(np.pad(g, ends), n, axis)
+
+
+_diff = primitive(lambda a, n, axis: np.diff(a, n, axis), _diff_a, name="diff")
+
+
 @_numpys
 def diff(a, n=1, axis=-1, prepend=None, append=None):
     if n < 0:
@@ -3633,10 +3637,7 @@ def diff(a, n=1, axis=-1, prepend=None, append=None):
     parts = [x for x in (prepend, a, append) if x is not None]
     if len(parts) > 1:
         a = _concatenate(*[x if np.ndim(x) else np.broadcast_to(x, tuple(one)) for x in _together(parts)], axis=axis)
-    change = np.not_equal if a.dtype == bool else np.subtract
-    for _ in range(n):
-        a = change(_along(a, axis, slice(1, None)), _along(a, axis, slice(None, -1)))
-    return a
+    return _diff(a, n=min(n, np.shape(a)[axis]), axis=axis)
 
 
 # --- products ---
@@ -3749,9 +3750,8 @@ def kron(a, b):
         return np.multiply(a, b)
     ndim = max(np.ndim(a), np.ndim(b))
     a, b = (np.reshape(x, (1,) * (ndim - np.ndim(x)) + np.shape(x)) for x in _together((a, b)))
-    s, t = string.ascii_letters[:ndim], string.ascii_letters[ndim : 2 * ndim]
-    product = _einsum(a, b, subscripts=f"{s},{t}->{''.join(map(operator.add, s, t))}")
-    return np.reshape(product, tuple(map(operator.mul, np.shape(a), np.shape(b))))
+    rows = np.expand_dims(a, tuple(range(1, 2 * ndim, 2))) * np.expand_dims(b, tuple(range(0, 2 * ndim, 2)))
+    return np.reshape(rows, tuple(map(operator.mul, np.shape(a), np.shape(b))))
 
 
 def _einsum_forward(*operands, subscripts):
@@ -3792,14 +3792,10 @@ _diagonals = primitive(_diagonal_of, _origins(_diagonal_of), name="diagonals")  
 def _spelled_out(subscripts: str, *ndims: int) -> tuple[list[str], str]:
     """The subscripts of operands of so many dimensions, and of the result, with letters for ellipses; what is not
     written is as NumPy has it."""
-    np.einsum(subscripts, *[np.ones((1,) * n) for n in ndims])  # NumPy's own checks and errors
-    left, arrow, output = subscripts.replace(" ", "").partition("->")
-    free = "".join([c for c in string.ascii_letters if c not in subscripts])
-    hidden = [n - len(s.replace("...", "")) for s, n in zip(left.split(","), ndims)]
-    inputs = [s.replace("...", free[len(free) - n :]) for s, n in zip(left.split(","), hidden)]
-    if not arrow:
-        output = "..." + "".join(sorted(c for c in {*left} - {*",."} if left.count(c) == 1))
-    return inputs, output.replace("...", free[len(free) - max(hidden) :])
+    ones = [np.ones((1,) * n) for n in ndims]
+    np.einsum(subscripts, *ones)  # NumPy's own checks and errors
+    inputs, output, _ = np._core.einsumfunc._parse_einsum_input((subscripts, *ones))
+    return inputs.split(","), output
 
 
 @_numpys
@@ -3904,15 +3900,31 @@ def gradient(f, *varargs, axis=None, edge_order=1):
 
 def _slopes(f, step, edge_order):
     """The slopes along the first axis, given the places or the distance between them."""
-    places, unit = (step, 1.0) if np.ndim(step) else (np.arange(float(len(f))), step)
-    if not edge_order < len(f) == len(places):
-        raise ValueError(f"np.gradient: {len(places)} places for {len(f)} numbers, with edge_order {edge_order}")
-    h = np.expand_dims(np.diff(places), tuple(range(1, np.ndim(f))))
-    slope, both = (f[1:] - f[:-1]) / h, h[1:] + h[:-1]
-    inner, ends = (h[1:] * slope[:-1] + h[:-1] * slope[1:]) / both, [slope[:1], slope[-1:]]
+    places = len(step) if np.ndim(step) else len(f)
+    if not edge_order < len(f) == places:
+        raise ValueError(f"np.gradient: {places} places for {len(f)} numbers, with edge_order {edge_order}")
+    h, before = step, 0.5
+    if np.ndim(step):
+        h = np.expand_dims(np.diff(step), tuple(range(1, np.ndim(f))))
+        before = h[1:] / (h[1:] + h[:-1])
+    out = _blended(np.diff(f, axis=0) / h, before)
     if edge_order == 2:
-        ends = [2.0 * slope[:1] - inner[:1], 2.0 * slope[-1:] - inner[-1:]]
-    return np.concatenate([ends[0], inner, ends[1]]) / unit
+        out = np.concatenate([2.0 * out[:1] - out[1:2], out[1:-1], 2.0 * out[-1:] - out[-2:-1]])
+    return out
+
+
+def _blended_x(g, out, x, before):
+    inner = g[1:-1]
+    return np.concatenate([inner * before, g[-1:]]) + np.concatenate([g[:1], inner * (1.0 - before)])
+
+
+# Means of what is before and behind each place, with the share of what is before.
+_blended = primitive(
+    lambda x, before: np.concatenate([x[:1], x[:-1] * before + x[1:] * (1.0 - before), x[-1:]]),
+    _blended_x,
+    lambda g, out, x, before: g[1:-1] * (x[:-1] - x[1:]),
+    name="blended",
+)
 
 
 @_numpys
@@ -3921,9 +3933,10 @@ def interp(x, xp, fp, left=None, right=None):
     weak, (x, xp, fp) = type(_raw(x)) is float, (_as_dtype(a, np.float64) for a in (x, xp, fp))
     if np.shape(xp) != np.shape(fp):
         raise ValueError(f"np.interp: expected as many xp as fp, got shapes {np.shape(xp)} and {np.shape(fp)}")
-    i = np.clip(np.searchsorted(xp, x, "right") - 1, 0, len(xp) - 2)
-    low, high, left_of, right_of = (_getitem(a, i + k, index=(_HOLE,)) for a in (xp, fp) for k in (0, 1))
-    out = left_of + _over(x - low, high - low) * (right_of - left_of)
+    i = np.clip(np.searchsorted(xp, x, "right") - 1, 0, max(len(xp) - 2, 0))
+    slopes = np.append(_over(np.diff(fp), np.diff(xp)), 0.0)  # of one place, too
+    start, level, slope = (_getitem(a, i, index=(_HOLE,)) for a in (xp, fp, slopes))
+    out = level + slope * (x - start)
     out = np.where(x < xp[0], fp[0] if left is None else left, out)
     out = np.where(x > xp[-1], fp[-1] if right is None else right, out)
     return _as_dtype(out, float) if weak else out
@@ -4289,11 +4302,15 @@ def _keywords(prim, merge, neutral):
     @composed(prim)
     def reduction(a, *, dtype=None, initial=None, where=True, **params):
         a, fill = _in_dtype(prim, a, dtype), neutral
+        if where is True and initial is None:
+            return prim(a, **params)
+        into = prim.forward(np.zeros(1, np.result_type(_raw(a)))).dtype
+        if into.kind != "f" and not (initial is None or isinstance(initial, Value)):
+            initial = into.type(initial)  # as NumPy does
         if merge in (np.maximum, np.minimum):
             if initial is None:
                 raise ValueError(f"{prim.name}: where= needs initial=, as nothing may be left")
-            fill = neutral if np.result_type(_raw(a)).kind == "f" else initial
-            params["initial"] = fill
+            params["initial"] = fill = neutral if into.kind == "f" else initial
         if where is not True:
             a = np.where(where, a, fill)
         out = prim(a, **params)
@@ -4307,8 +4324,8 @@ for _name, _merge, _neutral in (
     ("min", np.minimum, np.inf),
     ("any", np.logical_or, False),
     ("all", np.logical_and, True),
-    ("cumsum", None, None),
-    ("cumprod", None, None),
+    ("cumsum", None, 0),
+    ("cumprod", None, 1),
 ):
     _keywords(PRIMITIVES[_name], _merge, _neutral)
 
@@ -4325,9 +4342,8 @@ def mean(a, *, dtype=None, where=True, **params):
 
 def _deviating(prim):
     @composed(prim)
-    def deviation(a, *, axis=None, ddof=0, keepdims=False, where=True, **more):
-        if more:
-            return prim(a, **more)  # which says that it does not take them
+    def deviation(a, *, axis=None, dtype=None, ddof=0, keepdims=False, where=True):
+        a = _in_dtype(prim, a, dtype)
         a = a - _detach(np.max(a, axis=axis, keepdims=True, initial=-np.inf, where=where))  # equal numbers become 0
         centred = np.where(where, a - np.mean(a, axis=axis, keepdims=True, where=where), 0)
         count = np.maximum(_taken(a, where, axis=axis, keepdims=keepdims) - ddof, 0)
@@ -4340,60 +4356,59 @@ _deviating(PRIMITIVES["var"])
 _deviating(PRIMITIVES["std"])
 
 
-def _skipping_nan(name, fill):
-    """Enters the twin of a function that takes nan for `fill`, or with None leaves it out by where=."""
-    function = getattr(np, name)
+def _skipping_nan(name, **start):
+    """Enters the twin of a function that leaves nan out, by where=; start: initial=, if it needs one for that."""
+    function = TABLE[PRIMITIVES[name]]
 
-    def skip(a, axis=None, **kwargs):
-        nan = np.isnan(a)
+    def skip(a, axis=None, *, where=True, **kwargs):
         if np.result_type(_raw(a)).kind != "f":
-            return function(a, axis=axis, **kwargs)
-        if fill is None:
-            kwargs["where"] = np.logical_and(np.logical_not(nan), kwargs.get("where", True))
-            return function(a, axis=axis, **kwargs)
-        out = function(np.where(nan, fill, a), axis=axis, **kwargs)
-        if math.isfinite(fill) or "initial" in kwargs:
+            return function(a, axis=axis, where=where, **kwargs)
+        known = np.logical_not(np.isnan(a))
+        out = function(a, axis=axis, where=np.logical_and(known, where), **start | kwargs)
+        if not start or "initial" in kwargs:
             return out
-        return np.where(np.all(nan, axis=axis, keepdims=kwargs.get("keepdims", False)), np.nan, out)
+        return np.where(np.any(known, axis=axis, keepdims=kwargs.get("keepdims", False)), out, np.nan)
 
     TABLE[getattr(np, f"nan{name}")] = skip
 
 
-for _name, _fill in {"sum": 0, "cumsum": 0, "prod": 1, "cumprod": 1, "max": -np.inf, "min": np.inf}.items():
-    _skipping_nan(_name, _fill)
-for _name in ("mean", "var", "std"):
-    _skipping_nan(_name, None)
+for _name in "sum prod mean var std cumsum cumprod".split():
+    _skipping_nan(_name)
+_skipping_nan("max", initial=-np.inf)
+_skipping_nan("min", initial=np.inf)
 
 
-def _cumulative(function, scan, first):
-    """Enters a scan of the array API standard, which may begin with what there is before the first element."""
+def _along_first(function):
+    """A function along the first axis unless another is given, as methods of ufuncs have it."""
+    return lambda array, axis=0, **params: function(array, axis=axis, **params)
 
-    @composed(function)
+
+def _cumulative(scan, first):
+    """A scan of the array API standard, which may begin with what there is before the first element."""
+
     def cumulative(x, *, axis=None, dtype=None, include_initial=False):
         if axis is None and np.ndim(x) > 1:
-            raise ValueError(f"{function.__name__}: axis must be given for shape {np.shape(x)}")
+            raise ValueError(f"cumulative: axis must be given for shape {np.shape(x)}")
         x = np.atleast_1d(x)
         axis = _axis(axis or 0, x)
         out = scan(x, axis=axis, dtype=dtype)
         return np.pad(out, [(i == axis, 0) for i in range(x.ndim)], constant_values=first) if include_initial else out
 
-
-if hasattr(np, "cumulative_sum"):  # NumPy 2.1
-    _cumulative(np.cumulative_sum, np.cumsum, 0)
-    _cumulative(np.cumulative_prod, np.cumprod, 1)
+    return cumulative
 
 
-def _repeated(ufunc, reduction, scan):
-    """Enters the methods of a ufunc that apply it again and again."""
-    TABLE[ufunc.reduce] = lambda array, axis=0, **params: reduction(array, axis=axis, **params)
-    TABLE[ufunc.accumulate] = lambda array, axis=0, **params: scan(array, axis=axis, **params)
+composed(*_since("cumulative_sum"))(_cumulative(np.cumsum, 0))
+composed(*_since("cumulative_prod"))(_cumulative(np.cumprod, 1))
 
-
-_repeated(np.add, np.sum, np.cumsum)
-_repeated(np.multiply, np.prod, np.cumprod)
-_repeated(np.maximum, np.max, _scan(np.maximum))
-_repeated(np.minimum, np.min, _scan(np.minimum))
-_repeated(np.logaddexp, logsumexp, _scan(np.logaddexp))
+# The methods of ufuncs that apply them again and again.
+for _ufunc, _reduction, _accumulation in (
+    (np.add, np.sum, np.cumsum),
+    (np.multiply, np.prod, np.cumprod),
+    (np.maximum, np.max, _scan(np.maximum)),
+    (np.minimum, np.min, _scan(np.minimum)),
+    (np.logaddexp, logsumexp, _scan(np.logaddexp)),
+):
+    TABLE[_ufunc.reduce], TABLE[_ufunc.accumulate] = _along_first(_reduction), _along_first(_accumulation)
 
 
 # --- compositions that take a line ---
