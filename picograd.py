@@ -3750,8 +3750,9 @@ def kron(a, b):
         return np.multiply(a, b)
     ndim = max(np.ndim(a), np.ndim(b))
     a, b = (np.reshape(x, (1,) * (ndim - np.ndim(x)) + np.shape(x)) for x in _together((a, b)))
-    rows = np.expand_dims(a, tuple(range(1, 2 * ndim, 2))) * np.expand_dims(b, tuple(range(0, 2 * ndim, 2)))
-    return np.reshape(rows, tuple(map(operator.mul, np.shape(a), np.shape(b))))
+    s, t = string.ascii_letters[:ndim], string.ascii_letters[ndim : 2 * ndim]
+    product = _einsum(a, b, subscripts=f"{s},{t}->{''.join(map(operator.add, s, t))}")
+    return np.reshape(product, tuple(map(operator.mul, np.shape(a), np.shape(b))))
 
 
 def _einsum_forward(*operands, subscripts):
@@ -4060,6 +4061,8 @@ def _vector_norm(x, ord, **kept):
     if abs(ord) == np.inf and np.size(x):
         return (np.max if ord > 0 else np.min)(np.abs(x), **kept)
     total = np.sum(np.abs(x) ** ord, **kept)
+    if ord == 1:
+        return total
     some = np.not_equal(total, 0)
     return np.where(some, np.where(some, total, 1.0) ** (1.0 / ord), 0.0)
 
@@ -4074,15 +4077,17 @@ def _decomposed(function, rule, name):
     @functools.lru_cache(64)
     def layout(*shape):
         shapes = [x.shape for x in function(np.eye(*shape))]
-        return shapes, list(itertools.accumulate(map(math.prod, shapes)))[:-1]
+        ends = [0, *itertools.accumulate(map(math.prod, shapes))]
+        return [(slice(start, end), shape) for start, end, shape in zip(ends, ends[1:], shapes)]
 
     def in_parts(joined, a):
-        shapes, ends = layout(*np.shape(a)[-2:])
-        parts = np.split(joined, ends, axis=-1)
-        return [np.reshape(x, np.shape(a)[:-2] + shape) for x, shape in zip(parts, shapes)]
+        *stack, m, n = np.shape(a)
+        return [np.reshape(joined[..., part], (*stack, *shape)) for part, shape in layout(m, n)]
 
     prim = primitive(
-        lambda a: np.concatenate([_rows(x, range(a.ndim - 2, x.ndim))[0] for x in function(a)], -1),
+        lambda a: np.concatenate(
+            [np.reshape(x, (*a.shape[:-2], math.prod(x.shape[a.ndim - 2 :]))) for x in function(a)], -1
+        ),
         lambda g, out, a: rule(in_parts(g, a), in_parts(out, a), a),
         name=name,
     )
@@ -4111,7 +4116,8 @@ _eigh = {
 
 @_numpys
 def eigh(a, UPLO="L"):
-    np.linalg.eigh(np.eye(1), UPLO)  # NumPy's own checks and errors
+    if UPLO.upper() not in _eigh:
+        raise ValueError(f"np.linalg.eigh: UPLO must be 'L' or 'U', got {UPLO!r}")
     return _eigh[UPLO.upper()](a)
 
 
@@ -4304,13 +4310,13 @@ def _keywords(prim, merge, neutral):
         a, fill = _in_dtype(prim, a, dtype), neutral
         if where is True and initial is None:
             return prim(a, **params)
-        into = prim.forward(np.zeros(1, np.result_type(_raw(a)))).dtype
-        if into.kind != "f" and not (initial is None or isinstance(initial, Value)):
-            initial = into.type(initial)  # as NumPy does
+        dtype = np.result_type(_raw(a))
+        if dtype.kind != "f" and not (initial is None or isinstance(initial, Value)):
+            initial = prim.forward(np.zeros(1, dtype)).dtype.type(initial)  # as NumPy does
         if merge in (np.maximum, np.minimum):
             if initial is None:
                 raise ValueError(f"{prim.name}: where= needs initial=, as nothing may be left")
-            params["initial"] = fill = neutral if into.kind == "f" else initial
+            params["initial"] = fill = neutral if dtype.kind == "f" else initial
         if where is not True:
             a = np.where(where, a, fill)
         out = prim(a, **params)
@@ -4363,8 +4369,9 @@ def _skipping_nan(name, **start):
     def skip(a, axis=None, *, where=True, **kwargs):
         if np.result_type(_raw(a)).kind != "f":
             return function(a, axis=axis, where=where, **kwargs)
-        known = np.logical_not(np.isnan(a))
-        out = function(a, axis=axis, where=np.logical_and(known, where), **start | kwargs)
+        known = np.equal(a, a)
+        where = known if where is True else np.logical_and(known, where)
+        out = function(a, axis=axis, where=where, **start | kwargs)
         if not start or "initial" in kwargs:
             return out
         return np.where(np.any(known, axis=axis, keepdims=kwargs.get("keepdims", False)), out, np.nan)
