@@ -3100,18 +3100,6 @@ def trim_zeros(filt, *args, **kwargs):
     return filt[_place(np.trim_zeros(whole, *args, **kwargs), whole)]
 
 
-@_numpys
-def broadcast_arrays(*args):
-    shape = np.broadcast_shapes(*map(np.shape, args))
-    return tuple([np.broadcast_to(x, shape) for x in args])
-
-
-@_numpys
-def meshgrid(*xi, **options):
-    places = np.meshgrid(*[np.arange(np.size(x)) for x in xi], **options)
-    return tuple(map(np.take, xi, places))
-
-
 # --- indexing; parts of an index that are Values or Tensors are operands, so that a replay sees their current data ---
 
 _HOLE = type("Hole", (), {"__repr__": lambda self: "·", "__reduce__": lambda self: "_HOLE"})()
@@ -3419,7 +3407,7 @@ def cov(m, y=None, rowvar=True, bias=False, ddof=None, fweights=None, aweights=N
     """`np.cov`, also with differentiable aweights; in double precision, as NumPy's."""
     x = np.concatenate([np.atleast_2d(z if rowvar else np.transpose(z)) for z in (m, y) if z is not None])
     x = _as_dtype(x, np.result_type(_raw(x), np.float64))
-    w = functools.reduce(operator.mul, [w for w in (fweights, aweights) if w is not None], np.ones(x.shape[1:]))
+    w = math.prod([w for w in (fweights, aweights) if w is not None], start=np.ones(x.shape[1:]))
     total, ddof = np.sum(w), (not bias) if ddof is None else ddof
     lost = ddof if aweights is None or not ddof else ddof * np.sum(w * aweights) / total
     x = x - np.average(x, axis=1, weights=w, keepdims=True)
@@ -3511,14 +3499,12 @@ def _origins(function):
         g, _, a = args
         if _lazy(g):
             raise TypeError(f"{function.__name__}: no gradient flows back to an array of {type(_raw(g)).__module__}")
-        n, key = math.prod(np.shape(a)), (np.shape(a), repr(params))  # in which a truth is no number
+        n, key = math.prod(np.shape(a)), (np.shape(a), repr(params))  # where a truth is no number
         found = kept.get(key) or places(np.shape(a), **params)
-        if math.prod(np.shape(g)) < 1 << 16 and not any(
-            [isinstance(x, np.ndarray) for x in _members(*params.values())]
-        ):
+        if math.prod(np.shape(g)) < 1 << 16 and "..." not in key[1]:  # else an array of many numbers
             if len(kept) >= 32:
                 kept.clear()
-            kept[key] = found  # few enough, of parameters that are told apart by how they are written
+            kept[key] = found
         known, origins = found
         return np.reshape(_scatter(np.ravel(g)[known], shape=(n,), index=(origins,)), np.shape(a))
 
@@ -3736,12 +3722,6 @@ def correlate(a, v, mode="valid"):
     if np.size(a) < np.size(v):
         return np.flip(np.correlate(v, a, mode))
     return np.convolve(a, np.flip(v), mode)
-
-
-@_numpys
-def outer(a, b):
-    a, b = _together((a, b))
-    return _reshape(a, (-1, 1)) * _reshape(b, (1, -1))
 
 
 @_numpys
@@ -4227,17 +4207,22 @@ def cond(x, p=None):
 
 # --- no gradient: nodes all the same, so that a replay recomputes them ---
 
-for _name in """equal not_equal less less_equal greater greater_equal floor_divide logical_and logical_or logical_xor
-    bitwise_and bitwise_or bitwise_xor logical_not invert isnan isfinite isinf signbit sign floor ceil rint trunc
-    spacing gcd lcm left_shift right_shift bitwise_count
-    any all argmax argmin argsort count_nonzero nanargmax nanargmin argpartition argwhere flatnonzero""".split():
-    primitive(getattr(np, _name), *[None] * getattr(getattr(np, _name), "nin", 1))
+for _count, _names in enumerate(
+    (
+        """logical_not invert isnan isfinite isinf signbit sign floor ceil rint trunc spacing bitwise_count any all
+        argmax argmin argsort count_nonzero nanargmax nanargmin argpartition argwhere flatnonzero
+        histogram_bin_edges""",
+        """equal not_equal less less_equal greater greater_equal floor_divide logical_and logical_or logical_xor
+        bitwise_and bitwise_or bitwise_xor gcd lcm left_shift right_shift searchsorted digitize isin union1d
+        intersect1d setdiff1d setxor1d""",
+    ),
+    1,
+):
+    for _name in _names.split():
+        primitive(getattr(np, _name), *[None] * _count)
 for _function in (np.fix, np.isposinf, np.isneginf, np.isreal, np.iscomplex, np.imag, np.angle):
     _elementwise(_function, None)
-for _function in (np.searchsorted, np.digitize, np.isin, np.union1d, np.intersect1d, np.setdiff1d, np.setxor1d):
-    primitive(_function, None, None)
 primitive(np.linalg.matrix_rank, None)
-primitive(np.histogram_bin_edges, None)
 _lexsort = primitive(lambda *keys, axis=-1: np.lexsort(keys, axis), None, name="lexsort", variadic=True, typed=())
 primitive(np.unwrap, lambda g, out, p, discont=None, axis=-1, period=math.tau: g)  # whatever jumps are taken out
 TABLE[np.around] = _elementwise(np.round, None)
@@ -4257,17 +4242,8 @@ def _on_data(function):
     return lambda *args, **kwargs: function(*map(_raw, args), **{k: _raw(v) for k, v in kwargs.items()})
 
 
-for _function in (
-    np.shape,
-    np.ndim,
-    np.allclose,
-    np.array_equal,
-    np.array_equiv,
-    np.result_type,
-    np.iscomplexobj,
-    np.isrealobj,
-):
-    TABLE[_function] = _on_data(_function)
+for _name in "shape ndim allclose array_equal array_equiv result_type iscomplexobj isrealobj".split():
+    TABLE[getattr(np, _name)] = _on_data(getattr(np, _name))
 TABLE[np.size] = lambda a, axis=None: np.size(np.broadcast_to(0.0, np.shape(a)), axis)  # Dask does not offer it
 
 
@@ -4429,6 +4405,12 @@ for _function, _composition in {
     np.hstack: _joining(np.atleast_1d, 1),
     np.dstack: _joining(np.atleast_3d, 2),
     np.column_stack: _joining(lambda a: a if np.ndim(a) > 1 else _reshape(a, (-1, 1)), 1),
+    np.broadcast_arrays: lambda *args: tuple(
+        [np.broadcast_to(x, np.broadcast_shapes(*map(np.shape, args))) for x in args]
+    ),
+    np.meshgrid: lambda *xi, **options: tuple(
+        map(np.take, xi, np.meshgrid(*[np.arange(np.size(x)) for x in xi], **options))
+    ),
     np.fliplr: lambda m: np.flip(m, 1),
     np.flipud: lambda m: np.flip(m, 0),
     np.trace: lambda a, offset=0, axis1=0, axis2=1: np.sum(np.diagonal(a, offset, axis1, axis2), axis=-1),
@@ -4450,6 +4432,7 @@ for _function, _composition in {
     np.inner: lambda a, b: dot(a, _t(b) if np.ndim(a) and np.ndim(b) > 1 else b),
     np.linalg.cross: lambda x1, x2, *, axis=-1: np.cross(x1, x2, axis=axis),
     np.linalg.outer: lambda x1, x2: einsum("i,j->ij", x1, x2),
+    np.outer: lambda a, b: einsum("i,j->ij", *map(np.ravel, _together((a, b)))),
     np.polyadd: _aligned(np.add),
     np.polysub: _aligned(np.subtract),
     np.linalg.matrix_norm: lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims),
