@@ -4541,19 +4541,20 @@ def _value_operator(prim: Primitive, swapped=False):
             try:
                 out = scalar(y, x) if swapped else scalar(x, y)
             except (ArithmeticError, ValueError):
-                return _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
-            node = new(cls)
-            node._held = out
-            node._grad = None
-            node._prim = prim
-            if swapped:
-                node._x, node._y = other, self
+                pass  # to what NumPy says
             else:
-                node._x, node._y = self, other
-            node._needs = differentiable and (self._needs or (kind is cls and other._needs))
-            node._number = _next_number()
-            node.label = ""
-            return node
+                node = new(cls)
+                node._held = out
+                node._grad = None
+                node._prim = prim
+                if swapped:
+                    node._x, node._y = other, self
+                else:
+                    node._x, node._y = self, other
+                node._needs = differentiable and (self._needs or (kind is cls and other._needs))
+                node._number = _next_number()
+                node.label = ""
+                return node
         args = (other, self) if swapped else (self, other)
         if type(x) is ndarray and x.dtype.kind == "f" and x.size < HOOK.limit:
             # And the path of small arrays, whose arithmetic costs less than the questions.

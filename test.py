@@ -2182,7 +2182,7 @@ class TestCatalogue(Strict):
                 self.agree(lambda x, f=f, k=k: f(x, where=mask, **k), a)
             for f in (np.any, np.all):
                 self.agree(lambda x, f=f, k=k: f(x > 0, where=mask, **k), a)
-            for f in (np.sum, np.prod, np.mean):
+            for f in (np.sum, np.prod, np.mean, np.var, np.std):
                 self.agree(lambda x, f=f, k=k: f(x.astype(np.float32), dtype=np.float64, **k), a, order=0)
             for f in (np.nansum, np.nanprod, np.nanmax, np.nanmin, np.nanmean, np.nanvar, np.nanstd, np.nanmedian):
                 self.agree(lambda x, f=f, k=k: f(x, **k), one_nan, order=0)
@@ -2191,6 +2191,19 @@ class TestCatalogue(Strict):
             self.agree(lambda x, k=k: np.ptp(x, **k), a)
             self.agree(lambda x, k=k: np.nanquantile(x, 0.3, **k), one_nan, order=0)
         self.agree(lambda x: np.nanmax(x, axis=0), np.full((2, 3), np.nan), order=0)
+        for dtype, initial in itertools.product(
+            [np.int64, np.int8, bool], [0.5, -1.5, 7, True]
+        ):  # is of whole ones, too
+            whole = np.array([[3, 0, 2], [1, 1, 5]], dtype)
+            for f, k in itertools.product(
+                (np.sum, np.prod, np.max, np.min, np.nansum, np.nanprod, np.nanmax, np.nanmin),
+                ({}, {"axis": 0}, {"where": whole > 1}),
+            ):
+                expected = f(whole, initial=initial, **k)
+                for x in (Tensor(whole, dtype), picograd._recorded(Tensor(whole, dtype))):
+                    out = f(x, initial=initial, **k)
+                    np.testing.assert_array_equal(np.asarray(out.data), expected)
+                    self.assertEqual(out.dtype, expected.dtype)
         with self.assertRaisesRegex(ValueError, "max: where= needs initial="):
             np.max(Value(a), where=mask)
         v, w = Value(a), Value(0.5)
