@@ -4392,7 +4392,7 @@ def mean(a, *, dtype=None, where=True, **params):
 def _deviating(prim):
     @composed(prim)
     def deviation(a, *, axis=None, dtype=None, ddof=0, keepdims=False, where=True):
-        a = _in_dtype(prim, a, dtype)
+        a = _floating(_in_dtype(prim, a, dtype))
         a = a - _detach(np.max(a, axis=axis, keepdims=True, initial=-np.inf, where=where))  # equal numbers become 0
         centred = np.where(where, a - np.mean(a, axis=axis, keepdims=True, where=where), 0)
         count = np.maximum(_taken(a, where, axis=axis, keepdims=keepdims) - ddof, 0)

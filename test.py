@@ -2204,6 +2204,9 @@ class TestCatalogue(Strict):
                     out = f(x, initial=initial, **k)
                     np.testing.assert_array_equal(np.asarray(out.data), expected)
                     self.assertEqual(out.dtype, expected.dtype)
+        for f in (np.nanmean, np.nanvar, np.nanstd):
+            np.testing.assert_array_equal(f(Tensor([3, 1, 2], np.uint8)).data, f(np.array([3, 1, 2], np.uint8)))
+        np.testing.assert_allclose(np.std(Tensor([3, 1, 2], int), where=[True, False, True]).data, 0.5)
         with self.assertRaisesRegex(ValueError, "max: where= needs initial="):
             np.max(Value(a), where=mask)
         v, w = Value(a), Value(0.5)
