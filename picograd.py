@@ -3508,12 +3508,12 @@ def piecewise(x, condlist, funclist, *args, **kw):
         masks.append(np.logical_not(functools.reduce(np.logical_or, masks)))
     if len(funclist) != len(masks):
         raise ValueError(f"np.piecewise: expected a function per condition, got {len(funclist)} for {len(masks)}")
-    out = np.zeros_like(x)
-    for mask, part in zip(masks, funclist):
-        if callable(part):
-            part = _scatter(part(x[mask], *args, **kw), mask, shape=np.shape(x), index=(_HOLE,))
-        out = np.where(mask, part, out)
-    return _as_dtype(out, x.dtype)
+
+    def part(mask, of):
+        return _scatter(of(x[mask], *args, **kw), mask, shape=np.shape(x), index=(_HOLE,)) if callable(of) else of
+
+    parts = list(map(part, masks, funclist))
+    return _as_dtype(np.select(masks[::-1], parts[::-1], np.zeros_like(x)), x.dtype)
 
 
 # --- moving elements ---
@@ -3571,9 +3571,8 @@ primitive(np.diag, lambda g, out, v, k=0: np.diagonal(g, k) if np.ndim(v) == 1 e
 def insert(arr, obj, values, axis=None):
     """`np.insert`: of both arrays in a row, the elements that it takes when it is given their places."""
     arr, values = _together((arr, values))
-    places, others = np.arange(np.size(arr)), np.size(arr) + np.arange(np.size(values))
-    others = np.reshape(others, np.shape(values))
-    places = np.insert(np.reshape(places, np.shape(arr)), _public_index(obj), others, axis)
+    places, others = (np.arange(np.size(x)).reshape(np.shape(x)) for x in (arr, values))
+    places = np.insert(places, _public_index(obj), np.size(arr) + others, axis)
     return concatenate([arr, _as_dtype(values, arr.dtype)], None)[places]
 
 
@@ -4499,7 +4498,7 @@ for _function, _composition in {
     np.inner: lambda a, b: dot(a, _t(b) if np.ndim(a) and np.ndim(b) > 1 else b),
     np.linalg.cross: lambda x1, x2, *, axis=-1: np.cross(x1, x2, axis=axis),
     np.linalg.outer: lambda x1, x2: einsum("i,j->ij", x1, x2),
-    np.outer: lambda a, b: einsum("i,j->ij", *map(np.ravel, _together((a, b)))),
+    np.outer: lambda a, b: np.multiply(*map(_reshape, _together((a, b)), ((-1, 1), (1, -1)))),
     np.polyadd: _aligned(np.add),
     np.polysub: _aligned(np.subtract),
     np.linalg.matrix_norm: lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims),
