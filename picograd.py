@@ -2730,7 +2730,8 @@ def _few_axes(a, axis) -> tuple:
     if axis is None or a.ndim < 2 or a.shape[-1] > _FEW or a.size < _LITTLE:
         return ()
     axes = _axes(a, axis)
-    return axes if a.ndim - 1 in axes and 1 < math.prod([a.shape[i] for i in axes]) <= _FEW else ()
+    few = a.ndim - 1 in axes and 1 < math.prod([a.shape[i] for i in axes]) <= _FEW
+    return axes if few and len(axes) < a.ndim else ()
 
 
 def _by_few(step, a, axis, keepdims):
