@@ -2425,6 +2425,13 @@ def check_gradients(
 
 _elementwise = functools.partial(primitive, elementwise=True)
 
+
+def _numpys(function: Callable) -> Callable:
+    """Enters a composition for NumPy's function of its name."""
+    name = function.__name__
+    return composed(getattr(np, name, None) or getattr(np.linalg, name))(function)
+
+
 # --- arithmetic ---
 
 
@@ -2559,7 +2566,6 @@ def _in_parts(function, *rules):
 
 _in_parts(np.modf, lambda g, out, x: g, None)
 _in_parts(np.frexp, lambda g, out, x: np.ldexp(g, -np.frexp(x)[1]), None)
-composed(np.divmod)(lambda x, y: (np.floor_divide(x, y), np.remainder(x, y)))
 
 # --- selection ---
 
@@ -2778,19 +2784,18 @@ def _others(a):
 
 
 def _rows(a, axis):
-    """a with the axes that a reduction takes together as one, the last; and before they were joined."""
+    """a with the axes that a reduction takes together as one, the last; and the way back to a's shape."""
     axes = _axes(a, axis)
-    moved = np.moveaxis(a, axes, range(-len(axes), 0))
-    kept = np.ndim(a) - len(axes)
-    return np.reshape(moved, (*moved.shape[:kept], math.prod(moved.shape[kept:]))), moved
+    last = range(-len(axes), 0)
+    moved = np.moveaxis(a, axes, last)
+    kept = np.shape(moved)[: np.ndim(a) - len(axes)]
+    rows = np.reshape(moved, (*kept, math.prod(np.shape(moved)[len(kept) :])))
+    return rows, lambda x: np.moveaxis(np.reshape(x, np.shape(moved)), last, axes)
 
 
 def _prod_a(g, out, a, axis=None, keepdims=False):
-    if 0 in np.shape(a):
-        return np.zeros_like(a)
-    (rows, moved), axes = _rows(a, axis), _axes(a, axis)
-    others = np.reshape(_others(rows), np.shape(moved))
-    return _unreduce(g, a, axis, keepdims) * np.moveaxis(others, range(-len(axes), 0), axes)
+    rows, back = _rows(a, axis)
+    return _unreduce(g, a, axis, keepdims) * back(_others(rows))
 
 
 def _var_a(g, out, a, axis=None, ddof=0, keepdims=False):
@@ -2985,14 +2990,14 @@ _as_dtype = _elementwise(_cast, lambda g, out, a, dtype: g, name="astype")
 _elementwise(np.copy, lambda g, out, a: g)
 
 
-@composed(np.reshape)
+@_numpys
 def reshape(a, shape, order="C"):
     if order != "C":
         raise TypeError(f"reshape: order {order!r} is not supported on a Value or Tensor, only 'C'")
     return _reshape(a, shape)
 
 
-@composed(np.ravel)
+@_numpys
 def ravel(a, order="C"):
     flat = reshape(a, (-1,), order)
     raw = _raw(flat)
@@ -3059,21 +3064,11 @@ def _together(arrays) -> list:
     return [x if y is z else _as_dtype(x, y.dtype) for x, y, z in zip(arrays, met, raws)]
 
 
-@composed(np.concatenate)
+@_numpys
 def concatenate(arrays, axis=0):
     if axis is None:
         return _concatenate(*map(np.ravel, _together(arrays)), axis=0)
     return _concatenate(*arrays, axis=axis)
-
-
-@composed(np.stack)
-def stack(arrays, axis=0):
-    return _stack(*arrays, axis=axis)
-
-
-@composed(np.append)
-def append(arr, values, axis=None):
-    return concatenate([arr, values], axis)
 
 
 def _joining(extended, axis):
@@ -3086,30 +3081,24 @@ def _joining(extended, axis):
     return join
 
 
-composed(np.vstack)(_joining(np.atleast_2d, 0))
-composed(np.hstack)(_joining(np.atleast_1d, 1))
-composed(np.dstack)(_joining(np.atleast_3d, 2))
-composed(np.column_stack)(_joining(lambda a: a if np.ndim(a) > 1 else _reshape(a, (-1, 1)), 1))
-
-
-@composed(np.block)
+@_numpys
 def block(arrays):
     """`np.block`: a matrix of numbers and arrays from nested lists."""
 
     def shaped(x):
         return [shaped(part) for part in x] if isinstance(x, list) else np.empty(np.shape(x), bool)
 
-    def joined(x):
-        """A part, with all axes, and how many lists deep it is."""
+    def joined(x, axis=0):
         if isinstance(x, list):
-            inner, depths = zip(*map(joined, x))
-            return _concatenate(*inner, axis=-1 - depths[0]), 1 + depths[0]
+            return _concatenate(*[joined(part, axis + 1) for part in x], axis=axis - depth)
         part = next(parts)
-        return _reshape(part, (1,) * (ndim - np.ndim(part)) + np.shape(part)), 0
+        return _reshape(part, (1,) * (ndim - np.ndim(part)) + np.shape(part))
 
-    ndim = np.block(shaped(arrays)).ndim  # with NumPy's own checks and errors
+    ndim, depth, part = np.block(shaped(arrays)).ndim, 0, arrays  # with NumPy's own checks and errors
+    while isinstance(part, list):
+        depth, part = depth + 1, part[0]
     parts = iter(_together(_members(arrays)))
-    return joined(arrays)[0] if isinstance(arrays, list) and len(_members(arrays)) > 1 else np.copy(joined(arrays)[0])
+    return joined(arrays) if isinstance(arrays, list) and len(_members(arrays)) > 1 else np.copy(joined(arrays))
 
 
 def _place(part, whole) -> tuple:
@@ -3136,22 +3125,10 @@ for _function in (np.split, np.array_split, np.hsplit, np.vsplit, np.dsplit):
 composed(*_since("unstack"))(lambda x, *, axis=0: tuple(np.moveaxis(x, axis, 0)))
 
 
-@composed(np.trim_zeros)
+@_numpys
 def trim_zeros(filt, *args, **kwargs):
     whole = np.ascontiguousarray(_fetched(_raw(filt)) != 0)
     return filt[_place(np.trim_zeros(whole, *args, **kwargs), whole)]
-
-
-@composed(np.broadcast_arrays)
-def broadcast_arrays(*args):
-    shape = np.broadcast_shapes(*map(np.shape, args))
-    return tuple([np.broadcast_to(x, shape) for x in args])
-
-
-@composed(np.meshgrid)
-def meshgrid(*xi, **options):
-    places = np.meshgrid(*[np.arange(np.size(x)) for x in xi], **options)
-    return tuple(map(np.take, xi, places))
 
 
 # --- indexing; parts of an index that are Values or Tensors are operands, so that a replay sees their current data ---
@@ -3336,7 +3313,7 @@ def take(a, indices, axis=None):
     return taken if np.ndim(indices) else np.copy(taken)  # NumPy's is no view
 
 
-@composed(np.take_along_axis)
+@_numpys
 def take_along_axis(arr, indices, axis=-1):
     arr, axis = (np.ravel(arr), 0) if axis is None else (arr, _axis(axis, arr))
     if np.ndim(indices) != np.ndim(arr):
@@ -3346,13 +3323,13 @@ def take_along_axis(arr, indices, axis=-1):
     return arr[tuple(where)]
 
 
-@composed(np.sort)
+@_numpys
 def sort(a, axis=-1, kind=None, order=None, *, stable=None):
     a, axis = (np.ravel(a), 0) if axis is None else (a, _axis(axis, a))
     return take_along_axis(a, np.argsort(a, axis), axis)
 
 
-# --- order statistics: sort, and gather ---
+# --- order statistics ---
 
 
 def _ranks(rows, q, method, skip):
@@ -3370,31 +3347,33 @@ def _ranks(rows, q, method, skip):
 _ranked = primitive(_ranks, None, name="ranks of quantiles")
 
 
-def _quantiles(twin, unit=1.0, q=None):
-    """Enters a function that gives quantiles, q in units of its own or always the same, by sorting and gathering."""
+def _quantiles(prefix):
+    """Enters the functions that give quantiles: of the sorted, each is one, or between two."""
 
-    def quantile(a, q, axis=None, *, overwrite_input=False, method="linear", keepdims=False):
-        if method != "linear" and np.result_type(_raw(a)).kind != "f":
-            raise TypeError(f"{twin.__name__}: method must be 'linear' for whole numbers, got {method!r}")
-        q = np.asarray(q, float) / unit
-        rows = np.sort(_rows(a, axis)[0], axis=-1)
-        if not rows.shape[-1]:
-            rows = np.concatenate([rows, np.full((*rows.shape[:-1], 1), np.nan)], axis=-1)
-        place = _ranked(rows, q=q.ravel().tolist(), method=method, skip=twin.__name__.startswith("nan"))
-        low, high = (np.take_along_axis(rows, _as_dtype(f(place), np.dtype(int)), -1) for f in (np.floor, np.ceil))
-        part = _as_dtype(np.remainder(place, 1.0), np.result_type(_raw(_floating(rows))))
-        out = np.where(part == 0, low, low * (1.0 - part) + high * part)
-        shape = np.shape(np.any(np.empty(np.shape(a), bool), axis=axis, keepdims=keepdims))
-        out = np.reshape(np.moveaxis(out, -1, 0), q.shape + shape)
-        return _as_dtype(out, float) if type(_raw(a)) in _WEAK_TYPES and not out.ndim else out
+    def rule(g, out, a, q, axis=None, method="linear", keepdims=False):
+        if not np.size(a):
+            return np.zeros_like(a)
+        (rows, back), q = _rows(a, axis), np.ravel(q).tolist()
+        place = _ranked(rows, q=q, method=method, skip=bool(prefix))
+        g, part = np.moveaxis(np.reshape(g, (len(q), *np.shape(rows)[:-1])), 0, -1), np.remainder(place, 1.0)
+        between = _as_dtype(np.concatenate([np.floor(place), np.ceil(place)], -1), np.dtype(int))
+        *where, _ = np.ogrid[tuple(map(slice, np.shape(between)))]
+        origins = np.take_along_axis(np.argsort(rows, -1), between, -1)
+        shares = np.concatenate([g * (1.0 - part), g * part], -1)
+        return back(_scatter(shares, origins, shape=np.shape(rows), index=(*where, _HOLE)))
 
-    composed(twin)(quantile if q is None else lambda a, axis=None, **params: quantile(a, q, axis, **params))
+    primitive(getattr(np, f"{prefix}quantile"), rule)
+    primitive(
+        getattr(np, f"{prefix}percentile"),
+        lambda g, out, a, q, axis=None, method="linear", keepdims=False: rule(
+            g, out, a, np.divide(q, 100), axis, method
+        ),
+    )
+    primitive(getattr(np, f"{prefix}median"), lambda g, out, a, axis=None, keepdims=False: rule(g, out, a, 0.5, axis))
 
 
-for _prefix in ("", "nan"):
-    _quantiles(getattr(np, f"{_prefix}quantile"))
-    _quantiles(getattr(np, f"{_prefix}percentile"), 100.0)
-    _quantiles(getattr(np, f"{_prefix}median"), q=0.5)
+_quantiles("")
+_quantiles("nan")
 
 _distinct = primitive(
     lambda ar, part, axis, equal_nan: np.unique(ar, True, True, True, axis, equal_nan=equal_nan)[part],
@@ -3403,7 +3382,7 @@ _distinct = primitive(
 )
 
 
-@composed(np.unique)
+@_numpys
 def unique(
     ar, return_index=False, return_inverse=False, return_counts=False, axis=None, *, equal_nan=True, sorted=True
 ):
@@ -3417,7 +3396,7 @@ def unique(
     return (values, *wanted) if wanted else values
 
 
-@composed(np.nonzero)
+@_numpys
 def nonzero(a):
     if not np.ndim(a):
         raise ValueError("nonzero: a must have at least one dimension, got a number")
@@ -3435,12 +3414,7 @@ _bincount = primitive(
 )
 
 
-@composed(np.bincount)
-def bincount(x, weights=None, minlength=0):
-    return _bincount(x, *([] if weights is None else [weights]), minlength=minlength)
-
-
-@composed(np.histogram)
+@_numpys
 def histogram(a, bins=10, range=None, density=None, weights=None):
     """`np.histogram`, also with differentiable weights; no gradient flows to a, nor through the edges."""
     edges = np.histogram_bin_edges(a, bins=bins, range=range)
@@ -3452,7 +3426,7 @@ def histogram(a, bins=10, range=None, density=None, weights=None):
     return (counts / np.sum(counts) / np.diff(edges) if density else counts), edges
 
 
-@composed(np.trapezoid)
+@_numpys
 def trapezoid(y, x=None, dx=1.0, axis=-1):
     y = np.moveaxis(y, axis, -1)
     if x is not None:
@@ -3460,19 +3434,19 @@ def trapezoid(y, x=None, dx=1.0, axis=-1):
     return np.sum(dx * (y[..., 1:] + y[..., :-1]) / 2.0, axis=-1)
 
 
-@composed(np.cov)
+@_numpys
 def cov(m, y=None, rowvar=True, bias=False, ddof=None, fweights=None, aweights=None):
     """`np.cov`, also with differentiable aweights; in double precision, as NumPy's."""
     x = np.concatenate([np.atleast_2d(z if rowvar else np.transpose(z)) for z in (m, y) if z is not None])
     x = _as_dtype(x, np.result_type(_raw(x), np.float64))
-    w = functools.reduce(operator.mul, [w for w in (fweights, aweights) if w is not None], np.ones(x.shape[1:]))
+    w = math.prod([w for w in (fweights, aweights) if w is not None], start=np.ones(x.shape[1:]))
     total, ddof = np.sum(w), (not bias) if ddof is None else ddof
     lost = ddof if aweights is None or not ddof else ddof * np.sum(w * aweights) / total
-    x = x - np.expand_dims(np.einsum("ij,j", x, w) / total, 1)
+    x = x - np.average(x, axis=1, weights=w, keepdims=True)
     return np.squeeze(np.matmul(x * w, _t(x)) / np.maximum(total - lost, 0))
 
 
-@composed(np.corrcoef)
+@_numpys
 def corrcoef(x, y=None, rowvar=True):
     c = np.cov(x, y, rowvar)
     scale = np.sqrt(np.diagonal(np.atleast_2d(c)))
@@ -3490,25 +3464,15 @@ def _partition_a(g, out, a, kth, axis=-1):
 primitive(np.partition, _partition_a)
 
 
-@composed(np.compress)
-def compress(condition, a, axis=None):
-    return np.take(a, np.flatnonzero(condition), axis)
-
-
-composed(np.extract)(compress)
-
-
-@composed(np.choose)
+@_numpys
 def choose(a, choices, mode="raise"):
-    n, out = len(choices), choices[0]
+    n = len(choices)
     np.choose(_fetched(_raw(a)), [True] * n, mode=mode)  # NumPy's own checks and errors
     a = np.remainder(a, n) if mode == "wrap" else np.clip(a, 0, n - 1)
-    for i, choice in enumerate(choices):
-        out = np.where(np.equal(a, i), choice, out)
-    return out
+    return np.select([np.equal(a, i) for i in range(n)], choices, choices[0])
 
 
-@composed(np.select)
+@_numpys
 def select(condlist, choicelist, default=0):
     if not 0 < len(condlist) == len(choicelist):
         raise ValueError(f"np.select: expected one choice per condition, got {len(choicelist)} for {len(condlist)}")
@@ -3517,7 +3481,7 @@ def select(condlist, choicelist, default=0):
     return default
 
 
-@composed(np.piecewise)
+@_numpys
 def piecewise(x, condlist, funclist, *args, **kw):
     """`np.piecewise`: each function sees the elements where its condition holds, and only there do gradients flow."""
     masks = [condlist] if np.ndim(x) and not np.ndim(condlist[0]) else condlist
@@ -3526,12 +3490,12 @@ def piecewise(x, condlist, funclist, *args, **kw):
         masks.append(np.logical_not(functools.reduce(np.logical_or, masks)))
     if len(funclist) != len(masks):
         raise ValueError(f"np.piecewise: expected a function per condition, got {len(funclist)} for {len(masks)}")
-    out = np.zeros_like(x)
-    for mask, part in zip(masks, funclist):
-        if callable(part):
-            part = _scatter(part(x[mask], *args, **kw), mask, shape=np.shape(x), index=(_HOLE,))
-        out = np.where(mask, part, out)
-    return _as_dtype(out, x.dtype)
+
+    def part(mask, of):
+        return _scatter(of(x[mask], *args, **kw), mask, shape=np.shape(x), index=(_HOLE,)) if callable(of) else of
+
+    parts = list(map(part, masks, funclist))
+    return _as_dtype(np.select(masks[::-1], parts[::-1], np.zeros_like(x)), x.dtype)
 
 
 # --- moving elements ---
@@ -3550,8 +3514,6 @@ primitive(np.roll, lambda g, out, a, shift, axis=None: np.roll(g, np.negative(sh
 primitive(np.rot90, lambda g, out, m, k=1, axes=(0, 1): np.rot90(g, -k, axes))
 primitive(np.triu, lambda g, out, m, k=0: np.triu(g, k))
 primitive(np.tril, lambda g, out, m, k=0: np.tril(g, k))
-composed(np.fliplr)(lambda m: np.flip(m, 1))
-composed(np.flipud)(lambda m: np.flip(m, 0))
 
 
 def _origins(function):
@@ -3569,14 +3531,12 @@ def _origins(function):
         g, _, a = args
         if _lazy(g):
             raise TypeError(f"{function.__name__}: no gradient flows back to an array of {type(_raw(g)).__module__}")
-        n, key = math.prod(np.shape(a)), (np.shape(a), repr(params))  # in which a truth is no number
+        n, key = math.prod(np.shape(a)), (np.shape(a), repr(params))  # where a truth is no number
         found = kept.get(key) or places(np.shape(a), **params)
-        if math.prod(np.shape(g)) < 1 << 16 and not any(
-            [isinstance(x, np.ndarray) for x in _members(*params.values())]
-        ):
+        if math.prod(np.shape(g)) < 1 << 16 and "..." not in key[1]:  # else an array of many numbers
             if len(kept) >= 32:
                 kept.clear()
-            kept[key] = found  # few enough, of parameters that are told apart by how they are written
+            kept[key] = found
         known, origins = found
         return np.reshape(_scatter(np.ravel(g)[known], shape=(n,), index=(origins,)), np.shape(a))
 
@@ -3589,27 +3549,16 @@ _from_diagonal = TABLE[np.diagonal].vjps[0]
 primitive(np.diag, lambda g, out, v, k=0: np.diagonal(g, k) if np.ndim(v) == 1 else _from_diagonal(g, out, v, offset=k))
 
 
-@composed(np.trace)
-def trace(a, offset=0, axis1=0, axis2=1):
-    return np.sum(np.diagonal(a, offset, axis1, axis2), axis=-1)
-
-
-@composed(np.insert)
+@_numpys
 def insert(arr, obj, values, axis=None):
     """`np.insert`: of both arrays in a row, the elements that it takes when it is given their places."""
     arr, values = _together((arr, values))
-    places, others = np.arange(np.size(arr)), np.size(arr) + np.arange(np.size(values))
-    others = np.reshape(others, np.shape(values))
-    places = np.insert(np.reshape(places, np.shape(arr)), _public_index(obj), others, axis)
+    places, others = (np.arange(np.size(x)).reshape(np.shape(x)) for x in (arr, values))
+    places = np.insert(places, _public_index(obj), np.size(arr) + others, axis)
     return concatenate([arr, _as_dtype(values, arr.dtype)], None)[places]
 
 
-@composed(np.ediff1d)
-def ediff1d(ary, to_end=None, to_begin=None):
-    return concatenate([x for x in (to_begin, np.diff(np.ravel(ary)), to_end) if x is not None], None)
-
-
-@composed(np.apply_along_axis)
+@_numpys
 def apply_along_axis(func1d, axis, arr, *args, **kwargs):
     rows, first = np.moveaxis(arr, axis, -1), _axis(axis, arr)
     others = np.shape(rows)[:-1]
@@ -3618,7 +3567,7 @@ def apply_along_axis(func1d, axis, arr, *args, **kwargs):
     return np.moveaxis(np.reshape(results, others + np.shape(results)[1:]), range(-n, 0), range(first, first + n))
 
 
-@composed(np.apply_over_axes)
+@_numpys
 def apply_over_axes(func, a, axes):
     for axis in _axes(a, axes):
         reduced = func(a, axis)
@@ -3626,7 +3575,7 @@ def apply_over_axes(func, a, axes):
     return a
 
 
-@composed(np.linspace)
+@_numpys
 def linspace(start, stop, num=50, endpoint=True, retstep=False, *, axis=0):
     """`np.linspace`, as weighted means of the ends."""
     weights = np.linspace(0.0, 1.0, num, endpoint).reshape(-1, *[1] * max(np.ndim(start), np.ndim(stop)))
@@ -3634,12 +3583,7 @@ def linspace(start, stop, num=50, endpoint=True, retstep=False, *, axis=0):
     return (line, np.subtract(stop, start) * np.linspace(0, 1, num, endpoint, True)[1]) if retstep else line
 
 
-@composed(np.logspace)
-def logspace(start, stop, num=50, endpoint=True, base=10.0, *, axis=0):
-    return np.power(base, np.linspace(start, stop, num, endpoint, axis=axis))
-
-
-@composed(np.geomspace)
+@_numpys
 def geomspace(start, stop, num=50, endpoint=True, *, axis=0):
     start, stop = (_as_dtype(x, np.float64) for x in (start, stop))
     sign = np.sign(start)
@@ -3662,7 +3606,7 @@ _pad_back = _origins(np.pad)
 _padded = primitive(np.pad, _pad_x)
 
 
-@composed(np.pad)
+@_numpys
 def pad(array, pad_width, mode="constant", **values):
     """`np.pad`; linear_ramp as a line on either side, axis by axis."""
     if mode in "constant edge reflect symmetric wrap".split():
@@ -3691,7 +3635,15 @@ def _window_x(g, out, x, window_shape, axis=None):
 primitive(np.lib.stride_tricks.sliding_window_view, _window_x)
 
 
-@composed(np.diff)
+def _diff_a(g, out, a, n, axis):
+    ends = [(n * (i == axis),) * 2 for i in range(np.ndim(a))]
+    return (-1.0) ** n * np.diff(np.pad(g, ends), n, axis)
+
+
+_diff = primitive(lambda a, n, axis: np.diff(a, n, axis), _diff_a, name="diff")
+
+
+@_numpys
 def diff(a, n=1, axis=-1, prepend=None, append=None):
     if n < 0:
         raise ValueError(f"diff: n must not be negative, got {n}")
@@ -3702,10 +3654,7 @@ def diff(a, n=1, axis=-1, prepend=None, append=None):
     parts = [x for x in (prepend, a, append) if x is not None]
     if len(parts) > 1:
         a = _concatenate(*[x if np.ndim(x) else np.broadcast_to(x, tuple(one)) for x in _together(parts)], axis=axis)
-    change = np.not_equal if a.dtype == bool else np.subtract
-    for _ in range(n):
-        a = change(_along(a, axis, slice(1, None)), _along(a, axis, slice(None, -1)))
-    return a
+    return _diff(a, n=min(n, np.shape(a)[axis]), axis=axis)
 
 
 # --- products ---
@@ -3754,19 +3703,14 @@ _dense = primitive(
 )
 
 
-@composed(np.dot)
+@_numpys
 def dot(a, b):
     if 0 in (np.ndim(a), np.ndim(b)):
         return a * b
     return a @ b if np.ndim(b) <= 2 else tensordot(a, b, (-1, -2))
 
 
-@composed(np.inner)
-def inner(a, b):
-    return dot(a, np.swapaxes(b, -1, -2) if np.ndim(a) and np.ndim(b) > 1 else b)
-
-
-@composed(np.vdot)
+@_numpys
 def vdot(a, b):
     if np.ndim(a) == np.ndim(b) == 0:
         return a * b
@@ -3786,16 +3730,13 @@ composed(*_since("vecmat"))(lambda x1, x2: np.matmul(np.expand_dims(x1, -2), x2)
 _cross = primitive(np.cross, lambda g, out, a, b: _cross(b, g), lambda g, out, a, b: _cross(g, a))
 
 
-@composed(np.cross)
+@_numpys
 def cross(a, b, axisa=-1, axisb=-1, axisc=-1, axis=None):
     ends = (axisa, axisb, axisc) if axis is None else (axis,) * 3
     a, b = np.moveaxis(a, ends[0], -1), np.moveaxis(b, ends[1], -1)
     if not np.shape(a)[-1] == np.shape(b)[-1] == 3:
         raise TypeError(f"np.cross: expected vectors of 3 numbers, got arrays of shapes {np.shape(a)}, {np.shape(b)}")
     return np.moveaxis(_cross(a, b), -1, ends[2])
-
-
-composed(np.linalg.cross)(lambda x1, x2, *, axis=-1: np.cross(x1, x2, axis=axis))
 
 
 def _convolve_a(g, out, a, v, mode="full"):
@@ -3807,23 +3748,14 @@ def _convolve_a(g, out, a, v, mode="full"):
 primitive(np.convolve, _convolve_a, lambda g, out, a, v, mode="full": _convolve_a(g, out, v, a))
 
 
-@composed(np.correlate)
+@_numpys
 def correlate(a, v, mode="valid"):
     if np.size(a) < np.size(v):
         return np.flip(np.correlate(v, a, mode))
     return np.convolve(a, np.flip(v), mode)
 
 
-composed(np.linalg.outer)(lambda x1, x2: einsum("i,j->ij", x1, x2))
-
-
-@composed(np.outer)
-def outer(a, b):
-    a, b = _together((a, b))
-    return _reshape(a, (-1, 1)) * _reshape(b, (1, -1))
-
-
-@composed(np.kron)
+@_numpys
 def kron(a, b):
     if not (np.ndim(a) and np.ndim(b)):
         return np.multiply(a, b)
@@ -3872,17 +3804,13 @@ _diagonals = primitive(_diagonal_of, _origins(_diagonal_of), name="diagonals")  
 def _spelled_out(subscripts: str, *ndims: int) -> tuple[list[str], str]:
     """The subscripts of operands of so many dimensions, and of the result, with letters for ellipses; what is not
     written is as NumPy has it."""
-    np.einsum(subscripts, *[np.ones((1,) * n) for n in ndims])  # NumPy's own checks and errors
-    left, arrow, output = subscripts.replace(" ", "").partition("->")
-    free = "".join([c for c in string.ascii_letters if c not in subscripts])
-    hidden = [n - len(s.replace("...", "")) for s, n in zip(left.split(","), ndims)]
-    inputs = [s.replace("...", free[len(free) - n :]) for s, n in zip(left.split(","), hidden)]
-    if not arrow:
-        output = "..." + "".join(sorted(c for c in {*left} - {*",."} if left.count(c) == 1))
-    return inputs, output.replace("...", free[len(free) - max(hidden) :])
+    ones = [np.ones((1,) * n) for n in ndims]
+    np.einsum(subscripts, *ones)  # NumPy's own checks and errors
+    inputs, output, _ = np._core.einsumfunc._parse_einsum_input((subscripts, *ones))
+    return inputs.split(","), output
 
 
-@composed(np.einsum)
+@_numpys
 def einsum(subscripts, *operands, optimize=True):
     """`np.einsum` with a subscript string: explicit or implicit, with ellipses and repeated letters."""
     if not isinstance(subscripts, str):
@@ -3913,7 +3841,7 @@ def _widened(x):
     return _as_dtype(x, np.result_type(x.dtype, int))
 
 
-@composed(np.vander)
+@_numpys
 def vander(x, N=None, increasing=False):
     if np.ndim(x) != 1:
         raise ValueError(f"np.vander: x must be one-dimensional, got shape {np.shape(x)}")
@@ -3921,7 +3849,7 @@ def vander(x, N=None, increasing=False):
     return np.expand_dims(_widened(x), 1) ** (powers if increasing else powers[::-1])
 
 
-@composed(np.polyval)
+@_numpys
 def polyval(p, x):
     out = np.zeros_like(x)
     for coefficient in p:
@@ -3939,31 +3867,27 @@ def _aligned(function):
     return combine
 
 
-composed(np.polyadd)(_aligned(np.add))
-composed(np.polysub)(_aligned(np.subtract))
-
-
-@composed(np.polymul)
+@_numpys
 def polymul(a1, a2):
     trimmed = (np.trim_zeros(np.atleast_1d(a), "f") for a in (a1, a2))  # as in NumPy, where one zero stays
     return np.convolve(*(a if np.size(a) else np.zeros_like(a, shape=1) for a in trimmed))
 
 
-@composed(np.polyder)
+@_numpys
 def polyder(p, m=1):
     for _ in range(m):
         p = _widened(p)[:-1] * np.arange(np.size(p) - 1, 0, -1)
     return p
 
 
-@composed(np.polyint)
+@_numpys
 def polyint(p, m=1, k=None):
     for constant in np.broadcast_to(0.0 if k is None else k, (m,)):
         p = np.append(_widened(p) / np.arange(np.size(p), 0, -1), constant)
     return p
 
 
-@composed(np.polyfit)
+@_numpys
 def polyfit(x, y, deg, rcond=None, *, w=None):
     left = np.vander(np.add(x, 0.0), deg + 1)
     y = _as_dtype(y, left.dtype)
@@ -3973,7 +3897,7 @@ def polyfit(x, y, deg, rcond=None, *, w=None):
     return np.transpose(np.transpose(np.linalg.pinv(left / scale, rtol=rcond) @ y) / scale)
 
 
-@composed(np.gradient)
+@_numpys
 def gradient(f, *varargs, axis=None, edge_order=1):
     """`np.gradient`: means of the slopes on both sides, each weighted with the other side's step."""
     axes, steps = _axes(f, axis), varargs or (1.0,)
@@ -3988,26 +3912,43 @@ def gradient(f, *varargs, axis=None, edge_order=1):
 
 def _slopes(f, step, edge_order):
     """The slopes along the first axis, given the places or the distance between them."""
-    places, unit = (step, 1.0) if np.ndim(step) else (np.arange(float(len(f))), step)
-    if not edge_order < len(f) == len(places):
-        raise ValueError(f"np.gradient: {len(places)} places for {len(f)} numbers, with edge_order {edge_order}")
-    h = np.expand_dims(np.diff(places), tuple(range(1, np.ndim(f))))
-    slope, both = (f[1:] - f[:-1]) / h, h[1:] + h[:-1]
-    inner, ends = (h[1:] * slope[:-1] + h[:-1] * slope[1:]) / both, [slope[:1], slope[-1:]]
+    places = len(step) if np.ndim(step) else len(f)
+    if not edge_order < len(f) == places:
+        raise ValueError(f"np.gradient: {places} places for {len(f)} numbers, with edge_order {edge_order}")
+    h, before = step, 0.5
+    if np.ndim(step):
+        h = np.expand_dims(np.diff(step), tuple(range(1, np.ndim(f))))
+        before = h[1:] / (h[1:] + h[:-1])
+    out = _blended(np.diff(f, axis=0) / h, before)
     if edge_order == 2:
-        ends = [2.0 * slope[:1] - inner[:1], 2.0 * slope[-1:] - inner[-1:]]
-    return np.concatenate([ends[0], inner, ends[1]]) / unit
+        out = np.concatenate([2.0 * out[:1] - out[1:2], out[1:-1], 2.0 * out[-1:] - out[-2:-1]])
+    return out
 
 
-@composed(np.interp)
+def _blended_x(g, out, x, before):
+    inner = g[1:-1]
+    return np.concatenate([inner * before, g[-1:]]) + np.concatenate([g[:1], inner * (1.0 - before)])
+
+
+# Means of what is before and behind each place, with the share of what is before.
+_blended = primitive(
+    lambda x, before: np.concatenate([x[:1], x[:-1] * before + x[1:] * (1.0 - before), x[-1:]]),
+    _blended_x,
+    lambda g, out, x, before: g[1:-1] * (x[:-1] - x[1:]),
+    name="blended",
+)
+
+
+@_numpys
 def interp(x, xp, fp, left=None, right=None):
     """`np.interp`, in double precision, and weak of a weak number; where pieces meet, the slope is the right one's."""
     weak, (x, xp, fp) = type(_raw(x)) is float, (_as_dtype(a, np.float64) for a in (x, xp, fp))
     if np.shape(xp) != np.shape(fp):
         raise ValueError(f"np.interp: expected as many xp as fp, got shapes {np.shape(xp)} and {np.shape(fp)}")
-    i = np.clip(np.searchsorted(xp, x, "right") - 1, 0, len(xp) - 2)
-    low, high, left_of, right_of = (_getitem(a, i + k, index=(_HOLE,)) for a in (xp, fp) for k in (0, 1))
-    out = left_of + _over(x - low, high - low) * (right_of - left_of)
+    i = np.clip(np.searchsorted(xp, x, "right") - 1, 0, max(len(xp) - 2, 0))
+    slopes = np.append(_over(np.diff(fp), np.diff(xp)), 0.0)  # of one place, too
+    start, level, slope = (_getitem(a, i, index=(_HOLE,)) for a in (xp, fp, slopes))
+    out = level + slope * (x - start)
     out = np.where(x < xp[0], fp[0] if left is None else left, out)
     out = np.where(x > xp[-1], fp[-1] if right is None else right, out)
     return _as_dtype(out, float) if weak else out
@@ -4027,7 +3968,7 @@ _solve = primitive(
 )
 
 
-@composed(np.linalg.solve)
+@_numpys
 def solve(a, b):
     """`np.linalg.solve`; a vector b, which may meet a batch of matrices, is a column."""
     return _solve(a, np.reshape(b, (-1, 1)))[..., 0] if np.ndim(b) == 1 else _solve(a, b)
@@ -4097,7 +4038,7 @@ _logdet = primitive(lambda a: np.linalg.slogdet(a)[1], _logdet_a, name="logabsde
 _signdet = primitive(lambda a: np.linalg.slogdet(a)[0], None, name="signdet")
 
 
-@composed(np.linalg.slogdet)
+@_numpys
 def slogdet(a):
     return type(np.linalg.slogdet(np.eye(1)))(_signdet(a), _logdet(a))
 
@@ -4111,15 +4052,21 @@ _norm = primitive(
 )
 
 
-@composed(np.linalg.norm)
+@_numpys
 def norm(x, ord=None, axis=None, keepdims=False):
-    """`np.linalg.norm`, of vectors and matrices; its gradient at 0 is 0."""
+    """`np.linalg.norm`; its gradient at 0 is 0. That of a matrix is one of the sums of its rows or columns, or of its
+    singular values."""
     if ord is not None or axis is not None:
         np.linalg.norm(np.ones((1,) * np.ndim(x)), ord, axis)  # NumPy's own checks and errors
     x, axes = _floating(x), _axes(x, axis)
     if ord in (None, "fro") or len(axes) == 1:
         return _vector_norm(x, ord, axis=axis, keepdims=keepdims)
-    out = _matrix_norm(np.moveaxis(x, axes, (-2, -1)), ord)
+    x = np.moveaxis(x, axes, (-2, -1))
+    if ord in (2, -2, "nuc"):
+        sizes = np.linalg.svdvals(x)
+    else:
+        sizes = np.sum(np.abs(x), axis=-2 if abs(ord) == 1 else -1)
+    out = _vector_norm(sizes, 1 if ord == "nuc" else math.copysign(np.inf, ord), axis=-1)
     return np.expand_dims(out, axes) if keepdims else out
 
 
@@ -4131,29 +4078,37 @@ def _vector_norm(x, ord, **kept):
     if abs(ord) == np.inf and np.size(x):
         return (np.max if ord > 0 else np.min)(np.abs(x), **kept)
     total = np.sum(np.abs(x) ** ord, **kept)
+    if ord == 1:
+        return total
     some = np.not_equal(total, 0)
     return np.where(some, np.where(some, total, 1.0) ** (1.0 / ord), 0.0)
 
 
-def _matrix_norm(x, ord):
-    """Of the sums of rows or columns, or of the singular values, the largest, the smallest, or their sum."""
-    if ord in (2, -2, "nuc"):
-        sizes = np.linalg.svdvals(x)
-    else:
-        sizes = np.sum(np.abs(x), axis=-2 if abs(ord) == 1 else -1)
-    if ord == "nuc":
-        return np.sum(sizes, axis=-1)
-    return (np.max if ord > 0 else np.min)(sizes, axis=-1)
-
-
-composed(np.linalg.vector_norm)(
-    lambda x, *, axis=None, keepdims=False, ord=2: _vector_norm(_floating(x), ord, axis=axis, keepdims=keepdims)
-)
-composed(np.linalg.matrix_norm)(lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims))
-composed(np.linalg.diagonal)(lambda x, *, offset=0: np.diagonal(x, offset, -2, -1))
-composed(np.linalg.trace)(lambda x, *, offset=0: trace(x, offset, -2, -1))
-
 # A decomposition is one primitive, whose parts lie side by side in one array: one rule gives the gradient of all.
+
+
+def _decomposed(function, rule, name):
+    """A function that gives NumPy's parts; rule(their gradients, parts, a) is the gradient of a."""
+    named = type(function(np.eye(1)))
+
+    @functools.lru_cache(64)
+    def layout(*shape):
+        shapes = [x.shape for x in function(np.eye(*shape))]
+        ends = [0, *itertools.accumulate(map(math.prod, shapes))]
+        return [(slice(start, end), shape) for start, end, shape in zip(ends, ends[1:], shapes)]
+
+    def in_parts(joined, a):
+        *stack, m, n = np.shape(a)
+        return [np.reshape(joined[..., part], (*stack, *shape)) for part, shape in layout(m, n)]
+
+    prim = primitive(
+        lambda a: np.concatenate(
+            [np.reshape(x, (*a.shape[:-2], math.prod(x.shape[a.ndim - 2 :]))) for x in function(a)], -1
+        ),
+        lambda g, out, a: rule(in_parts(g, a), in_parts(out, a), a),
+        name=name,
+    )
+    return lambda a: named(*in_parts(prim(a), a))
 
 
 def _gaps(s):
@@ -4163,43 +4118,30 @@ def _gaps(s):
     return 1.0 / np.where(np.abs(gap) <= tiny, np.inf, gap)
 
 
-def _eigh_forward(a, UPLO="L"):
-    w, v = np.linalg.eigh(a, UPLO)
-    return np.concatenate([np.expand_dims(w, -2), v], -2)
-
-
-def _eigh_a(g, out, a, UPLO="L"):
+def _eigh_a(g, out, a):
     # Giles 2008, "An extended collection of matrix derivative results", 3.1. NumPy reads one triangle only.
-    w, v, n = out[..., 0, :], out[..., 1:, :], np.shape(a)[-1]
-    inner = _t(v) @ g[..., 1:, :] * _gaps(w) + np.expand_dims(g[..., 0, :], -1) * np.eye(n)
-    return _twice(v @ inner @ _t(v)) * (_half(n) if UPLO in "Ll" else _t(_half(n)))
+    (gw, gv), (w, v), n = g, out, np.shape(a)[-1]
+    inner = _t(v) @ gv * _gaps(w) + np.expand_dims(gw, -1) * np.eye(n)
+    return _twice(v @ inner @ _t(v)) * _half(n)
 
 
-_eigh = primitive(_eigh_forward, _eigh_a, name="eigh")
+_eigh = {
+    "L": _decomposed(np.linalg.eigh, _eigh_a, "eigh"),
+    "U": _decomposed(lambda a: np.linalg.eigh(a, "U"), lambda g, out, a: _t(_eigh_a(g, out, a)), "eigh of upper"),
+}
 
 
-@composed(np.linalg.eigh)
+@_numpys
 def eigh(a, UPLO="L"):
-    out = _eigh(a, UPLO=UPLO)
-    return type(np.linalg.eigh(np.eye(1)))(out[..., 0, :], out[..., 1:, :])
-
-
-composed(np.linalg.eigvalsh)(lambda a, UPLO="L": eigh(a, UPLO).eigenvalues)
-
-
-def _svd_forward(a):
-    u, s, v = np.linalg.svd(a, full_matrices=False)
-    return np.concatenate([_t(u), np.expand_dims(s, -1), v], -1)
-
-
-def _svd_parts(out, a):
-    m = np.shape(a)[-2]
-    return _t(out[..., :m]), out[..., m], _t(out[..., m + 1 :])
+    if UPLO.upper() not in _eigh:
+        raise ValueError(f"np.linalg.eigh: UPLO must be 'L' or 'U', got {UPLO!r}")
+    return _eigh[UPLO.upper()](a)
 
 
 def _svd_a(g, out, a):
     # Townsend 2016, "Differentiating the singular value decomposition", eqs. 8 to 20.
-    (u, s, v), (gu, gs, gv) = _svd_parts(out, a), _svd_parts(g, a)
+    (u, s, v), (gu, gs, gv) = out, g
+    v, gv = _t(v), _t(gv)
     row, column = np.expand_dims(s, -2), np.expand_dims(s, -1)
     gaps, of_u, of_v = _over(_gaps(s), row + column), _t(u) @ gu, _t(v) @ gv
     inner = _twice(of_u * gaps) * row + column * _twice(of_v * gaps) + np.expand_dims(gs, -1) * np.eye(s.shape[-1])
@@ -4208,48 +4150,36 @@ def _svd_a(g, out, a):
     return u @ inner @ _t(v) + outside
 
 
-_svd = primitive(_svd_forward, _svd_a, name="svd")
+_svd = _decomposed(lambda a: np.linalg.svd(a, full_matrices=False), _svd_a, "svd")
 
 
-@composed(np.linalg.svd)
+@_numpys
 def svd(a, full_matrices=True, compute_uv=True):
     m, n = np.shape(a)[-2:]
     if compute_uv and full_matrices and m != n:
         raise TypeError(f"np.linalg.svd: of a matrix of shape {m, n}, only full_matrices=False has a gradient")
-    u, s, v = _svd_parts(_svd(a), a)
-    return type(np.linalg.svd(np.eye(1)))(u, s, _t(v)) if compute_uv else s
-
-
-composed(np.linalg.svdvals)(lambda x: svd(x, False, False))
-
-
-def _qr_forward(a):
-    q, r = np.linalg.qr(a)
-    return np.concatenate([_t(q), r], -1)
+    return _svd(a) if compute_uv else _svd(a).S
 
 
 def _qr_a(g, out, a):
     # Walter and Lehmann 2010, "Algorithmic differentiation of linear algebra functions with application in optimum
     # experimental design", 3.2. Columns beyond the rows have no part in q: there, r is q.T @ a.
-    m, k = np.shape(a)[-2], min(np.shape(a)[-2:])
-    (q, r), (gq, gr) = ((_t(x[..., :m]), x[..., m : m + k]) for x in (out, g))
-    beyond = g[..., m + k :]
+    (gq, gr), (q, r), k = g, out, min(np.shape(a)[-2:])
+    beyond, gr, r = gr[..., k:], gr[..., :k], r[..., :k]
     gq = gq + a[..., k:] @ _t(beyond)
     inner = r @ _t(gr) - _t(gq) @ q
     both = gq + q @ (np.tril(inner) + _t(np.tril(inner, -1)))
     return np.concatenate([_t(np.linalg.solve(r, _t(both))), q @ beyond], -1)
 
 
-_qr = primitive(_qr_forward, _qr_a, name="qr")
+_qr = _decomposed(np.linalg.qr, _qr_a, "qr")
 
 
-@composed(np.linalg.qr)
+@_numpys
 def qr(a, mode="reduced"):
     if mode not in ("reduced", "r"):
         raise TypeError(f"np.linalg.qr: mode {mode!r} is not supported on a Value or Tensor, only 'reduced' and 'r'")
-    out, m = _qr(a), np.shape(a)[-2]
-    q, r = _t(out[..., :m]), out[..., m:]
-    return r if mode == "r" else type(np.linalg.qr(np.eye(1)))(q, r)
+    return _qr(a).R if mode == "r" else _qr(a)
 
 
 def _pinv_a(g, out, a, rcond=None, rtol=None):
@@ -4261,7 +4191,7 @@ def _pinv_a(g, out, a, rcond=None, rtol=None):
 primitive(np.linalg.pinv, _pinv_a)
 
 
-@composed(np.linalg.lstsq)
+@_numpys
 def lstsq(a, b, rcond=None):
     """`np.linalg.lstsq`, by the pseudo-inverse; the singular values have gradients, too, and the rank is plain."""
     a, (m, n) = _floating(a), np.shape(a)
@@ -4271,7 +4201,7 @@ def lstsq(a, b, rcond=None):
     return x, residuals if rank == n < m else residuals[:0], rank, np.linalg.svdvals(a)
 
 
-@composed(np.linalg.matrix_power)
+@_numpys
 def matrix_power(a, n):
     a, n = (np.linalg.inv(a), -n) if n < 0 else (a, n)
     if n < 2:
@@ -4280,7 +4210,7 @@ def matrix_power(a, n):
     return half @ half @ a if n % 2 else half @ half
 
 
-@composed(np.linalg.multi_dot)
+@_numpys
 def multi_dot(arrays):
     """`np.linalg.multi_dot`: the product that sums over most comes first."""
     arrays = list(arrays)
@@ -4290,13 +4220,13 @@ def multi_dot(arrays):
     return arrays[0]
 
 
-@composed(np.linalg.tensorsolve)
+@_numpys
 def tensorsolve(a, b, axes=None):
     a = a if axes is None else np.moveaxis(a, axes, range(-len(axes), 0))
     return np.reshape(solve(np.reshape(a, (np.size(b), -1)), np.ravel(b)), np.shape(a)[np.ndim(b) :])
 
 
-@composed(np.linalg.tensorinv)
+@_numpys
 def tensorinv(a, ind=2):
     if ind <= 0:
         raise ValueError(f"np.linalg.tensorinv: ind must be positive, got {ind}")
@@ -4304,7 +4234,7 @@ def tensorinv(a, ind=2):
     return np.reshape(np.linalg.inv(np.reshape(a, (math.prod(rows), -1))), columns + rows)
 
 
-@composed(np.linalg.cond)
+@_numpys
 def cond(x, p=None):
     if p in (None, 2, -2):
         s = np.linalg.svdvals(x)
@@ -4314,19 +4244,23 @@ def cond(x, p=None):
 
 # --- no gradient: nodes all the same, so that a replay recomputes them ---
 
-for _name in """equal not_equal less less_equal greater greater_equal floor_divide logical_and logical_or logical_xor
-    bitwise_and bitwise_or bitwise_xor logical_not invert isnan isfinite isinf signbit sign floor ceil rint trunc
-    spacing gcd lcm left_shift right_shift bitwise_count
-    any all argmax argmin argsort count_nonzero nanargmax nanargmin argpartition argwhere flatnonzero""".split():
-    primitive(getattr(np, _name), *[None] * getattr(getattr(np, _name), "nin", 1))
+for _count, _names in enumerate(
+    (
+        """logical_not invert isnan isfinite isinf signbit sign floor ceil rint trunc spacing bitwise_count any all
+        argmax argmin argsort count_nonzero nanargmax nanargmin argpartition argwhere flatnonzero
+        histogram_bin_edges""",
+        """equal not_equal less less_equal greater greater_equal floor_divide logical_and logical_or logical_xor
+        bitwise_and bitwise_or bitwise_xor gcd lcm left_shift right_shift searchsorted digitize isin union1d
+        intersect1d setdiff1d setxor1d""",
+    ),
+    1,
+):
+    for _name in _names.split():
+        primitive(getattr(np, _name), *[None] * _count)
 for _function in (np.fix, np.isposinf, np.isneginf, np.isreal, np.iscomplex, np.imag, np.angle):
     _elementwise(_function, None)
-for _function in (np.searchsorted, np.digitize, np.isin, np.union1d, np.intersect1d, np.setdiff1d, np.setxor1d):
-    primitive(_function, None, None)
 primitive(np.linalg.matrix_rank, None)
-primitive(np.histogram_bin_edges, None)
 _lexsort = primitive(lambda *keys, axis=-1: np.lexsort(keys, axis), None, name="lexsort", variadic=True, typed=())
-composed(np.lexsort)(lambda keys, axis=-1: _lexsort(*keys, axis=axis))
 primitive(np.unwrap, lambda g, out, p, discont=None, axis=-1, period=math.tau: g)  # whatever jumps are taken out
 TABLE[np.around] = _elementwise(np.round, None)
 _elementwise(np.isclose, None, None)
@@ -4352,17 +4286,8 @@ def _on_data(function):
     return lambda *args, **kwargs: function(*map(_raw, args), **{k: _raw(v) for k, v in kwargs.items()})
 
 
-for _function in (
-    np.shape,
-    np.ndim,
-    np.allclose,
-    np.array_equal,
-    np.array_equiv,
-    np.result_type,
-    np.iscomplexobj,
-    np.isrealobj,
-):
-    TABLE[_function] = _on_data(_function)
+for _name in "shape ndim allclose array_equal array_equiv result_type iscomplexobj isrealobj".split():
+    TABLE[getattr(np, _name)] = _on_data(getattr(np, _name))
 TABLE[np.size] = lambda a, axis=None: np.size(np.broadcast_to(0.0, np.shape(a)), axis)  # Dask does not offer it
 
 
@@ -4407,11 +4332,15 @@ def _keywords(prim, merge, neutral):
     @composed(prim)
     def reduction(a, *, dtype=None, initial=None, where=True, **params):
         a, fill = _in_dtype(prim, a, dtype), neutral
+        if where is True and initial is None:
+            return prim(a, **params)
+        dtype = np.result_type(_raw(a))
+        if dtype.kind != "f" and not (initial is None or isinstance(initial, Value)):
+            initial = prim.forward(np.zeros(1, dtype)).dtype.type(initial)  # as NumPy does
         if merge in (np.maximum, np.minimum):
             if initial is None:
                 raise ValueError(f"{prim.name}: where= needs initial=, as nothing may be left")
-            fill = neutral if np.result_type(_raw(a)).kind == "f" else initial
-            params["initial"] = fill
+            params["initial"] = fill = neutral if dtype.kind == "f" else initial
         if where is not True:
             a = np.where(where, a, fill)
         out = prim(a, **params)
@@ -4425,8 +4354,8 @@ for _name, _merge, _neutral in (
     ("min", np.minimum, np.inf),
     ("any", np.logical_or, False),
     ("all", np.logical_and, True),
-    ("cumsum", None, None),
-    ("cumprod", None, None),
+    ("cumsum", None, 0),
+    ("cumprod", None, 1),
 ):
     _keywords(PRIMITIVES[_name], _merge, _neutral)
 
@@ -4443,9 +4372,8 @@ def mean(a, *, dtype=None, where=True, **params):
 
 def _deviating(prim):
     @composed(prim)
-    def deviation(a, *, axis=None, ddof=0, keepdims=False, where=True, **more):
-        if more:
-            return prim(a, **more)  # which says that it does not take them
+    def deviation(a, *, axis=None, dtype=None, ddof=0, keepdims=False, where=True):
+        a = _floating(_in_dtype(prim, a, dtype))
         a = a - _detach(np.max(a, axis=axis, keepdims=True, initial=-np.inf, where=where))  # equal numbers become 0
         centred = np.where(where, a - np.mean(a, axis=axis, keepdims=True, where=where), 0)
         count = np.maximum(_taken(a, where, axis=axis, keepdims=keepdims) - ddof, 0)
@@ -4458,61 +4386,111 @@ _deviating(PRIMITIVES["var"])
 _deviating(PRIMITIVES["std"])
 
 
-def _skipping_nan(name, fill):
-    """Enters the twin of a function that takes nan for `fill`, or with None leaves it out by where=."""
-    function = getattr(np, name)
+def _skipping_nan(name, **start):
+    """Enters the twin of a function that leaves nan out, by where=; start: initial=, if it needs one for that."""
+    function = TABLE[PRIMITIVES[name]]
 
-    def skip(a, axis=None, **kwargs):
-        nan = np.isnan(a)
+    def skip(a, axis=None, *, where=True, **kwargs):
         if np.result_type(_raw(a)).kind != "f":
-            return function(a, axis=axis, **kwargs)
-        if fill is None:
-            kwargs["where"] = np.logical_and(np.logical_not(nan), kwargs.get("where", True))
-            return function(a, axis=axis, **kwargs)
-        out = function(np.where(nan, fill, a), axis=axis, **kwargs)
-        if math.isfinite(fill) or "initial" in kwargs:
+            return function(a, axis=axis, where=where, **kwargs)
+        known = np.equal(a, a)
+        where = known if where is True else np.logical_and(known, where)
+        out = function(a, axis=axis, where=where, **start | kwargs)
+        if not start or "initial" in kwargs:
             return out
-        return np.where(np.all(nan, axis=axis, keepdims=kwargs.get("keepdims", False)), np.nan, out)
+        return np.where(np.any(known, axis=axis, keepdims=kwargs.get("keepdims", False)), out, np.nan)
 
     TABLE[getattr(np, f"nan{name}")] = skip
 
 
-for _name, _fill in {"sum": 0, "cumsum": 0, "prod": 1, "cumprod": 1, "max": -np.inf, "min": np.inf}.items():
-    _skipping_nan(_name, _fill)
-for _name in ("mean", "var", "std"):
-    _skipping_nan(_name, None)
+for _name in "sum prod mean var std cumsum cumprod".split():
+    _skipping_nan(_name)
+_skipping_nan("max", initial=-np.inf)
+_skipping_nan("min", initial=np.inf)
 
 
-def _cumulative(function, scan, first):
-    """Enters a scan of the array API standard, which may begin with what there is before the first element."""
+def _along_first(function):
+    """A function along the first axis unless another is given, as methods of ufuncs have it."""
+    return lambda array, axis=0, **params: function(array, axis=axis, **params)
 
-    @composed(function)
+
+def _cumulative(scan, first):
+    """A scan of the array API standard, which may begin with what there is before the first element."""
+
     def cumulative(x, *, axis=None, dtype=None, include_initial=False):
         if axis is None and np.ndim(x) > 1:
-            raise ValueError(f"{function.__name__}: axis must be given for shape {np.shape(x)}")
+            raise ValueError(f"cumulative: axis must be given for shape {np.shape(x)}")
         x = np.atleast_1d(x)
         axis = _axis(axis or 0, x)
         out = scan(x, axis=axis, dtype=dtype)
         return np.pad(out, [(i == axis, 0) for i in range(x.ndim)], constant_values=first) if include_initial else out
 
-
-if hasattr(np, "cumulative_sum"):  # NumPy 2.1
-    _cumulative(np.cumulative_sum, np.cumsum, 0)
-    _cumulative(np.cumulative_prod, np.cumprod, 1)
+    return cumulative
 
 
-def _repeated(ufunc, reduction, scan):
-    """Enters the methods of a ufunc that apply it again and again."""
-    TABLE[ufunc.reduce] = lambda array, axis=0, **params: reduction(array, axis=axis, **params)
-    TABLE[ufunc.accumulate] = lambda array, axis=0, **params: scan(array, axis=axis, **params)
+composed(*_since("cumulative_sum"))(_cumulative(np.cumsum, 0))
+composed(*_since("cumulative_prod"))(_cumulative(np.cumprod, 1))
+
+# The methods of ufuncs that apply them again and again.
+for _ufunc, _reduction, _accumulation in (
+    (np.add, np.sum, np.cumsum),
+    (np.multiply, np.prod, np.cumprod),
+    (np.maximum, np.max, _scan(np.maximum)),
+    (np.minimum, np.min, _scan(np.minimum)),
+    (np.logaddexp, logsumexp, _scan(np.logaddexp)),
+):
+    TABLE[_ufunc.reduce], TABLE[_ufunc.accumulate] = _along_first(_reduction), _along_first(_accumulation)
 
 
-_repeated(np.add, np.sum, np.cumsum)
-_repeated(np.multiply, np.prod, np.cumprod)
-_repeated(np.maximum, np.max, _scan(np.maximum))
-_repeated(np.minimum, np.min, _scan(np.minimum))
-_repeated(np.logaddexp, logsumexp, _scan(np.logaddexp))
-composed(np.ptp)(lambda a, *args, **kwargs: np.max(a, *args, **kwargs) - np.min(a, *args, **kwargs))
+# --- compositions that take a line ---
+
+for _function, _composition in {
+    np.divmod: lambda x, y: (np.floor_divide(x, y), np.remainder(x, y)),
+    np.ptp: lambda a, *args, **kwargs: np.max(a, *args, **kwargs) - np.min(a, *args, **kwargs),
+    np.stack: lambda arrays, axis=0: _stack(*arrays, axis=axis),
+    np.append: lambda arr, values, axis=None: concatenate([arr, values], axis),
+    np.vstack: _joining(np.atleast_2d, 0),
+    np.hstack: _joining(np.atleast_1d, 1),
+    np.dstack: _joining(np.atleast_3d, 2),
+    np.column_stack: _joining(lambda a: a if np.ndim(a) > 1 else _reshape(a, (-1, 1)), 1),
+    np.broadcast_arrays: lambda *args: tuple(
+        [np.broadcast_to(x, np.broadcast_shapes(*map(np.shape, args))) for x in args]
+    ),
+    np.meshgrid: lambda *xi, **options: tuple(
+        map(np.take, xi, np.meshgrid(*[np.arange(np.size(x)) for x in xi], **options))
+    ),
+    np.fliplr: lambda m: np.flip(m, 1),
+    np.flipud: lambda m: np.flip(m, 0),
+    np.trace: lambda a, offset=0, axis1=0, axis2=1: np.sum(np.diagonal(a, offset, axis1, axis2), axis=-1),
+    np.linalg.trace: lambda x, *, offset=0: np.trace(x, offset, -2, -1),
+    np.linalg.diagonal: lambda x, *, offset=0: np.diagonal(x, offset, -2, -1),
+    **dict.fromkeys(
+        (np.compress, np.extract), lambda condition, a, axis=None: np.take(a, np.flatnonzero(condition), axis)
+    ),
+    np.ediff1d: lambda ary, to_end=None, to_begin=None: concatenate(
+        [x for x in (to_begin, np.diff(np.ravel(ary)), to_end) if x is not None], None
+    ),
+    np.bincount: lambda x, weights=None, minlength=0: _bincount(
+        x, *([] if weights is None else [weights]), minlength=minlength
+    ),
+    np.lexsort: lambda keys, axis=-1: _lexsort(*keys, axis=axis),
+    np.logspace: lambda start, stop, num=50, endpoint=True, base=10.0, *, axis=0: np.power(
+        base, np.linspace(start, stop, num, endpoint, axis=axis)
+    ),
+    np.inner: lambda a, b: dot(a, _t(b) if np.ndim(a) and np.ndim(b) > 1 else b),
+    np.linalg.cross: lambda x1, x2, *, axis=-1: np.cross(x1, x2, axis=axis),
+    np.linalg.outer: lambda x1, x2: einsum("i,j->ij", x1, x2),
+    np.outer: lambda a, b: np.multiply(*map(_reshape, _together((a, b)), ((-1, 1), (1, -1)))),
+    np.polyadd: _aligned(np.add),
+    np.polysub: _aligned(np.subtract),
+    np.linalg.matrix_norm: lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims),
+    np.linalg.vector_norm: lambda x, *, axis=None, keepdims=False, ord=2: _vector_norm(
+        _floating(x), ord, axis=axis, keepdims=keepdims
+    ),
+    np.linalg.eigvalsh: lambda a, UPLO="L": eigh(a, UPLO).eigenvalues,
+    np.linalg.svdvals: lambda x: svd(x, False).S,
+}.items():
+    composed(_function)(_composition)
 
 
 # --- operators and methods of both classes, all from the table ---
@@ -4544,19 +4522,20 @@ def _value_operator(prim: Primitive, swapped=False):
             try:
                 out = scalar(y, x) if swapped else scalar(x, y)
             except (ArithmeticError, ValueError):
-                return _apply(prim, (other, self) if swapped else (self, other), _NO_PARAMS)
-            node = new(cls)
-            node._held = out
-            node._grad = None
-            node._prim = prim
-            if swapped:
-                node._x, node._y = other, self
+                pass  # to what NumPy says
             else:
-                node._x, node._y = self, other
-            node._needs = differentiable and (self._needs or (kind is cls and other._needs))
-            node._number = _next_number()
-            node.label = ""
-            return node
+                node = new(cls)
+                node._held = out
+                node._grad = None
+                node._prim = prim
+                if swapped:
+                    node._x, node._y = other, self
+                else:
+                    node._x, node._y = self, other
+                node._needs = differentiable and (self._needs or (kind is cls and other._needs))
+                node._number = _next_number()
+                node.label = ""
+                return node
         args = (other, self) if swapped else (self, other)
         if type(x) is ndarray and x.dtype.kind == "f" and x.size < HOOK.limit:
             # And the path of small arrays, whose arithmetic costs less than the questions.

@@ -192,10 +192,16 @@ SAMPLES = {
     "mse": [(((2, 3), (2, 3)), {})],
     "cross entropy": [(((2, 3), np.eye(3, dtype=bool)[[2, 0]]), {}), (((3,), np.array([False, True, False])), {})],
     "dense layer": [(((2, 3), (3, 4), (4,)), {"activation": f}) for f in (TABLE[np.tanh], sigmoid, None)],
-    **dict.fromkeys(["inv", "det", "cholesky", "logabsdet", "matrix of cofactors"], SQUARE),
+    **dict.fromkeys(["inv", "det", "cholesky", "eigh", "eigh of upper", "logabsdet", "matrix of cofactors"], SQUARE),
     **dict.fromkeys(["pinv", "svd", "qr"], [(((3, 2),), {}), (((2, 2, 3),), {})]),
-    "eigh": [*SQUARE, ((((3, 3), "definite"),), {"UPLO": "U"})],
+    **dict.fromkeys(["median", "nanmedian"], [(((2, 3, 4),), params) for params in AXES]),
+    **dict.fromkeys(
+        ["quantile", "nanquantile", "percentile", "nanpercentile"],
+        [(((2, 3, 4),), {"q": [0.3, 1.0], **params}) for params in AXES],
+    ),
     "cross": [(((2, 3), (3,)), {})],
+    "diff": [(((3, 4),), {"n": 1, "axis": 1}), (((3, 4),), {"n": 3, "axis": 0})],
+    "blended": [(((4,), (3,)), {}), (((4, 2), (3, 1)), {}), (((1,), 0.5), {})],
     "convolve": [(((3,), (5,)), {}), (((4,), (2,)), {"mode": "same"}), (((4,), (3,)), {"mode": "valid"})],
     "partition": [
         (((2, 5),), {"kth": 2}),
@@ -342,7 +348,7 @@ class TestPrimitives(Strict):
             (lambda: np.add(v, v, out=np.zeros(2)), "out="), (lambda: np.subtract.reduce(v), r"^np.subtract.reduce is"),
             (lambda: np.add(v, v, where=[True, False]), "where="), (lambda: np.add.at(v, 0, 1), "add.at"),
             (lambda: np.divide.accumulate(v), "accumulate"), (lambda: np.sum(v, dtype=int), "sum: dtype must be float"),
-            (lambda: np.add.reduce(v, out=np.zeros(1)), "out"), (lambda: np.quantile(v, Value(0.5)), r"\.data\.data"),
+            (lambda: np.add.reduce(v, out=np.zeros(1)), "out"), (lambda: np.quantile(v, Value(0.5)), "'q' is"),
             (lambda: np.asarray(v), r"\.data\.data"), (lambda: np.array([v, v]), "np.stack"),
             (lambda: np.sum([v, v]), "np.stack"), (lambda: np.pad(v, 1, "mean"), "mean"), (lambda: v + "a", "operand"),
             (lambda: v + None, "operand"), (lambda: np.add(v, None), "add: expected"), (lambda: v * np.array(["a"]),
@@ -2176,7 +2182,7 @@ class TestCatalogue(Strict):
                 self.agree(lambda x, f=f, k=k: f(x, where=mask, **k), a)
             for f in (np.any, np.all):
                 self.agree(lambda x, f=f, k=k: f(x > 0, where=mask, **k), a)
-            for f in (np.sum, np.prod, np.mean):
+            for f in (np.sum, np.prod, np.mean, np.var, np.std):
                 self.agree(lambda x, f=f, k=k: f(x.astype(np.float32), dtype=np.float64, **k), a, order=0)
             for f in (np.nansum, np.nanprod, np.nanmax, np.nanmin, np.nanmean, np.nanvar, np.nanstd, np.nanmedian):
                 self.agree(lambda x, f=f, k=k: f(x, **k), one_nan, order=0)
@@ -2185,6 +2191,22 @@ class TestCatalogue(Strict):
             self.agree(lambda x, k=k: np.ptp(x, **k), a)
             self.agree(lambda x, k=k: np.nanquantile(x, 0.3, **k), one_nan, order=0)
         self.agree(lambda x: np.nanmax(x, axis=0), np.full((2, 3), np.nan), order=0)
+        for dtype, initial in itertools.product(
+            [np.int64, np.int8, bool], [0.5, -1.5, 7, True]
+        ):  # is of whole ones, too
+            whole = np.array([[3, 0, 2], [1, 1, 5]], dtype)
+            for f, k in itertools.product(
+                (np.sum, np.prod, np.max, np.min, np.nansum, np.nanprod, np.nanmax, np.nanmin),
+                ({}, {"axis": 0}, {"where": whole > 1}),
+            ):
+                expected = f(whole, initial=initial, **k)
+                for x in (Tensor(whole, dtype), picograd._recorded(Tensor(whole, dtype))):
+                    out = f(x, initial=initial, **k)
+                    np.testing.assert_array_equal(np.asarray(out.data), expected)
+                    self.assertEqual(out.dtype, expected.dtype)
+        for f in (np.nanmean, np.nanvar, np.nanstd):
+            np.testing.assert_array_equal(f(Tensor([3, 1, 2], np.uint8)).data, f(np.array([3, 1, 2], np.uint8)))
+        np.testing.assert_allclose(np.std(Tensor([3, 1, 2], int), where=[True, False, True]).data, 0.5)
         with self.assertRaisesRegex(ValueError, "max: where= needs initial="):
             np.max(Value(a), where=mask)
         v, w = Value(a), Value(0.5)

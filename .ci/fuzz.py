@@ -829,8 +829,6 @@ def _reduction(w, x, takes=(), keep=True):
     args = x if axis is None and w.chance(0.6) else f"{x}, axis={axis}"
     args += ", keepdims=True" if keep and w.chance(0.25) else ""
     args += ", ddof=1" if "ddof" in takes and w.chance(0.2) else ""
-    floating = np.asarray(w.raw(x)).dtype.kind == "f"  # else NumPy casts initial= to whole numbers
-    takes = takes if floating else [name for name in takes if name == "ddof"]
     if "where" in takes and w.shape(x) and w.chance(0.2):
         args += f", where=np.arange({w.shape(x)[-1]}) % 3 != 1" + (", initial=0.5" if "initial" in takes else "")
     elif "initial" in takes and w.chance(0.1):
@@ -1124,7 +1122,7 @@ REACHED |= {"sliding_window_view", "logabsdet", "signdet", "detach", "dot", "pac
 REACHED |= {"join", "result", "rule", "sealed", "checkpoint", "update", "is last"}
 REACHED |= {"modf 0", "modf 1", "frexp 0", "frexp 1", "unique", "bincount", "lexsort"}
 REACHED |= {"ranks of quantiles", "maximum.accumulate", "minimum.accumulate", "logaddexp.accumulate"}
-REACHED |= {"eigh", "svd", "qr"}
+REACHED |= {"eigh", "eigh of upper", "svd", "qr", "diff", "blended"}
 REACHED |= {
     "weights of logsumexp",
     "matrix of cofactors",
