@@ -1394,6 +1394,13 @@ class Value(Array):
         return format(self.data, spec) if spec else repr(self)
 
 
+def _named(prim: Primitive, function: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """What a call of a function of NumPy's gives beside operands, by NumPy's names; its defaults need no support."""
+    n = len(prim.operands or args)
+    given = dict(zip(_argument_names(function)[n:], args[n:])) | kwargs if len(args) > n else kwargs
+    return {k: x for k, x in given.items() if x is not None or k in prim.params}
+
+
 def _call_entry(entry: Callable, function: Callable, args: tuple, kwargs: dict):
     """Calls the entry for a function of NumPy's with that function's arguments."""
     if not isinstance(entry, Primitive) or not entry.operands:
@@ -1401,9 +1408,7 @@ def _call_entry(entry: Callable, function: Callable, args: tuple, kwargs: dict):
     n = len(entry.operands)
     if len(args) == n and not kwargs:
         return _apply(entry, args, _NO_PARAMS)
-    # By NumPy's names, in whose order they came; its defaults need no support.
-    given = dict(zip(_argument_names(function)[n:], args[n:])) | kwargs if len(args) > n else kwargs
-    given = {k: x for k, x in given.items() if x is not None or k in entry.params}
+    given = _named(entry, function, args, kwargs)
     if entry in TABLE and not given.keys() <= _USUAL:
         entry = TABLE[entry]
     return entry(*args[:n], **given)
@@ -1892,7 +1897,7 @@ def _is_nest(x) -> bool:
     """Whether it is a dict, list or tuple of arrays; a list or tuple of numbers alone is itself an array."""
     if not isinstance(x, (dict, list, tuple)):
         return False
-    return isinstance(x, dict) or not all([isinstance(y, _NUMBERS) for y in _members(x)])
+    return isinstance(x, dict) or hasattr(x, "_fields") or not all([isinstance(y, _NUMBERS) for y in _members(x)])
 
 
 def _keys(x):
@@ -3074,9 +3079,10 @@ def concatenate(arrays, axis=0):
 def _joining(extended, axis):
     """A function that joins arrays along an axis, or their last, once each has axes enough."""
 
-    def join(tup):
+    def join(tup, *, dtype=None, casting="same_kind"):
         arrays = [extended(a) for a in _together(tup)]
-        return _concatenate(*arrays, axis=min(axis, np.ndim(arrays[0]) - 1))
+        out = _concatenate(*arrays, axis=min(axis, np.ndim(arrays[0]) - 1))
+        return out if dtype is None else _as_dtype(out, np.dtype(dtype))
 
     return join
 
@@ -3396,6 +3402,21 @@ def unique(
     return (values, *wanted) if wanted else values
 
 
+def _of_sets(function):
+    """Enters a function of two sets of numbers: the gradient of each goes to where it is first, in a before b."""
+
+    def first_places(a, b, **params):
+        values, places = np.unique(np.concatenate([np.ravel(a), np.ravel(b)]), return_index=True)
+        return places[np.searchsorted(values, function(a, b, **params))]
+
+    found = primitive(first_places, None, None, name=f"places of {function.__name__}")
+    composed(function)(lambda ar1, ar2, **params: np.take(np.append(ar1, ar2), found(ar1, ar2, **params)))
+
+
+for _function in (np.union1d, np.intersect1d, np.setdiff1d, np.setxor1d):
+    _of_sets(_function)
+
+
 @_numpys
 def nonzero(a):
     if not np.ndim(a):
@@ -3476,6 +3497,7 @@ def choose(a, choices, mode="raise"):
 def select(condlist, choicelist, default=0):
     if not 0 < len(condlist) == len(choicelist):
         raise ValueError(f"np.select: expected one choice per condition, got {len(choicelist)} for {len(condlist)}")
+    *choicelist, default = _together([*choicelist, default])
     for condition, choice in zip(condlist[::-1], choicelist[::-1]):
         default = np.where(condition, choice, default)
     return default
@@ -3484,7 +3506,8 @@ def select(condlist, choicelist, default=0):
 @_numpys
 def piecewise(x, condlist, funclist, *args, **kw):
     """`np.piecewise`: each function sees the elements where its condition holds, and only there do gradients flow."""
-    masks = [condlist] if np.ndim(x) and not np.ndim(condlist[0]) else condlist
+    alone = not np.ndim(condlist) if isinstance(condlist, Array) else np.ndim(x) and not np.ndim(condlist[0])
+    masks = [condlist] if alone else condlist
     masks = [np.not_equal(mask, 0) for mask in masks]
     if len(funclist) == len(masks) + 1:
         masks.append(np.logical_not(functools.reduce(np.logical_or, masks)))
@@ -3577,9 +3600,10 @@ def apply_over_axes(func, a, axes):
 
 @_numpys
 def linspace(start, stop, num=50, endpoint=True, retstep=False, *, axis=0):
-    """`np.linspace`, as weighted means of the ends."""
+    """`np.linspace`, from both ends."""
     weights = np.linspace(0.0, 1.0, num, endpoint).reshape(-1, *[1] * max(np.ndim(start), np.ndim(stop)))
-    line = np.moveaxis(np.multiply(start, 1.0 - weights) + np.multiply(stop, weights), 0, axis)
+    line = np.where(weights == 1.0, stop, start + np.multiply(np.subtract(stop, start), weights))
+    line = np.moveaxis(line, 0, axis)
     return (line, np.subtract(stop, start) * np.linspace(0, 1, num, endpoint, True)[1]) if retstep else line
 
 
@@ -3589,7 +3613,9 @@ def geomspace(start, stop, num=50, endpoint=True, *, axis=0):
     sign = np.sign(start)
     if not np.all(np.logical_and(sign, stop)):
         raise ValueError("np.geomspace: start and stop must not be 0")
-    return np.moveaxis(sign * np.exp(np.linspace(np.log(start * sign), np.log(stop * sign), num, endpoint)), 0, axis)
+    line = sign * np.exp(np.linspace(np.log(start * sign), np.log(stop * sign), num, endpoint))
+    weights = np.linspace(0.0, 1.0, num, endpoint).reshape(-1, *[1] * (np.ndim(line) - 1))
+    return np.moveaxis(np.where(weights == 0.0, start, np.where(weights == 1.0, stop, line)), 0, axis)
 
 
 composed(*_since("astype"))(lambda x, dtype, *, copy=True: x.astype(dtype))
@@ -3613,10 +3639,11 @@ def pad(array, pad_width, mode="constant", **values):
         return _padded(array, pad_width=pad_width, mode=mode, **values)
     if mode != "linear_ramp" or array.dtype.kind != "f":
         raise TypeError(f"np.pad: mode {mode!r} is not supported on a Value or Tensor of dtype {array.dtype}")
-    widths, ends = (np.broadcast_to(x, (array.ndim, 2)).tolist() for x in (pad_width, values.get("end_values", 0)))
-    for axis, (width, end) in enumerate(zip(widths, ends)):
+    widths, ends = (np.broadcast_to(x, (array.ndim, 2)) for x in (pad_width, values.get("end_values", 0)))
+    ends = ends if isinstance(ends, Value) else ends.tolist()
+    for axis, width in enumerate(widths.tolist()):
         left, right = (
-            np.linspace(end[i], _along(array, axis, -i), width[i], endpoint=False, axis=axis) for i in range(2)
+            np.linspace(ends[axis][i], _along(array, axis, -i), width[i], endpoint=False, axis=axis) for i in range(2)
         )
         array = _concatenate(left, array, np.flip(right, axis), axis=axis)
     return array
@@ -3915,11 +3942,11 @@ def _slopes(f, step, edge_order):
     places = len(step) if np.ndim(step) else len(f)
     if not edge_order < len(f) == places:
         raise ValueError(f"np.gradient: {places} places for {len(f)} numbers, with edge_order {edge_order}")
-    h, before = step, 0.5
     if np.ndim(step):
         h = np.expand_dims(np.diff(step), tuple(range(1, np.ndim(f))))
-        before = h[1:] / (h[1:] + h[:-1])
-    out = _blended(np.diff(f, axis=0) / h, before)
+        out = _blended(np.diff(f, axis=0) / h, h[1:] / (h[1:] + h[:-1]))
+    else:
+        out = _differences(f) / step
     if edge_order == 2:
         out = np.concatenate([2.0 * out[:1] - out[1:2], out[1:-1], 2.0 * out[-1:] - out[-2:-1]])
     return out
@@ -3929,6 +3956,13 @@ def _blended_x(g, out, x, before):
     inner = g[1:-1]
     return np.concatenate([inner * before, g[-1:]]) + np.concatenate([g[:1], inner * (1.0 - before)])
 
+
+def _differences_x(g, out, x):
+    half = np.concatenate([g[:1], g[1:-1] / 2.0, g[-1:]])
+    return np.concatenate([-half[:1], half[:-1]]) - np.concatenate([half[1:], -half[-1:]])
+
+
+_differences = primitive(lambda x: np.gradient(x, axis=0), _differences_x, name="differences")
 
 # Means of what is before and behind each place, with the share of what is before.
 _blended = primitive(
@@ -3945,10 +3979,11 @@ def interp(x, xp, fp, left=None, right=None):
     weak, (x, xp, fp) = type(_raw(x)) is float, (_as_dtype(a, np.float64) for a in (x, xp, fp))
     if np.shape(xp) != np.shape(fp):
         raise ValueError(f"np.interp: expected as many xp as fp, got shapes {np.shape(xp)} and {np.shape(fp)}")
+    within = np.clip(x, xp[0], xp[-1])
     i = np.clip(np.searchsorted(xp, x, "right") - 1, 0, max(len(xp) - 2, 0))
     slopes = np.append(_over(np.diff(fp), np.diff(xp)), 0.0)  # of one place, too
     start, level, slope = (_getitem(a, i, index=(_HOLE,)) for a in (xp, fp, slopes))
-    out = level + slope * (x - start)
+    out = level + slope * (within - start)
     out = np.where(x < xp[0], fp[0] if left is None else left, out)
     out = np.where(x > xp[-1], fp[-1] if right is None else right, out)
     return _as_dtype(out, float) if weak else out
@@ -4071,15 +4106,17 @@ def norm(x, ord=None, axis=None, keepdims=False):
 
 
 def _vector_norm(x, ord, **kept):
+    _axes(x, kept["axis"])  # of a number, none
     if ord in (None, "fro", 2):
         return _norm(x, **kept)
     if ord == 0:
         return np.sum(np.not_equal(x, 0), **kept).astype(x.dtype)
     if abs(ord) == np.inf and np.size(x):
         return (np.max if ord > 0 else np.min)(np.abs(x), **kept)
-    total = np.sum(np.abs(x) ** ord, **kept)
     if ord == 1:
-        return total
+        return np.sum(np.abs(x), **kept)
+    zero = np.equal(x, 0)
+    total = np.sum(np.where(zero, math.inf if ord < 0 else 0.0, np.abs(np.where(zero, 1.0, x)) ** ord), **kept)
     some = np.not_equal(total, 0)
     return np.where(some, np.where(some, total, 1.0) ** (1.0 / ord), 0.0)
 
@@ -4238,8 +4275,10 @@ def tensorinv(a, ind=2):
 def cond(x, p=None):
     if p in (None, 2, -2):
         s = np.linalg.svdvals(x)
-        return s[..., -1] / s[..., 0] if p == -2 else s[..., 0] / s[..., -1]
-    return norm(x, p, (-2, -1)) * norm(np.linalg.inv(x), p, (-2, -1))
+        out = s[..., -1] / s[..., 0] if p == -2 else s[..., 0] / s[..., -1]
+    else:
+        out = norm(x, p, (-2, -1)) * norm(np.linalg.inv(x), p, (-2, -1))
+    return np.where(np.isnan(out) & ~np.any(np.isnan(x), axis=(-2, -1)), np.inf, out)  # as NumPy
 
 
 # --- no gradient: nodes all the same, so that a replay recomputes them ---
@@ -4250,8 +4289,7 @@ for _count, _names in enumerate(
         argmax argmin argsort count_nonzero nanargmax nanargmin argpartition argwhere flatnonzero
         histogram_bin_edges""",
         """equal not_equal less less_equal greater greater_equal floor_divide logical_and logical_or logical_xor
-        bitwise_and bitwise_or bitwise_xor gcd lcm left_shift right_shift searchsorted digitize isin union1d
-        intersect1d setdiff1d setxor1d""",
+        bitwise_and bitwise_or bitwise_xor gcd lcm left_shift right_shift searchsorted digitize isin""",
     ),
     1,
 ):
@@ -4377,7 +4415,8 @@ def _deviating(prim):
         a = a - _detach(np.max(a, axis=axis, keepdims=True, initial=-np.inf, where=where))  # equal numbers become 0
         centred = np.where(where, a - np.mean(a, axis=axis, keepdims=True, where=where), 0)
         count = np.maximum(_taken(a, where, axis=axis, keepdims=keepdims) - ddof, 0)
-        out = np.sum(np.square(centred), axis=axis, keepdims=keepdims) / count
+        out = np.sum(np.square(centred), axis=axis, keepdims=keepdims)
+        out = out / (count if isinstance(ddof, int) else _as_dtype(count, np.result_type(_raw(out))))
         flat = out == 0
         return out if prim.name == "var" else np.where(flat, out, np.sqrt(np.where(flat, 1.0, out)))
 
@@ -4411,7 +4450,11 @@ _skipping_nan("min", initial=np.inf)
 
 def _along_first(function):
     """A function along the first axis unless another is given, as methods of ufuncs have it."""
-    return lambda array, axis=0, **params: function(array, axis=axis, **params)
+
+    def along_first(array, axis=0, **params):
+        return function(array, axis=axis, **{name: x for name, x in params.items() if x is not None})
+
+    return along_first
 
 
 def _cumulative(scan, first):
@@ -6540,7 +6583,7 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
         if function in (np.empty_like, np.zeros_like, np.ones_like, np.full_like):
             like = np.broadcast_to(np.zeros((), self.dtype), self.shape)
             return HOOK.adopt(function(like, *args[1:], **kwargs), self.forced or None, new=True)
-        if isinstance(prim, Primitive):
+        if isinstance(prim, Primitive) and _named(prim, function, args, kwargs).keys() <= {*prim.params}:
             with contextlib.suppress(TypeError):  # of what it does not take
                 return _call_entry(prim, function, args, kwargs)
         return _exposed(function, args, kwargs)

@@ -363,7 +363,7 @@ class At:
 
 
 # Through these no gradient flows, though what they give depends on the numbers.
-ENDS = set("union1d intersect1d setdiff1d setxor1d histogram histogram_bin_edges".split())
+ENDS = set("histogram histogram_bin_edges".split())
 
 
 class Hole(int):
@@ -1122,7 +1122,8 @@ REACHED |= {"sliding_window_view", "logabsdet", "signdet", "detach", "dot", "pac
 REACHED |= {"join", "result", "rule", "sealed", "checkpoint", "update", "is last"}
 REACHED |= {"modf 0", "modf 1", "frexp 0", "frexp 1", "unique", "bincount", "lexsort"}
 REACHED |= {"ranks of quantiles", "maximum.accumulate", "minimum.accumulate", "logaddexp.accumulate"}
-REACHED |= {"eigh", "eigh of upper", "svd", "qr", "diff", "blended"}
+REACHED |= {"eigh", "eigh of upper", "svd", "qr", "diff", "blended", "differences"}
+REACHED |= {f"places of {name}" for name in ("union1d", "intersect1d", "setdiff1d", "setxor1d")}
 REACHED |= {
     "weights of logsumexp",
     "matrix of cofactors",
