@@ -53,7 +53,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
@@ -83,7 +83,7 @@ __all__ += ["mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "hi
 # primitive to what computes it with more keywords than it takes itself, such as where=.
 # ---------------------------------------------------------------------------------------------------------------------
 
-TABLE: dict[Callable, Callable] = {}  # NumPy callable -> Primitive, or a function composed of primitives
+TABLE: dict[Any, Any] = {}  # NumPy callable -> Primitive, or a function composed of primitives
 PRIMITIVES: dict[str, Primitive] = {}  # by name: pickles find their primitives here, and the tests their rules
 
 
@@ -96,7 +96,7 @@ class Primitive:
     __slots__ = ("name", "symbol", "forward", "vjps", "reads", "scalar", "elementwise", "operands", "params", "typed")
     __slots__ += ("ufunc", "joint", "builtin")
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         operands = args
         if self.operands is not None and (kwargs or len(args) != len(self.operands)):
             operands, kwargs = self._bind(args, kwargs)
@@ -819,7 +819,87 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
     return _wrap(out, choice)
 
 
-class Array:
+if TYPE_CHECKING:  # What editors and type checkers cannot see: the operators and methods that room 5 puts in.
+    Same = TypeVar("Same", bound="Array")
+
+    class _Method:
+        def __get__(self, array: Same, owner: Any) -> Callable[..., Same]: ...
+
+    class _FromTable:
+        def __abs__(self: Same) -> Same: ...
+        def _of_one(self: Same) -> Same: ...
+        def __eq__(self: Same, other: Any) -> Same: ...
+        def __ne__(self: Same, other: Any) -> Same: ...
+        @overload
+        def _of_two(self, other: Value) -> Value: ...
+        @overload
+        def _of_two(self: Same, other: Any) -> Same: ...
+        def _other(self: Same, *args: Any, **options: Any) -> Same: ...
+
+        __invert__ = __neg__ = __pos__ = abs = arccos = arccosh = arcsin = arcsinh = arctan = arctanh = _of_one
+        argwhere = bitwise_count = cbrt = ceil = cholesky = cos = cosh = deg2rad = degrees = det = exp = _of_one
+        exp2 = expm1 = fabs = fix = flatnonzero = floor = gelu = i0 = inv = invert = iscomplex = isfinite = _of_one
+        isinf = isnan = isneginf = isposinf = isreal = log = log10 = log1p = log2 = logabsdet = _of_one
+        logical_not = negative = positive = qr = rad2deg = radians = reciprocal = relu = rint = sigmoid = _of_one
+        sign = signbit = signdet = sin = sinc = sinh = softplus = spacing = sqrt = square = svd = tan = _of_one
+        tanh = trunc = _of_one
+        __add__ = __and__ = __floordiv__ = __ge__ = __gt__ = __le__ = __lt__ = __matmul__ = __mod__ = _of_two
+        __mul__ = __or__ = __pow__ = __radd__ = __rand__ = __rfloordiv__ = __rmatmul__ = __rmod__ = _of_two
+        __rmul__ = __ror__ = __rpow__ = __rsub__ = __rtruediv__ = __rxor__ = __sub__ = __truediv__ = _of_two
+        __xor__ = add = arctan2 = bitwise_and = bitwise_or = bitwise_xor = copysign = divide = equal = _of_two
+        float_power = floor_divide = fmax = fmin = fmod = gcd = greater = greater_equal = heaviside = _of_two
+        hypot = isclose = lcm = ldexp = left_shift = less = less_equal = logaddexp = logaddexp2 = _of_two
+        logical_and = logical_or = logical_xor = maximum = minimum = multiply = nextafter = not_equal = _of_two
+        power = remainder = right_shift = subtract = matmul = _of_two
+        angle = argpartition = broadcast_to = convolve = count_nonzero = delete = diag = diagflat = _other
+        diagonals = digitize = eigh = fftshift = flip = histogram_bin_edges = ifftshift = intersect1d = _other
+        isin = log_softmax = logsumexp = matrix_rank = nan_to_num = nanargmax = nanargmin = norm = pad = _other
+        pinv = roll = rot90 = setdiff1d = setxor1d = sliding_window_view = softmax = tile = tril = triu = _other
+        union1d = unwrap = where = _other
+
+        # What np.object_, below, has as well, is known to be another only if it is declared.
+        all: _Method
+        any: _Method
+        argmax: _Method
+        argmin: _Method
+        argsort: _Method
+        choose: _Method
+        clip: _Method
+        compress: _Method
+        conjugate: _Method
+        cumprod: _Method
+        cumsum: _Method
+        diagonal: _Method
+        dot: _Method
+        max: _Method
+        mean: _Method
+        min: _Method
+        prod: _Method
+        ravel: _Method
+        repeat: _Method
+        round: _Method
+        searchsorted: _Method
+        squeeze: _Method
+        std: _Method
+        sum: _Method
+        swapaxes: _Method
+        take: _Method
+        trace: _Method
+        var: _Method
+        nonzero: Any
+        sort: Any
+        unique: Any
+        at: _At
+
+    # NumPy's functions are annotated for its own arrays and numbers: to make them take a Value, it is one of these.
+    class _Methods(_FromTable, np.object_):
+        def __new__(cls: type[Same], *args: Any, **options: Any) -> Same: ...
+
+else:
+    _Methods = object
+
+
+class Array(_Methods):
     """What Tensor and Value share. Operators, and a method for every entry of the table, are added in room 5."""
 
     __slots__ = ("_held", "__weakref__")
@@ -831,10 +911,22 @@ class Array:
     size: int = property(lambda self: math.prod(self.shape))
     dtype: np.dtype = property(lambda self: (self._held if hasattr(self._held, "dtype") else _public(self._held)).dtype)
     nbytes: int = property(lambda self: self.size * self.dtype.itemsize)
-    T = property(lambda self: np.transpose(self))
-    mT = property(lambda self: np.matrix_transpose(self))
-    real = property(lambda self: np.real(self))
-    imag = property(lambda self: np.imag(self))
+
+    @property
+    def T(self: Same) -> Same:
+        return np.transpose(self)
+
+    @property
+    def mT(self: Same) -> Same:
+        return np.matrix_transpose(self)
+
+    @property
+    def real(self: Same) -> Same:
+        return np.real(self)
+
+    @property
+    def imag(self: Same) -> Same:
+        return np.imag(self)
 
     def _adopt(self) -> None:
         """Lets the hook take over the raw value, which is of its limit or more."""
@@ -864,19 +956,19 @@ class Array:
                 self._held = raw
         return raw
 
-    def reshape(self, *shape, order="C"):
+    def reshape(self: Same, *shape: Any, order: str = "C") -> Same:
         return np.reshape(self, shape[0] if len(shape) == 1 else shape, order=order)
 
-    def transpose(self, *axes):
+    def transpose(self: Same, *axes: Any) -> Same:
         if len(axes) == 1 and np.ndim(axes[0]):
             axes = tuple(axes[0])
         return np.transpose(self, None if axes in ((), (None,)) else axes)
 
-    def flatten(self, order="C"):
+    def flatten(self: Same, order: str = "C") -> Same:
         """A copy in one dimension; `ravel` is a view where it can be."""
         return np.copy(np.ravel(self, order))
 
-    def copy(self, order="C"):
+    def copy(self: Same, order: str = "C") -> Same:
         """A copy in C order, as of ndarray's method; `np.copy` keeps the order."""
         if order != "C":
             raise TypeError(f"copy: order {order!r} is not supported on a Value or Tensor, only 'C'")
@@ -884,38 +976,38 @@ class Array:
             return np.reshape(np.ravel(self), self.shape)
         return np.copy(self)
 
-    def astype(self, dtype: Any):
+    def astype(self: Same, dtype: Any) -> Same:
         dtype, kinds = np.dtype(dtype), "f" if isinstance(self, Value) else "fiub"
         if dtype.kind not in kinds:
             raise TypeError(f"astype: dtype must be {'floating' if kinds == 'f' else 'real'}, got {dtype}")
         return _as_dtype(self, dtype)
 
-    def __getitem__(self, index):
+    def __getitem__(self: Same, index: Any) -> Same:
         index = tuple([_index_part(i) for i in index]) if isinstance(index, tuple) else (_index_part(index),)
         parts = [i for i in index if isinstance(i, Array)]
         return _getitem(self, *parts, index=tuple([_HOLE if isinstance(i, Array) else i for i in index]))
 
-    def __len__(self):
+    def __len__(self) -> int:
         if not self.ndim:
             raise TypeError(f"a 0-d {type(self).__name__} has no length and cannot be iterated over")
         return self.shape[0]
 
-    def __iter__(self):
+    def __iter__(self: Same) -> Iterator[Same]:
         return (self[i] for i in range(len(self)))
 
     def __contains__(self, x):
         return bool(np.any(np.equal(self._held, _raw(x))))
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return bool(self._held)
 
-    def __float__(self):
+    def __float__(self) -> float:
         return float(self.item())
 
-    def __int__(self):
+    def __int__(self) -> int:
         return int(self.item())
 
-    def __index__(self):
+    def __index__(self) -> int:
         return operator.index(self.item())
 
     def __round__(self, decimals=0):
@@ -964,12 +1056,12 @@ class Tensor(Array):
         self._label = new
 
     @property
-    def data(self) -> np.ndarray | np.generic:
+    def data(self) -> np.ndarray:
         """The array itself (writing to it is seen here); a NumPy scalar for 0-d."""
         return _public(self._held)
 
     @data.setter
-    def data(self, new):
+    def data(self, new: Any):
         if not _written_back(new, self._held, self, None):
             self._become(_conform(new, self._held, "Tensor.data", self._choice))
 
@@ -1003,7 +1095,7 @@ class Tensor(Array):
         """A copy as an ndarray."""
         return np.array(_fetched(self._held))
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype=None, copy=None) -> np.ndarray[Any, np.dtype[Tensor]]:
         return np.array(_fetched(self._held), dtype) if copy else np.asarray(_public(self._held), dtype)
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
@@ -1208,7 +1300,7 @@ class Value(Array):
         return _wrap(self._held, None, (self, "_held"))
 
     @data.setter
-    def data(self, new):
+    def data(self, new: Any):
         if not _written_back(new, self._held, self, "_held"):
             new = _conform(new, self._held, "Value.data")
             if np.shape(new) != self.shape:
@@ -1225,7 +1317,7 @@ class Value(Array):
         return _wrap(self._grad, None, (self, "_grad"))
 
     @grad.setter
-    def grad(self, new):
+    def grad(self, new: Any):
         if new is None:
             self._grad = None
         elif self._grad is None or not _written_back(new, self._grad, self, "_grad"):
@@ -1328,7 +1420,7 @@ class Value(Array):
     def __array_function__(self, function, kinds, args, kwargs):
         return _call_entry(_entry(function), function, args, kwargs)
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype=None, copy=None) -> np.ndarray[Any, np.dtype[Value]]:
         raise TypeError(
             "a Value does not turn into an array by itself, which would lose its gradient: "
             "take .data.data for the numbers, np.stack or np.block to join Values"
@@ -1353,13 +1445,13 @@ class Value(Array):
                 raise TypeError(f"{what}: {_ENDS}")
             warnings.warn(f"{what}: {_ENDS}", stacklevel=4)
 
-    def __float__(self):
+    def __float__(self) -> float:
         return float(self._leave("float"))
 
-    def __int__(self):
+    def __int__(self) -> int:
         return int(self._leave("int"))
 
-    def __index__(self):
+    def __index__(self) -> int:
         return operator.index(self._leave("operator.index"))
 
     def __copy__(self):
