@@ -2714,10 +2714,12 @@ composed(np.divmod)(lambda x, y: (np.floor_divide(x, y), np.remainder(x, y)))
 # --- selection ---
 
 
-def _masked(mask, g):
-    """`np.where(mask, g, 0.0)`; of large arrays by their bits: branches that nothing foresees take ten times longer."""
+def _masked(mask, g, out=None):
+    """`np.where(mask, g, 0.0)`; of large arrays by their bits, to `out` if given: branches that nothing foresees take
+    ten times longer."""
     if type(g) is type(mask) is np.ndarray and mask.size > _LITTLE and mask.dtype == bool and g.dtype.itemsize <= 8:
-        return (g.view(f"i{g.itemsize}") & -mask.view(np.int8)).view(g.dtype)
+        bits = np.dtype(f"i{g.itemsize}")
+        return np.bitwise_and(g.view(bits), -mask.view(np.int8), out if out is None else out.view(bits)).view(g.dtype)
     return np.where(mask, g, 0.0)
 
 
@@ -2772,13 +2774,14 @@ def clip(a, a_min=None, a_max=None, *, min=None, max=None):
         return np.copy(a)
     if isinstance(a, (int, list)) and np.result_type(*[_raw(x) for x in (low, high) if x is not None]).kind != "f":
         a = np.asarray(a)  # as NumPy does: it need not fit in the dtype of its bounds
+    out = a
     for bound, side, beyond, end in ((low, _not_below, operator.lt, "min"), (high, _not_above, operator.gt, "max")):
         dtype = np.result_type(_raw(a))
         # As in NumPy, a whole number that is beyond all that the dtype holds is no bound.
         beyond_all = type(bound) is int and dtype.kind in "iu" and beyond(bound, getattr(np.iinfo(dtype), end))
         if bound is not None and not beyond_all:
-            a = side(a, bound)
-    return a
+            out = side(out, bound)
+    return np.copy(a) if out is a else out
 
 
 # --- activations that NumPy has no name for: functions of picograd, found in the table under themselves ---
@@ -2844,9 +2847,48 @@ gelu = _elementwise(  # the tanh form: Hendrycks and Gimpel 2016, "Gaussian Erro
 # --- reductions; axis may be None, an int (also negative) or a tuple ---
 
 
+_FEW = 8
+
+
+def _few_axes(a, axis) -> tuple:
+    """The axes of a reduction over up to _FEW elements that lie side by side, such as those of a pool; else none."""
+    if axis is None or a.ndim < 2 or a.shape[-1] > _FEW or a.size < _LITTLE:
+        return ()
+    axes = _axes(a, axis)
+    few = a.ndim - 1 in axes and 1 < math.prod([a.shape[i] for i in axes]) <= _FEW
+    return axes if few and len(axes) < a.ndim else ()
+
+
+def _by_few(step, a, axis, keepdims):
+    """A reduction of all the first elements, all the second, ..., as NumPy's own loop over so few takes 20 times as
+    long. None where NumPy does well."""
+    axes = _few_axes(a, axis)
+    if not axes:
+        return None
+    moved = np.moveaxis(a, axes, range(len(axes)))
+    first, second, *others = [moved[i] for i in np.ndindex(moved.shape[: len(axes)])]
+    out = step(first, second)
+    for part in others:
+        step(out, part, out=out)
+    return np.expand_dims(out, axes) if keepdims else out
+
+
 def _sum(a, axis=None, keepdims=False):
     """`np.sum`; of an array by its method, which is there sooner."""
-    return a.sum(axis, keepdims=keepdims) if type(a) is np.ndarray else np.sum(a, axis=axis, keepdims=keepdims)
+    if type(a) is not np.ndarray:
+        return np.sum(a, axis=axis, keepdims=keepdims)
+    out = _by_few(np.add, a, axis, keepdims) if a.dtype.char in "fd" else None
+    return a.sum(axis, keepdims=keepdims) if out is None else out
+
+
+def _extremum(reduce, step):
+    def forward(a, axis=None, keepdims=False, initial=None):
+        if initial is not None:
+            return reduce(a, axis=axis, keepdims=keepdims, initial=initial)
+        out = _by_few(step, a, axis, keepdims) if type(a) is np.ndarray else None
+        return reduce(a, axis=axis, keepdims=keepdims) if out is None else out
+
+    return forward
 
 
 def _mean(a, axis=None, keepdims=False):
@@ -2915,7 +2957,7 @@ def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
 
 def _extremum_a(g, out, a, axis=None, keepdims=False, initial=None):
     hit = (a == _unreduce(out, a, axis, keepdims)) | np.isnan(a)  # with a nan, only nans are hits
-    count = np.sum(hit, axis=axis, keepdims=True)
+    count = TABLE[np.sum](_as_dtype(hit, np.result_type(_raw(out), np.float32)), axis=axis, keepdims=True)
     share = _unreduce(g, a, axis, keepdims) / (count if initial is None else np.maximum(count, 1))
     if isinstance(g, (np.ndarray, np.generic)):
         share = share.astype(g.dtype, copy=False)  # to NumPy, the count is wide
@@ -2981,10 +3023,15 @@ def _logsumexp_a(g, out, a, axis=None, keepdims=False):
     return _unreduce(g, a, axis, keepdims) * _weights_of(a, _unreduce(out, a, axis, keepdims), axis=axis)
 
 
+def _reusing(function, x, *args):
+    """An element-wise function of a result that nobody else has: of an array, in its memory."""
+    return function(x, *args, out=x) if type(x) is np.ndarray else function(x, *args)
+
+
 def _softmax(a, axis=-1):
     a = _floating(a)
-    e = np.exp(a - _peak(a, axis))
-    return e / np.sum(e, axis=axis, keepdims=True)
+    e = _reusing(np.exp, a - _peak(a, axis))
+    return _reusing(np.divide, e, np.sum(e, axis=axis, keepdims=True))
 
 
 def _softmax_a(g, out, a, axis=-1):
@@ -2994,7 +3041,7 @@ def _softmax_a(g, out, a, axis=-1):
 def _log_softmax(a, axis=-1):
     a = _floating(a)
     shifted = a - _peak(a, axis)
-    return shifted - np.log(np.sum(np.exp(shifted), axis=axis, keepdims=True))
+    return _reusing(np.subtract, shifted, np.log(np.sum(np.exp(shifted), axis=axis, keepdims=True)))
 
 
 def _log_softmax_a(g, out, a, axis=-1):
@@ -3012,8 +3059,8 @@ TABLE[np.mean] = primitive(
 primitive(np.prod, _prod_a)
 TABLE[np.var] = primitive(_in_single(np.var), _var_a, name="var")
 TABLE[np.std] = primitive(_in_single(np.std), _std_a, name="std")
-TABLE[np.amax] = primitive(np.max, _extremum_a)
-TABLE[np.amin] = primitive(np.min, _extremum_a)
+TABLE[np.amax] = TABLE[np.max] = primitive(_extremum(np.max, np.maximum), _extremum_a, name="max")
+TABLE[np.amin] = TABLE[np.min] = primitive(_extremum(np.min, np.minimum), _extremum_a, name="min")
 primitive(np.cumsum, _along_one(lambda g, out, a, axis: np.flip(np.cumsum(np.flip(g, axis), axis), axis)))
 _scan(np.multiply, np.cumprod)
 _weights_of = primitive(
@@ -3033,6 +3080,9 @@ def average(a, axis=None, weights=None, returned=False, *, keepdims=False):
     weights = np.ones_like(_raw(a)) if weights is None and returned else weights
     if weights is None:
         return np.mean(a, axis=axis, keepdims=keepdims)
+    settled = isinstance(weights, Array) and weights.dtype.kind == "f" and type(weights._held) is not float
+    if np.result_type(_raw(a)).kind != "f" and not settled:
+        a = _floating(a if hasattr(a, "dtype") else np.asarray(a))  # as NumPy: their products might overflow
     a, weights = _together((a, weights))
     if np.shape(weights) != np.shape(a):
         axes = _axes(a, axis)
@@ -3209,7 +3259,7 @@ def block(arrays):
 
     ndim = np.block(shaped(arrays)).ndim  # with NumPy's own checks and errors
     parts = iter(_together(_members(arrays)))
-    return joined(arrays)[0]
+    return joined(arrays)[0] if isinstance(arrays, list) and len(_members(arrays)) > 1 else np.copy(joined(arrays)[0])
 
 
 def _place(part, whole) -> tuple:
@@ -3429,10 +3479,11 @@ def take(a, indices, axis=None):
     indices = _index_array(indices)
     if getattr(getattr(indices, "dtype", None), "kind", "i") == "b":
         raise TypeError("take: indices must be integers, got booleans")
-    weak = type(_raw(a)) in _WEAK_TYPES and not np.ndim(indices)
-    a = ravel(a) if axis is None or not np.ndim(a) else a
-    taken = _along(a, axis or 0, indices)
-    return _as_dtype(taken, float) if weak else taken
+    if type(_raw(a)) in _WEAK_TYPES and not np.ndim(indices):
+        np.take(0.0, _raw(indices), axis)  # NumPy's own checks and errors
+        return np.copy(a)
+    taken = _along(ravel(a) if axis is None or not np.ndim(a) else a, axis or 0, indices)
+    return taken if np.ndim(indices) else np.copy(taken)  # NumPy's is no view
 
 
 @composed(np.take_along_axis)
@@ -4182,11 +4233,17 @@ def _cofactors_a(g, out, a):
 
 _cofactor = primitive(_cofactors, _cofactors_a, name="matrix of cofactors")
 primitive(np.linalg.det, lambda g, out, a: np.expand_dims(g, (-1, -2)) * _cofactor(a))
-_logdet = primitive(
-    lambda a: np.linalg.slogdet(a)[1],
-    lambda g, out, a: np.expand_dims(g, (-1, -2)) * _t(np.linalg.inv(a)),
-    name="logabsdet",
-)
+
+
+def _logdet_a(g, out, a):
+    try:
+        slope = _t(np.linalg.inv(a))
+    except np.linalg.LinAlgError:  # of a singular one, what is not 0 is infinite
+        slope = _cofactor(a) / np.expand_dims(np.linalg.det(a), (-1, -2))
+    return np.expand_dims(g, (-1, -2)) * slope
+
+
+_logdet = primitive(lambda a: np.linalg.slogdet(a)[1], _logdet_a, name="logabsdet")
 _signdet = primitive(lambda a: np.linalg.slogdet(a)[0], None, name="signdet")
 
 
@@ -4426,11 +4483,18 @@ _elementwise(np.isclose, None, None)
 _detach = _elementwise(lambda a: a, None, name="detach")
 
 
-TABLE[np.nan_to_num] = primitive(  # replaced elements have no gradient; and nothing is done in place
-    lambda x, copy=True, **values: np.nan_to_num(x, **values),
-    lambda g, out, x, copy=True, nan=0.0, posinf=None, neginf=None: _masked(np.isfinite(x), g),
+_finite = primitive(  # replaced elements have no gradient
+    lambda x, **values: np.nan_to_num(x, **values),
+    lambda g, out, x, nan=0.0, posinf=None, neginf=None: _masked(np.isfinite(x), g),
     name="nan_to_num",
 )
+
+
+@composed(np.nan_to_num)
+def nan_to_num(x, copy=True, nan=0.0, posinf=None, neginf=None):
+    if not copy:  # of a Tensor, NumPy does it
+        raise TypeError("nan_to_num: a Value does not change in place; leave out copy=False")
+    return _finite(x, nan=nan, posinf=posinf, neginf=neginf)
 
 
 def _on_data(function):
@@ -4459,9 +4523,13 @@ def _like(function):
         raw = _raw(a)
         fill = kwargs.get("fill_value", args[0] if args and function is np.full_like else None)
         if isinstance(fill, Value):
-            return np.broadcast_to(fill, np.shape(a)).astype(np.result_type(kwargs.get("dtype") or _raw(a)))
+            kwargs.pop("fill_value", None)
+            like = function(raw, 0, *args[1:], **kwargs)
+            return np.broadcast_to(fill, like.shape).astype(like.dtype)
         out = function(raw, *map(_raw, args), **kwargs)
-        return float(out) if type(raw) is float and not kwargs else out
+        if type(raw) is float and not kwargs:
+            return float(out)
+        return _public(out) if isinstance(a, Array) else out
 
     TABLE[function] = like
 
@@ -5167,16 +5235,23 @@ _label_mask = primitive(_label_mask_forward, None, name="label mask")
 
 
 def _entropy(x, mask):
-    """The cross-entropy of logits, with the mask of their labels; of no sample, nan as other means."""
-    return np.mean(np.where(mask, log_softmax(x) * -float(np.shape(x)[-1]), 0.0))
+    """The cross-entropy of logits, with the mask of their labels, one a row; of no sample, nan as other means."""
+    lead = x - _peak(x, -1)
+    own = lead[mask] if type(lead) is np.ndarray else np.sum(np.where(mask, lead, 0.0), axis=-1)
+    return np.mean(np.log(np.sum(_reusing(np.exp, lead), axis=-1)) - own)
 
 
-_cross_entropy = primitive(
-    _entropy,
-    lambda g, out, x, mask: (softmax(x) - mask) * (g * _share(x, tuple(range(np.ndim(x) - 1)))),
-    None,
-    name="cross entropy",
-)
+def _entropy_x(g, out, x, mask):
+    share = g * _share(x, tuple(range(np.ndim(x) - 1)))
+    if type(x) is not np.ndarray:
+        return (softmax(x) - mask) * share
+    slope = _reusing(np.exp, x - _peak(x, -1))  # the same in fewer passes
+    slope *= share / slope.sum(-1, keepdims=True)
+    slope[mask] -= share
+    return slope
+
+
+_cross_entropy = primitive(_entropy, _entropy_x, None, name="cross entropy")
 
 
 def cross_entropy(logits: Value, labels: Any) -> Value:
@@ -7637,6 +7712,8 @@ def _matmul_form(low, node, x, y):
 
 def _sum_form(low, node, a, axis=None, keepdims=False):
     a = _raw(a)
+    if _few_axes(a, axis):
+        return None
     if np.ndim(a) == 2 and axis in (0, (0,)) and not keepdims:
         return f"{low.bind('c', _ones(np.shape(a)[0], node.dtype))}.dot({{0}}{_OUT}"  # BLAS sums rows faster than NumPy
     if axis is not None:
@@ -7665,6 +7742,12 @@ def _scatter_form(low, node, a, *parts, shape, index):
     return f"{{out}}.fill(0); {{out}}[{low.bind('c', index)}] = {{0}}"
 
 
+def _where_form(low, node, condition, x, y):
+    if type(y) is float and repr(y) == "0.0" and type(_raw(x)) is np.ndarray and np.size(_raw(condition)) > _LITTLE:
+        return "_masked({0}, {1}, {out})"
+    return "np.copyto({out}, {2}, 'unsafe'); np.copyto({out}, {1}, 'unsafe', {0})"
+
+
 def _pack_form(low, node, *numbers, dtype):
     if _are_leaves(numbers) and type(numbers[0]._held) is float:
         return f"{{out}}[:] = [x._held for x in {low.bind('c', numbers)}]"  # their data is read here, not as inputs
@@ -7690,7 +7773,7 @@ _FORMS: dict[Primitive, str | Callable] = {
     **{_PRODUCT: _matmul_form, _SUM: _sum_form, _scatter: _scatter_form, _pack: _pack_form, _dot: _dot_form},
     **{_fused: _fused_form, _detach: "{0}", _concatenate: _joined_form, _stack: _joined_form, _getitem: _getitem_form},
     **dict.fromkeys((_as_dtype, TABLE[np.copy]), "np.copyto({out}, {0}, 'unsafe')"),
-    _WHERE: "np.copyto({out}, {2}, 'unsafe'); np.copyto({out}, {1}, 'unsafe', {0})",
+    _WHERE: _where_form,
     _reshape: lambda low, node, a, shape: f"{{0}}.reshape({node.shape})",
     _TRANSPOSE: lambda low, node, a, axes=None: f"{{0}}.transpose({', '.join(map(str, _permutation(node)))})",
     _BROADCAST: lambda low, node, array, shape: f"np.broadcast_to({{0}}, {node.shape})",
@@ -7710,7 +7793,7 @@ class _Lowering:
 
     def __init__(self, roots, sweeps):
         self.space = {"np": np, "math": math, "_array": np.ndarray, "_evaluate": _evaluate, "_blocks": run_blocks}
-        self.space |= {"_as_before": _as_before, "_checked": _checked}
+        self.space |= {"_as_before": _as_before, "_checked": _checked, "_masked": _masked}
         self.names = {}  # of nodes, Tensors, and, by id, of other objects
         self.fixed = {}  # by name: what is the same array in every run
         self.buffers = {}  # a node's own buffer, until its last use
@@ -7960,7 +8043,11 @@ def _checked(x, shape):
 _WHOLE: dict[Primitive, Callable] = {  # what is one operation to save time and memory, as several
     _dense: lambda x, w, b, activation=None: activation(x @ w + b) if activation else x @ w + b,
     _mse: lambda x, y: (np.mean if np.ndim(x) else np.positive)(np.square(np.subtract(x, y))),
-    _cross_entropy: _entropy,
+    _cross_entropy: lambda x, mask: (
+        _record(_cross_entropy, (x, mask))
+        if np.ndim(x) > 1
+        else np.mean(np.where(mask, log_softmax(x) * -float(np.shape(x)[-1]), 0.0))  # of one sample among many
+    ),
 }
 
 

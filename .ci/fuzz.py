@@ -171,7 +171,14 @@ def compute(function, xs: list, call, typed=True, plain=0):
         np.float32,
     ):  # of masks: weak numbers are in double precision
         out = call(_alias(function), [np.float64(x) for x in lifted])
-    return wrap(out, weak)
+    node = any(isinstance(x, Model) and x.node for x in xs)
+    if isinstance(out, (bool, np.bool_)) and not node:
+        raise NotImplementedError("a comparison of Tensors of no dimensions is NumPy's truth, no Tensor")
+    out = wrap(out, weak)
+    for part in out if isinstance(out, (list, tuple)) else (out,):
+        if isinstance(part, Model):
+            part.node = node
+    return out
 
 
 def deviation(function, a, *args, **kwargs):
@@ -240,6 +247,8 @@ FIRST_ONLY |= {"array_split", "split", "moveaxis", "sliding_window_view", "squee
 
 class Model(np.lib.mixins.NDArrayOperatorsMixin):
     """What a Value or Tensor is by the contract. raw: an array or scalar of NumPy; a weak number is one of Python's."""
+
+    node = False  # whether it stands for a Value
 
     def __init__(self, raw):
         self.raw = raw
@@ -501,7 +510,9 @@ def run_model(program, leaves=None, wide=False, xp=np) -> Run:
     mode.eps, mode.turn = 0.0, 0
 
     def leaf(i, data, dtype):
-        return wrap(leaves[i] if leaves is not None else model_raw(data, dtype), False)
+        model = wrap(leaves[i] if leaves is not None else model_raw(data, dtype), False)
+        model.node = True
+        return model
 
     def tensor(data, dtype=None):
         raw = model_raw(data, dtype)
@@ -1065,7 +1076,9 @@ ARGUMENTS = {
     "gradient": _texts(1, "{x}, axis={axis}", "{x}, 0.5, axis=0, edge_order=2"),
     "vander": _texts(1, "np.ravel({x}), 3", "np.ravel({x}), 2, True"),
     "polyval": _texts(1, "[1.0, 0.5, -2.0], {x}", "np.ravel({x})[:3], 0.5"),
-    **dict.fromkeys(["polyadd", "polysub", "polymul"], _texts(1, "np.ravel({x}), [1.0, 2.0]", "[2.0], np.ravel({x})")),
+    **dict.fromkeys(
+        ["polyadd", "polysub", "polymul"], _texts(1, "np.append(1.5, {x}), [1.0, 2.0]", "[2.0], np.append(1.5, {x})")
+    ),
     **dict.fromkeys(["polyder", "polyint"], _texts(1, "np.ravel({x})", "np.ravel({x}), 2")),
     "polyfit": _texts(1, "np.linspace(-1.0, 1.0, 6), np.resize({x}, 6), 2"),
     **dict.fromkeys(["eigvalsh", "svdvals", "pinv", "cond"], lambda w, x: _matrix(w, x)),
@@ -1092,7 +1105,21 @@ ARGUMENTS = {
     "horner": lambda w, x: f"{x}, terms={w.one(['[1.0, 0.5, -0.25]', 'np.array([1.0, 0.5, -0.25])'])}",
 }
 # Primitives that have no name to call: they are reached through others, or through syntax.
-REACHED = {"reshape", "concatenate", "stack", "getitem", "scatter", "astype", "einsum", "norm", "clip", "matmul", "sum"}
+REACHED = {
+    "reshape",
+    "concatenate",
+    "stack",
+    "getitem",
+    "scatter",
+    "astype",
+    "einsum",
+    "norm",
+    "clip",
+    "matmul",
+    "sum",
+    "max",
+    "min",
+}
 REACHED |= {"sliding_window_view", "logabsdet", "signdet", "detach", "dot", "pack", "fused", "program", "mean"}
 REACHED |= {"join", "result", "rule", "sealed", "checkpoint", "update", "is last"}
 REACHED |= {"modf 0", "modf 1", "frexp 0", "frexp 1", "unique", "bincount", "lexsort"}
