@@ -1005,7 +1005,8 @@ class Array(_Methods):
     def astype(self: Same, dtype: Any) -> Same:
         dtype, kinds = np.dtype(dtype), "f" if isinstance(self, Value) else "fiub"
         if dtype.kind not in kinds:
-            raise TypeError(f"astype: dtype must be {'floating' if kinds == 'f' else 'real'}, got {dtype}")
+            allowed = "floating (or take .data.data.astype)" if kinds == "f" else "real"
+            raise TypeError(f"astype: dtype must be {allowed}, got {dtype}")
         return _as_dtype(self, dtype)
 
     def __getitem__(self: Same, index: Any) -> Same:
@@ -1441,7 +1442,8 @@ class Value(Array):
         if method not in ("__call__", "outer"):
             return _entry(getattr(ufunc, method))(*inputs, **kwargs)
         if kwargs:
-            raise TypeError(f"{ufunc.__name__}: {', '.join(kwargs)}= is not supported on a Value")
+            hint = "; no array takes a Value in place: for a += v, write a = a + v" * ("out" in kwargs)
+            raise TypeError(f"{ufunc.__name__}: {', '.join(kwargs)}= is not supported on a Value{hint}")
         x, y = map(_recorded, inputs)
         if np.ndim(x) and np.ndim(y):
             x = np.reshape(x, np.shape(x) + (1,) * np.ndim(y))
@@ -1544,6 +1546,8 @@ def _entry(function):
         raise TypeError(
             f"{home.replace('numpy', 'np', 1)}.{function.__name__} is not in picograd's table, so it has no gradient: "
             "add it with picograd.primitive, or call it on .data.data where none is needed"
+            + "; in place of np.full_like, take np.broadcast_to"
+            * (function is np.copyto)
         )
     return TABLE[function]
 
@@ -2161,7 +2165,8 @@ def _variable(x, where: str) -> Value:
             dtype = own if own.kind == "f" else None
         return Value(x, dtype)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{where}: {error}") from None
+        hint = " (make arrays of several shapes by np.array each)" * isinstance(error, ValueError)
+        raise type(error)(f"{where}: {error}{hint}") from None
 
 
 def _leaf(raw) -> Value:
@@ -4905,7 +4910,9 @@ class Module:
     """
 
     _picograd_part = True  # how another copy of this file is known
-    __call__: Callable[..., Any]  # a subclass has it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{type(self).__name__}: to be called, it needs a method __call__ (not forward)")
 
     def named_parameters(self) -> Iterator[tuple[str, Value]]:
         """(dotted name, parameter), in order of definition, those in slots first, by name; a shared one once."""
@@ -5258,7 +5265,7 @@ def cross_entropy(logits: Value, labels: Any) -> Value:
     """The mean of -log(softmax(logits)[label]), for logits (n, k) or (k,) and integer labels (n,) or () below k."""
     logits, labels = _numbers("cross_entropy", "logits", logits), _numbers("cross_entropy", "labels", labels)
     if logits.shape[:-1] != labels.shape or not logits.shape:
-        raise ValueError(f"cross_entropy: labels must have shape {logits.shape[:-1]}, got {labels.shape}")
+        raise ValueError(f"cross_entropy: labels must be integers of shape {logits.shape[:-1]}, got {labels.shape}")
     if logits.dtype == np.float16:  # in which a sum of exponentials may overflow
         return cross_entropy(logits.astype(np.float32), labels).astype(np.float16)
     k, lazy = logits.shape[-1], _lazy(labels)
@@ -5342,7 +5349,7 @@ class _Optimizer:
     _update: Callable[[list, dict], None]
 
     def __init__(self, params: Iterable[Value], **options: Any):
-        expected = "a list of Values, such as those of model.parameters()"
+        expected = "a list of Values (of a model, pass model.parameters())"
         if isinstance(params, Array):
             raise TypeError(f"params must be {expected}, got a single {type(params).__name__}")
         self.params = _understood("params", expected, list, params)

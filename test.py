@@ -4,6 +4,7 @@ Gradients are checked against central finite differences in double precision, fo
 element-wise one by being there, any other one by an entry in SAMPLES.
 """
 
+import ast
 import collections
 import contextlib
 import contextvars
@@ -2617,6 +2618,51 @@ class TestCatalogue(Strict):
             logsumexp(Value([-np.inf, 0.0], dtype=float)).backward()
         with self.assertWarns(RuntimeWarning):
             Value(1.0) / 0.0
+
+    def test_checkers_are_told_every_method_and_no_other(self):
+        told, defined = {}, set()
+        for node in ast.walk(ast.parse(Path(picograd.__file__).read_text(encoding="utf-8"))):
+            body = node.body if isinstance(node, ast.ClassDef) else ()
+            names = {x.name for x in body if isinstance(x, ast.FunctionDef)}
+            if getattr(node, "name", "") in ("Array", "Tensor", "Value"):
+                defined |= names
+            if getattr(node, "name", "") == "_FromTable":
+                told |= dict.fromkeys(names, "")
+                for x in body:
+                    targets = [x.target] if isinstance(x, ast.AnnAssign) else getattr(x, "targets", ())
+                    told |= dict.fromkeys([y.id for y in targets], ast.unparse(getattr(x, "value", None) or ast.Pass()))
+        put_in = {
+            name for cls in (*Tensor.__mro__[1::-1], Tensor, Value) for name, x in vars(cls).items() if callable(x)
+        }
+        put_in = {name for name in put_in - defined if not re.match("__(i(?!nvert)|dask|class|hash|new)", name)}
+        put_in -= set(vars(object)) - {"__eq__", "__ge__", "__gt__", "__le__", "__lt__", "__ne__"}
+        self.assertEqual(told.keys() - {"at", "_of_one", "_of_two", "_other"}, put_in)
+        self.assertIsInstance(Value.at, property)
+        for name, form in told.items():
+            prim = PRIMITIVES.get(name)
+            if form in ("_of_one", "_of_two") and prim:
+                self.assertEqual(len(prim.operands), 1 + (form == "_of_two"), name)
+            elif form == "_of_one":
+                self.assertIn(name, ("__neg__", "__pos__", "__invert__"))
+
+    def test_messages_of_what_newcomers_write(self):
+        v, array = Value([1.0, 2.0]), np.ones(2)
+
+        def add_in_place():
+            array.__iadd__(v)
+
+        for call, message in (
+            (add_in_place, r"write a = a \+ v"),
+            (lambda: grad(lambda p: p)([[1.0, 2.0], [3.0]]), "argument 0: .*by np.array each"),
+            (lambda: v.astype(int), r"\.data\.data\.astype"),
+            (lambda: np.full_like(array, Value(2.0)), "take np.broadcast_to"),
+            (lambda: Module()(v), "needs a method __call__"),
+            (lambda: Adam(MLP(2, [1])), r"pass model\.parameters\(\)"),
+            (lambda: cross_entropy(Value(np.ones((2, 3))), np.eye(3)[:2]), r"integers of shape \(2,\), got \(2, 3\)"),
+        ):
+            with self.subTest(message), self.assertRaisesRegex((TypeError, ValueError), message):
+                call()
+        np.testing.assert_array_equal(array, 1.0)
 
 
 class TestNN(InFolder):
