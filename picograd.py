@@ -4814,6 +4814,8 @@ def _method(function, numpys):
             return numpys(self, *args, **kwargs)
         return function(self, *args, **kwargs)
 
+    if not isinstance(numpys, np.ufunc):
+        method.__wrapped__ = numpys or getattr(function, "forward", function)  # for help: with its signature
     return method
 
 
@@ -6126,7 +6128,8 @@ class _Memory:
         with self.lock:
             if segment.name or type(segment) is _Private:  # a parted one still has a descriptor
                 self.free.append(segment)
-            self.clear(bound=self.bound)
+            if len(self.free) > 1 or segment.size > self.bound:
+                self.clear(bound=self.bound)
 
     def clear(self, shared: bool = False, bound: int = 0) -> int:
         """Gives freed segments, or the shared ones only, back to the system, those that were freed first, until no
@@ -6594,7 +6597,8 @@ class _Buffer:
 
     def __init__(self, shape: tuple, dtype: np.dtype, step: tuple | None = None, array=None, given: int = 0):
         self.shape, self.dtype, self.step, self.array, self.given, self.runs = shape, dtype, step, array, given, 0
-        self.readers, self.holder = weakref.WeakValueDictionary(), lambda: None  # by id
+        # By id, of which there are no more than buffers were alive at a time. NoneType gives None, when it is called.
+        self.readers, self.holder = {}, type(None)
 
     def blocks(self) -> float:
         """How many blocks its data are."""
@@ -6660,7 +6664,7 @@ class _Buffer:
         with _chunk_lock:
             self.given += 1  # from now on it stays where it is
             array = self.array
-        for reader in filter(None, [ref() for ref in self.readers.valuerefs()]):
+        for reader in filter(None, [ref() for ref in list(self.readers.values())]):
             reader.force()  # if that fails, nobody gets the data, and all is as it was
         return array
 
@@ -6770,11 +6774,9 @@ def _exposed(function: Callable, args, kwargs: dict):
     """Calls code that may keep what it gets, and write to it, on the arrays of chunked ones, which are handed out."""
 
     def plain(x):
-        if isinstance(x, (list, tuple)):
-            return type(x)(map(plain, x))
         return x.expose() if type(x) is Chunked else x
 
-    return function(*map(plain, args), **{name: plain(x) for name, x in kwargs.items()})
+    return function(*_each(plain, args), **{name: _each(plain, x) for name, x in kwargs.items()})
 
 
 class _InBlocks(Kind):
@@ -6910,7 +6912,7 @@ def _step(prim: Primitive, raw: Sequence, dtype: np.dtype, state: dict) -> _Buff
     new = _Buffer(shape, dtype, (prim, tuple(args), state))
     for x in args:
         if type(x) is _Buffer:
-            x.readers[id(new)] = new
+            x.readers[id(new)] = weakref.ref(new)
             wait = wait and not x.given
     if not wait or len(new.pending({})) >= _MAX_PENDING:
         new.force()
@@ -6980,13 +6982,9 @@ _NEGATIVE, _SQUARED, _TRANSPOSE, _BROADCAST = (
 _PRODUCT, _SUM = TABLE[np.matmul], PRIMITIVES["sum"]
 _VIEWS = (_reshape, _TRANSPOSE, _BROADCAST, _getitem)
 # Operands that may be masks: where's condition, a mask times a float (micrograd's relu), masks made of masks.
-_LOGICAL = (np.logical_and, np.logical_or, np.logical_xor, np.logical_not)
-_LOGICAL += (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.invert)
-_MASKS = (
-    {_WHERE: (0,), _MULTIPLY: (0, 1), _cross_entropy: (1,)}
-    | dict.fromkeys(_VIEWS, (0,))
-    | {TABLE[f]: (0, 1) for f in _LOGICAL}
-)
+_LOGICAL = "logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor invert"
+_MASKS = {_WHERE: (0,), _MULTIPLY: (0, 1), _cross_entropy: (1,)} | dict.fromkeys(_VIEWS, (0,))
+_MASKS |= dict.fromkeys([TABLE[getattr(np, name)] for name in _LOGICAL.split()], (0, 1))
 
 
 def _sort(x):
@@ -7007,26 +7005,22 @@ def _regular(node):
     A primitive of this file made it; its operands are numbers, or arrays of one floating dtype, which it has, too, none
     of them empty; masks only where `_MASKS` says so. All else is computed by `_evaluate`, as in eager mode.
     """
-    prim, dtype = node._prim, None
+    prim = node._prim
     if prim in _AS_THEY_ARE or not prim.builtin:
         return prim in _AS_THEY_ARE
-    for i, x in enumerate(node._args):
-        sort = _sort(x._held if isinstance(x, Array) else x)
-        if sort is bool:
-            if i not in _MASKS.get(prim, ()):
-                return False
-        elif sort is None or (prim is _WHERE and i == 0):
+    kinds, out = {_sort(x._held if isinstance(x, Array) else x) for x in node._args}, _sort(node._held)
+    if bool in kinds or prim is _WHERE:
+        masks = [i for i, x in enumerate(node._args) if _sort(_raw(x)) is bool]
+        if not set(_MASKS.get(prim, ())).issuperset(masks) or (prim is _WHERE and not masks):
             return False
-        elif sort is not float:
-            if dtype not in (None, sort):
-                return False
-            dtype = sort
-    out = _sort(node._held)
+    kinds -= {bool, float}
+    if None in kinds or len(kinds) > 1:
+        return False
     if out is bool:
         return prim.vjps[0] is None or prim in _VIEWS
     if out is float:
-        return dtype is None or prim is _as_dtype
-    return out is not None and (dtype in (None, out) or prim is _as_dtype or prim is _pack)
+        return not kinds or prim is _as_dtype
+    return out is not None and (kinds <= {out} or prim is _as_dtype or prim is _pack)
 
 
 def _twin(node, prim, args, params=_NO_PARAMS):
@@ -7055,7 +7049,7 @@ def _pass(*rules):
                 break
         return node
 
-    return lambda roots: _rewrite(roots, rule)
+    return lambda roots, nodes=None: _rewrite(roots, rule, nodes)
 
 
 def _replayed(roots):
@@ -7084,13 +7078,6 @@ def _reach(roots, nodes):
             if isinstance(x, Value) and x._needs and prim.vjps[0 if prim.operands is None else i] is not None:
                 reach[x] |= reach[node]
     return reach
-
-
-def _private(nodes, roots, fits):
-    """The nodes that one other needs, once, and nobody else, if fits(node, that other)."""
-    uses = collections.Counter(x for node in nodes for x in node._args if isinstance(x, Value))
-    uses.update([root for root in roots if isinstance(root, Value)] * 2)
-    return {x for node in nodes for x in node._args if isinstance(x, Value) and uses[x] == 1 and fits(x, node)}
 
 
 def _shape(x):
@@ -7127,29 +7114,20 @@ def fold_constants(node: Value):
     return node if any([isinstance(x, Array) for x in node._args]) else node._held
 
 
-def _simpler_add(node, x, y):
-    for a, b in ((x, y), (y, x)):
-        if _is(b, _NEGATIVE):
-            return _twin(node, _SUBTRACT, (a, b._args[0]))
-    return None
+def _opposite(prim):
+    """a + -b -> a - b, and the other way round."""
+    return lambda node, a, b: _is(b, _NEGATIVE) and _twin(node, prim, (a, b._args[0]))
 
 
-def _simpler_multiply(node, x, y):
-    for a, b in ((x, y), (y, x)):
-        if type(b) is float and b == 1.0:
-            return a
-        if _is(a, _NEGATIVE):
-            return _twin(node, _NEGATIVE, (_simple(_MULTIPLY, (a._args[0], b)),))
-        # Where operands broadcast anyway, a broadcast one needs no array of its own.
-        if _is(a, _BROADCAST) and _shape(b) == node.shape and node.ndim:
-            return _twin(node, _MULTIPLY, (a._args[0], b) if a is x else (b, a._args[0]))
-    return _twin(node, _SQUARED, (x,)) if x is y and node.ndim else None
-
-
-def _simpler_divide(node, x, y):
-    if type(y) is not float or math.frexp(y)[0] not in (0.5, -0.5) or not 1e-4 < abs(y) < 1e4:
-        return None  # only by powers of two is the reciprocal exact
-    return _twin(node, _MULTIPLY, (x, 1.0 / y))
+def _simpler_multiply(node, a, b):
+    if type(b) is float and b == 1.0:
+        return a
+    if _is(a, _NEGATIVE):
+        return _twin(node, _NEGATIVE, (_simple(_MULTIPLY, (a._args[0], b)),))
+    # Where operands broadcast anyway, a broadcast one needs no array of its own.
+    if _is(a, _BROADCAST) and _shape(b) == node.shape and node.ndim:
+        return _twin(node, _MULTIPLY, (a._args[0], b))
+    return a is b and node.ndim > 0 and _twin(node, _SQUARED, (a,))
 
 
 def _simpler_power(node, x, y):
@@ -7158,34 +7136,36 @@ def _simpler_power(node, x, y):
     return x if y == 1.0 else _twin(node, _SQUARED, (x,))
 
 
-def _simpler_mean(node, a, **params):
-    return _twin(node, _MULTIPLY, (_simple(_SUM, (a,), params), node.size / np.size(_raw(a))))
-
-
 def _simpler_reshape(node, x, shape):
     inner = x._args[0] if _is(x, _reshape) else x
-    if type(_raw(inner)) in _WEAK_TYPES and inner is not x and not node.ndim:
-        return None  # a number that was an array on the way is strong
     if _alike(inner, node):
         return inner
-    return None if inner is x else _twin(node, _reshape, (inner,), {"shape": node.shape})
+    strong = type(_raw(inner)) not in _WEAK_TYPES  # else it is strong since it was an array on the way
+    return strong and inner is not x and _twin(node, _reshape, (inner,), {"shape": node.shape})
 
 
-def _simpler_transpose(node, x, axes=None):
-    undone = _is(x, _TRANSPOSE) and [_permutation(x)[i] for i in _permutation(node)] == [*range(node.ndim)]
-    return x._args[0] if undone else None
+def _is_undone(node, x):
+    """Whether one transpose is the opposite of another, x."""
+    return _is(x, _TRANSPOSE) and [_permutation(x)[i] for i in _permutation(node)] == [*range(node.ndim)]
 
 
-_SIMPLER: dict[Primitive, Callable] = {
-    _ADD: _simpler_add,
-    _SUBTRACT: lambda node, x, y: _twin(node, _ADD, (x, y._args[0])) if _is(y, _NEGATIVE) else None,
+def _is_power_of_two(y):
+    """By such a number, and only by such, the reciprocal is exact."""
+    return type(y) is float and math.frexp(y)[0] in (0.5, -0.5) and 1e-4 < abs(y) < 1e4
+
+
+_SIMPLER: dict[Primitive, Callable] = {  # a Value, if there is a simpler one
+    _ADD: _opposite(_SUBTRACT),
+    _SUBTRACT: _opposite(_ADD),
     _MULTIPLY: _simpler_multiply,
-    TABLE[np.divide]: _simpler_divide,
+    TABLE[np.divide]: lambda node, x, y: _is_power_of_two(y) and _twin(node, _MULTIPLY, (x, 1.0 / y)),
     TABLE[np.power]: _simpler_power,
-    PRIMITIVES["mean"]: _simpler_mean,
+    PRIMITIVES["mean"]: lambda node, a, **params: _twin(
+        node, _MULTIPLY, (_simple(_SUM, (a,), params), node.size / np.size(_raw(a)))
+    ),
     _reshape: _simpler_reshape,
-    _TRANSPOSE: _simpler_transpose,
-    _NEGATIVE: lambda node, x: x._args[0] if _is(x, _NEGATIVE) else None,
+    _TRANSPOSE: lambda node, x, axes=None: _is_undone(node, x) and x._args[0],
+    _NEGATIVE: lambda node, x: _is(x, _NEGATIVE) and x._args[0],
     TABLE[np.positive]: lambda node, x: x,
     TABLE[np.copy]: lambda node, a: a,
     _BROADCAST: lambda node, array, shape: array,
@@ -7197,10 +7177,13 @@ def simplify(node: Value) -> Value:
     """Algebra that is exact, also for inf, nan and -0.0: x * 1 -> x, x**2 -> square(x), a - -b -> a + b, x / 4 ->
     x * 0.25."""
     while (simpler := _SIMPLER.get(node._prim)) and _regular(node):
-        new = simpler(node, *node._args, **node._params)
-        if not isinstance(new, Value) or not _alike(new, node):
+        for args in (node._args, node._args[::-1])[: 1 + (node._prim in (_ADD, _MULTIPLY))]:  # in either order
+            new = simpler(node, *args, **node._params)
+            if isinstance(new, Value) and _alike(new, node):
+                node = new
+                break
+        else:
             break
-        node = new
     return node
 
 
@@ -7216,7 +7199,7 @@ def _key(x):
     if kind is tuple or kind is list:
         return tuple(map(_key, x))
     if kind is slice:
-        return "slice", _key(x.start), _key(x.stop), _key(x.step)
+        return kind, _key((x.start, x.stop, x.step))
     return id(x)  # arrays and nodes, what there is one of, and what we know nothing about
 
 
@@ -7231,8 +7214,7 @@ def merge_common(swept: bool = True) -> Callable:
     def rule(node):
         if not node._prim.builtin or (node._needs and not swept):
             return node
-        key = node._prim, _key(node._args), *[(name, _key(x)) for name, x in sorted(node._params.items())]
-        return known.setdefault(key, node)
+        return known.setdefault((node._prim, _key(node._args), _key(tuple(node._params.items()))), node)
 
     return rule
 
@@ -7251,33 +7233,49 @@ _dot = primitive(
 )
 
 
-def flatten(roots: Sequence) -> list:
-    """Makes chains of + one sum, and sums of products of numbers a dot product: a*b + c*d + e -> dot(a, b, c, d, e)."""
-    nodes = _oldest_first(roots)
-    sums = {node for node in nodes if _is(node, _ADD)}
-    private = _private(nodes, roots, lambda x, node: node in sums and _alike(x, node))
-    waiting = {}  # the terms of a sum that only another such sum needs
+def _collected(roots, fits, parts, whole, most=math.inf):
+    """One walk that makes one node of several. What but one other needs, if fits(node, that other), waits for that one,
+    unless it has `most` parts. parts(node, args, the parts of each operand that waited, else ()) is a list;
+    whole(node, its parts) the new node."""
+    nodes, users, waiting = _oldest_first(roots), {}, {}
+    for node in (*nodes, _joined(roots)):
+        for x in node._args:
+            if isinstance(x, Value):
+                users[x] = None if x in users else node
 
     def rule(node, args):
-        if node not in sums:
-            return _renewed(node, args)
-        terms = []
-        for old, x in zip(node._args, args):
-            alone = isinstance(old, Value) and old in private
-            more = waiting.pop(old) if alone and old in sums else [(alone, x)]
-            if len(more) > len(terms):
-                terms, more = more, terms
-            terms += more
-        if node in private:
-            waiting[node] = terms
-            return node  # a place holder
-        return _sum_of(node, terms) if len(terms) > 2 else _renewed(node, args)
+        found = parts(node, args, [waiting.pop(id(x), ()) for x in node._args])
+        if users[node] is None or len(found) >= most or not fits(node, users[node]):
+            return whole(node, found)
+        waiting[id(node)] = found
+        return found[-1]  # a place holder
 
     return _rewrite(roots, rule, nodes)
 
 
+def flatten(roots: Sequence) -> list:
+    """Makes chains of + one sum, and sums of products of numbers a dot product: a*b + c*d + e -> dot(a, b, c, d, e)."""
+    is_sum = functools.cache(lambda node: _is(node, _ADD))
+
+    def terms(node, args, waited):
+        """What is added, each with whether nobody else needs it."""
+        if not is_sum(node):
+            return [(True, _renewed(node, args))]
+        found = []
+        for x, more in zip(args, waited):
+            more = more or [(False, x)]
+            if len(more) > len(found):
+                found, more = more, found
+            found += more
+        return found
+
+    return _collected(roots, lambda x, node: is_sum(node) and _alike(x, node), terms, _sum_of)
+
+
 def _sum_of(node, terms):
-    """One node for a sum of terms, each with whether nobody else needs it."""
+    """One node for a sum of terms; for one term, that."""
+    if len(terms) < 3:
+        return terms[0][1] if len(terms) < 2 else _renewed(node, tuple([x for _, x in terms]))
     products = []
     rest = []
     zero = []  # where sum() starts: it makes -0.0 a 0.0, and comes last
@@ -7341,8 +7339,7 @@ class _Batch:
         elif shape:
             new = _record(_stack, tuple(xs), {"axis": 0})
         else:
-            dtypes = [{float: np.float64, bool: bool}.get(type(x)) or x.dtype for x in map(_raw, xs)]
-            new = _record(_pack, tuple(xs), {"dtype": np.result_type(*dtypes)})
+            new = _record(_pack, tuple(xs), {"dtype": xs[0].dtype})
         self.put(members, new)
 
     def gather(self, xs, layout, dtype=None):
@@ -7351,34 +7348,35 @@ class _Batch:
         keys = [x if isinstance(x, Array) else (_key(x), dtype) for x in xs]
         # What is in no stack yet becomes one, in the order in which it is wanted here; a stack has either constants, or
         # what sends its gradients to the same roots: a zero from one to which others send none would make inf nan.
-        loose = {k: x for k, x in zip(keys, xs) if k not in self.places}
-        kinds = {k: (self.reach.get(x, 0), _kind(x)) if isinstance(x, Array) else None for k, x in loose.items()}
-        for kind in dict.fromkeys(kinds.values()):
-            self.stack({k: x for k, x in loose.items() if kinds[k] == kind}, dtype)
+        loose = collections.defaultdict(dict)
+        for key, x in zip(keys, xs):
+            if key not in self.places:
+                loose[(self.reach.get(x, 0), _kind(x)) if isinstance(x, Array) else None][key] = x
+        for members in loose.values():
+            self.stack(members, dtype)
         found, shape = [self.places[key] for key in keys], _shape(xs[0])
         starts, size = {}, 0
         for number in dict.fromkeys([number for number, _ in found]):
             starts[number], size = size, size + _shape(self.stacks[number])[0]
         joint = self.stacks[found[0][0]] if len(starts) == 1 else _concatenate(*map(self.stacks.__getitem__, starts))
         index = np.array([starts[number] + place for number, place in found])
-        # A grid of rows and columns with the same steps throughout, 0 where it repeats, needs no copy.
-        start, grid = int(index[0]), index.reshape(layout if len(layout) == 2 else (1, -1))
-        n, m = grid.shape
-        down, across = int(grid[-1, 0] - start) // max(1, n - 1), int(grid[0, -1] - start) // max(1, m - 1)
-        rows, columns, step = n if down else 1, m if across else 1, across or down or 1
-        even = np.array_equal(grid, start + np.add.outer(np.arange(n) * down, np.arange(m) * across))
-        if not even or step < 0 or (down and across and down != across * m):
+        grid = index.reshape(layout)
+        for axis in range(grid.ndim):  # what repeats throughout broadcasts, and needs no copy
+            first = grid.take([0], axis)
+            grid = first if (grid == first).all() else grid
+        flat = grid.ravel().tolist()
+        step = max(1, (flat[-1] - flat[0]) // max(1, len(flat) - 1))
+        if flat != [*range(flat[0], flat[-1] + 1, step)]:
             return np.reshape(joint[(index,)], (*layout, *shape))
-        if rows * columns < size:
-            joint = joint[start : start + (rows * columns - 1) * step + 1 : step]
-        return np.reshape(joint, (*(rows, columns)[-len(layout) :], *shape))
+        if len(flat) < size:  # nor does a part with the same steps throughout
+            joint = joint[flat[0] : flat[-1] + 1 : step]
+        return np.reshape(joint, (*grid.shape, *shape))
 
     def alone(self, node):
         """The new form of a node that is in no group. A stack of what is in stacks already is there."""
-        stacked = [isinstance(x, Value) and x in self.places for x in node._args]
-        if _is(node, _stack) and not node._params.get("axis") and all(stacked):
+        if _is(node, _stack) and all([isinstance(x, Value) and x in self.places for x in node._args]):
             found = self.gather(node._args, (len(node._args),))
-            if _alike(found, node):
+            if _alike(found, node) and not node._params.get("axis"):
                 return found
         return _renewed(node, tuple(map(self.single, node._args)))
 
@@ -7420,7 +7418,7 @@ class _Batch:
         rows, the dot products are a matrix product."""
         node, layout = nodes[0], (len(nodes),)
         end, zero = 2 * node._params["products"], _starts_at_zero(node)
-        dtype = np.float64 if type(node._held) is float else node.dtype
+        dtype = node.dtype
 
         def block(rows):
             stack = self.gather([x for row in rows for x in row], (len(rows), len(rows[0])), dtype)
@@ -7515,7 +7513,7 @@ def _group(node, reach):
     else:
         fits = prim.elementwise and prim.operands and not node._params
     if not fits or node.size > _BATCH_SIZE or not _regular(node):
-        return node, 1
+        return node, 2
     shared = [id(x) for x in args if isinstance(x, Array) and x.ndim > 1 and not getattr(x, "_prim", None)]
     return (prim, _key(tuple(node._params.items())), *kinds, *shared, zero, reach), enough
 
@@ -7535,13 +7533,13 @@ def batch(roots: Sequence) -> list:
         if node._prim is not None:
             levels[level].append(node)
     for _, members in sorted(levels.items()):
-        groups, often = collections.defaultdict(list), collections.Counter([node._prim for node in members])
+        groups = collections.defaultdict(list)
         for node in members:
-            groups[_group(node, reach[node]) if often[node._prim] > 1 else (node, 1)].append(node)
-        for (key, enough), group in sorted(groups.items(), key=lambda item: -len(item[1])):
+            groups[_group(node, reach[node]) if len(members) > 1 else (node, 2)].append(node)
+        for (_, enough), group in sorted(groups.items(), key=lambda item: -len(item[1])):
             if any([x in state.places for x in group[0]._args if isinstance(x, Value)]):
                 enough = min(enough, _BATCH_ARRAYS)  # the numbers are in an array already
-            if key is group[0] or len(group) < enough or not state.combine(group):
+            if len(group) < enough or not state.combine(group):
                 for node in group:
                     state.new[node] = state.alone(node)
     return [state.single(root) for root in roots]
@@ -7571,34 +7569,17 @@ def fuse(roots: Sequence, smallest: int = 1, products: bool = True) -> list:
     def fits(x, node):
         return x.shape == node.shape and plain(node) and (plain(x) or (products and _is(x, _PRODUCT)))
 
-    nodes = _oldest_first(roots)
-    private = _private(nodes, roots, fits)
-    waiting = {}
+    def chain(node, args, waited):
+        return [*itertools.chain(*waited), _renewed(node, args)]
 
-    def close(chain):
-        """Operations, the oldest first, as one node."""
+    def close(node, chain):
         inside = set(map(id, chain))
         outside = {id(x): x for node in chain for x in node._args if id(x) not in inside}
         places = {x: i for i, x in enumerate([*outside, *map(id, chain)])}
         steps = tuple([(node._prim, tuple([places[id(x)] for x in node._args]), node.dtype) for node in chain])
         return _twin(chain[-1], _fused, tuple(outside.values()), {"steps": steps}) if len(chain) > 1 else chain[0]
 
-    def rule(node, args):
-        chain = []
-        for x in node._args:
-            if isinstance(x, Value) and x in waiting:
-                more = waiting.pop(x)
-                if len(chain) + len(more) < _MAX_CHAIN:
-                    chain += more
-                else:
-                    args = tuple([close(more) if y is more[-1] else y for y in args])
-        chain.append(_renewed(node, args))
-        if node in private:
-            waiting[node] = chain
-            return chain[-1]
-        return close(chain)
-
-    return _rewrite(roots, rule, nodes)
+    return _collected(roots, fits, chain, close, _MAX_CHAIN)
 
 
 def _formula(steps, operands):
@@ -7614,17 +7595,21 @@ def _formula(steps, operands):
             return label or next(letters, "·")
         return f"{x:g}" if isinstance(x, float) else "c"
 
+    def within(part, least):
+        text, rank = part
+        return text if rank >= least else f"({text})"
+
     texts = [(name(x, label), 4) for x, label in zip(operands, labels)]  # with how tightly they bind
     for prim, places, _ in steps:
-        symbol, args = prim.symbol, [texts[i] for i in places]
-        own = ranks.get(symbol)
-        if own is not None and len(args) == 2:
-            left, right = (f"({text})" if rank < least else text for (text, rank), least in zip(args, (own, own + 1)))
-            texts.append((f"{left} {symbol} {right}", own))
+        symbol, args, rank = prim.symbol, [texts[i] for i in places], 4
+        if symbol in ranks and len(args) == 2:
+            rank = ranks[symbol]
+            text = f"{within(args[0], rank)} {symbol} {within(args[1], rank + 1)}"
         elif symbol == "-":
-            texts.append((f"-({args[0][0]})" if args[0][1] < 3 else f"-{args[0][0]}", 3))
+            text, rank = f"-{within(args[0], 3)}", 3
         else:
-            texts.append((f"{symbol}({', '.join([text for text, _ in args])})", 4))
+            text = f"{symbol}({', '.join([text for text, _ in args])})"
+        texts.append((text, rank))
     return texts[-1][0]
 
 
@@ -7722,7 +7707,7 @@ def _sum_form(low, node, a, axis=None, keepdims=False):
     if _few_axes(a, axis):
         return None
     if np.ndim(a) == 2 and axis in (0, (0,)) and not keepdims:
-        return f"{low.bind('c', _ones(np.shape(a)[0], node.dtype))}.dot({{0}}{_OUT}"  # BLAS sums rows faster than NumPy
+        return f"{low.name(_ones(np.shape(a)[0], node.dtype))}.dot({{0}}{_OUT}"  # BLAS sums rows faster than NumPy
     if axis is not None:
         axis = tuple(map(int, axis)) if isinstance(axis, tuple) else int(axis)
     return f"np.add.reduce({{0}}, {axis}, None, {{out}}, {bool(keepdims)})"
@@ -7739,14 +7724,14 @@ def _getitem_form(low, node, a, index):
     places = _places(index, _shape(a))
     if places is None:
         return ""
-    return f"np.take({{0}}, {low.bind('c', places)}, 0, {{out}}, 'clip')"  # with 'raise', take would make a copy
+    return f"np.take({{0}}, {low.name(places)}, 0, {{out}}, 'clip')"  # with 'raise', take would make a copy
 
 
 def _scatter_form(low, node, a, *parts, shape, index):
     places = _places(index, shape)
     if not _is_basic(index) and (parts or places is None or len(np.unique(places)) < places.size):
         return None
-    return f"{{out}}.fill(0); {{out}}[{low.bind('c', index)}] = {{0}}"
+    return f"{{out}}.fill(0); {{out}}[{low.name(index)}] = {{0}}"
 
 
 def _where_form(low, node, condition, x, y):
@@ -7757,7 +7742,7 @@ def _where_form(low, node, condition, x, y):
 
 def _pack_form(low, node, *numbers, dtype):
     if _are_leaves(numbers) and type(numbers[0]._held) is float:
-        return f"{{out}}[:] = [x._held for x in {low.bind('c', numbers)}]"  # their data is read here, not as inputs
+        return f"{{out}}[:] = [x._held for x in {low.name(numbers)}]"  # their data is read here, not as inputs
     return "{out}[:] = {all}"
 
 
@@ -7768,7 +7753,7 @@ def _dot_form(low, node, *terms, products):
 
 def _fused_form(low, node, *operands, steps):
     last = len(operands) + len(steps) - 1
-    return f"_blocks({low.bind('c', steps)}, [{{all}}], {node.shape}, [{last}], None, [{{out}}])"
+    return f"_blocks({low.name(steps)}, [{{all}}], {node.shape}, [{last}], None, [{{out}}])"
 
 
 def _joined_form(low, node, *arrays, axis=0):
@@ -7795,18 +7780,17 @@ class _Lowering:
 
     Arrays go to buffers that are made once, and shared by results that are not needed at the same time; views of
     buffers are made once, too; numbers are local variables. A name is an input x, a buffer or view of one b, a constant
-    c, a function f, a local t, or out for an array that a leaf gets as its gradient. User's strings are never names.
+    or function c, a local t, or out for an array that a leaf gets as its gradient. User's strings are never names.
     """
 
     def __init__(self, roots, sweeps):
-        self.space = {"np": np, "math": math, "_array": np.ndarray, "_evaluate": _evaluate, "_blocks": run_blocks}
+        self.space = {"np": np, "math": math, "_evaluate": _evaluate, "_blocks": run_blocks}
         self.space |= {"_as_before": _as_before, "_checked": _checked, "_masked": _masked}
         self.names = {}  # of nodes, Tensors, and, by id, of other objects
         self.fixed = {}  # by name: what is the same array in every run
         self.buffers = {}  # a node's own buffer, until its last use
         self.spare = collections.defaultdict(list)
         self.inputs = {}
-        self.outputs = set()  # arrays that leaves get as their gradients
         self.lines = []  # of forward, then of each backward
         self.early = set()  # the locals that forward makes
         self.saved = {}  # those of them that a backward needs, in order
@@ -7852,8 +7836,7 @@ class _Lowering:
         self.dying = collections.defaultdict(list)
         for node, i in last.items():
             self.dying[i].append(node)
-        counts = collections.Counter([g for g, _ in owned])
-        self.handed_out = {g for g, own in owned if counts[g] == 1 and _alike(g, own[0])}.difference(sections[0])
+        self.handed_out = {g for g, own in owned if _alike(g, own[0])}.difference(sections[0])
 
     # --- names ---
 
@@ -7883,20 +7866,13 @@ class _Lowering:
     def function(self, f):
         if isinstance(f, np.ufunc) or f.__module__ == "math":
             return f"{'np' if isinstance(f, np.ufunc) else 'math'}.{f.__name__}"
-        if id(f) not in self.names:
-            self.names[id(f)] = self.bind("f", f)
-        return self.names[id(f)]
+        return self.name(f)
 
-    def local(self, node, expression):
-        name = self.names[node] = f"t{next(self.number)}"
+    def local(self, node, expression, prefix="t"):
+        """A line for what is new in every run."""
+        name = self.names[node] = f"{prefix}{next(self.number)}"
         if len(self.lines) == 1:
             self.early.add(name)
-        self.lines[-1].append(f"{name} = {expression}")
-
-    def output(self, node, expression):
-        """An array that is new in every run."""
-        name = self.names[node] = f"out{len(self.outputs)}"
-        self.outputs.add(name)
         self.lines[-1].append(f"{name} = {expression}")
         return name
 
@@ -7904,7 +7880,7 @@ class _Lowering:
         """The buffer for a node's result: that of an operand whose last use this is, a spare or a new one."""
         shape, dtype = node.shape, node.dtype
         if node in self.handed_out:
-            return self.output(node, f"np.empty({shape}, np.{dtype.name})")
+            return self.local(node, f"np.empty({shape}, np.{dtype.name})", "out")
         for x in reuse:
             if isinstance(x, Value) and x in self.buffers and self.last[x] == self.place and _alike(x, node):
                 self.names[node], self.buffers[node] = self.names[x], self.buffers.pop(x)
@@ -7945,7 +7921,7 @@ class _Lowering:
         if "{out}" not in form:
             self.local(node, fill(form, *names))
         elif node in self.handed_out and form.endswith(_OUT) and form.count("{out}") == 1:
-            self.output(node, fill(form.removesuffix(_OUT) + ")", *names))
+            self.local(node, fill(form.removesuffix(_OUT) + ")", *names), "out")
         else:
             reuse = () if node._prim in _FORMS else node._args
             self.lines[-1].append(fill(form, *names, out=self.target(node, reuse)))
@@ -7970,11 +7946,11 @@ class _Lowering:
             ]
         names = "".join([f"{name}, " for name in names])
         if prim.builtin:
-            call = f"_evaluate({self.bind('f', prim)}, ({names}), {self.bind('c', params)})"
+            call = f"_evaluate({self.name(prim)}, ({names}), {self.name(params)})"
         else:
-            call = f"{self.bind('f', functools.partial(prim.forward, **params))}({names})"
+            call = f"{self.name(functools.partial(prim.forward, **params))}({names})"
         if type(node._held) is np.ndarray and (prim is _getitem or not prim.builtin):  # its shape may be another
-            return f"_as_before({call}, {node.shape}, {self.bind('c', node.dtype)})"
+            return f"_as_before({call}, {node.shape}, {self.name(node.dtype)})"
         return call
 
     def finish(self):
@@ -7986,7 +7962,7 @@ class _Lowering:
                 name = names[i]
                 if not _alike(g, own[0]):  # the numbers of a pack
                     names[i] = f"*{name}.tolist()" if type(own[0]._held) is float else f"*{name}"
-                elif type(g._held) is np.ndarray and (name not in self.outputs or name in handed):
+                elif type(g._held) is np.ndarray and (name[0] != "o" or name in handed):
                     names[i] = f"np.array({name})"  # a leaf owns its gradient
                 handed.add(name)
             tails.append(f"return [{', '.join(names)}]")
@@ -7997,11 +7973,9 @@ class _Lowering:
         for name, x in self.inputs.items():
             source = self.bind("i", x)
             head.append(f"{name} = {source}._held")
-            if type(x._held) is np.ndarray:
-                wrong = f"type({name}) is not _array or {name}.shape != {x.shape}"
+            if type(x._held) not in _WEAK_TYPES:
+                wrong = f"type({name}) is not {self.name(type(x._held))} or {name}.shape != {x.shape}"
                 head.append(f"if {wrong}: {name} = _checked({source}, {x.shape})")
-            elif isinstance(x._held, np.generic):
-                head.append(f"if {name}.shape != (): _checked({source}, ())")
         bodies = {"forward()": [*head, *self.lines[0], f"return [{', '.join(results)}], ({saved})"]}
         for i, ((seeds, *_), lines, tail) in enumerate(zip(self.sweeps, self.lines[1:], tails)):
             arguments = ", ".join(["saved", *map(self.names.get, seeds)])
@@ -8026,15 +8000,11 @@ def _as_before(x, shape, dtype):
     return x
 
 
-class _ShapeChanged(ValueError):
-    """A leaf's data no longer has the shape that a program was made for."""
-
-
 def _checked(x, shape):
     """The array of an input, which must have the shape that it had."""
     if x.shape != shape:
         label = f" {x.label!r}" if getattr(x, "label", "") else ""
-        raise _ShapeChanged(
+        raise ValueError(
             f"optimize: {type(x).__name__}{label} had shape {shape} when the graph was optimized, and now has "
             f"{x.shape}; build and optimize the graph anew for another shape"
         )
@@ -8072,19 +8042,12 @@ def _taken_apart(node, args):
     return _twin(node, node._prim, args, node._params)
 
 
-def _traced(roots):
-    """A copy of the graph, with the programs in it written out as the graphs that they were made of."""
-    return _rewrite(roots, _taken_apart)
-
-
 def _as_nodes(graph):
     return [x if isinstance(x, Value) else _node(x, _detach, (x,), _NO_PARAMS) for x in graph]
 
 
 def _are_leaves(xs):
-    """Whether they are leaves and Tensors, and numbers of one type."""
-    kinds = {type(x._held) if isinstance(x, Tensor) or getattr(x, "_args", None) == () else None for x in xs}
-    return len(kinds) == 1 and None not in kinds
+    return all([isinstance(x, Array) and not getattr(x, "_prim", None) for x in xs])
 
 
 class _Program:
@@ -8103,19 +8066,20 @@ class _Program:
     def __init__(self, roots):
         self.lock = threading.RLock()
         with _recording(tracing=True):
-            self.traced = _traced(roots)
+            self.traced = _rewrite(roots, _taken_apart)
             nodes = _oldest_first(self.traced)
-            for node in nodes:
-                for x in (node, *node._args):
-                    if isinstance(x, Array) and type(x._held) is Chunked:
-                        x._held = x._held.expose()  # the passes look at arrays
-            self.foreign = self.replays = any([_lazy(node._held) for node in nodes])
-            graph = batch(flatten(_pass(fold_constants, merge_common(swept=False))(self.traced)))
+            found = [x for node in nodes for x in (node, *node._args) if isinstance(x, Array)]
+            for x in found:
+                if type(x._held) is Chunked:
+                    x._held = x._held.expose()  # the passes look at arrays
+            self.foreign = any(map(_lazy, nodes))
+            graph = batch(flatten(_pass(fold_constants, merge_common(swept=False))(self.traced, nodes)))
             self.graph = _as_nodes(_pass(simplify, merge_common(swept=False))(graph))
+        inner = _oldest_first(self.graph)
+        self.replays = self.foreign or len(inner) > _MAX_LINES
         self.leaves = [node for node in nodes if node._prim is None]
-        inputs = [x for node in nodes for x in (node, *node._args) if isinstance(x, Array)]
-        self.shapes = {x: _shape(x) for x in inputs if not getattr(x, "_prim", None)}
-        reach = _reach(self.traced, nodes)
+        self.shapes = {x: _shape(x) for x in found if not getattr(x, "_prim", None)}
+        reach = _reach(self.graph, inner)
         self.reach = {x: reach[x] for x in self.leaves}
         self.nodes = []  # the Values that show the results, and which
         self.show([_owned(root._held) for root in roots])
@@ -8124,18 +8088,18 @@ class _Program:
         first = next((i for i, root in enumerate(self.graph) if root._needs), 0)
         self.sweeps = [(first,)]  # the roots of each sweep that is compiled: at first a guess
         self.guess = True
-        self.code = self.compiled(self.graph)
-        for node in {*nodes, *_oldest_first(self.graph)}.difference(self.leaves):
+        self.code = self.compiled(self.graph, self.sweeps)
+        for node in {*nodes, *inner}.difference(self.leaves):
             node._held = None
 
-    def compiled(self, graph):
+    def compiled(self, graph, sweeps):
         """The code for the sweeps; None if there is to be none."""
-        if self.replays or len(_oldest_first(graph)) > _MAX_LINES:
+        if self.replays:
             return None
         with _recording(tracing=True):
             graph = _pass(seal)(graph)
             try:
-                sweeps = [self.swept(graph, which) for which in self.sweeps]
+                sweeps = [self.swept(graph, which) for which in sweeps]
             except Exception:  # a rule fails on these data, as it would in eager mode: in `backward`, if that is called
                 return None
             joint = itertools.chain(graph, *[gradients for _, gradients, _ in sweeps])
@@ -8173,13 +8137,11 @@ class _Program:
         if self.code is not None:
             try:
                 return self.code.forward()
-            except _ShapeChanged:
-                raise
             except _Resized:
                 self.graph, self.code, self.replays = self.traced, None, True
             except (RuntimeWarning, FloatingPointError):  # where warnings are errors, only those of eager mode are
                 return self.replay(self.traced)
-            except (ArithmeticError, ValueError):
+            except (ArithmeticError, ValueError):  # also if a shape has changed: the replay says so
                 pass
         return self.replay(self.graph)
 
@@ -8212,13 +8174,8 @@ class _Program:
         if which in self.sweeps or self.code is None or len(self.sweeps) >= _MAX_SWEEPS:
             return
         self.run()  # which says so if a shape has changed
-        self.saved, before = None, self.sweeps
-        self.sweeps = [which] if self.guess else [*before, which]
-        try:
-            self.code = self.compiled(_replayed(self.graph))
-        except BaseException:
-            self.sweeps = before
-            raise
+        self.saved, sweeps = None, [which] if self.guess else [*self.sweeps, which]
+        self.code, self.sweeps = self.compiled(_replayed(self.graph), sweeps), sweeps
 
     def backward(self, which, seeds):
         """Pairs of leaf and gradient, to be added up, for the seeds of those roots. Results do not change."""
@@ -8288,10 +8245,7 @@ class _Program:
 
 
 def _retraced(roots):
-    for node in _oldest_first(roots):
-        if node._prim is not None:
-            _recompute(node)
-    return _Program(roots)
+    return _Program(_replayed(roots))
 
 
 class _Hub(Value):
@@ -8501,16 +8455,15 @@ def _put_foreign(a, shape, index):
     index = [i for i in index if i is not None]
     for at in [k for k, i in enumerate(index) if i is Ellipsis]:
         index[at : at + 1] = [slice(None)] * (len(shape) - len(index) + 1)
-    ends = []
+    sizes, around = [], []
     for n, i in itertools.zip_longest(shape, index, fillvalue=slice(None)):
-        if not isinstance(i, (slice, int, np.integer)) or (isinstance(i, slice) and i.indices(n)[2] != 1):
+        part = slice(i % n, i % n + 1) if isinstance(i, (int, np.integer)) else i
+        if not isinstance(part, slice) or part.indices(n)[2] != 1:
             raise TypeError(f"getitem: on {_library(a)}, only integers and slices of step 1 have a gradient, got {i!r}")
-        start, stop, _ = i.indices(n) if isinstance(i, slice) else (i % n, i % n + 1, 1)
-        ends.append((start, max(start, stop)))
-    if not math.prod(a.shape):
-        return np.zeros_like(a, shape=shape)
-    block = np.reshape(a, tuple(stop - start for start, stop in ends))
-    return np.pad(block, [(start, n - stop) for n, (start, stop) in zip(shape, ends)])
+        places = range(n)[part]
+        sizes.append(len(places))
+        around.append((places.start, n - places.stop))
+    return np.pad(np.reshape(a, sizes), around) if math.prod(a.shape) else np.zeros_like(a, shape=shape)
 
 
 class _Elsewhere(Kind):
@@ -8547,9 +8500,9 @@ class _Elsewhere(Kind):
         return _known_shape(out, prim.name)
 
     def fetch(self, raws):
-        lazy = [x for x in raws if hasattr(x, "__dask_graph__")]
-        done = iter(sys.modules["dask"].compute(*lazy, traverse=False) if lazy else ())  # one pass for all
-        return [_settle(np.array(next(done) if hasattr(x, "__dask_graph__") else x)) for x in raws]
+        if any([hasattr(x, "__dask_graph__") for x in raws]):
+            raws = sys.modules["dask"].compute(*raws, traverse=False)  # one pass for all; others stay as they are
+        return [_settle(np.array(x)) for x in raws]
 
     def own(self, raw):
         return raw.copy() if hasattr(raw, "copy") else raw  # Dask's can be assigned to; a copy shares its chunks
