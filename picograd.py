@@ -53,9 +53,23 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
+
+# What checkers of types are asked here: no more where this file lies beside a program that is checked strictly, and not
+# that a name keeps one type, or that what NumPy's functions give for Values is what NumPy's annotations say.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-any-generics, allow-subclassing-any
+# mypy: allow-untyped-decorators, allow-untyped-globals, no-check-untyped-defs, no-warn-return-any, implicit-reexport
+# mypy: no-strict-equality, no-warn-unused-ignores, no-extra-checks, no-warn-redundant-casts
+# mypy: disable-error-code="assignment,misc,override,return-value,call-overload,var-annotated,has-type,arg-type,index"
+# mypy: disable-error-code="no-redef,dict-item,union-attr,import-not-found,no-overload-impl,annotation-unchecked"
+# mypy: disable-error-code="import-untyped"
+# pyright: basic, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportOptionalMemberAccess=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportRedeclaration=false, reportOptionalIterable=false
+# pyright: reportNoOverloadImplementation=false, reportMissingImports=false, reportFunctionMemberAccess=false
 
 __version__ = "2.0"
 __all__ = ["Value", "Tensor", "no_grad", "set_default_dtype", "primitive", "PRIMITIVES", "TABLE"]
@@ -83,7 +97,7 @@ __all__ += ["mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "hi
 # primitive to what computes it with more keywords than it takes itself, such as where=.
 # ---------------------------------------------------------------------------------------------------------------------
 
-TABLE: dict[Callable, Callable] = {}  # NumPy callable -> Primitive, or a function composed of primitives
+TABLE: dict[Any, Any] = {}  # NumPy callable -> Primitive, or a function composed of primitives
 PRIMITIVES: dict[str, Primitive] = {}  # by name: pickles find their primitives here, and the tests their rules
 
 
@@ -93,10 +107,22 @@ class Primitive:
     Calling it dispatches: with a Value among the operands it makes a node, with a Tensor a Tensor, else it computes.
     """
 
-    __slots__ = ("name", "symbol", "forward", "vjps", "reads", "scalar", "elementwise", "operands", "params", "typed")
-    __slots__ += ("ufunc", "joint", "builtin")
+    __slots__ = "name symbol forward vjps reads scalar elementwise operands params typed ufunc joint builtin".split()
+    name: str
+    symbol: str
+    forward: Any
+    vjps: Any
+    reads: str
+    scalar: Any
+    elementwise: bool
+    operands: Any
+    params: Any
+    typed: Any
+    ufunc: bool
+    joint: bool
+    builtin: bool
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         operands = args
         if self.operands is not None and (kwargs or len(args) != len(self.operands)):
             operands, kwargs = self._bind(args, kwargs)
@@ -829,10 +855,92 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
     return _wrap(out, choice)
 
 
-class Array:
+if TYPE_CHECKING:  # What editors and type checkers cannot see: the operators and methods that room 5 puts in.
+    Same = TypeVar("Same", bound="Array")
+
+    class _Method:
+        def __get__(self, array: Same, owner: Any) -> Callable[..., Same]: ...
+
+    class _FromTable:
+        def __abs__(self: Same) -> Same: ...
+        def _of_one(self: Same) -> Same: ...
+        def __eq__(self: Same, other: Any) -> Same: ...
+        def __ne__(self: Same, other: Any) -> Same: ...
+        @overload
+        def _of_two(self, other: Value) -> Value: ...
+        @overload
+        def _of_two(self: Same, other: Any) -> Same: ...
+        def _other(self: Same, *args: Any, **options: Any) -> Same: ...
+
+        __invert__ = __neg__ = __pos__ = abs = arccos = arccosh = arcsin = arcsinh = arctan = arctanh = _of_one
+        argwhere = bitwise_count = cbrt = ceil = cholesky = cos = cosh = deg2rad = degrees = det = exp = _of_one
+        exp2 = expm1 = fabs = fix = flatnonzero = floor = gelu = i0 = inv = invert = iscomplex = isfinite = _of_one
+        isinf = isnan = isneginf = isposinf = isreal = log = log10 = log1p = log2 = logabsdet = _of_one
+        logical_not = negative = positive = qr = rad2deg = radians = reciprocal = relu = rint = sigmoid = _of_one
+        sign = signbit = signdet = sin = sinc = sinh = softplus = spacing = sqrt = square = svd = tan = _of_one
+        tanh = trunc = _of_one
+        __add__ = __and__ = __floordiv__ = __ge__ = __gt__ = __le__ = __lt__ = __matmul__ = __mod__ = _of_two
+        __mul__ = __or__ = __pow__ = __radd__ = __rand__ = __rfloordiv__ = __rmatmul__ = __rmod__ = _of_two
+        __rmul__ = __ror__ = __rpow__ = __rsub__ = __rtruediv__ = __rxor__ = __sub__ = __truediv__ = _of_two
+        __xor__ = add = arctan2 = bitwise_and = bitwise_or = bitwise_xor = copysign = divide = equal = _of_two
+        float_power = floor_divide = fmax = fmin = fmod = gcd = greater = greater_equal = heaviside = _of_two
+        hypot = isclose = lcm = ldexp = left_shift = less = less_equal = logaddexp = logaddexp2 = _of_two
+        logical_and = logical_or = logical_xor = maximum = minimum = multiply = nextafter = not_equal = _of_two
+        power = remainder = right_shift = subtract = matmul = _of_two
+        angle = argpartition = broadcast_to = convolve = count_nonzero = delete = diag = diagflat = _other
+        diagonals = digitize = eigh = fftshift = flip = histogram_bin_edges = ifftshift = _other
+        isin = log_softmax = logsumexp = matrix_rank = nan_to_num = nanargmax = nanargmin = norm = pad = _other
+        pinv = roll = rot90 = sliding_window_view = softmax = tile = tril = triu = _other
+        diff = median = nanmedian = percentile = nanpercentile = quantile = nanquantile = _other
+        unwrap = where = _other
+
+        # What np.generic, below, has as well, is known to be another only if it is declared.
+        all: _Method
+        any: _Method
+        argmax: _Method
+        argmin: _Method
+        argsort: _Method
+        choose: _Method
+        clip: _Method
+        compress: _Method
+        conjugate: _Method
+        cumprod: _Method
+        cumsum: _Method
+        diagonal: _Method
+        dot: _Method
+        max: _Method
+        mean: _Method
+        min: _Method
+        prod: _Method
+        ravel: _Method
+        repeat: _Method
+        round: _Method
+        searchsorted: _Method
+        squeeze: _Method
+        std: _Method
+        sum: _Method
+        swapaxes: _Method
+        take: _Method
+        trace: _Method
+        var: _Method
+        nonzero: Any
+        sort: Any
+        unique: Any
+        at: _At
+
+    # NumPy's functions are annotated for its own arrays and numbers: to make them take a Value, it is one of these.
+    class _Methods(_FromTable, np.generic):
+        def __new__(cls: type[Same], *args: Any, **options: Any) -> Same: ...
+
+else:
+    _Methods = object
+
+
+class Array(_Methods):
     """What Tensor and Value share. Operators, and a method for every entry of the table, are added in room 5."""
 
     __slots__ = ("_held", "__weakref__")
+    _held: Any
     __hash__ = object.__hash__
     _picograd = True  # how another copy of this file is known
 
@@ -841,10 +949,22 @@ class Array:
     size: int = property(lambda self: math.prod(self.shape))
     dtype: np.dtype = property(lambda self: (self._held if hasattr(self._held, "dtype") else _public(self._held)).dtype)
     nbytes: int = property(lambda self: self.size * self.dtype.itemsize)
-    T = property(lambda self: np.transpose(self))
-    mT = property(lambda self: np.matrix_transpose(self))
-    real = property(lambda self: np.real(self))
-    imag = property(lambda self: np.imag(self))
+
+    @property
+    def T(self: Same) -> Same:
+        return np.transpose(self)
+
+    @property
+    def mT(self: Same) -> Same:
+        return np.matrix_transpose(self)
+
+    @property
+    def real(self: Same) -> Same:
+        return np.real(self)
+
+    @property
+    def imag(self: Same) -> Same:
+        return np.imag(self)
 
     def _adopt(self) -> None:
         """Lets the hook take over the raw value, which is of its limit or more."""
@@ -874,19 +994,19 @@ class Array:
                 self._held = raw
         return raw
 
-    def reshape(self, *shape, order="C"):
+    def reshape(self: Same, *shape: Any, order: str = "C") -> Same:
         return np.reshape(self, shape[0] if len(shape) == 1 else shape, order=order)
 
-    def transpose(self, *axes):
+    def transpose(self: Same, *axes: Any) -> Same:
         if len(axes) == 1 and np.ndim(axes[0]):
             axes = tuple(axes[0])
         return np.transpose(self, None if axes in ((), (None,)) else axes)
 
-    def flatten(self, order="C"):
+    def flatten(self: Same, order: str = "C") -> Same:
         """A copy in one dimension; `ravel` is a view where it can be."""
         return np.copy(np.ravel(self, order))
 
-    def copy(self, order="C"):
+    def copy(self: Same, order: str = "C") -> Same:
         """A copy in C order, as of ndarray's method; `np.copy` keeps the order."""
         if order != "C":
             raise TypeError(f"copy: order {order!r} is not supported on a Value or Tensor, only 'C'")
@@ -894,42 +1014,43 @@ class Array:
             return np.reshape(np.ravel(self), self.shape)
         return np.copy(self)
 
-    def astype(self, dtype: Any):
+    def astype(self: Same, dtype: Any) -> Same:
         dtype, kinds = np.dtype(dtype), "f" if isinstance(self, Value) else "fiub"
         if dtype.kind not in kinds:
-            raise TypeError(f"astype: dtype must be {'floating' if kinds == 'f' else 'real'}, got {dtype}")
+            allowed = "floating (or take .data.data.astype)" if kinds == "f" else "real"
+            raise TypeError(f"astype: dtype must be {allowed}, got {dtype}")
         return _as_dtype(self, dtype)
 
-    def __getitem__(self, index):
+    def __getitem__(self: Same, index: Any) -> Same:
         index = tuple([_index_part(i) for i in index]) if isinstance(index, tuple) else (_index_part(index),)
         parts = [i for i in index if isinstance(i, Array)]
         return _getitem(self, *parts, index=tuple([_HOLE if isinstance(i, Array) else i for i in index]))
 
-    def __len__(self):
+    def __len__(self) -> int:
         if not self.ndim:
             raise TypeError(f"a 0-d {type(self).__name__} has no length and cannot be iterated over")
         return self.shape[0]
 
-    def __iter__(self):
+    def __iter__(self: Same) -> Iterator[Same]:
         return (self[i] for i in range(len(self)))
 
     def __contains__(self, x):
         return bool(np.any(np.equal(self._held, _raw(x))))
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return bool(self._held)
 
     def _leave(self, how: str) -> float | int | bool:
         """The number, on its way to code that knows nothing of gradients."""
         return self.item()
 
-    def __float__(self):
+    def __float__(self) -> float:
         return float(self._leave("float"))
 
-    def __int__(self):
+    def __int__(self) -> int:
         return int(self._leave("int"))
 
-    def __index__(self):
+    def __index__(self) -> int:
         return operator.index(self._leave("operator.index"))
 
     def __round__(self, decimals=0):
@@ -978,12 +1099,12 @@ class Tensor(Array):
         self._label = new
 
     @property
-    def data(self) -> np.ndarray | np.generic:
+    def data(self) -> np.ndarray:
         """The array itself (writing to it is seen here); a NumPy scalar for 0-d."""
         return _public(self._held)
 
     @data.setter
-    def data(self, new):
+    def data(self, new: Any):
         if not _written_back(new, self._held, self, None):
             self._become(_conform(new, self._held, "Tensor.data", self._choice))
 
@@ -1017,7 +1138,7 @@ class Tensor(Array):
         """A copy as an ndarray."""
         return np.array(_fetched(self._held))
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype=None, copy=None) -> np.ndarray[Any, np.dtype[_Tensor]]:
         return np.array(_fetched(self._held), dtype) if copy else np.asarray(_public(self._held), dtype)
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
@@ -1206,6 +1327,10 @@ class Value(Array):
     # An operation on numbers has its operands in _x and _y (None if there is but one): then the node is the one object
     # that Python's collector has to follow. Any other has all its operands in the tuple _x, and parameters in _y.
     __slots__ = ("_grad", "_prim", "_x", "_y", "_needs", "_number", "label")
+    _grad: Any
+    _prim: Any
+    _x: Any
+    _y: Any
 
     def __init__(self, data: Any, dtype: Any = None, label: str = ""):
         if not isinstance(label, str):
@@ -1222,7 +1347,7 @@ class Value(Array):
         return _wrap(self._held, None, (self, "_held"))
 
     @data.setter
-    def data(self, new):
+    def data(self, new: Any):
         if not _written_back(new, self._held, self, "_held"):
             new = _conform(new, self._held, "Value.data")
             if np.shape(new) != self.shape:
@@ -1239,7 +1364,7 @@ class Value(Array):
         return _wrap(self._grad, None, (self, "_grad"))
 
     @grad.setter
-    def grad(self, new):
+    def grad(self, new: Any):
         if new is None:
             self._grad = None
         elif self._grad is None or not _written_back(new, self._grad, self, "_grad"):
@@ -1333,7 +1458,8 @@ class Value(Array):
         if method not in ("__call__", "outer"):
             return _entry(getattr(ufunc, method))(*inputs, **kwargs)
         if kwargs:
-            raise TypeError(f"{ufunc.__name__}: {', '.join(kwargs)}= is not supported on a Value")
+            hint = "; no array takes a Value in place: for a += v, write a = a + v" * ("out" in kwargs)
+            raise TypeError(f"{ufunc.__name__}: {', '.join(kwargs)}= is not supported on a Value{hint}")
         x, y = map(_recorded, inputs)
         if np.ndim(x) and np.ndim(y):
             x = np.reshape(x, np.shape(x) + (1,) * np.ndim(y))
@@ -1342,7 +1468,7 @@ class Value(Array):
     def __array_function__(self, function, kinds, args, kwargs):
         return _call_entry(_entry(function), function, args, kwargs)
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype=None, copy=None) -> np.ndarray[Any, np.dtype[_Value]]:
         raise TypeError(
             "a Value does not turn into an array by itself, which would lose its gradient: "
             "take .data.data for the numbers, np.stack or np.block to join Values"
@@ -1401,6 +1527,13 @@ def _named(prim: Primitive, function: Callable, args: tuple, kwargs: dict) -> di
     return {k: x for k, x in given.items() if x is not None or k in prim.params}
 
 
+if TYPE_CHECKING:  # What NumPy's functions find in an array of Tensors or Values: of floats, they would make floats.
+
+    class _Tensor(Tensor, np.object_): ...
+
+    class _Value(Value, np.object_): ...
+
+
 def _call_entry(entry: Callable, function: Callable, args: tuple, kwargs: dict):
     """Calls the entry for a function of NumPy's with that function's arguments."""
     if not isinstance(entry, Primitive) or not entry.operands:
@@ -1424,6 +1557,8 @@ def _entry(function):
         raise TypeError(
             f"{home.replace('numpy', 'np', 1)}.{function.__name__} is not in picograd's table, so it has no gradient: "
             "add it with picograd.primitive, or call it on .data.data where none is needed"
+            + "; in place of np.full_like, take np.broadcast_to"
+            * (function is np.copyto)
         )
     return TABLE[function]
 
@@ -2030,7 +2165,8 @@ def _variable(x, where: str) -> Value:
         own = np.asarray(x).dtype
         return Value(x, own if own.kind == "f" else None)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{where}: {error}") from None
+        hint = " (make arrays of several shapes by np.array each)" * isinstance(error, ValueError)
+        raise type(error)(f"{where}: {error}{hint}") from None
 
 
 def _leaf(raw) -> Value:
@@ -2047,7 +2183,9 @@ def _handed_out(result, valued: bool):
     return _public(_raw(result))
 
 
-def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
+def value_and_grad(
+    f: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[..., Any]:
     """A function that returns f's value and its gradient by the argument(s) argnums (a tuple for a tuple).
 
     A number or array in gives a NumPy number or array out, computed in the array's own floating dtype; a Value in gives
@@ -2074,7 +2212,7 @@ def value_and_grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool 
     return value_and_gradient
 
 
-def grad(f: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
+def grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable[..., Any]:
     """A function that returns the gradient of f; see `value_and_grad`. With has_aux, `(gradient, else)`."""
 
     both = value_and_grad(f, argnums, has_aux)
@@ -2242,7 +2380,7 @@ def _forgotten(root: Value, since: int) -> Value:
 
     nodes = _newest_first(root, since)[::-1]
     inputs = {x: _leaf(None) for x in nodes if x._prim is None or x._number <= since}
-    recipe = _Recipe(*_rewrite([root], twin, nodes, inputs), list(inputs.values()))
+    recipe = _Recipe(_rewrite([root], twin, nodes, inputs)[0], list(inputs.values()))
     return _node(root._held, _checkpoint, (*inputs, recipe), _NO_PARAMS, root.label)
 
 
@@ -2626,7 +2764,7 @@ _elementwise(
 )
 
 
-@composed(np.clip, np._core.umath.clip)
+@composed(np.clip, np._core.umath.clip)  # type: ignore[attr-defined]
 def clip(a, a_min=None, a_max=None, *, min=None, max=None):
     """`np.clip`; the gradient passes at the bounds, as in PyTorch. Where the lower bound is above, the upper one is
     the result, and gets the gradient."""
@@ -3833,7 +3971,7 @@ def _spelled_out(subscripts: str, *ndims: int) -> tuple[list[str], str]:
     written is as NumPy has it."""
     ones = [np.ones((1,) * n) for n in ndims]
     np.einsum(subscripts, *ones)  # NumPy's own checks and errors
-    inputs, output, _ = np._core.einsumfunc._parse_einsum_input((subscripts, *ones))
+    inputs, output, _ = np._core.einsumfunc._parse_einsum_input((subscripts, *ones))  # type: ignore[attr-defined]
     return inputs.split(","), output
 
 
@@ -3962,14 +4100,14 @@ def _differences_x(g, out, x):
     return np.concatenate([-half[:1], half[:-1]]) - np.concatenate([half[1:], -half[-1:]])
 
 
-_differences = primitive(lambda x: np.gradient(x, axis=0), _differences_x, name="differences")
+_differences = primitive(lambda x: np.gradient(x, axis=0), _differences_x, name="even slopes")
 
 # Means of what is before and behind each place, with the share of what is before.
 _blended = primitive(
     lambda x, before: np.concatenate([x[:1], x[:-1] * before + x[1:] * (1.0 - before), x[-1:]]),
     _blended_x,
     lambda g, out, x, before: g[1:-1] * (x[:-1] - x[1:]),
-    name="blended",
+    name="blended slopes",
 )
 
 
@@ -4106,7 +4244,8 @@ def norm(x, ord=None, axis=None, keepdims=False):
 
 
 def _vector_norm(x, ord, **kept):
-    _axes(x, kept["axis"])  # of a number, none
+    if kept["axis"] is not None:
+        np.lib.array_utils.normalize_axis_tuple(kept["axis"], np.ndim(x))  # or it is an AxisError
     if ord in (None, "fro", 2):
         return _norm(x, **kept)
     if ord == 0:
@@ -4681,6 +4820,8 @@ def _method(function, numpys):
             return numpys(self, *args, **kwargs)
         return function(self, *args, **kwargs)
 
+    if not isinstance(numpys, np.ufunc):
+        method.__wrapped__ = numpys or getattr(function, "forward", function)  # for help: with its signature
     return method
 
 
@@ -4693,7 +4834,7 @@ def _put_in(cls: type, name: str, method: Callable, like: str) -> None:
     setattr(cls, name, method)
 
 
-def _add_method(name: str, function: Callable, like: str) -> None:
+def _add_method(name: str, function: Any, like: str) -> None:
     _put_in(Array, name, _method(function, getattr(np, like, None)), like)
     if getattr(function, "scalar", None) and len(function.vjps) == 1:
         _put_in(Value, name, _value_function(function), like)
@@ -4731,7 +4872,7 @@ def _sort(self, axis=-1, kind=None, order=None, *, stable=None):
 _put_in(Array, "sort", _sort, "sort")
 _put_in(Array, "compress", lambda self, condition, axis=None: np.compress(condition, self, axis), "compress")
 _put_in(Array, "pad", pad, "pad")
-del Array.resize, Array.partition  # an array's own ones change it
+del Array.resize, Array.partition  # type: ignore[attr-defined] # an array's own ones change it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4777,6 +4918,9 @@ class Module:
     """
 
     _picograd_part = True  # how another copy of this file is known
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{type(self).__name__}: to be called, it needs a method __call__ (not forward)")
 
     def named_parameters(self) -> Iterator[tuple[str, Value]]:
         """(dotted name, parameter), in order of definition, those in slots first, by name; a shared one once."""
@@ -5123,7 +5267,7 @@ def cross_entropy(logits: Value, labels: Any) -> Value:
     """The mean of -log(softmax(logits)[label]), for logits (n, k) or (k,) and integer labels (n,) or () below k."""
     logits, labels = _numbers("cross_entropy", "logits", logits), _numbers("cross_entropy", "labels", labels)
     if logits.shape[:-1] != labels.shape or not logits.shape:
-        raise ValueError(f"cross_entropy: labels must have shape {logits.shape[:-1]}, got {labels.shape}")
+        raise ValueError(f"cross_entropy: labels must be integers of shape {logits.shape[:-1]}, got {labels.shape}")
     if logits.dtype == np.float16:  # in which a sum of exponentials may overflow
         return cross_entropy(logits.astype(np.float32), labels).astype(np.float16)
     k, lazy = logits.shape[-1], _lazy(labels)
@@ -5188,8 +5332,13 @@ class _State(dict):
 class _Optimizer:
     """What SGD and Adam share: checked parameters, a state for each array, and all numbers stepped as one array."""
 
+    lr: float
+    weight_decay: float
+    _options: Callable[[], tuple]
+    _update: Callable[[list, dict], None]
+
     def __init__(self, params: Iterable[Value], **options: Any):
-        expected = "a list of Values, such as those of model.parameters()"
+        expected = "a list of Values (of a model, pass model.parameters())"
         if isinstance(params, Array):
             raise TypeError(f"params must be {expected}, got a single {type(params).__name__}")
         self.params = _understood("params", expected, list, params)
@@ -5314,6 +5463,8 @@ _SCALARS = frozenset((float, np.float16, np.float32, np.float64, np.longdouble))
 class SGD(_Optimizer):
     """Stochastic gradient descent: with g the gradient plus weight_decay * p, v = momentum * v + g and p -= lr * v."""
 
+    momentum: float
+
     def __init__(self, params: Iterable[Value], lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
@@ -5338,6 +5489,9 @@ class SGD(_Optimizer):
 class Adam(_Optimizer):
     """Adam (Kingma and Ba 2015, algorithm 1). weight_decay is added to the gradient as weight_decay * p; with
     decoupled=True it is AdamW's (Loshchilov and Hutter 2019): p -= lr * weight_decay * p beside the step."""
+
+    betas: tuple[float, float]
+    eps: float
 
     def __init__(
         self,
@@ -5514,7 +5668,7 @@ def _lines(x) -> list[tuple[str, str]]:
     """What the box of a Value, Tensor or constant says: for each line, how it is written, and the markup."""
     lines = []
     if isinstance(x, Array):
-        lines.append(("<b>{}</b>", x.label or "input" * isinstance(x, Tensor)))
+        lines.append(("<b>{}</b>", x.label or "input" * isinstance(x, Tensor)))  # type: ignore[attr-defined]
     if isinstance(x, Value) and x._prim is not None:
         parts = [_head(x), *[_parameter(name, p) for name, p in x._params.items() if p is not None]]
         parts = [" ".join(parts)] if len("".join(parts)) < 20 else parts
@@ -7368,10 +7522,10 @@ def batch(roots: Sequence) -> list:
         depth[node] = level = 1 + max([depth[x] for x in node._args if isinstance(x, Value)], default=-1)
         if node._prim is not None:
             levels[level].append(node)
-    for _, level in sorted(levels.items()):
+    for _, members in sorted(levels.items()):
         groups = collections.defaultdict(list)
-        for node in level:
-            groups[_group(node, reach[node]) if len(level) > 1 else (node, 2)].append(node)
+        for node in members:
+            groups[_group(node, reach[node]) if len(members) > 1 else (node, 2)].append(node)
         for (_, enough), group in sorted(groups.items(), key=lambda item: -len(item[1])):
             if any([x in state.places for x in group[0]._args if isinstance(x, Value)]):
                 enough = min(enough, _BATCH_ARRAYS)  # the numbers are in an array already
@@ -8387,5 +8541,6 @@ def _in_a_task(self):
     )
 
 
-Array.__dask_tokenize__ = _in_a_task
-Array.__dask_graph__ = lambda self: _in_a_task(self) if _lazy(self) else None  # asked before it would be looked into
+Array.__dask_tokenize__ = _in_a_task  # type: ignore[attr-defined]
+# This one is asked before it would be looked into.
+Array.__dask_graph__ = lambda self: _in_a_task(self) if _lazy(self) else None  # type: ignore[attr-defined]

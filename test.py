@@ -4,6 +4,7 @@ Gradients are checked against central finite differences in double precision, fo
 element-wise one by being there, any other one by an entry in SAMPLES.
 """
 
+import ast
 import collections
 import contextlib
 import contextvars
@@ -13,6 +14,7 @@ import datetime
 import gc
 import html
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -201,8 +203,8 @@ SAMPLES = {
     ),
     "cross": [(((2, 3), (3,)), {})],
     "diff": [(((3, 4),), {"n": 1, "axis": 1}), (((3, 4),), {"n": 3, "axis": 0})],
-    "differences": [(((4,),), {}), (((2, 3),), {}), (((5, 2),), {})],
-    "blended": [(((4,), (3,)), {}), (((4, 2), (3, 1)), {}), (((1,), 0.5), {})],
+    "even slopes": [(((4,),), {}), (((2, 3),), {}), (((5, 2),), {})],
+    "blended slopes": [(((4,), (3,)), {}), (((4, 2), (3, 1)), {}), (((1,), 0.5), {})],
     "convolve": [(((3,), (5,)), {}), (((4,), (2,)), {"mode": "same"}), (((4,), (3,)), {"mode": "valid"})],
     "partition": [
         (((2, 5),), {"kth": 2}),
@@ -2684,6 +2686,57 @@ class TestCatalogue(Strict):
             logsumexp(Value([-np.inf, 0.0], dtype=float)).backward()
         with self.assertWarns(RuntimeWarning):
             Value(1.0) / 0.0
+
+    def test_checkers_are_told_every_method_and_no_other(self):
+        told, defined = {}, set()
+        for node in ast.walk(ast.parse(Path(picograd.__file__).read_text(encoding="utf-8"))):
+            body = node.body if isinstance(node, ast.ClassDef) else ()
+            names = {x.name for x in body if isinstance(x, ast.FunctionDef)}
+            if getattr(node, "name", "") in ("Array", "Tensor", "Value"):
+                defined |= names
+            if getattr(node, "name", "") == "_FromTable":
+                told |= dict.fromkeys(names, "")
+                for x in body:
+                    targets = [x.target] if isinstance(x, ast.AnnAssign) else getattr(x, "targets", ())
+                    told |= dict.fromkeys([y.id for y in targets], ast.unparse(getattr(x, "value", None) or ast.Pass()))
+        put_in = {
+            name for cls in (*Tensor.__mro__[1::-1], Tensor, Value) for name, x in vars(cls).items() if callable(x)
+        }
+        put_in = {name for name in put_in - defined if not re.match("__(i(?!nvert)|dask|class|hash|new)", name)}
+        put_in -= set(vars(object)) - {"__eq__", "__ge__", "__gt__", "__le__", "__lt__", "__ne__"}
+        self.assertEqual(told.keys() - {"at", "_of_one", "_of_two", "_other"}, put_in)
+        self.assertIsInstance(Value.at, property)
+        for name, form in told.items():
+            prim = PRIMITIVES.get(name)
+            if form in ("_of_one", "_of_two") and prim:
+                self.assertEqual(len(prim.operands), 1 + (form == "_of_two"), name)
+            elif form == "_of_one":
+                self.assertIn(name, ("__neg__", "__pos__", "__invert__"))
+
+    def test_help_shows_signatures(self):
+        for name, shown in (("sum", "(axis=None, "), ("softmax", "(axis=-1)"), ("tanh", "()"), ("clip", "(a_min=")):
+            method = getattr(Value(1.0), name)
+            self.assertTrue(str(inspect.signature(method)).startswith(shown), inspect.signature(method))
+            self.assertEqual(method.__name__, name)
+
+    def test_messages_of_what_newcomers_write(self):
+        v, array = Value([1.0, 2.0]), np.ones(2)
+
+        def add_in_place():
+            array.__iadd__(v)
+
+        for call, message in (
+            (add_in_place, r"write a = a \+ v"),
+            (lambda: grad(lambda p: p)([[1.0, 2.0], [3.0]]), "argument 0: .*by np.array each"),
+            (lambda: v.astype(int), r"\.data\.data\.astype"),
+            (lambda: np.full_like(array, Value(2.0)), "take np.broadcast_to"),
+            (lambda: Module()(v), "needs a method __call__"),
+            (lambda: Adam(MLP(2, [1])), r"pass model\.parameters\(\)"),
+            (lambda: cross_entropy(Value(np.ones((2, 3))), np.eye(3)[:2]), r"integers of shape \(2,\), got \(2, 3\)"),
+        ):
+            with self.subTest(message), self.assertRaisesRegex((TypeError, ValueError), message):
+                call()
+        np.testing.assert_array_equal(array, 1.0)
 
 
 class TestNN(InFolder):

@@ -1122,7 +1122,7 @@ REACHED |= {"sliding_window_view", "logabsdet", "signdet", "detach", "dot", "pac
 REACHED |= {"join", "result", "rule", "sealed", "checkpoint", "update", "is last"}
 REACHED |= {"modf 0", "modf 1", "frexp 0", "frexp 1", "unique", "bincount", "lexsort"}
 REACHED |= {"ranks of quantiles", "maximum.accumulate", "minimum.accumulate", "logaddexp.accumulate"}
-REACHED |= {"eigh", "eigh of upper", "svd", "qr", "diff", "blended", "differences"}
+REACHED |= {"eigh", "eigh of upper", "svd", "qr", "diff", "blended slopes", "even slopes"}
 REACHED |= {f"places of {name}" for name in ("union1d", "intersect1d", "setdiff1d", "setxor1d")}
 REACHED |= {
     "weights of logsumexp",
