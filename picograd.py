@@ -874,7 +874,7 @@ if TYPE_CHECKING:  # What editors and type checkers cannot see: the operators an
 
         __invert__ = __neg__ = __pos__ = abs = arccos = arccosh = arcsin = arcsinh = arctan = arctanh = _of_one
         argwhere = bitwise_count = cbrt = ceil = cholesky = cos = cosh = deg2rad = degrees = det = exp = _of_one
-        exp2 = expm1 = fabs = fix = flatnonzero = floor = gelu = i0 = inv = invert = iscomplex = isfinite = _of_one
+        exp2 = expm1 = fabs = flatnonzero = floor = gelu = i0 = inv = invert = iscomplex = isfinite = _of_one
         isinf = isnan = isneginf = isposinf = isreal = log = log10 = log1p = log2 = logabsdet = _of_one
         logical_not = negative = positive = qr = rad2deg = radians = reciprocal = relu = rint = sigmoid = _of_one
         sign = signbit = signdet = sin = sinc = sinh = softplus = spacing = sqrt = square = svd = tan = _of_one
@@ -4434,7 +4434,8 @@ for _count, _names in enumerate(
 ):
     for _name in _names.split():
         primitive(getattr(np, _name), *[None] * _count)
-for _function in (np.fix, np.isposinf, np.isneginf, np.isreal, np.iscomplex, np.imag, np.angle):
+TABLE[np.fix] = TABLE[np.trunc]  # which NumPy 2.5 says is its name
+for _function in (np.isposinf, np.isneginf, np.isreal, np.iscomplex, np.imag, np.angle):
     _elementwise(_function, None)
 primitive(np.linalg.matrix_rank, None)
 _lexsort = primitive(lambda *keys, axis=-1: np.lexsort(keys, axis), None, name="lexsort", variadic=True, typed=())
