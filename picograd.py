@@ -7965,7 +7965,7 @@ class _Lowering:
             source = self.bind("i", x)
             head.append(f"{name} = {source}._held")
             if type(x._held) not in _WEAK_TYPES:
-                wrong = f"type({name}) is not {self.name(type(x._held))} or {name}.shape != {x.shape}"
+                wrong = f"type({name}) is not np.{type(x._held).__name__} or {name}.shape != {x.shape}"
                 head.append(f"if {wrong}: {name} = _checked({source}, {x.shape})")
         bodies = {"forward()": [*head, *self.lines[0], f"return [{', '.join(results)}], ({saved})"]}
         for i, ((seeds, *_), lines, tail) in enumerate(zip(self.sweeps, self.lines[1:], tails)):
