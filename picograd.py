@@ -130,27 +130,31 @@ class Primitive:
 
     def _bind(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Sorts a call's arguments into operands and parameters."""
-        names, home = self.operands + self.params, getattr(self.forward, "__module__", None) or ""
-        typed = f"{home.replace('numpy', 'np')}.{self.name}" if home.startswith("numpy.") else self.name
-        takes = f"{typed}: takes {', '.join(names)} on a Value or Tensor"
+        names = self.operands + self.params
         if len(args) > len(names):
-            raise TypeError(f"{takes}; got {len(args)} arguments")
+            raise TypeError(f"{self._signature()}; got {len(args)} arguments")
         given = dict(zip(names, args, strict=False))
         for name, value in kwargs.items():
             if name not in names:
-                raise TypeError(f"{takes}; argument {name!r} is not supported")
+                raise TypeError(f"{self._signature()}; argument {name!r} is not supported")
             if name in given:
-                raise TypeError(f"{takes}; argument {name!r} came twice")
+                raise TypeError(f"{self._signature()}; argument {name!r} came twice")
             given[name] = value
         given = {name: _python_numbers(x) for name, x in given.items()}  # such as an axis
         missing = [name for name in self.operands if name not in given]
         if missing:
-            raise TypeError(f"{takes}; argument {missing[0]!r} is missing")
+            raise TypeError(f"{self._signature()}; argument {missing[0]!r} is missing")
         operands = tuple(given.pop(name) for name in self.operands)
         for name, x in given.items():
             if isinstance(x, Array):
                 raise TypeError(f"{self.name}: argument {name!r} is no operand, and takes no {type(x).__name__}")
         return operands, given
+
+    def _signature(self) -> str:
+        """What errors in a call say that it takes; NumPy's functions are called as people type them."""
+        home = getattr(self.forward, "__module__", None) or ""
+        typed = f"{home.replace('numpy', 'np')}.{self.name}" if home.startswith("numpy.") else self.name
+        return f"{typed}: takes {', '.join(self.operands + self.params)} on a Value or Tensor"
 
     def __repr__(self):
         return f"Primitive({self.name})"
@@ -2846,7 +2850,7 @@ gelu = _elementwise(  # the tanh form: Hendrycks and Gimpel 2016, "Gaussian Erro
 # --- reductions; axis may be None, an int (also negative) or a tuple ---
 
 
-_FEW = 8
+_FEW = 8  # elements up to which a loop over all of their first, all of their second, ... is the faster one
 
 
 def _few_axes(a, axis) -> tuple:
@@ -2881,6 +2885,8 @@ def _sum(a, axis=None, keepdims=False):
 
 
 def _extremum(reduce, step):
+    """`np.max` or `np.min`, by steps where that is faster."""
+
     def forward(a, axis=None, keepdims=False, initial=None):
         if initial is not None:
             return reduce(a, axis=axis, keepdims=keepdims, initial=initial)
@@ -3286,8 +3292,11 @@ def _filled(index, parts):
 
 
 def _is_plain(index: tuple) -> bool:
-    """Whether an index has no arrays, so that it names no element twice."""
-    return all(i is None or i is Ellipsis or isinstance(i, (slice, int, np.integer)) for i in index)
+    """Whether an index has no arrays, nor truths, which count as such: it names no element twice, and gives a view."""
+    return not any([type(i) is bool or not isinstance(i, _PLAIN_PARTS) for i in index])
+
+
+_PLAIN_PARTS = (slice, int, np.integer, type(None), type(Ellipsis))
 
 
 def _put(a, *parts, shape, index):
@@ -3296,7 +3305,7 @@ def _put(a, *parts, shape, index):
     out = np.zeros(shape, getattr(a, "dtype", np.float64))
     if _is_plain(index):
         out[index] = a
-    elif len(index) == 1 and index[0].dtype.kind in "iu" and math.prod(shape[1:]) >= _LONG_ROW:
+    elif len(index) == 1 and np.asarray(index[0]).dtype.kind in "iu" and math.prod(shape[1:]) >= _LONG_ROW:
         _add_rows(out, np.ravel(index[0]) % shape[0], np.reshape(a, (-1, *shape[1:])))
     else:
         np.add.at(out, index, a)  # an index array may name an element twice
@@ -3736,12 +3745,16 @@ def apply_over_axes(func, a, axes):
     return a
 
 
+def _steps(num, endpoint, ndim):
+    """How far each of so many numbers is on the way from the first to the last, for ends of ndim dimensions."""
+    return np.linspace(0.0, 1.0, num, endpoint).reshape(-1, *[1] * ndim)
+
+
 @_numpys
 def linspace(start, stop, num=50, endpoint=True, retstep=False, *, axis=0):
     """`np.linspace`, from both ends."""
-    weights = np.linspace(0.0, 1.0, num, endpoint).reshape(-1, *[1] * max(np.ndim(start), np.ndim(stop)))
-    line = np.where(weights == 1.0, stop, start + np.multiply(np.subtract(stop, start), weights))
-    line = np.moveaxis(line, 0, axis)
+    part = _steps(num, endpoint, max(np.ndim(start), np.ndim(stop)))
+    line = np.moveaxis(np.where(part == 1.0, stop, start + np.multiply(np.subtract(stop, start), part)), 0, axis)
     return (line, np.subtract(stop, start) * np.linspace(0, 1, num, endpoint, True)[1]) if retstep else line
 
 
@@ -3752,8 +3765,8 @@ def geomspace(start, stop, num=50, endpoint=True, *, axis=0):
     if not np.all(np.logical_and(sign, stop)):
         raise ValueError("np.geomspace: start and stop must not be 0")
     line = sign * np.exp(np.linspace(np.log(start * sign), np.log(stop * sign), num, endpoint))
-    weights = np.linspace(0.0, 1.0, num, endpoint).reshape(-1, *[1] * (np.ndim(line) - 1))
-    return np.moveaxis(np.where(weights == 0.0, start, np.where(weights == 1.0, stop, line)), 0, axis)
+    part = _steps(num, endpoint, np.ndim(line) - 1)
+    return np.moveaxis(np.where(part == 0.0, start, np.where(part == 1.0, stop, line)), 0, axis)
 
 
 composed(*_since("astype"))(lambda x, dtype, *, copy=True: x.astype(dtype))
@@ -4064,7 +4077,7 @@ def polyfit(x, y, deg, rcond=None, *, w=None):
 
 @_numpys
 def gradient(f, *varargs, axis=None, edge_order=1):
-    """`np.gradient`: means of the slopes on both sides, each weighted with the other side's step."""
+    """`np.gradient`; where places are uneven, means of the slopes on both sides, weighted with the other's step."""
     axes, steps = _axes(f, axis), varargs or (1.0,)
     if len(steps) == 1 and not np.ndim(steps[0]):
         steps = steps * len(axes)
@@ -4477,8 +4490,8 @@ def _like(function):
         fill = kwargs.get("fill_value", args[0] if args and function is np.full_like else None)
         if isinstance(fill, Value):
             kwargs.pop("fill_value", None)
-            like = function(raw, 0, *args[1:], **kwargs)
-            return np.broadcast_to(fill, like.shape).astype(like.dtype)
+            zeros = function(raw, 0, *args[1:], **kwargs)
+            return np.broadcast_to(fill, zeros.shape).astype(zeros.dtype)
         out = function(raw, *map(_raw, args), **kwargs)
         if type(raw) is float and not kwargs:
             return float(out)
@@ -7442,11 +7455,6 @@ class _Batch:
         return True
 
 
-def _is_basic(index):
-    """Whether an index gives a view."""
-    return all([i is None or i is Ellipsis or type(i) is int or isinstance(i, slice) for i in index])
-
-
 def _batched_matmul(node, n, operands, stacked):
     x, y = operands
     a, b = (np.ndim(_raw(z)) for z in node._args)
@@ -7471,7 +7479,7 @@ def _batched_axis(node, n, operands, stacked):
 
 def _batched_getitem(node, n, operands, stacked):
     index = node._params["index"]
-    return _getitem(operands[0], index=(slice(None), *index)) if _is_basic(index) else None
+    return _getitem(operands[0], index=(slice(None), *index)) if _is_plain(index) else None
 
 
 _BATCHED: dict[Primitive, Callable] = {
@@ -7525,8 +7533,9 @@ def batch(roots: Sequence) -> list:
             levels[level].append(node)
     for _, members in sorted(levels.items()):
         groups = collections.defaultdict(list)
-        for node in members:
-            groups[_group(node, reach[node]) if len(members) > 1 else (node, 2)].append(node)
+        for node in members:  # a long sum may be one operation on arrays by itself
+            alike = len(members) > 1 or node._prim is _dot
+            groups[_group(node, reach[node]) if alike else (node, 2)].append(node)
         for (_, enough), group in sorted(groups.items(), key=lambda item: -len(item[1])):
             if any([x in state.places for x in group[0]._args if isinstance(x, Value)]):
                 enough = min(enough, _BATCH_ARRAYS)  # the numbers are in an array already
@@ -7720,7 +7729,7 @@ def _getitem_form(low, node, a, index):
 
 def _scatter_form(low, node, a, *parts, shape, index):
     places = _places(index, shape)
-    if not _is_basic(index) and (parts or places is None or len(np.unique(places)) < places.size):
+    if not _is_plain(index) and (parts or places is None or len(np.unique(places)) < places.size):
         return None
     return f"{{out}}.fill(0); {{out}}[{low.name(index)}] = {{0}}"
 

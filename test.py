@@ -5043,6 +5043,10 @@ class TestOptimizer(Strict):
         for index in ((0, slice(None), True), (True, slice(None), 0), (None, Ellipsis, 0)):
             root = np.stack([x[index] for x in xs])
             self.assertEqual(optimize(root).tolist(), root.tolist())
+        v = Value(np.ones((3, 9)))
+        for index in (True, np.True_, (True, 0)):
+            v[index].sum().backward()
+        self.assertEqual(v.grad.data[:, 0].tolist(), [3.0, 2.0, 2.0])
 
     def passed(self, apply, *roots):
         """What a pass makes of a graph, whose value and gradients it must keep."""
@@ -5253,6 +5257,11 @@ class TestOptimizer(Strict):
         fast = self.compare(one_by_one, model.parameters(), lambda: None)
         self.assertEqual(len(re.findall(r"\bc\d+\.dot", fast.source.split("def backward")[0])), 1, fast.source)
         np.testing.assert_allclose(fast.item(), mse_loss(model(x), y).item())
+        one = MLP(3, [5, 1], seed=0, dtype=np.float64)
+        many = rng.normal(size=(80, 4))
+        squares = sum((one(row[:3]) - float(row[3])) ** 2 for row in many) * (1 / 80)
+        fast = self.compare(squares, one.parameters(), lambda: None)
+        self.assertLess(fast.source.count("\n"), 50, fast.source)  # the long sum is one operation, too
         inputs = [Value(row, np.float64) for row in x]
         loss = sum(np.sum(model(row)) for row in inputs)
         self.compare(loss, model.parameters() + inputs, lambda: setattr(inputs[3], "data", np.ones(3)))

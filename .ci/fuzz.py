@@ -1078,7 +1078,7 @@ ARGUMENTS = {
         ["polyadd", "polysub", "polymul"], _texts(1, "np.append(1.5, {x}), [1.0, 2.0]", "[2.0], np.append(1.5, {x})")
     ),
     **dict.fromkeys(["polyder", "polyint"], _texts(1, "np.ravel({x})", "np.ravel({x}), 2")),
-    "polyfit": _texts(1, "np.linspace(-1.0, 1.0, 6), np.resize({x}, 6), 2"),
+    "polyfit": _texts(1, "np.linspace(-1.0, 1.0, 6), np.resize(np.append([0.5, -1.0, 2.0], {x}), 6), 2"),
     **dict.fromkeys(["eigvalsh", "svdvals", "pinv", "cond"], lambda w, x: _matrix(w, x)),
     **dict.fromkeys(["eigh", "qr", "svd"], lambda w, x: (a := _matrix(w, x)) and f"{a})[{w.whole(0, 1)}"),
     "lstsq": lambda w, x: (a := _matrix(w, x)) and f"{a}, {x})[0",
@@ -1737,7 +1737,7 @@ def backward(root, seed=None, **options) -> bool:
 
 
 def total_of(program, seed, xp):
-    """The program as a function of its leaves, in float64: a number."""
+    """The program as a function of its leaves, in float64: a number; `truths` are its conditions of the last time."""
 
     def total(raws):
         run = run_model(program, raws, wide=True, xp=xp)
@@ -1746,6 +1746,9 @@ def total_of(program, seed, xp):
         if run.error:
             raise run.error
         root = plain(run.root(program))
+        if xp is np:
+            raws = [np.asarray(x.raw) for x in run.names.values() if isinstance(x, Model)]
+            total.truths = [x.tolist() for x in raws if x.dtype == bool]
         if xp is np and np.shape(root) != np.shape(seed):
             raise Aside("kink")
         with computing(True, xp):
@@ -1768,20 +1771,21 @@ def slopes(program, raws, seed, steps=(1e-5, 1e-6)):
     total, grads, doubt = total_of(program, seed, np), [], 0.0
     mode.frozen = {}
     try:
-        here = float(total(raws))
+        here, truths = float(total(raws)), total.truths
         for i, x in enumerate(raws):
             grad = np.zeros(np.shape(x))
             for place in np.ndindex(np.shape(x)):
-                found = []
+                found, steady = [], True
                 for step in steps:
                     sides = []
                     for sign in (1, -1):
                         twin = np.array(x, np.float64)
                         twin[place] += sign * step
                         sides.append(float(total([*raws[:i], twin[()], *raws[i + 1 :]])))
+                        steady = steady and total.truths == truths  # else a condition is on its edge
                     found += [(sides[0] - sides[1]) / (2 * step), (sides[0] - here) / step, (here - sides[1]) / step]
                 size = 1e-3 * (1 + abs(found[0]))
-                steady = abs(found[1] - found[2]) <= size and abs(found[0] - found[3]) <= size
+                steady = steady and abs(found[1] - found[2]) <= size and abs(found[0] - found[3]) <= size
                 grad[place] = found[0] if steady else np.nan
                 doubt = max(doubt, abs(found[0] - found[3])) if steady else doubt
             grads.append(grad)
