@@ -7128,9 +7128,11 @@ def _simpler_multiply(node, a, b):
         return a
     if _is(a, _NEGATIVE):
         return _twin(node, _NEGATIVE, (_simple(_MULTIPLY, (a._args[0], b)),))
-    # Where operands broadcast anyway, a broadcast one needs no array of its own.
+    # Where operands broadcast anyway, a broadcast one needs no array of its own; and a number is multiplied before.
     if _is(a, _BROADCAST) and _shape(b) == node.shape and node.ndim:
         return _twin(node, _MULTIPLY, (a._args[0], b))
+    if _is(a, _BROADCAST) and _shape(b) == ():
+        return _twin(node, _BROADCAST, (_simple(_MULTIPLY, (a._args[0], b)),), a._params)
     return a is b and node.ndim > 0 and _twin(node, _SQUARED, (a,))
 
 
@@ -8177,18 +8179,24 @@ class _Program:
         self.saved, sweeps = None, [which] if self.guess else [*self.sweeps, which]
         self.code, self.sweeps = self.compiled(_replayed(self.graph), sweeps), sweeps
 
+    def kept_for(self, which):
+        """What the sweep from those roots needs of the last forward, which is done again if need be: of faults in it,
+        `forward` told."""
+        if self.saved is None or which not in self.sweeps:
+            with np.errstate(all="ignore"):
+                self.compile_for(which)
+                if self.code is not None and which not in self.sweeps:
+                    self.late = self.late or self.replay(self.graph)[1]
+                    return self.late
+                self.saved = self.run()[1] if self.saved is None else self.saved
+        saved = self.saved
+        self.saved = saved if len(self.sweeps) > 1 or type(saved) is list else None  # one sweep uses the buffers up
+        return saved
+
     def backward(self, which, seeds):
         """Pairs of leaf and gradient, to be added up, for the seeds of those roots. Results do not change."""
         with self.lock:
-            with np.errstate(all="ignore"):  # of its faults, `forward` told
-                self.compile_for(which)
-                self.guess = False
-                if self.code is None or which in self.sweeps:
-                    saved = self.run()[1] if self.saved is None else self.saved
-                    # One sweep uses the buffers up.
-                    self.saved = saved if len(self.sweeps) > 1 or type(saved) is list else None
-                else:
-                    saved = self.late = self.late or self.replay(self.graph)[1]
+            saved, self.guess = self.kept_for(which), False
             if type(saved) is tuple:
                 if Chunked in map(type, seeds):
                     seeds = [g.expose() if type(g) is Chunked else g for g in seeds]

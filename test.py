@@ -5200,6 +5200,7 @@ class TestOptimizer(Strict):
             (a * a, ["square"]),
             (a * np.broadcast_to(a[0], (2, 3)), ["getitem", "multiply"]),
             (2.0 * (y * (a + 1.0)), ["add", "multiply", "multiply"]),
+            (2.0 * np.broadcast_to(a[0, 0], (2, 3)) * a, ["getitem", "multiply", "multiply"]),
         ]:
             with self.subTest(root=repr(root), names=names):
                 self.assertEqual(self.names(self.passed(picograd._pass(picograd.simplify), root)), names)
