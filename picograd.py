@@ -7976,7 +7976,8 @@ class _Lowering:
             source = self.bind("i", x)
             head.append(f"{name} = {source}._held")
             if type(x._held) not in _WEAK_TYPES:
-                wrong = f"type({name}) is not np.{type(x._held).__name__} or {name}.shape != {x.shape}"
+                kind = "ndarray" if x.shape else type(x._held).__name__  # which arrays in blocks become
+                wrong = f"type({name}) is not np.{kind} or {name}.shape != {x.shape}"
                 head.append(f"if {wrong}: {name} = _checked({source}, {x.shape})")
         bodies = {"forward()": [*head, *self.lines[0], f"return [{', '.join(results)}], ({saved})"]}
         for i, ((seeds, *_), lines, tail) in enumerate(zip(self.sweeps, self.lines[1:], tails)):

@@ -4661,6 +4661,16 @@ class TestBlocks(Strict):
             np.sum(mine(x) * 2 + both(x, x)).backward()
             self.assertEqual(x.grad.tolist(), [0.0] * 51 + [4.0] * 49)
 
+    def test_programs_take_leaves_in_blocks(self):
+        with self.in_blocks():
+            v = Value(np.arange(100.0))
+            fast = optimize(np.sum(v * v) + np.max(v))
+            for scale in (1.0, 2.0):
+                v.data = np.arange(100.0) * scale
+                v.grad = None
+                fast.forward().backward()
+                self.assertEqual((fast.item(), v.grad.data[99]), (328350 * scale**2 + 99 * scale, 198 * scale + 1))
+
     def test_positions_of_arguments_are_numpys(self):
         with self.in_blocks():
             x = Tensor(np.full((100, 2), 200), dtype=np.uint8)
