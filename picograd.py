@@ -4303,7 +4303,7 @@ def _decomposed(function, rule, name):
 def _gaps(s):
     """1 / (s[j] - s[i]) at i, j, for the numbers along the last axis; 0 if they are equal up to rounding."""
     gap = np.expand_dims(s, -2) - np.expand_dims(s, -1)
-    tiny = np.shape(s)[-1] * np.finfo(s.dtype).eps * np.expand_dims(_peak(np.abs(s), -1), -1)
+    tiny = 4 * np.shape(s)[-1] * np.finfo(s.dtype).eps * np.expand_dims(_peak(np.abs(s), -1), -1)
     return 1.0 / np.where(np.abs(gap) <= tiny, np.inf, gap)
 
 

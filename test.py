@@ -2061,8 +2061,9 @@ class TestCatalogue(Strict):
 
     def test_vectors_of_equal_values_do_not_turn(self):
         rng = np.random.default_rng(SEED)
-        q = np.linalg.qr(rng.normal(size=(3, 3)))[0]
-        for a in (np.eye(3), q @ np.diag([2.0, 1.0, 1.0]) @ q.T, np.zeros((3, 3)), np.diag([2.0, 1.0, 0.0])):
+        turns = [np.linalg.qr(rng.normal(size=(3, 3)))[0] for _ in range(20)]
+        turned = [q @ np.diag([2.0, 1.0, 1.0]) @ q.T for q in turns]
+        for a in (np.eye(3), np.zeros((3, 3)), np.diag([2.0, 1.0, 0.0]), *turned):
             for f in (np.linalg.eigh, np.linalg.svd):
                 v = Value(a, float)
                 parts = f(v)
