@@ -832,11 +832,12 @@ def _apply(prim: Primitive, operands: tuple, params: dict):
         elif not prim.ufunc:
             plain = False
         raw.append(x)
-    if result is None:
+    if result is None and not (plain and dtype):
         if None in [KINDS[type(x)] for x in operands]:
             operands = tuple([_constant(x, prim.name) for x in operands])
         if _leading(operands, NUMPY) is not NUMPY:
             return _evaluate(prim, operands, params)
+    if result is None:
         return prim.forward(*operands, **params)
     if floats:
         out = WEAK.evaluate(prim, raw, params)
@@ -1026,7 +1027,10 @@ class Array(_Methods):
         return _as_dtype(self, dtype)
 
     def __getitem__(self: Same, index: Any) -> Same:
-        index = tuple([_index_part(i) for i in index]) if isinstance(index, tuple) else (_index_part(index),)
+        index = index if isinstance(index, tuple) else (index,)
+        if _is_plain(index):  # the usual case
+            return _apply(_getitem, (self,), {"index": index})
+        index = tuple(map(_index_part, index))
         parts = [i for i in index if isinstance(i, Array)]
         return _getitem(self, *parts, index=tuple([_HOLE if isinstance(i, Array) else i for i in index]))
 
@@ -2582,12 +2586,21 @@ def _numpys(function: Callable) -> Callable:
 # --- arithmetic ---
 
 
+def _scaled(g, number):
+    """g * number, to be multiplied by what has all of g's shape: what g repeats is multiplied once."""
+    if type(g) is np.ndarray and g.size > _LITTLE and 0 in g.strides:
+        g = g[tuple([slice(None if step else 1) for step in g.strides])]
+    return g * number
+
+
 def _power_x(g, out, x, y):
     if not isinstance(y, (int, float)):
         pole = (y == 0) & ~(np.abs(x) >= np.finfo(np.result_type(_raw(out))).tiny)  # 0 * x**-1, infinite or nan
         return g * np.where(pole, 0.0, y * _pow(np.where(pole, 1.0, x), y - 1.0))
-    if y in (0, 1, 2):  # the usual x**2: no masks needed
-        return g * y * (x if y == 2 else 1.0)
+    if y == 2:  # the usual x**2: no masks needed
+        return _scaled(g, y) * x
+    if y in (0, 1):
+        return g * y
     return g * (y * (x ** (y - 1.0) if type(x) is float else _pow(x, y - 1.0)))
 
 
@@ -2610,7 +2623,7 @@ primitive(np.negative, lambda g, out, x: -g)
 primitive(np.positive, lambda g, out, x: g)
 primitive(np.absolute, lambda g, out, x: g * np.sign(x), name="abs")
 primitive(np.reciprocal, lambda g, out, x: -g * out * out)
-primitive(np.square, lambda g, out, x: 2.0 * g * x, scalar=lambda x: x * x)
+primitive(np.square, lambda g, out, x: _scaled(g, 2.0) * x, scalar=lambda x: x * x)
 
 
 def _over(x, out):
@@ -3287,16 +3300,16 @@ _HOLE = type("Hole", (), {"__repr__": lambda self: "·", "__reduce__": lambda se
 
 
 def _filled(index, parts):
-    parts = iter(parts)
-    return tuple(next(parts) if i is _HOLE else i for i in index)
+    rest = iter(parts)
+    return tuple([next(rest) if i is _HOLE else i for i in index]) if parts else index
 
 
 def _is_plain(index: tuple) -> bool:
     """Whether an index has no arrays, nor truths, which count as such: it names no element twice, and gives a view."""
-    return not any([type(i) is bool or not isinstance(i, _PLAIN_PARTS) for i in index])
+    return all([type(i) in _PLAIN_PARTS or (isinstance(i, np.integer | int) and type(i) is not bool) for i in index])
 
 
-_PLAIN_PARTS = (slice, int, np.integer, type(None), type(Ellipsis))
+_PLAIN_PARTS = frozenset((slice, int, type(None), type(Ellipsis)))
 
 
 def _put(a, *parts, shape, index):

@@ -545,7 +545,6 @@ MODELS = {
 }
 
 
-@functools.cache
 def library(name: str):
     """What a loss calls: the library's functions of NumPy's names, and what each spells differently."""
     if name == "picograd":
