@@ -110,7 +110,8 @@ SEED = int(os.environ.get("PICOGRAD_TEST_SEED", random.randrange(2**32)))
 REAL, POSITIVE, UNIT, OVER_1 = (-2.0, 2.0), (0.3, 3.0), (-0.9, 0.9), (1.1, 3.0)
 APART = np.array([-1.7, 0.1, 1.3])  # no kink near
 AXES = [{}] + [{"axis": axis, "keepdims": keep} for axis in (1, -1, (0, 2)) for keep in (0, 1)]
-GRAPHS = ("join", "checkpoint", "program", "result", "sealed")
+# Operations on graphs, and one of programs that stands for another: compared in TestGradients and TestOptimizer.
+GRAPHS = ("join", "checkpoint", "program", "result", "sealed", "cross entropy by softmax")
 HOWS = {"set": None, "add": np.add, "multiply": np.multiply, "min": np.minimum, "max": np.maximum}  # of v.at[index]
 SQUARE = [((((3, 3), "definite"),), {}), ((((2, 3, 3), "definite"),), {})]
 DIAGONALS = [(((3,),), {}), (((3,),), {"k": -2}), (((3, 4),), {"k": 1})]
@@ -193,6 +194,7 @@ SAMPLES = {
     ],
     "mse": [(((2, 3), (2, 3)), {})],
     "cross entropy": [(((2, 3), np.eye(3, dtype=bool)[[2, 0]]), {}), (((3,), np.array([False, True, False])), {})],
+    "less labels": [(((2, 3), np.eye(3, dtype=bool)[[2, 0]]), {})],
     "dense layer": [(((2, 3), (3, 4), (4,)), {"activation": f}) for f in (TABLE[np.tanh], sigmoid, None)],
     **dict.fromkeys(["inv", "det", "cholesky", "eigh", "eigh of upper", "logabsdet", "matrix of cofactors"], SQUARE),
     **dict.fromkeys(["pinv", "svd", "qr"], [(((3, 2),), {}), (((2, 2, 3),), {})]),
@@ -300,7 +302,7 @@ class TestPrimitives(Strict):
         rng = np.random.default_rng(SEED)
         for prim in PRIMITIVES.values():
             if not any(prim.vjps) or not prim.builtin or prim.name in GRAPHS:
-                continue  # other tests made it; or it is an operation on graphs: see TestGradients, TestOptimizer
+                continue  # other tests made it
             with self.subTest(primitive=prim.name, seed=SEED):
                 tested = list(cases(prim, rng))
                 self.assertTrue(tested, f"{prim.name} has no entry in SAMPLES: give it one, so that its rule is tested")
@@ -3141,8 +3143,13 @@ class TestNN(InFolder):
             with self.subTest(loss=loss.__name__, seed=SEED):
                 self.assertAlmostEqual(loss(Value(args[0], float), *args[1:]).item(), expected, places=6)
                 check_gradients(lambda x, loss=loss, args=args: loss(x, *args[1:]), args[0])
-        far = Value([[-1e4, 1e4]], dtype=float)
-        self.assertEqual(cross_entropy(far, [0]).item(), 2e4)
+        far = Value([[-1e4, 1e4], [3.0, 2.0], [0.0, 0.0]], dtype=float)
+        for way in WAYS:
+            loss = way(cross_entropy(far, [0, 0, 1]))
+            self.assertAlmostEqual(loss.item(), (2e4 + math.log1p(math.exp(-1.0)) + math.log(2.0)) / 3)
+        for whole in ([[1, 2, 3]], np.array([[1, 2, 3]]), Tensor([[1, 2, 3]], dtype=int)):
+            self.assertAlmostEqual(cross_entropy(whole, [0]).item(), math.log(1 + math.e + math.e**2))
+        self.assertAlmostEqual(cross_entropy(Tensor([[True, False]], bool), [0]).item(), math.log1p(math.exp(-1.0)))
         x = Value(a, float)
         t = Tensor(labels, dtype=int)
         loss = cross_entropy(x, t)
