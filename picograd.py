@@ -2489,7 +2489,9 @@ def find_nonfinite(root: Value) -> str | None:
     if not isinstance(root, Value):
         raise TypeError(f"find_nonfinite: root must be a Value, got {type(root).__name__}")
     with np.errstate(all="ignore"), _recording():
-        plain, g = root._plain(), root._grad
+        written = {x: x._plain() for x in _newest_first(root) if type(x) is not Value}
+        [plain] = _rewrite([root], lambda x, args: _node(x._held, x._prim, args, x._params, x.label), ends=written)
+        g = root._grad
         lines = _bad_value(plain)
         if any([x._grad is not None for x in _newest_first(plain)]):
             lines += _bad_gradient(plain, _filled_like(root._held, 1) if g is None else g)
@@ -2974,7 +2976,8 @@ def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
 
 def _extremum_a(g, out, a, axis=None, keepdims=False, initial=None):
     hit = (a == _unreduce(out, a, axis, keepdims)) | np.isnan(a)  # with a nan, only nans are hits
-    count = TABLE[np.sum](_as_dtype(hit, np.result_type(_raw(out), np.float32)), axis=axis, keepdims=True)
+    single = float if type(_raw(out)) is float else np.result_type(_raw(out), np.float32)
+    count = TABLE[np.sum](_as_dtype(hit, single), axis=axis, keepdims=True)
     share = _unreduce(g, a, axis, keepdims) / (count if initial is None else np.maximum(count, 1))
     if isinstance(g, (np.ndarray, np.generic)):
         share = share.astype(g.dtype, copy=False)  # to NumPy, the count is wide
@@ -5282,28 +5285,26 @@ def _labelled(mask):
 _label_mask = primitive(_label_mask_forward, None, name="label mask")
 
 
-def _entropy(x, mask):
-    """The cross-entropy of logits, with the mask of their labels, one a row; of no sample, nan as other means."""
-    if type(x) is type(mask) is np.ndarray:
-        return _entropy_by(x, mask, _softmax(x))
-    lead = x - _peak(x, -1)
-    return np.mean(np.log(np.sum(np.exp(lead), axis=-1)) - np.sum(np.where(mask, lead, 0.0), axis=-1))
-
-
-def _entropy_by(x, mask, weights):
-    """The same by softmax(x), but for rows in which that of the label is too small to be told from 0."""
-    place = _labelled(mask)
+def _entropy(x, mask, weights=None):
+    """The cross-entropy of logits, with the mask of their labels, one a row; of no sample, nan as other means.
+    weights: softmax(x), if it is known."""
+    if not type(x) is type(mask) is np.ndarray:
+        lead = x - _peak(x, -1)
+        return np.mean(np.log(np.sum(np.exp(lead), axis=-1)) - np.sum(np.where(mask, lead, 0.0), axis=-1))
+    weights, place = _softmax(x) if weights is None else weights, _labelled(mask)
     own = np.ravel(weights[place])
     small = own < np.finfo(own.dtype).tiny
     with np.errstate(divide="ignore"):
         loss = -np.log(own)
-    if small.any():
+    if small.any():  # some cannot be told from 0
         rows = np.reshape(x, (-1, np.shape(x)[-1]))[small]
         loss[small] = _logsumexp(rows, axis=-1) - np.ravel(x[place])[small]
     return np.mean(loss)
 
 
 def _less_at_labels(weights, mask):
+    if not type(weights) is type(mask) is np.ndarray:
+        return weights - mask
     weights = weights.copy()
     weights[_labelled(mask)] -= 1
     return weights
@@ -5314,7 +5315,7 @@ _less_labels = primitive(_less_at_labels, lambda g, out, weights, mask: g, None,
 
 def _entropy_slope(g, mask, weights, out=None):
     share = g * _share(weights, tuple(range(np.ndim(weights) - 1)))
-    if type(weights) is not np.ndarray:
+    if not type(weights) is type(mask) is np.ndarray:
         return _less_labels(weights, mask) * share
     slope = np.multiply(weights, share, out=out)
     slope[_labelled(mask)] -= share
@@ -5326,9 +5327,9 @@ def _entropy_x(g, out, x, mask):
     return _entropy_slope(g, mask, weights, weights)
 
 
-_cross_entropy = primitive(_entropy, _entropy_x, None, name="cross entropy")
+_cross_entropy = primitive(lambda x, mask: _entropy(x, mask), _entropy_x, None, name="cross entropy")
 _kept_entropy = primitive(  # for programs, which compute softmax(x) once
-    _entropy_by,
+    lambda x, mask, weights: _entropy(x, mask, weights),
     lambda g, out, x, mask, weights: _entropy_slope(g, mask, weights),
     None,
     None,
@@ -7199,7 +7200,7 @@ def _simpler_multiply(node, a, b):
     # Where operands broadcast anyway, a broadcast one needs no array of its own; and a number is multiplied before.
     if _is(a, _BROADCAST) and _shape(b) == node.shape and node.ndim:
         return _twin(node, _MULTIPLY, (a._args[0], b))
-    if _is(a, _BROADCAST) and _shape(b) == ():
+    if _is(a, _BROADCAST) and _shape(b) == () and not getattr(b, "_needs", False):  # it would get one gradient, summed
         return _twin(node, _BROADCAST, (_simple(_MULTIPLY, (a._args[0], b)),), a._params)
     return a is b and node.ndim > 0 and _twin(node, _SQUARED, (a,))
 

@@ -1648,6 +1648,9 @@ class TestGradients(Strict):
                 find_nonfinite(masked.sum()), r"where has inf(.|\n)*operand 2: constant, .*, inf in 1 of 1"
             )
             self.assertRegex(find_nonfinite(Value([np.nan], label="w") * x), "^values: leaf 'w' has nan in 1 of 1")
+            logarithm = np.log(Value([0.0, 1.0], label="w")).sum()
+            if hasattr(picograd, "optimize"):  # a program within a graph is looked into
+                self.assertRegex(find_nonfinite(picograd.optimize(logarithm) * 2.0), "^values: log has inf in 1 of 2")
         with self.assertRaisesRegex(TypeError, "root must be a Value, got float"):
             find_nonfinite(1.0)
 
@@ -5001,6 +5004,33 @@ class TestOptimizer(Strict):
                 finite = np.abs(eager[np.isfinite(eager)])
                 np.testing.assert_allclose(ours, eager, rtol=rtol, atol=rtol * max(1, finite.max(initial=0)))
         return fast
+
+    def test_what_weak_numbers_are_passed_through_keeps_their_digits(self):
+        """A rule on Values, in programs and higher orders, says what it says on numbers."""
+        tried = 0
+        for function, k in itertools.product({id(f): f for f in picograd.TABLE.values()}.values(), (0.1, 1e39)):
+            w, out = Value(0.7), None
+            with contextlib.suppress(Exception), np.errstate(all="ignore"):  # of arguments that it does not take
+                out = getattr(function, "name", "") not in GRAPHS and function(w)
+            if type(out) is not Value or not out._needs or type(out._held) is not float:
+                continue  # a mask, an array, or nothing that has a gradient
+            tried += 1
+            with self.subTest(function=function, factor=k), np.errstate(all="ignore"):
+                (out * k).backward()
+                expected, w.grad = w.grad.item(), None
+                optimize(out * k).backward()
+                self.assertIs(type(w._grad), float)
+                slope = grad(lambda x, function=function, k=k: function(x) * k)(w).item()
+                np.testing.assert_allclose([w._grad, slope], expected, 1e-12)
+        self.assertGreater(tried, 100)
+
+    def test_gradients_of_a_broadcast_number_are_not_summed_before_they_meet_infinity(self):
+        x, b = Value(np.inf), Value(3.0)
+        for way in WAYS:
+            x.grad = b.grad = None
+            with np.errstate(invalid="ignore"):
+                way((np.broadcast_to(x, (2,)) * b * np.array([0.0, 1.0])).sum()).backward()
+            self.assertTrue(math.isnan(b.grad.item()))
 
     def test_tensors_that_many_share_are_read_anew(self):
         x, t, y = Tensor(np.ones((3, 2))), Tensor([1.0, 2.0]), Tensor(np.ones(3))
