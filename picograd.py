@@ -2717,7 +2717,7 @@ _elementwise(np.sinc, _sinc_x)
 # Bessel's integral for i0' = i1 (DLMF 10.32.3); by the midpoint rule it is exact wherever i0 is finite.
 _ANGLES = np.cos((np.arange(64) + 0.5) * (math.pi / 128))
 _elementwise(np.i0, lambda g, out, x: g * np.matmul(np.sinh(np.expand_dims(x, -1) * _ANGLES), _ANGLES / 64))
-primitive(np.real, lambda g, out, val: g)  # a view, which waits for nothing
+_real = _elementwise(np.real, lambda g, out, val: g)
 
 # Of two numbers, of which one moves the result and the other only says which way, or whether.
 primitive(np.copysign, lambda g, out, x, y: g * (np.sign(x) * np.copysign(1.0, y)), None, typed=(0, 1))
@@ -6869,7 +6869,7 @@ class _InBlocks(Kind):
 
     def evaluate(self, prim, raw, params):
         """Waits, is reduced, or is done at once."""
-        if prim is _detach:
+        if prim in (_detach, _real):  # views
             return raw[0]
         state, forced = np.geterr(), any([type(x) is Chunked and x.forced for x in raw])
         # What waits, or is cut into blocks, is of the catalogue, and nobody has to see its faults at once: as NumPy

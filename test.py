@@ -124,7 +124,6 @@ SAMPLES = {
     "copysign": (POSITIVE, POSITIVE),
     "float_power": (POSITIVE, REAL),
     "modf 0": (UNIT,),
-    "real": (REAL,),
     "frexp 0": ((1.1, 1.9),),
     "ldexp": [(((2, 3), np.array([1, -2, 0])), {}), ((0.3, np.array([2])), {})],
     "unwrap": [(((2, 4),), {"axis": -1}), (((4,),), {"discont": 4.0})],
@@ -4727,14 +4726,13 @@ class TestBlocks(Strict):
                 self.assertEqual(mean.dtype, np.float32)
 
     def test_what_shares_memory_does_not_wait(self):
-        for prim in [p for p in picograd.PRIMITIVES.values() if p.builtin and p.elementwise and not p.ufunc]:
-            if prim is picograd._detach:
-                continue
-            for operands, params in cases(prim, np.random.default_rng(SEED)):
-                operands = [np.asarray(x) for x in operands]
-                out = prim.forward(*operands, **params)
-                self.assertFalse(any(np.may_share_memory(out, x) for x in operands), prim.name)
-        with self.in_blocks():
+        alone = [p for p in picograd.PRIMITIVES.values() if p.builtin and p.elementwise and len(p.vjps) == 1]
+        self.assertGreater(len(alone), 50)
+        with self.in_blocks(), np.errstate(all="ignore"):
+            for prim in [p for p in alone if not p.params]:
+                t = Tensor(np.arange(100), int)
+                shares = np.may_share_memory(prim.forward(t.data), t.data)
+                self.assertEqual(np.may_share_memory(prim(t).data, t.data), shares, prim.name)
             t, v = Tensor(np.ones(100)), Value(np.ones(100))
             part, node = t.real, v.real
             part[0] = 5
@@ -4794,13 +4792,18 @@ class TestBlocks(Strict):
                 self.assertEqual((data[0], grad[0]), (5.0, 7.0))
 
     def test_arrays_can_be_made_writeable_again(self):
-        with distributed_config(enabled=True):
-            for array in ((Tensor(np.ones(3_000_000)) * 2).data, (Tensor(np.ones(3_000_000)) * 2).data[5:]):
-                array.flags.writeable = False
-                array.flags.writeable = True
-                array[0] = 1
-            del array
-            self.assertTrue(picograd._memory.free, "and leave their memory behind")
+        with mock.patch.object(picograd, "_memory", picograd._Memory()):
+            array = picograd._memory.empty((1 << 20,), np.dtype(float))
+            part = array[5:]
+            for x in (array, part):
+                x.flags.writeable = False
+            for x in (array, part):
+                x.flags.writeable = True
+                x[0] = 1
+            del array, x
+            self.assertEqual(picograd._memory.free, [])
+            del part
+            self.assertEqual(len(picograd._memory.free), 1)
 
     def test_memory_is_taken_from_under_its_own_hands(self):
         class Racing(list):
