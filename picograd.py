@@ -1123,11 +1123,13 @@ class Tensor(Array):
             setattr(*self._owner, raw)
 
     def _adopt(self) -> None:
-        if self._choice is not False:
-            raw = HOOK.adopt(self._held, self._choice)
-            if self._owner and getattr(*self._owner) is self._held:
-                setattr(*self._owner, raw)
-            self._held = raw
+        self._distribute(self._choice)
+
+    def _distribute(self, choice: bool | None) -> None:
+        raw = HOOK.adopt(self._held, choice)
+        if self._owner and getattr(*self._owner) is self._held:
+            setattr(*self._owner, raw)
+        self._held, self._choice = raw, choice
 
     @property
     def distributed(self) -> bool:
@@ -1136,11 +1138,11 @@ class Tensor(Array):
 
     def enable_distributed(self) -> None:
         """From now on, distributed whatever its size. RuntimeError where the file was cut above room 8."""
-        self._held, self._choice = HOOK.adopt(self._held, True), True
+        self._distribute(True)
 
     def disable_distributed(self) -> None:
         """From now on, computed by NumPy whatever its size."""
-        self._held, self._choice = HOOK.adopt(self._held, False), False
+        self._distribute(False)
 
     def numpy(self) -> np.ndarray:
         """A copy as an ndarray."""
@@ -1276,16 +1278,22 @@ def _on_arrays(function, args, kwargs):
         raw = _raw(x)
         if floats and "outer" in called and type(raw) in _WEAK_TYPES:
             return np.result_type(*floats).type(raw)
-        strong = (type(raw) is np.ndarray or (ufunc and isinstance(raw, np.generic))) and raw.dtype.kind in settled
-        if strong and not (isinstance(x, Tensor) and raw.dtype.kind == "f"):
+        strong = kind_of(raw) in settled and (ufunc or not isinstance(raw, np.generic))
+        if strong and not (isinstance(x, Tensor) and kind_of(raw) == "f"):
             raw = raw.astype(np.result_type(*floats), copy=False)
         return raw
 
-    targets = {id(_raw(x)): x for x in _members(kwargs.get("out"))}
+    def kind_of(x):
+        return getattr(getattr(x, "dtype", None), "kind", "O")
+
+    targets = [x for x in _members(kwargs.get("out")) if x is not None]
 
     def wrapped(x):
-        if id(x) in targets or getattr(getattr(x, "dtype", None), "kind", "O") not in "fiub":
-            return targets.get(id(x), x)
+        for target in targets:
+            if KINDS[type(_raw(target))].same(_raw(target), x):
+                return target
+        if kind_of(x) not in "fiub":
+            return x
         x = _settle(x)
         return _wrap(_number(x) if weak and isinstance(x, np.generic) else x)
 
@@ -2709,7 +2717,7 @@ _elementwise(np.sinc, _sinc_x)
 # Bessel's integral for i0' = i1 (DLMF 10.32.3); by the midpoint rule it is exact wherever i0 is finite.
 _ANGLES = np.cos((np.arange(64) + 0.5) * (math.pi / 128))
 _elementwise(np.i0, lambda g, out, x: g * np.matmul(np.sinh(np.expand_dims(x, -1) * _ANGLES), _ANGLES / 64))
-_elementwise(np.real, lambda g, out, val: g)
+_real = _elementwise(np.real, lambda g, out, val: g)
 
 # Of two numbers, of which one moves the result and the other only says which way, or whether.
 primitive(np.copysign, lambda g, out, x, y: g * (np.sign(x) * np.copysign(1.0, y)), None, typed=(0, 1))
@@ -6153,7 +6161,8 @@ class _Memory:
         size = -(-max(nbytes, 1) >> 20) << 20
         self.bound = self.bound or _physical_bytes() // 16
         segment = self.take(size, shared) or (shared and self.share(size, most)) or self.take(size, False)
-        return np.asarray(_Lease(segment or self.spend(_Private, size), shape, dtype))
+        # A view: NumPy lets an array be made writeable again if it stands on an array that is.
+        return np.asarray(_Lease(segment or self.spend(_Private, size), shape, dtype)).view()
 
     def take(self, size: int, shared: bool):
         """The segment of that size that was freed last, if there is one."""
@@ -6385,7 +6394,11 @@ class _Workers:
         except BaseException:
             pool, self.pool, self.size = self.pool, None, 0
             if pool is not None:
+                workers = list((pool._processes or {}).values())
                 pool.shutdown(wait=True, cancel_futures=True)
+                for worker in workers:  # if some could not be started, nobody else ends the others
+                    worker.kill()
+                    worker.join()
             raise
         finally:
             self.lock.release()
@@ -6858,7 +6871,7 @@ class _InBlocks(Kind):
 
     def evaluate(self, prim, raw, params):
         """Waits, is reduced, or is done at once."""
-        if prim is _detach:
+        if prim in (_detach, _real):  # views
             return raw[0]
         state, forced = np.geterr(), any([type(x) is Chunked and x.forced for x in raw])
         # What waits, or is cut into blocks, is of the catalogue, and nobody has to see its faults at once: as NumPy

@@ -4495,6 +4495,29 @@ class TestBlocks(Strict):
             run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60)
             self.assertEqual((run.returncode, run.stdout), (0, "1 None\n"), run.stderr)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "forks")
+    def test_some_workers_cannot_start(self):
+        out = self.script(
+            """
+            import multiprocessing, os, signal, warnings
+            import numpy as np
+            from picograd import Tensor, set_distributed_config
+            multiprocessing.set_start_method("fork")
+            warnings.simplefilter("ignore")
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            set_distributed_config(enabled=True, use_processes=True, num_workers=2)
+            x, fork, forks = Tensor(np.ones(1_000_000)), os.fork, []
+            def second_fails():
+                forks.append(1)
+                if len(forks) == 2:
+                    raise BlockingIOError(11, "Resource temporarily unavailable")
+                return fork()
+            os.fork = second_fails
+            print((x * 2 + 1).sum().item(), len(forks), multiprocessing.active_children())
+            """
+        )
+        self.assertEqual(out, "3000000.0 2 []\n")
+
     def test_inside_a_worker_of_somebody_else(self):
         out = self.script(
             """
@@ -4703,7 +4726,59 @@ class TestBlocks(Strict):
             ):
                 self.assertEqual(mean.dtype, np.float32)
 
+    def test_what_shares_memory_does_not_wait(self):
+        alone = [p for p in picograd.PRIMITIVES.values() if p.builtin and p.elementwise and len(p.vjps) == 1]
+        self.assertGreater(len(alone), 50)
+        with self.in_blocks(), np.errstate(all="ignore"):
+            for prim in [p for p in alone if not p.params]:
+                t = Tensor(np.arange(100), int)
+                shares = np.may_share_memory(prim.forward(t.data), t.data)
+                self.assertEqual(np.may_share_memory(prim(t).data, t.data), shares, prim.name)
+            t, v = Tensor(np.ones(100)), Value(np.ones(100))
+            part, node = t.real, v.real
+            part[0] = 5
+            v.data += 1
+            self.assertEqual((t.data[0], node.data[0].item()), (5, 2))
+
+    def test_what_numpy_itself_computes_is_as_elsewhere(self):
+        """The dtypes of its functions on Tensors, and the target that they return, whoever computes on it."""
+
+        def outcome(call):
+            f, u = [Tensor(np.arange(100) * 0.5 + 1, np.float32) for _ in range(2)]
+            i = Tensor(np.arange(100) + 16_777_217, np.int32)
+            out = call(f, i, u)
+            first = out[0] if isinstance(out, tuple) else out
+            if first is u:
+                f.data, out = np.zeros(100), u.data
+            return first is u, out.dtype, np.asarray(out).tolist()
+
+        mask = np.arange(100) % 2 > 0
+        calls = [
+            *(lambda f, i, u: np.add.outer(i, f), lambda f, i, u: np.add(i, f, casting="same_kind")),
+            *(lambda f, i, u: np.add(i, f, out=u, casting="no"), lambda f, i, u: np.add(i, f, out=u, where=mask)),
+            *(lambda f, i, u: np.subtract.outer(i > 16_777_230, f), lambda f, i, u: np.multiply.accumulate(f, out=u)),
+            *(lambda f, i, u: np.cumsum(f, out=u), lambda f, i, u: np.clip(f, 2, i, out=u)),
+            *(lambda f, i, u: np.round(f, out=u), lambda f, i, u: np.concatenate([f[:50], f[50:]], out=u)),
+            *(lambda f, i, u: np.modf(f, out=(u, f)), lambda f, i, u: np.modf(f, out=(u, None))),
+            *(lambda f, i, u: np.exp(f, out=u.data), lambda f, i, u: np.add(f, 1, out=(u,))),
+        ]
+        for k, call in enumerate(calls):
+            with np.errstate(over="ignore"):
+                plain = outcome(call)
+                with self.in_blocks():
+                    self.assertEqual(outcome(call), plain, k)
+
     def test_what_is_assigned_back_stays_the_same_array(self):
+        with self.in_blocks():
+            for switch in (Tensor.enable_distributed, Tensor.disable_distributed):
+                with distributed_config(enabled=switch is Tensor.disable_distributed):
+                    v = Value(np.ones(100))
+                    d = v.data
+                    switch(d)
+                    v.data = d
+                    d[0] = 7
+                    d += 1
+                    self.assertEqual((v.data.data[0], d.data[0]), (8, 8))
         for change in (
             lambda v: exec("v.grad *= 0.5 / np.linalg.norm(v.grad)", globals(), {"v": v}),
             lambda v: exec("v.data -= (v * 0.1).data", globals(), {"v": v}),
@@ -4716,6 +4791,20 @@ class TestBlocks(Strict):
                 change(v)
                 v.data[0], v.grad[0] = 5.0, 7.0
                 self.assertEqual((data[0], grad[0]), (5.0, 7.0))
+
+    def test_arrays_can_be_made_writeable_again(self):
+        with mock.patch.object(picograd, "_memory", picograd._Memory()):
+            array = picograd._memory.empty((1 << 20,), np.dtype(float))
+            part = array[5:]
+            for x in (array, part):
+                x.flags.writeable = False
+            for x in (array, part):
+                x.flags.writeable = True
+                x[0] = 1
+            del array, x
+            self.assertEqual(picograd._memory.free, [])
+            del part
+            self.assertEqual(len(picograd._memory.free), 1)
 
     def test_memory_is_taken_from_under_its_own_hands(self):
         class Racing(list):
