@@ -1477,10 +1477,12 @@ class Value(Array):
         return _call_entry(_entry(function), function, args, kwargs)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray[Any, np.dtype[_Value]]:
-        raise TypeError(
-            "a Value does not turn into an array by itself, which would lose its gradient: "
-            "take .data.data for the numbers, np.stack or np.block to join Values"
-        )
+        if self._needs and _mode.recording:
+            raise TypeError(
+                "a Value does not turn into an array by itself, which would lose its gradient: "
+                "take .data.data for the numbers, np.stack or np.block to join Values"
+            )
+        return self.data.__array__(dtype, copy)
 
     def __setitem__(self, index, new):
         raise TypeError(
@@ -3091,6 +3093,11 @@ softmax = primitive(_softmax, _softmax_a, name="softmax")
 log_softmax = primitive(_log_softmax, _log_softmax_a, name="log_softmax")
 
 
+def _filled_tensor(x, number) -> Tensor:
+    """A Tensor like an operand: what meets it takes the wider dtype of the two, as a raw array would have it narrow."""
+    return _wrap(_filled_like(_raw(x), number))
+
+
 @composed(np.average)
 def average(a, axis=None, weights=None, returned=False, *, keepdims=False):
     """`np.average`, also with differentiable weights: of a's shape, or of its lengths along the axes."""
@@ -3107,8 +3114,10 @@ def average(a, axis=None, weights=None, returned=False, *, keepdims=False):
             raise ValueError(f"average: weights of shape {np.shape(weights)} for axis {axis} of {np.shape(a)}")
         others = tuple([i for i in range(np.ndim(a)) if i not in axes])
         weights = np.expand_dims(np.transpose(weights, np.argsort(axes).tolist()), others)
-    weights = weights * np.ones_like(a)  # summed in the precision of both
+    weights = weights * _filled_tensor(a, 1)  # summed in the precision of both
     total = np.sum(weights, axis=axis, keepdims=keepdims)
+    if not _lazy(total) and np.any(np.equal(total, 0)):
+        raise ZeroDivisionError("average: the weights sum to zero")
     out = np.sum(a * weights, axis=axis, keepdims=keepdims) / total
     return (out, total) if returned else out
 
@@ -3119,6 +3128,11 @@ def average(a, axis=None, weights=None, returned=False, *, keepdims=False):
 def _inverse(axes):
     """The permutation that undoes a transposition."""
     return None if axes is None else tuple(np.argsort([i % len(axes) for i in axes]).tolist())
+
+
+def _little(a):
+    """An array of a's axes, each of length 1, or 0 as it is: on it, NumPy checks a call, in no time."""
+    return np.ones([min(n, 1) for n in np.shape(a)])
 
 
 def _axis(axis, a) -> int:
@@ -3290,7 +3304,7 @@ composed(*_since("unstack"))(lambda x, *, axis=0: tuple(np.moveaxis(x, axis, 0))
 
 @_numpys
 def trim_zeros(filt, *args, **kwargs):
-    whole = np.ascontiguousarray(_fetched(_raw(filt)) != 0)
+    whole = np.asarray(_fetched(_raw(filt)) != 0, order="C")
     return filt[_place(np.trim_zeros(whole, *args, **kwargs), whole)]
 
 
@@ -3367,10 +3381,11 @@ _scatter = primitive(
 
 
 def _index_array(i):
-    """A list in an index, as an array; of integers if it is empty."""
+    """A list in an index, as an array; of integers if it is empty. Values in it stay operands."""
     if not isinstance(i, (list, tuple)):
         return i
-    return np.asarray(i) if len(i) else np.zeros(0, int)
+    join = np.stack if any([isinstance(x, Value) for x in i]) else np.asarray
+    return join(i) if len(i) else np.zeros(0, int)
 
 
 def _index_part(i):
@@ -3439,7 +3454,7 @@ class _At:
             raise TypeError(f"at: expected an index, as in v.at[0].{how}(x)")
         a, index = self.array, tuple(map(_index_part, self.index))
         x, parts = x if isinstance(x, Array) else _constant(x, "at"), [i for i in index if isinstance(i, Array)]
-        if a.dtype.kind == "f" and getattr(x, "ndim", 0) and x.dtype != a.dtype:
+        if a.dtype.kind == "f" and type(_raw(x)) not in _WEAK_TYPES and x.dtype != a.dtype:
             x = _as_dtype(x, a.dtype)
         return _update(a, x, *parts, index=tuple([_HOLE if isinstance(i, Array) else i for i in index]), how=how)
 
@@ -3491,6 +3506,7 @@ def take_along_axis(arr, indices, axis=-1):
 
 @_numpys
 def sort(a, axis=-1, kind=None, order=None, *, stable=None):
+    np.sort(_little(a), axis, kind, order, stable=stable)  # NumPy's own checks and errors
     a, axis = (np.ravel(a), 0) if axis is None else (a, _axis(axis, a))
     return take_along_axis(a, np.argsort(a, axis), axis)
 
@@ -3519,7 +3535,10 @@ def _quantiles(prefix):
     def rule(g, out, a, q, axis=None, method="linear", keepdims=False):
         if not np.size(a):
             return np.zeros_like(a)
-        (rows, back), q = _rows(a, axis), np.ravel(q).tolist()
+        rows, back = _rows(a, axis)
+        if prefix and isinstance(axis, tuple) and len(axis) != 1 and np.ndim(q) > 1 < np.ndim(rows):
+            raise TypeError("q must have one dimension where axis is a tuple: NumPy mixes up the axes of the result")
+        q = np.ravel(q).tolist()
         place = _ranked(rows, q=q, method=method, skip=bool(prefix))
         g, part = np.moveaxis(np.reshape(g, (len(q), *np.shape(rows)[:-1])), 0, -1), np.remainder(place, 1.0)
         between = _as_dtype(np.concatenate([np.floor(place), np.ceil(place)], -1), np.dtype(int))
@@ -3570,7 +3589,8 @@ def _of_sets(function):
         return places[np.searchsorted(values, function(a, b, **params))]
 
     found = primitive(first_places, None, None, name=f"places of {function.__name__}")
-    composed(function)(lambda ar1, ar2, **params: np.take(np.append(ar1, ar2), found(ar1, ar2, **params)))
+    both = np.append if function is not np.setdiff1d else lambda ar1, ar2: ar1
+    composed(function)(lambda ar1, ar2, **params: np.take(both(ar1, ar2), found(ar1, ar2, **params)))
 
 
 for _function in (np.union1d, np.intersect1d, np.setdiff1d, np.setxor1d):
@@ -3620,7 +3640,9 @@ def cov(m, y=None, rowvar=True, bias=False, ddof=None, fweights=None, aweights=N
     """`np.cov`, also with differentiable aweights; in double precision, as NumPy's."""
     x = np.concatenate([np.atleast_2d(z if rowvar else np.transpose(z)) for z in (m, y) if z is not None])
     x = _as_dtype(x, np.result_type(_raw(x), np.float64))
-    w = math.prod([w for w in (fweights, aweights) if w is not None], start=np.ones(x.shape[1:]))
+    plain = [w if w is None else _fetched(_raw(w)) for w in (fweights, aweights)]
+    np.cov(np.ones((1, *x.shape[1:])), None, True, bias, ddof, *plain)  # NumPy's own checks and errors
+    w = math.prod([w for w in (fweights, aweights) if w is not None], start=_wrap(np.ones(x.shape[1:])))
     total, ddof = np.sum(w), (not bias) if ddof is None else ddof
     lost = ddof if aweights is None or not ddof else ddof * np.sum(w * aweights) / total
     x = x - np.average(x, axis=1, weights=w, keepdims=True)
@@ -3666,19 +3688,16 @@ def select(condlist, choicelist, default=0):
 @_numpys
 def piecewise(x, condlist, funclist, *args, **kw):
     """`np.piecewise`: each function sees the elements where its condition holds, and only there do gradients flow."""
-    alone = not np.ndim(condlist) if isinstance(condlist, Array) else np.ndim(x) and not np.ndim(condlist[0])
-    masks = [condlist] if alone else condlist
-    masks = [np.not_equal(mask, 0) for mask in masks]
+    alone = not np.iterable(condlist) or (np.ndim(x) and not np.ndim(condlist[0]))
+    masks = [np.not_equal(mask, 0) for mask in ([condlist] if alone else condlist)]
     if len(funclist) == len(masks) + 1:
         masks.append(np.logical_not(functools.reduce(np.logical_or, masks)))
     if len(funclist) != len(masks):
         raise ValueError(f"np.piecewise: expected a function per condition, got {len(funclist)} for {len(masks)}")
-
-    def part(mask, of):
-        return _scatter(of(x[mask], *args, **kw), mask, shape=np.shape(x), index=(_HOLE,)) if callable(of) else of
-
-    parts = list(map(part, masks, funclist))
-    return _as_dtype(np.select(masks[::-1], parts[::-1], np.zeros_like(x)), x.dtype)
+    out = _filled_tensor(x, 0)
+    for mask, of in zip(masks, funclist):
+        out = out.at[mask].set(of(x[mask], *args, **kw) if callable(of) else of)
+    return out if out.dtype == x.dtype else _as_dtype(out, x.dtype)
 
 
 # --- moving elements ---
@@ -3766,9 +3785,10 @@ def _steps(num, endpoint, ndim):
 @_numpys
 def linspace(start, stop, num=50, endpoint=True, retstep=False, *, axis=0):
     """`np.linspace`, from both ends."""
-    part = _steps(num, endpoint, max(np.ndim(start), np.ndim(stop)))
-    line = np.moveaxis(np.where(part == 1.0, stop, start + np.multiply(np.subtract(stop, start), part)), 0, axis)
-    return (line, np.subtract(stop, start) * np.linspace(0, 1, num, endpoint, True)[1]) if retstep else line
+    start, stop = map(_floating, _together((start, stop)))
+    part, length = _steps(num, endpoint, max(np.ndim(start), np.ndim(stop))), np.subtract(stop, start)
+    line = np.moveaxis(np.where(part == 1.0, stop, start + np.multiply(length, part)), 0, axis)
+    return (line, length * np.linspace(0, 1, num, endpoint, True)[1]) if retstep else line
 
 
 @_numpys
@@ -4066,8 +4086,9 @@ def polymul(a1, a2):
 
 @_numpys
 def polyder(p, m=1):
-    for _ in range(m):
-        p = _widened(p)[:-1] * np.arange(np.size(p) - 1, 0, -1)
+    np.polyder(np.ones(np.shape(p)), m)  # NumPy's own checks and errors
+    for _ in range(int(m)):
+        p = _widened(p)[:-1] * np.arange(len(p) - 1, 0, -1)
     return p
 
 
@@ -4080,6 +4101,8 @@ def polyint(p, m=1, k=None):
 
 @_numpys
 def polyfit(x, y, deg, rcond=None, *, w=None):
+    ones = [x if x is None else np.ones(np.shape(x)) for x in (x, y, w)]
+    np.polyfit(*ones[:2], deg, rcond, True, ones[2])  # NumPy's own checks and errors
     left = np.vander(np.add(x, 0.0), deg + 1)
     y = _as_dtype(y, left.dtype)
     if w is not None:
@@ -4090,35 +4113,39 @@ def polyfit(x, y, deg, rcond=None, *, w=None):
 
 @_numpys
 def gradient(f, *varargs, axis=None, edge_order=1):
-    """`np.gradient`; where places are uneven, means of the slopes on both sides, weighted with the other's step."""
+    """`np.gradient`; where places are uneven, by the slopes of parabolas."""
     axes, steps = _axes(f, axis), varargs or (1.0,)
     if len(steps) == 1 and not np.ndim(steps[0]):
         steps = steps * len(axes)
     if len(steps) != len(axes):
         raise TypeError(f"np.gradient: expected one number or a spacing for each of the axes {axes}, got {len(steps)}")
+    f, steps = _floating(f), map(_floating, steps)
     slopes = [_slopes(np.moveaxis(f, i, 0), step, edge_order) for i, step in zip(axes, steps)]
     slopes = tuple([np.moveaxis(slope, 0, i) for slope, i in zip(slopes, axes)])
-    return slopes if len(axes) > 1 else slopes[0]
+    return slopes[0] if len(axes) == 1 else slopes
 
 
 def _slopes(f, step, edge_order):
     """The slopes along the first axis, given the places or the distance between them."""
-    places = len(step) if np.ndim(step) else len(f)
-    if not edge_order < len(f) == places:
-        raise ValueError(f"np.gradient: {places} places for {len(f)} numbers, with edge_order {edge_order}")
+    distances = 1.0 + np.arange(np.size(step)).reshape(np.shape(step))
+    np.gradient(np.empty((len(f), 0)), distances, axis=0, edge_order=edge_order)  # NumPy's own checks and errors
+    others = (1,) * (np.ndim(f) - 1)
     if np.ndim(step):
-        h = np.expand_dims(np.diff(step), tuple(range(1, np.ndim(f))))
-        out = _blended(np.diff(f, axis=0) / h, h[1:] / (h[1:] + h[:-1]))
+        h = np.reshape(np.diff(step), (-1, *others))
+        first, last = np.diff(f[:2], axis=0) / h[:1], np.diff(f[-2:], axis=0) / h[-1:]
+        out = np.concatenate([first, _parabolas(f, h, 0.0), last])
     else:
-        out = _differences(f) / step
-    if edge_order == 2:
-        out = np.concatenate([2.0 * out[:1] - out[1:2], out[1:-1], 2.0 * out[-1:] - out[-2:-1]])
+        h, out = np.broadcast_to(step, (2, *others)), _differences(f) / step
+    if edge_order != 1:
+        out = np.concatenate([_parabolas(f[:3], h[:2], -h[:1]), out[1:-1], _parabolas(f[-3:], h[-2:], h[-1:])])
     return out
 
 
-def _blended_x(g, out, x, before):
-    inner = g[1:-1]
-    return np.concatenate([inner * before, g[-1:]]) + np.concatenate([g[:1], inner * (1.0 - before)])
+def _parabolas(f, h, t):
+    """The slopes, so far behind each inner place, of the parabolas through it and its neighbours, at distances h."""
+    p, q = h[:-1], h[1:]
+    inner = (2.0 * t + p - q) / (p * q) * f[1:-1]
+    return (2.0 * t - q) / (p * (p + q)) * f[:-2] - inner + (2.0 * t + p) / (q * (p + q)) * f[2:]
 
 
 def _differences_x(g, out, x):
@@ -4128,24 +4155,15 @@ def _differences_x(g, out, x):
 
 _differences = primitive(lambda x: np.gradient(x, axis=0), _differences_x, name="even slopes")
 
-# Means of what is before and behind each place, with the share of what is before.
-_blended = primitive(
-    lambda x, before: np.concatenate([x[:1], x[:-1] * before + x[1:] * (1.0 - before), x[-1:]]),
-    _blended_x,
-    lambda g, out, x, before: g[1:-1] * (x[:-1] - x[1:]),
-    name="blended slopes",
-)
-
 
 @_numpys
 def interp(x, xp, fp, left=None, right=None):
     """`np.interp`, in double precision, and weak of a weak number; where pieces meet, the slope is the right one's."""
     weak, (x, xp, fp) = type(_raw(x)) is float, (_as_dtype(a, np.float64) for a in (x, xp, fp))
-    if np.shape(xp) != np.shape(fp):
-        raise ValueError(f"np.interp: expected as many xp as fp, got shapes {np.shape(xp)} and {np.shape(fp)}")
+    np.interp(0.0, *(np.zeros(np.shape(a)) for a in (xp, fp)))  # NumPy's own checks and errors
     within = np.clip(x, xp[0], xp[-1])
-    i = np.clip(np.searchsorted(xp, x, "right") - 1, 0, max(len(xp) - 2, 0))
-    slopes = np.append(_over(np.diff(fp), np.diff(xp)), 0.0)  # of one place, too
+    i = np.maximum(np.searchsorted(xp, x, "right") - 1, 0)
+    slopes = np.append(_over(np.diff(fp), np.diff(xp)), 0.0)
     start, level, slope = (_getitem(a, i, index=(_HOLE,)) for a in (xp, fp, slopes))
     out = level + slope * (within - start)
     out = np.where(x < xp[0], fp[0] if left is None else left, out)
@@ -4256,7 +4274,7 @@ def norm(x, ord=None, axis=None, keepdims=False):
     """`np.linalg.norm`; its gradient at 0 is 0. That of a matrix is one of the sums of its rows or columns, or of its
     singular values."""
     if ord is not None or axis is not None:
-        np.linalg.norm(np.ones((1,) * np.ndim(x)), ord, axis)  # NumPy's own checks and errors
+        np.linalg.norm(_little(x), ord, axis)  # NumPy's own checks and errors
     x, axes = _floating(x), _axes(x, axis)
     if ord in (None, "fro") or len(axes) == 1:
         return _vector_norm(x, ord, axis=axis, keepdims=keepdims)
@@ -4270,8 +4288,6 @@ def norm(x, ord=None, axis=None, keepdims=False):
 
 
 def _vector_norm(x, ord, **kept):
-    if kept["axis"] is not None:
-        np.lib.array_utils.normalize_axis_tuple(kept["axis"], np.ndim(x))  # or it is an AxisError
     if ord in (None, "fro", 2):
         return _norm(x, **kept)
     if ord == 0:
@@ -4284,6 +4300,12 @@ def _vector_norm(x, ord, **kept):
     total = np.sum(np.where(zero, math.inf if ord < 0 else 0.0, np.abs(np.where(zero, 1.0, x)) ** ord), **kept)
     some = np.not_equal(total, 0)
     return np.where(some, np.where(some, total, 1.0) ** (1.0 / ord), 0.0)
+
+
+@_numpys
+def vector_norm(x, *, axis=None, keepdims=False, ord=2):
+    np.linalg.vector_norm(_little(x), axis=axis, ord=ord)  # NumPy's own checks and errors
+    return _vector_norm(_floating(x), ord, axis=axis, keepdims=keepdims)
 
 
 # A decomposition is one primitive, whose parts lie side by side in one array: one rule gives the gradient of all.
@@ -4405,6 +4427,7 @@ def lstsq(a, b, rcond=None):
 
 @_numpys
 def matrix_power(a, n):
+    np.linalg.matrix_power(np.empty((0, *np.shape(a))), n)  # NumPy's own checks and errors
     a, n = (np.linalg.inv(a), -n) if n < 0 else (a, n)
     if n < 2:
         return np.where(n, a, np.eye(np.shape(a)[-1], dtype=a.dtype))
@@ -4416,10 +4439,11 @@ def matrix_power(a, n):
 def multi_dot(arrays):
     """`np.linalg.multi_dot`: the product that sums over most comes first."""
     arrays = list(arrays)
-    while len(arrays) > 1:
+    np.linalg.multi_dot(list(map(_little, arrays)))  # NumPy's own checks and errors
+    while len(arrays) > 2:
         i = max(range(1, len(arrays)), key=lambda i: np.shape(arrays[i])[0])
         arrays[i - 1 : i + 1] = [arrays[i - 1] @ arrays[i]]
-    return arrays[0]
+    return np.dot(*arrays)
 
 
 @_numpys
@@ -4571,7 +4595,8 @@ def _taken(a, where, **params):
 
 @composed(PRIMITIVES["mean"])
 def mean(a, *, dtype=None, where=True, **params):
-    return np.sum(a, dtype=dtype, where=where, **params) / _taken(a, where, **params)
+    single = _in_single(lambda a: np.sum(a, where=where, **params) / _taken(a, where, **params))
+    return single(_in_dtype(PRIMITIVES["mean"], a, dtype))
 
 
 def _deviating(prim):
@@ -4601,9 +4626,11 @@ def _skipping_nan(name, **start):
         known = np.equal(a, a)
         where = known if where is True else np.logical_and(known, where)
         out = function(a, axis=axis, where=where, **start | kwargs)
-        if not start or "initial" in kwargs:
+        if "initial" in kwargs or not start.keys() | kwargs.keys() & {"ddof"}:
             return out
-        return np.where(np.any(known, axis=axis, keepdims=kwargs.get("keepdims", False)), out, np.nan)
+        getattr(np, f"nan{name}")(_little(a), axis=axis)  # NumPy's own checks and errors
+        left = _taken(a, where, axis=axis, keepdims=kwargs.get("keepdims", False))
+        return np.where(np.greater(left, kwargs.get("ddof", 0)), out, np.nan)
 
     TABLE[getattr(np, f"nan{name}")] = skip
 
@@ -4693,9 +4720,6 @@ for _function, _composition in {
     np.polyadd: _aligned(np.add),
     np.polysub: _aligned(np.subtract),
     np.linalg.matrix_norm: lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims),
-    np.linalg.vector_norm: lambda x, *, axis=None, keepdims=False, ord=2: _vector_norm(
-        _floating(x), ord, axis=axis, keepdims=keepdims
-    ),
     np.linalg.eigvalsh: lambda a, UPLO="L": eigh(a, UPLO).eigenvalues,
     np.linalg.svdvals: lambda x: svd(x, False).S,
 }.items():
@@ -4893,7 +4917,7 @@ for _key, _function in list(TABLE.items()):
 def _sort(self, axis=-1, kind=None, order=None, *, stable=None):
     if isinstance(self, Value):
         raise TypeError("sort: a Value does not change in place; use np.sort")
-    self[...] = np.sort(self, axis)
+    self[...] = np.sort(self, axis, kind, order, stable=stable)
 
 
 _put_in(Array, "sort", _sort, "sort")
