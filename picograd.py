@@ -3094,16 +3094,17 @@ log_softmax = primitive(_log_softmax, _log_softmax_a, name="log_softmax")
 
 
 def _filled_tensor(x, number) -> Tensor:
-    """A Tensor like an operand: what meets it takes the wider dtype of the two, as a raw array would have it narrow."""
+    """A Tensor of an operand's shape and dtype: to the narrower Tensor or Value that meets it, a raw array would give
+    way."""
     return _wrap(_filled_like(_raw(x), number))
 
 
 @composed(np.average)
 def average(a, axis=None, weights=None, returned=False, *, keepdims=False):
     """`np.average`, also with differentiable weights: of a's shape, or of its lengths along the axes."""
-    weights = np.ones_like(_raw(a)) if weights is None and returned else weights
     if weights is None:
-        return np.mean(a, axis=axis, keepdims=keepdims)
+        out = np.mean(a, axis=axis, keepdims=keepdims)
+        return (out, _filled_tensor(out, np.size(a) / np.size(out))) if returned else out
     settled = isinstance(weights, Array) and weights.dtype.kind == "f" and type(weights._held) is not float
     if np.result_type(_raw(a)).kind != "f" and not settled:
         a = _floating(a if hasattr(a, "dtype") else np.asarray(a))  # as NumPy: their products might overflow
@@ -3641,11 +3642,11 @@ def cov(m, y=None, rowvar=True, bias=False, ddof=None, fweights=None, aweights=N
     x = np.concatenate([np.atleast_2d(z if rowvar else np.transpose(z)) for z in (m, y) if z is not None])
     x = _as_dtype(x, np.result_type(_raw(x), np.float64))
     plain = [w if w is None else _fetched(_raw(w)) for w in (fweights, aweights)]
-    np.cov(np.ones((1, *x.shape[1:])), None, True, bias, ddof, *plain)  # NumPy's own checks and errors
+    np.cov(np.ones(x[:1].shape), None, True, bias, ddof, *plain)  # NumPy's own checks and errors
     w = math.prod([w for w in (fweights, aweights) if w is not None], start=_wrap(np.ones(x.shape[1:])))
     total, ddof = np.sum(w), (not bias) if ddof is None else ddof
     lost = ddof if aweights is None or not ddof else ddof * np.sum(w * aweights) / total
-    x = x - np.average(x, axis=1, weights=w, keepdims=True)
+    x = x - np.sum(x * w, axis=1, keepdims=True) / total
     return np.squeeze(np.matmul(x * w, _t(x)) / np.maximum(total - lost, 0))
 
 
@@ -3788,7 +3789,9 @@ def linspace(start, stop, num=50, endpoint=True, retstep=False, *, axis=0):
     start, stop = map(_floating, _together((start, stop)))
     part, length = _steps(num, endpoint, max(np.ndim(start), np.ndim(stop))), np.subtract(stop, start)
     line = np.moveaxis(np.where(part == 1.0, stop, start + np.multiply(length, part)), 0, axis)
-    return (line, length * np.linspace(0, 1, num, endpoint, True)[1]) if retstep else line
+    step = np.linspace(0, 1, num, endpoint, True)[1]
+    step = step if np.isnan(step) else length * step  # nan where there is none
+    return (line, step) if retstep else line
 
 
 @_numpys
@@ -3823,6 +3826,7 @@ def pad(array, pad_width, mode="constant", **values):
         return _padded(array, pad_width=pad_width, mode=mode, **values)
     if mode != "linear_ramp" or array.dtype.kind != "f":
         raise TypeError(f"np.pad: mode {mode!r} is not supported on a Value or Tensor of dtype {array.dtype}")
+    np.pad(_little(array), pad_width, mode, **dict.fromkeys(values, 0))  # NumPy's own checks and errors
     widths, ends = (np.broadcast_to(x, (array.ndim, 2)) for x in (pad_width, values.get("end_values", 0)))
     ends = ends if isinstance(ends, Value) else ends.tolist()
     for axis, width in enumerate(widths.tolist()):
@@ -4054,8 +4058,7 @@ def _widened(x):
 
 @_numpys
 def vander(x, N=None, increasing=False):
-    if np.ndim(x) != 1:
-        raise ValueError(f"np.vander: x must be one-dimensional, got shape {np.shape(x)}")
+    np.vander(_little(x), N)  # NumPy's own checks and errors
     powers = np.arange(len(x) if N is None else N)
     return np.expand_dims(_widened(x), 1) ** (powers if increasing else powers[::-1])
 
@@ -4103,7 +4106,7 @@ def polyint(p, m=1, k=None):
 def polyfit(x, y, deg, rcond=None, *, w=None):
     ones = [x if x is None else np.ones(np.shape(x)) for x in (x, y, w)]
     np.polyfit(*ones[:2], deg, rcond, True, ones[2])  # NumPy's own checks and errors
-    left = np.vander(np.add(x, 0.0), deg + 1)
+    left = np.vander(np.add(x, 0.0), int(deg) + 1)
     y = _as_dtype(y, left.dtype)
     if w is not None:
         left, y = left * np.expand_dims(w, 1), np.transpose(np.transpose(y) * w)
@@ -4357,8 +4360,7 @@ _eigh = {
 
 @_numpys
 def eigh(a, UPLO="L"):
-    if UPLO.upper() not in _eigh:
-        raise ValueError(f"np.linalg.eigh: UPLO must be 'L' or 'U', got {UPLO!r}")
+    np.linalg.eigh(np.eye(1), UPLO)  # NumPy's own checks and errors
     return _eigh[UPLO.upper()](a)
 
 
@@ -4427,7 +4429,7 @@ def lstsq(a, b, rcond=None):
 
 @_numpys
 def matrix_power(a, n):
-    np.linalg.matrix_power(np.empty((0, *np.shape(a))), n)  # NumPy's own checks and errors
+    np.linalg.matrix_power(np.empty((0,) * (np.ndim(a) > 1) + np.shape(a)), n)  # NumPy's own checks and errors
     a, n = (np.linalg.inv(a), -n) if n < 0 else (a, n)
     if n < 2:
         return np.where(n, a, np.eye(np.shape(a)[-1], dtype=a.dtype))
