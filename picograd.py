@@ -3093,18 +3093,12 @@ softmax = primitive(_softmax, _softmax_a, name="softmax")
 log_softmax = primitive(_log_softmax, _log_softmax_a, name="log_softmax")
 
 
-def _filled_tensor(x, number) -> Tensor:
-    """A Tensor of an operand's shape and dtype: to the narrower Tensor or Value that meets it, a raw array would give
-    way."""
-    return _wrap(_filled_like(_raw(x), number))
-
-
 @composed(np.average)
 def average(a, axis=None, weights=None, returned=False, *, keepdims=False):
     """`np.average`, also with differentiable weights: of a's shape, or of its lengths along the axes."""
     if weights is None:
         out = np.mean(a, axis=axis, keepdims=keepdims)
-        return (out, _filled_tensor(out, np.size(a) / np.size(out))) if returned else out
+        return (out, np.full_like(out, np.size(a) / np.size(out))) if returned else out
     settled = isinstance(weights, Array) and weights.dtype.kind == "f" and type(weights._held) is not float
     if np.result_type(_raw(a)).kind != "f" and not settled:
         a = _floating(a if hasattr(a, "dtype") else np.asarray(a))  # as NumPy: their products might overflow
@@ -3115,9 +3109,11 @@ def average(a, axis=None, weights=None, returned=False, *, keepdims=False):
             raise ValueError(f"average: weights of shape {np.shape(weights)} for axis {axis} of {np.shape(a)}")
         others = tuple([i for i in range(np.ndim(a)) if i not in axes])
         weights = np.expand_dims(np.transpose(weights, np.argsort(axes).tolist()), others)
-    weights = weights * _filled_tensor(a, 1)  # summed in the precision of both
+    dtype = np.result_type(_raw(a), _raw(weights))  # summed in the precision of both
+    weights = weights if np.result_type(_raw(weights)) == dtype else _as_dtype(weights, dtype)
+    weights = weights * np.ones_like(a)
     total = np.sum(weights, axis=axis, keepdims=keepdims)
-    if not _lazy(total) and np.any(np.equal(total, 0)):
+    if not (_lazy(total) or np.all(_fetched(_raw(total)))):
         raise ZeroDivisionError("average: the weights sum to zero")
     out = np.sum(a * weights, axis=axis, keepdims=keepdims) / total
     return (out, total) if returned else out
@@ -3422,7 +3418,8 @@ def _update_rule(wanted, g, out, operands, index, how):
     there, update = (functools.partial(f, index=index) for f in (_getitem, _update))
     slope = there(g * a if how == "multiply" else g, *parts)
     if how in ("set", "multiply"):
-        last = _is_plain(index) or _is_last(*parts, shape=np.shape(a), index=index)
+        others = tuple([i for i in _filled(index, parts) if getattr(i, "dtype", None) != np.bool_])  # than masks
+        last = _is_plain(others) or _is_last(*parts, shape=np.shape(a), index=index)
         if how == "multiply" and not np.all(last):
             raise TypeError("at: multiply has no gradient where an index names an element twice")
         g, slope = update(g, 0.0 if how == "set" else x, *parts, how=how), _masked(last, slope)
@@ -3507,7 +3504,8 @@ def take_along_axis(arr, indices, axis=-1):
 
 @_numpys
 def sort(a, axis=-1, kind=None, order=None, *, stable=None):
-    np.sort(_little(a), axis, kind, order, stable=stable)  # NumPy's own checks and errors
+    if kind or order:
+        np.sort(_little(a), axis, kind, order, stable=stable)  # NumPy's own checks and errors
     a, axis = (np.ravel(a), 0) if axis is None else (a, _axis(axis, a))
     return take_along_axis(a, np.argsort(a, axis), axis)
 
@@ -3643,7 +3641,8 @@ def cov(m, y=None, rowvar=True, bias=False, ddof=None, fweights=None, aweights=N
     x = _as_dtype(x, np.result_type(_raw(x), np.float64))
     plain = [w if w is None else _fetched(_raw(w)) for w in (fweights, aweights)]
     np.cov(np.ones(x[:1].shape), None, True, bias, ddof, *plain)  # NumPy's own checks and errors
-    w = math.prod([w for w in (fweights, aweights) if w is not None], start=_wrap(np.ones(x.shape[1:])))
+    w = [_as_dtype(w, x.dtype) for w in (fweights, aweights) if w is not None]
+    w = math.prod(w, start=np.ones(x.shape[1:]))
     total, ddof = np.sum(w), (not bias) if ddof is None else ddof
     lost = ddof if aweights is None or not ddof else ddof * np.sum(w * aweights) / total
     x = x - np.sum(x * w, axis=1, keepdims=True) / total
@@ -3695,7 +3694,7 @@ def piecewise(x, condlist, funclist, *args, **kw):
         masks.append(np.logical_not(functools.reduce(np.logical_or, masks)))
     if len(funclist) != len(masks):
         raise ValueError(f"np.piecewise: expected a function per condition, got {len(funclist)} for {len(masks)}")
-    out = _filled_tensor(x, 0)
+    out = _wrap(_filled_like(_raw(x), 0))  # not raw, or it would take the dtype of what is put in
     for mask, of in zip(masks, funclist):
         out = out.at[mask].set(of(x[mask], *args, **kw) if callable(of) else of)
     return out if out.dtype == x.dtype else _as_dtype(out, x.dtype)
@@ -3786,12 +3785,15 @@ def _steps(num, endpoint, ndim):
 @_numpys
 def linspace(start, stop, num=50, endpoint=True, retstep=False, *, axis=0):
     """`np.linspace`, from both ends."""
-    start, stop = map(_floating, _together((start, stop)))
-    part, length = _steps(num, endpoint, max(np.ndim(start), np.ndim(stop))), np.subtract(stop, start)
+    length = np.subtract(stop, start)
+    if length.dtype.kind != "f":  # of whole numbers, it may have wrapped
+        length = np.subtract(_floating(stop), _floating(start))
+    part = _steps(num, endpoint, np.ndim(length))
     line = np.moveaxis(np.where(part == 1.0, stop, start + np.multiply(length, part)), 0, axis)
+    if not retstep:
+        return line
     step = np.linspace(0, 1, num, endpoint, True)[1]
-    step = step if np.isnan(step) else length * step  # nan where there is none
-    return (line, step) if retstep else line
+    return line, step if np.isnan(step) else length * step
 
 
 @_numpys
@@ -4104,8 +4106,7 @@ def polyint(p, m=1, k=None):
 
 @_numpys
 def polyfit(x, y, deg, rcond=None, *, w=None):
-    ones = [x if x is None else np.ones(np.shape(x)) for x in (x, y, w)]
-    np.polyfit(*ones[:2], deg, rcond, True, ones[2])  # NumPy's own checks and errors
+    np.polyfit(_little(x), _little(y), deg, full=True)  # NumPy's own checks and errors
     left = np.vander(np.add(x, 0.0), int(deg) + 1)
     y = _as_dtype(y, left.dtype)
     if w is not None:
@@ -4116,39 +4117,46 @@ def polyfit(x, y, deg, rcond=None, *, w=None):
 
 @_numpys
 def gradient(f, *varargs, axis=None, edge_order=1):
-    """`np.gradient`; where places are uneven, by the slopes of parabolas."""
+    """`np.gradient`; where places are uneven, means of the slopes on both sides, weighted with the other's step."""
     axes, steps = _axes(f, axis), varargs or (1.0,)
     if len(steps) == 1 and not np.ndim(steps[0]):
         steps = steps * len(axes)
     if len(steps) != len(axes):
         raise TypeError(f"np.gradient: expected one number or a spacing for each of the axes {axes}, got {len(steps)}")
-    f, steps = _floating(f), map(_floating, steps)
-    slopes = [_slopes(np.moveaxis(f, i, 0), step, edge_order) for i, step in zip(axes, steps)]
+    slopes = [_slopes(np.moveaxis(_floating(f), i, 0), step, edge_order) for i, step in zip(axes, steps)]
     slopes = tuple([np.moveaxis(slope, 0, i) for slope, i in zip(slopes, axes)])
     return slopes[0] if len(axes) == 1 else slopes
 
 
 def _slopes(f, step, edge_order):
     """The slopes along the first axis, given the places or the distance between them."""
-    distances = 1.0 + np.arange(np.size(step)).reshape(np.shape(step))
-    np.gradient(np.empty((len(f), 0)), distances, axis=0, edge_order=edge_order)  # NumPy's own checks and errors
-    others = (1,) * (np.ndim(f) - 1)
+    if edge_order > 2 or len(f) < 3 - (edge_order == 1) or np.shape(step) not in ((), (len(f),)):
+        raise ValueError(f"np.gradient: {np.shape(step)} places for {len(f)} numbers, with edge_order {edge_order}")
     if np.ndim(step):
-        h = np.reshape(np.diff(step), (-1, *others))
-        first, last = np.diff(f[:2], axis=0) / h[:1], np.diff(f[-2:], axis=0) / h[-1:]
-        out = np.concatenate([first, _parabolas(f, h, 0.0), last])
+        h = np.expand_dims(np.diff(_floating(step)), tuple(range(1, np.ndim(f))))
+        out = _blended(np.diff(f, axis=0) / h, h[1:] / (h[1:] + h[:-1]))
     else:
-        h, out = np.broadcast_to(step, (2, *others)), _differences(f) / step
+        out = _differences(f) / step
     if edge_order != 1:
-        out = np.concatenate([_parabolas(f[:3], h[:2], -h[:1]), out[1:-1], _parabolas(f[-3:], h[-2:], h[-1:])])
+        out = np.concatenate([2.0 * out[:1] - out[1:2], out[1:-1], 2.0 * out[-1:] - out[-2:-1]])
     return out
 
 
-def _parabolas(f, h, t):
-    """The slopes, so far behind each inner place, of the parabolas through it and its neighbours, at distances h."""
-    p, q = h[:-1], h[1:]
-    inner = (2.0 * t + p - q) / (p * q) * f[1:-1]
-    return (2.0 * t - q) / (p * (p + q)) * f[:-2] - inner + (2.0 * t + p) / (q * (p + q)) * f[2:]
+def _blend(x, before):
+    """Means of what is before and behind each place, with the share of what is before; of opposite infinities, around
+    one number that is infinite, the one with the larger share."""
+    left, right = x[:-1], x[1:]
+    opposite = np.isinf(left) & (left == -right)
+    inner = np.where(opposite, left * (2.0 * before - 1.0), left * before + right * (1.0 - before))
+    return np.concatenate([x[:1], inner, x[-1:]])
+
+
+def _blended_x(g, out, x, before):
+    inner = g[1:-1]
+    return np.concatenate([inner * before, g[-1:]]) + np.concatenate([g[:1], inner * (1.0 - before)])
+
+
+_blended = primitive(_blend, _blended_x, lambda g, out, x, before: g[1:-1] * (x[:-1] - x[1:]), name="blended slopes")
 
 
 def _differences_x(g, out, x):
@@ -4291,11 +4299,13 @@ def norm(x, ord=None, axis=None, keepdims=False):
 
 
 def _vector_norm(x, ord, **kept):
+    if kept["axis"] is not None:
+        np.lib.array_utils.normalize_axis_tuple(kept["axis"], np.ndim(x))  # or it is an AxisError
     if ord in (None, "fro", 2):
         return _norm(x, **kept)
     if ord == 0:
         return np.sum(np.not_equal(x, 0), **kept).astype(x.dtype)
-    if abs(ord) == np.inf and np.size(x):
+    if abs(ord) == np.inf and (ord < 0 or np.size(x)):
         return (np.max if ord > 0 else np.min)(np.abs(x), **kept)
     if ord == 1:
         return np.sum(np.abs(x), **kept)
@@ -4307,7 +4317,8 @@ def _vector_norm(x, ord, **kept):
 
 @_numpys
 def vector_norm(x, *, axis=None, keepdims=False, ord=2):
-    np.linalg.vector_norm(_little(x), axis=axis, ord=ord)  # NumPy's own checks and errors
+    if isinstance(ord, str):
+        np.linalg.norm(np.ones(1), ord)  # NumPy's own error
     return _vector_norm(_floating(x), ord, axis=axis, keepdims=keepdims)
 
 
@@ -4360,7 +4371,8 @@ _eigh = {
 
 @_numpys
 def eigh(a, UPLO="L"):
-    np.linalg.eigh(np.eye(1), UPLO)  # NumPy's own checks and errors
+    if UPLO.upper() not in _eigh:
+        raise ValueError(f"np.linalg.eigh: UPLO must be 'L' or 'U', got {UPLO!r}")
     return _eigh[UPLO.upper()](a)
 
 
@@ -4628,11 +4640,15 @@ def _skipping_nan(name, **start):
         known = np.equal(a, a)
         where = known if where is True else np.logical_and(known, where)
         out = function(a, axis=axis, where=where, **start | kwargs)
-        if "initial" in kwargs or not start.keys() | kwargs.keys() & {"ddof"}:
+        kept = {"axis": axis, "keepdims": kwargs.get("keepdims", False)}
+        if "ddof" in kwargs:
+            some = np.greater(_taken(a, where, **kept), kwargs["ddof"])
+        elif start and "initial" not in kwargs:
+            getattr(np, f"nan{name}")(_little(a), axis=axis)  # NumPy's own checks and errors
+            some = np.any(known, **kept)
+        else:
             return out
-        getattr(np, f"nan{name}")(_little(a), axis=axis)  # NumPy's own checks and errors
-        left = _taken(a, where, axis=axis, keepdims=kwargs.get("keepdims", False))
-        return np.where(np.greater(left, kwargs.get("ddof", 0)), out, np.nan)
+        return np.where(some, out, np.nan)
 
     TABLE[getattr(np, f"nan{name}")] = skip
 
