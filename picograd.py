@@ -4138,8 +4138,13 @@ def _slopes(f, step, edge_order):
     else:
         out = _differences(f) / step
     if edge_order != 1:
-        out = np.concatenate([2.0 * out[:1] - out[1:2], out[1:-1], 2.0 * out[-1:] - out[-2:-1]])
+        out = np.concatenate([_extended(out[:1], out[1:2]), out[1:-1], _extended(out[-1:], out[-2:-1])])
     return out
+
+
+def _extended(end, inner):
+    """The slope at an end, in line with that next to it; infinite slopes are no line."""
+    return np.where(np.isinf(end), end, 2.0 * end - inner)
 
 
 def _blend(x, before):

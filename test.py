@@ -1827,7 +1827,8 @@ class TestCatalogue(Strict):
             (lambda x: np.nanstd(x, axis=0, ddof=1), gaps), (lambda x: np.nanmax(x, axis=1), gaps),
             (np.gradient, beside, np.array([0.0, 1.0, 3.0])), (np.gradient, beside, np.array([0.0, 2.0, 3.0])),
             (np.gradient, np.array(1.0)), (lambda x: np.gradient(x, axis=()), v),
-            (lambda x: np.gradient(x, edge_order=0), v), (np.trim_zeros, np.array(1.0)),
+            (lambda x: np.gradient(x, edge_order=0), v), (lambda x: np.gradient(x, edge_order=2), beside),
+            (lambda x: np.gradient(x, edge_order=2), np.array([2.0, 1.0, np.inf])), (np.trim_zeros, np.array(1.0)),
         ]:  # fmt: skip
             self.agree(f, *args, order=0)
         for f in (
