@@ -2491,7 +2491,9 @@ def find_nonfinite(root: Value) -> str | None:
     if not isinstance(root, Value):
         raise TypeError(f"find_nonfinite: root must be a Value, got {type(root).__name__}")
     with np.errstate(all="ignore"), _recording():
-        plain, g = root._plain(), root._grad
+        written = {x: x._plain() for x in _newest_first(root) if type(x) is not Value}
+        [plain] = _rewrite([root], lambda x, args: _node(x._held, x._prim, args, x._params, x.label), ends=written)
+        g = root._grad
         lines = _bad_value(plain)
         if any([x._grad is not None for x in _newest_first(plain)]):
             lines += _bad_gradient(plain, _filled_like(root._held, 1) if g is None else g)
@@ -2976,7 +2978,8 @@ def _std_a(g, out, a, axis=None, ddof=0, keepdims=False):
 
 def _extremum_a(g, out, a, axis=None, keepdims=False, initial=None):
     hit = (a == _unreduce(out, a, axis, keepdims)) | np.isnan(a)  # with a nan, only nans are hits
-    count = TABLE[np.sum](_as_dtype(hit, np.result_type(_raw(out), np.float32)), axis=axis, keepdims=True)
+    single = float if type(_raw(out)) is float else np.result_type(_raw(out), np.float32)
+    count = TABLE[np.sum](_as_dtype(hit, single), axis=axis, keepdims=True)
     share = _unreduce(g, a, axis, keepdims) / (count if initial is None else np.maximum(count, 1))
     if isinstance(g, (np.ndarray, np.generic)):
         share = share.astype(g.dtype, copy=False)  # to NumPy, the count is wide
@@ -5304,12 +5307,24 @@ def mse_loss(prediction: Value, target: Any) -> Value:
 
 def _label_mask_forward(labels, k):
     labels = np.asarray(labels)
-    mask = labels[..., None] == np.arange(k)
-    if np.count_nonzero(mask) != labels.size:
-        wrong = labels[~mask.any(axis=-1)]
+    with np.errstate(invalid="ignore"):
+        places = labels.astype(np.intp)
+    wrong = labels[(places != labels) | (places < 0) | (places >= k)]
+    if wrong.size:
         kind = TypeError if np.any(wrong != np.floor(wrong)) else ValueError
         raise kind(f"cross_entropy: labels must be integers from 0 to {k - 1}, got {wrong.min()} to {wrong.max()}")
+    mask = np.zeros((*labels.shape, k), bool)
+    mask[_one_a_row(places)] = True
     return mask
+
+
+def _one_a_row(places):
+    return *np.indices(np.shape(places), sparse=True), places
+
+
+def _labelled(mask):
+    """Where a mask is true, once a row."""
+    return _one_a_row(mask.argmax(-1) if mask.size else np.zeros(mask.shape[:-1], int))
 
 
 # Where log-probabilities count. A mask, as indices do not run on any kind of array; its labels are checked whenever it
@@ -5317,24 +5332,56 @@ def _label_mask_forward(labels, k):
 _label_mask = primitive(_label_mask_forward, None, name="label mask")
 
 
-def _entropy(x, mask):
-    """The cross-entropy of logits, with the mask of their labels, one a row; of no sample, nan as other means."""
-    lead = x - _peak(x, -1)
-    own = lead[mask] if type(lead) is np.ndarray else np.sum(np.where(mask, lead, 0.0), axis=-1)
-    return np.mean(np.log(np.sum(_reusing(np.exp, lead), axis=-1)) - own)
+def _entropy(x, mask, weights=None):
+    """The cross-entropy of logits, with the mask of their labels, one a row; of no sample, nan as other means.
+    weights: softmax(x), if it is known."""
+    if not type(x) is type(mask) is np.ndarray:
+        lead = x - _peak(x, -1)
+        return np.mean(np.log(np.sum(np.exp(lead), axis=-1)) - np.sum(np.where(mask, lead, 0.0), axis=-1))
+    weights, place = _softmax(x) if weights is None else weights, _labelled(mask)
+    own = np.ravel(weights[place])
+    small = own < np.finfo(own.dtype).tiny
+    with np.errstate(divide="ignore"):
+        loss = -np.log(own)
+    if small.any():  # some cannot be told from 0
+        rows = np.reshape(x, (-1, np.shape(x)[-1]))[small]
+        loss[small] = _logsumexp(rows, axis=-1) - np.ravel(x[place])[small]
+    return np.mean(loss)
 
 
-def _entropy_x(g, out, x, mask):
-    share = g * _share(x, tuple(range(np.ndim(x) - 1)))
-    if type(x) is not np.ndarray:
-        return (softmax(x) - mask) * share
-    slope = _reusing(np.exp, x - _peak(x, -1))  # the same in fewer passes
-    slope *= share / slope.sum(-1, keepdims=True)
-    slope[mask] -= share
+def _less_at_labels(weights, mask):
+    if not type(weights) is type(mask) is np.ndarray:
+        return weights - mask
+    weights = weights.copy()
+    weights[_labelled(mask)] -= 1
+    return weights
+
+
+_less_labels = primitive(_less_at_labels, lambda g, out, weights, mask: g, None, name="less labels")
+
+
+def _entropy_slope(g, mask, weights, out=None):
+    share = g * _share(weights, tuple(range(np.ndim(weights) - 1)))
+    if not type(weights) is type(mask) is np.ndarray:
+        return _less_labels(weights, mask) * share
+    slope = np.multiply(weights, share, out=out)
+    slope[_labelled(mask)] -= share
     return slope
 
 
-_cross_entropy = primitive(_entropy, _entropy_x, None, name="cross entropy")
+def _entropy_x(g, out, x, mask):
+    weights = softmax(x)
+    return _entropy_slope(g, mask, weights, weights)
+
+
+_cross_entropy = primitive(lambda x, mask: _entropy(x, mask), _entropy_x, None, name="cross entropy")
+_kept_entropy = primitive(  # for programs, which compute softmax(x) once
+    lambda x, mask, weights: _entropy(x, mask, weights),
+    lambda g, out, x, mask, weights: _entropy_slope(g, mask, weights),
+    None,
+    None,
+    name="cross entropy by softmax",
+)
 
 
 def cross_entropy(logits: Value, labels: Any) -> Value:
@@ -5342,6 +5389,8 @@ def cross_entropy(logits: Value, labels: Any) -> Value:
     logits, labels = _numbers("cross_entropy", "logits", logits), _numbers("cross_entropy", "labels", labels)
     if logits.shape[:-1] != labels.shape or not logits.shape:
         raise ValueError(f"cross_entropy: labels must be integers of shape {logits.shape[:-1]}, got {labels.shape}")
+    if logits.dtype.kind != "f":
+        logits = logits.astype(np.float64)
     if logits.dtype == np.float16:  # in which a sum of exponentials may overflow
         return cross_entropy(logits.astype(np.float32), labels).astype(np.float16)
     k, lazy = logits.shape[-1], _lazy(labels)
@@ -5363,7 +5412,8 @@ _sigmoid_entropy = primitive(  # softplus(x) - x * y, with no difference of larg
     name="sigmoid entropy",
     elementwise=True,
 )
-_mse.builtin = _label_mask.builtin = _cross_entropy.builtin = _sigmoid_entropy.builtin = True
+for _prim in (_mse, _label_mask, _cross_entropy, _kept_entropy, _less_labels, _sigmoid_entropy):
+    _prim.builtin = True
 
 
 def binary_cross_entropy_with_logits(logits: Value, targets: Any) -> Value:
@@ -7047,7 +7097,13 @@ _PRODUCT, _SUM = TABLE[np.matmul], PRIMITIVES["sum"]
 _VIEWS = (_reshape, _TRANSPOSE, _BROADCAST, _getitem)
 # Operands that may be masks: where's condition, a mask times a float (micrograd's relu), masks made of masks.
 _LOGICAL = "logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor invert"
-_MASKS = {_WHERE: (0,), _MULTIPLY: (0, 1), _cross_entropy: (1,)} | dict.fromkeys(_VIEWS, (0,))
+_MASKS = {
+    _WHERE: (0,),
+    _MULTIPLY: (0, 1),
+    _cross_entropy: (1,),
+    _kept_entropy: (1,),
+    _less_labels: (1,),
+} | dict.fromkeys(_VIEWS, (0,))
 _MASKS |= dict.fromkeys([TABLE[getattr(np, name)] for name in _LOGICAL.split()], (0, 1))
 
 
@@ -7191,7 +7247,7 @@ def _simpler_multiply(node, a, b):
     # Where operands broadcast anyway, a broadcast one needs no array of its own; and a number is multiplied before.
     if _is(a, _BROADCAST) and _shape(b) == node.shape and node.ndim:
         return _twin(node, _MULTIPLY, (a._args[0], b))
-    if _is(a, _BROADCAST) and _shape(b) == ():
+    if _is(a, _BROADCAST) and _shape(b) == () and not getattr(b, "_needs", False):  # it would get one gradient, summed
         return _twin(node, _BROADCAST, (_simple(_MULTIPLY, (a._args[0], b)),), a._params)
     return a is b and node.ndim > 0 and _twin(node, _SQUARED, (a,))
 
@@ -8084,7 +8140,7 @@ _WHOLE: dict[Primitive, Callable] = {  # what is one operation to save time and 
     _dense: lambda x, w, b, activation=None: activation(x @ w + b) if activation else x @ w + b,
     _mse: lambda x, y: (np.mean if np.ndim(x) else np.positive)(np.square(np.subtract(x, y))),
     _cross_entropy: lambda x, mask: (
-        _record(_cross_entropy, (x, mask))
+        _record(_kept_entropy, (x, mask, softmax(x)))
         if np.ndim(x) > 1
         else np.mean(np.where(mask, log_softmax(x) * -float(np.shape(x)[-1]), 0.0))  # of one sample among many
     ),

@@ -1136,6 +1136,8 @@ REACHED |= {
     "nan_to_num",
     "mse",
     "cross entropy",
+    "cross entropy by softmax",
+    "less labels",
     "at least",
     "at most",
     "diagonals",
