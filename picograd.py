@@ -4730,7 +4730,7 @@ for _function, _composition in {
         (np.compress, np.extract), lambda condition, a, axis=None: np.take(a, np.flatnonzero(condition), axis)
     ),
     np.ediff1d: lambda ary, to_end=None, to_begin=None: concatenate(
-        [x for x in (to_begin, np.diff(np.ravel(ary)), to_end) if x is not None], None
+        [x for x in (to_begin, np.ravel(ary)[1:] - np.ravel(ary)[:-1], to_end) if x is not None], None
     ),
     np.bincount: lambda x, weights=None, minlength=0: _bincount(
         x, *([] if weights is None else [weights]), minlength=minlength

@@ -1814,6 +1814,7 @@ class TestCatalogue(Strict):
             (np.average, {"weights": [1.0, 1.0, -2.0]}, v), (np.nanmax, v[:0]), (np.nanmin, {"axis": 0}, m[:0]),
             (np.interp, v, [], []), (np.interp, v, [1.0], [1.0, 2.0]), (np.pad, {"foo": 1}, v, 1, "linear_ramp"),
             (np.pad, v, -1, "linear_ramp"), (np.pad, v[:0], 1, "linear_ramp"),
+            (lambda x: np.ediff1d(x > 1), v),
         ]:  # fmt: skip
             options, (x, *args) = (x, args) if isinstance(x, dict) else ({}, (x, *args))
             with self.subTest(function=f.__name__, args=str((x, args, options))[:80]):
