@@ -3315,7 +3315,9 @@ _HOLE = type("Hole", (), {"__repr__": lambda self: "·", "__reduce__": lambda se
 
 def _filled(index, parts):
     rest = iter(parts)
-    return tuple([next(rest) if i is _HOLE else i for i in index]) if parts else index
+    if not parts:
+        return index
+    return tuple([next(rest) if i is _HOLE else i for i in index])
 
 
 def _is_plain(index: tuple) -> bool:
