@@ -1477,7 +1477,7 @@ class Value(Array):
         return _call_entry(_entry(function), function, args, kwargs)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray[Any, np.dtype[_Value]]:
-        if self._needs and _mode.recording:
+        if (self._needs and _mode.recording) or _lazy(self):  # to look at which is a computation elsewhere
             raise TypeError(
                 "a Value does not turn into an array by itself, which would lose its gradient: "
                 "take .data.data for the numbers, np.stack or np.block to join Values"
