@@ -2935,7 +2935,7 @@ def _axes(a, axis) -> tuple:
 
 def _share(a, axis, ddof=0):
     """1 / how many elements a reduction takes together; infinity if that is 0."""
-    count = math.prod([np.shape(a)[i] for i in _axes(a, axis)]) - ddof
+    count = (np.size(a) if axis is None else math.prod([np.shape(a)[i] for i in _axes(a, axis)])) - ddof
     return 1.0 / count if count > 0 else math.inf
 
 
@@ -3912,7 +3912,7 @@ def _dense_forward(x, w, b, activation=None):
 def _dense_rule(wanted, g, out, operands, activation=None):
     x, w, b = operands
     g = activation.vjps[0](g, out, None) if activation else g
-    return wanted[0] and _matmul_x(g, out, x, w), wanted[1] and _matmul_y(g, out, x, w), g
+    return wanted[0] and _matmul_x(g, out, x, w), wanted[1] and _matmul_y(g, out, x, w), _summed(g, b)
 
 
 # activation(x @ w + b) in one buffer where three operations have three, of which no rule reads two: half the memory of
