@@ -1485,10 +1485,12 @@ class Value(Array):
         return _call_entry(_entry(function), function, args, kwargs)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray[Any, np.dtype[_Value]]:
-        raise TypeError(
-            "a Value does not turn into an array by itself, which would lose its gradient: "
-            "take .data.data for the numbers, np.stack or np.block to join Values"
-        )
+        if (self._needs and _mode.recording) or _lazy(self):  # to look at which is a computation elsewhere
+            raise TypeError(
+                "a Value does not turn into an array by itself, which would lose its gradient: "
+                "take .data.data for the numbers, np.stack or np.block to join Values"
+            )
+        return self.data.__array__(dtype, copy)
 
     def __setitem__(self, index, new):
         raise TypeError(
@@ -3105,9 +3107,9 @@ log_softmax = primitive(_log_softmax, _log_softmax_a, name="log_softmax")
 @composed(np.average)
 def average(a, axis=None, weights=None, returned=False, *, keepdims=False):
     """`np.average`, also with differentiable weights: of a's shape, or of its lengths along the axes."""
-    weights = np.ones_like(_raw(a)) if weights is None and returned else weights
     if weights is None:
-        return np.mean(a, axis=axis, keepdims=keepdims)
+        out = np.mean(a, axis=axis, keepdims=keepdims)
+        return (out, np.full_like(out, np.size(a) / np.size(out))) if returned else out
     settled = isinstance(weights, Array) and weights.dtype.kind == "f" and type(weights._held) is not float
     if np.result_type(_raw(a)).kind != "f" and not settled:
         a = _floating(a if hasattr(a, "dtype") else np.asarray(a))  # as NumPy: their products might overflow
@@ -3118,8 +3120,12 @@ def average(a, axis=None, weights=None, returned=False, *, keepdims=False):
             raise ValueError(f"average: weights of shape {np.shape(weights)} for axis {axis} of {np.shape(a)}")
         others = tuple([i for i in range(np.ndim(a)) if i not in axes])
         weights = np.expand_dims(np.transpose(weights, np.argsort(axes).tolist()), others)
-    weights = weights * np.ones_like(a)  # summed in the precision of both
+    dtype = np.result_type(_raw(a), _raw(weights))  # summed in the precision of both
+    weights = weights if np.result_type(_raw(weights)) == dtype else _as_dtype(weights, dtype)
+    weights = weights * np.ones_like(a)
     total = np.sum(weights, axis=axis, keepdims=keepdims)
+    if not (_lazy(total) or np.all(_fetched(_raw(total)))):
+        raise ZeroDivisionError("average: the weights sum to zero")
     out = np.sum(a * weights, axis=axis, keepdims=keepdims) / total
     return (out, total) if returned else out
 
@@ -3130,6 +3136,11 @@ def average(a, axis=None, weights=None, returned=False, *, keepdims=False):
 def _inverse(axes):
     """The permutation that undoes a transposition."""
     return None if axes is None else tuple(np.argsort([i % len(axes) for i in axes]).tolist())
+
+
+def _little(a):
+    """An array of a's axes, each of length 1, or 0 as it is: on it, NumPy checks a call, in no time."""
+    return np.ones([min(n, 1) for n in np.shape(a)])
 
 
 def _axis(axis, a) -> int:
@@ -3301,7 +3312,7 @@ composed(*_since("unstack"))(lambda x, *, axis=0: tuple(np.moveaxis(x, axis, 0))
 
 @_numpys
 def trim_zeros(filt, *args, **kwargs):
-    whole = np.ascontiguousarray(_fetched(_raw(filt)) != 0)
+    whole = np.asarray(_fetched(_raw(filt)) != 0, order="C")
     return filt[_place(np.trim_zeros(whole, *args, **kwargs), whole)]
 
 
@@ -3380,10 +3391,11 @@ _scatter = primitive(
 
 
 def _index_array(i):
-    """A list in an index, as an array; of integers if it is empty."""
+    """A list in an index, as an array; of integers if it is empty. Values in it stay operands."""
     if not isinstance(i, (list, tuple)):
         return i
-    return np.asarray(i) if len(i) else np.zeros(0, int)
+    join = np.stack if any([isinstance(x, Value) for x in i]) else np.asarray
+    return join(i) if len(i) else np.zeros(0, int)
 
 
 def _index_part(i):
@@ -3419,7 +3431,8 @@ def _update_rule(wanted, g, out, operands, index, how):
     there, update = (functools.partial(f, index=index) for f in (_getitem, _update))
     slope = there(g * a if how == "multiply" else g, *parts)
     if how in ("set", "multiply"):
-        last = _is_plain(index) or _is_last(*parts, shape=np.shape(a), index=index)
+        others = tuple([i for i in _filled(index, parts) if getattr(i, "dtype", None) != np.bool_])  # than masks
+        last = _is_plain(others) or _is_last(*parts, shape=np.shape(a), index=index)
         if how == "multiply" and not np.all(last):
             raise TypeError("at: multiply has no gradient where an index names an element twice")
         g, slope = update(g, 0.0 if how == "set" else x, *parts, how=how), _masked(last, slope)
@@ -3452,7 +3465,7 @@ class _At:
             raise TypeError(f"at: expected an index, as in v.at[0].{how}(x)")
         a, index = self.array, tuple(map(_index_part, self.index))
         x, parts = x if isinstance(x, Array) else _constant(x, "at"), [i for i in index if isinstance(i, Array)]
-        if a.dtype.kind == "f" and getattr(x, "ndim", 0) and x.dtype != a.dtype:
+        if a.dtype.kind == "f" and type(_raw(x)) not in _WEAK_TYPES and x.dtype != a.dtype:
             x = _as_dtype(x, a.dtype)
         return _update(a, x, *parts, index=tuple([_HOLE if isinstance(i, Array) else i for i in index]), how=how)
 
@@ -3504,6 +3517,8 @@ def take_along_axis(arr, indices, axis=-1):
 
 @_numpys
 def sort(a, axis=-1, kind=None, order=None, *, stable=None):
+    if kind or order:
+        np.sort(_little(a), axis, kind, order, stable=stable)  # NumPy's own checks and errors
     a, axis = (np.ravel(a), 0) if axis is None else (a, _axis(axis, a))
     return take_along_axis(a, np.argsort(a, axis), axis)
 
@@ -3532,7 +3547,10 @@ def _quantiles(prefix):
     def rule(g, out, a, q, axis=None, method="linear", keepdims=False):
         if not np.size(a):
             return np.zeros_like(a)
-        (rows, back), q = _rows(a, axis), np.ravel(q).tolist()
+        rows, back = _rows(a, axis)
+        if prefix and isinstance(axis, tuple) and len(axis) != 1 and np.ndim(q) > 1 < np.ndim(rows):
+            raise TypeError("q must have one dimension where axis is a tuple: NumPy mixes up the axes of the result")
+        q = np.ravel(q).tolist()
         place = _ranked(rows, q=q, method=method, skip=bool(prefix))
         g, part = np.moveaxis(np.reshape(g, (len(q), *np.shape(rows)[:-1])), 0, -1), np.remainder(place, 1.0)
         between = _as_dtype(np.concatenate([np.floor(place), np.ceil(place)], -1), np.dtype(int))
@@ -3583,7 +3601,8 @@ def _of_sets(function):
         return places[np.searchsorted(values, function(a, b, **params))]
 
     found = primitive(first_places, None, None, name=f"places of {function.__name__}")
-    composed(function)(lambda ar1, ar2, **params: np.take(np.append(ar1, ar2), found(ar1, ar2, **params)))
+    both = np.append if function is not np.setdiff1d else lambda ar1, ar2: ar1
+    composed(function)(lambda ar1, ar2, **params: np.take(both(ar1, ar2), found(ar1, ar2, **params)))
 
 
 for _function in (np.union1d, np.intersect1d, np.setdiff1d, np.setxor1d):
@@ -3633,10 +3652,13 @@ def cov(m, y=None, rowvar=True, bias=False, ddof=None, fweights=None, aweights=N
     """`np.cov`, also with differentiable aweights; in double precision, as NumPy's."""
     x = np.concatenate([np.atleast_2d(z if rowvar else np.transpose(z)) for z in (m, y) if z is not None])
     x = _as_dtype(x, np.result_type(_raw(x), np.float64))
-    w = math.prod([w for w in (fweights, aweights) if w is not None], start=np.ones(x.shape[1:]))
+    plain = [w if w is None else _fetched(_raw(w)) for w in (fweights, aweights)]
+    np.cov(np.ones(x[:1].shape), None, True, bias, ddof, *plain)  # NumPy's own checks and errors
+    w = [_as_dtype(w, x.dtype) for w in (fweights, aweights) if w is not None]
+    w = math.prod(w, start=np.ones(x.shape[1:]))
     total, ddof = np.sum(w), (not bias) if ddof is None else ddof
     lost = ddof if aweights is None or not ddof else ddof * np.sum(w * aweights) / total
-    x = x - np.average(x, axis=1, weights=w, keepdims=True)
+    x = x - np.sum(x * w, axis=1, keepdims=True) / total
     return np.squeeze(np.matmul(x * w, _t(x)) / np.maximum(total - lost, 0))
 
 
@@ -3679,19 +3701,16 @@ def select(condlist, choicelist, default=0):
 @_numpys
 def piecewise(x, condlist, funclist, *args, **kw):
     """`np.piecewise`: each function sees the elements where its condition holds, and only there do gradients flow."""
-    alone = not np.ndim(condlist) if isinstance(condlist, Array) else np.ndim(x) and not np.ndim(condlist[0])
-    masks = [condlist] if alone else condlist
-    masks = [np.not_equal(mask, 0) for mask in masks]
+    alone = not np.iterable(condlist) or (np.ndim(x) and not np.ndim(condlist[0]))
+    masks = [np.not_equal(mask, 0) for mask in ([condlist] if alone else condlist)]
     if len(funclist) == len(masks) + 1:
         masks.append(np.logical_not(functools.reduce(np.logical_or, masks)))
     if len(funclist) != len(masks):
         raise ValueError(f"np.piecewise: expected a function per condition, got {len(funclist)} for {len(masks)}")
-
-    def part(mask, of):
-        return _scatter(of(x[mask], *args, **kw), mask, shape=np.shape(x), index=(_HOLE,)) if callable(of) else of
-
-    parts = list(map(part, masks, funclist))
-    return _as_dtype(np.select(masks[::-1], parts[::-1], np.zeros_like(x)), x.dtype)
+    out = _wrap(_filled_like(_raw(x), 0))  # not raw, or it would take the dtype of what is put in
+    for mask, of in zip(masks, funclist):
+        out = out.at[mask].set(of(x[mask], *args, **kw) if callable(of) else of)
+    return out if out.dtype == x.dtype else _as_dtype(out, x.dtype)
 
 
 # --- moving elements ---
@@ -3779,9 +3798,15 @@ def _steps(num, endpoint, ndim):
 @_numpys
 def linspace(start, stop, num=50, endpoint=True, retstep=False, *, axis=0):
     """`np.linspace`, from both ends."""
-    part = _steps(num, endpoint, max(np.ndim(start), np.ndim(stop)))
-    line = np.moveaxis(np.where(part == 1.0, stop, start + np.multiply(np.subtract(stop, start), part)), 0, axis)
-    return (line, np.subtract(stop, start) * np.linspace(0, 1, num, endpoint, True)[1]) if retstep else line
+    length = np.subtract(stop, start)
+    if length.dtype.kind != "f":  # of whole numbers, it may have wrapped
+        length = np.subtract(_floating(stop), _floating(start))
+    part = _steps(num, endpoint, np.ndim(length))
+    line = np.moveaxis(np.where(part == 1.0, stop, start + np.multiply(length, part)), 0, axis)
+    if not retstep:
+        return line
+    step = np.linspace(0, 1, num, endpoint, True)[1]
+    return line, step if np.isnan(step) else length * step
 
 
 @_numpys
@@ -3816,6 +3841,7 @@ def pad(array, pad_width, mode="constant", **values):
         return _padded(array, pad_width=pad_width, mode=mode, **values)
     if mode != "linear_ramp" or array.dtype.kind != "f":
         raise TypeError(f"np.pad: mode {mode!r} is not supported on a Value or Tensor of dtype {array.dtype}")
+    np.pad(_little(array), pad_width, mode, **dict.fromkeys(values, 0))  # NumPy's own checks and errors
     widths, ends = (np.broadcast_to(x, (array.ndim, 2)) for x in (pad_width, values.get("end_values", 0)))
     ends = ends if isinstance(ends, Value) else ends.tolist()
     for axis, width in enumerate(widths.tolist()):
@@ -4047,8 +4073,7 @@ def _widened(x):
 
 @_numpys
 def vander(x, N=None, increasing=False):
-    if np.ndim(x) != 1:
-        raise ValueError(f"np.vander: x must be one-dimensional, got shape {np.shape(x)}")
+    np.vander(_little(x), N)  # NumPy's own checks and errors
     powers = np.arange(len(x) if N is None else N)
     return np.expand_dims(_widened(x), 1) ** (powers if increasing else powers[::-1])
 
@@ -4079,8 +4104,9 @@ def polymul(a1, a2):
 
 @_numpys
 def polyder(p, m=1):
-    for _ in range(m):
-        p = _widened(p)[:-1] * np.arange(np.size(p) - 1, 0, -1)
+    np.polyder(np.ones(np.shape(p)), m)  # NumPy's own checks and errors
+    for _ in range(int(m)):
+        p = _widened(p)[:-1] * np.arange(len(p) - 1, 0, -1)
     return p
 
 
@@ -4093,7 +4119,8 @@ def polyint(p, m=1, k=None):
 
 @_numpys
 def polyfit(x, y, deg, rcond=None, *, w=None):
-    left = np.vander(np.add(x, 0.0), deg + 1)
+    np.polyfit(_little(x), _little(y), deg, full=True)  # NumPy's own checks and errors
+    left = np.vander(np.add(x, 0.0), int(deg) + 1)
     y = _as_dtype(y, left.dtype)
     if w is not None:
         left, y = left * np.expand_dims(w, 1), np.transpose(np.transpose(y) * w)
@@ -4109,29 +4136,45 @@ def gradient(f, *varargs, axis=None, edge_order=1):
         steps = steps * len(axes)
     if len(steps) != len(axes):
         raise TypeError(f"np.gradient: expected one number or a spacing for each of the axes {axes}, got {len(steps)}")
-    slopes = [_slopes(np.moveaxis(f, i, 0), step, edge_order) for i, step in zip(axes, steps)]
+    slopes = [_slopes(np.moveaxis(_floating(f), i, 0), step, edge_order) for i, step in zip(axes, steps)]
     slopes = tuple([np.moveaxis(slope, 0, i) for slope, i in zip(slopes, axes)])
-    return slopes if len(axes) > 1 else slopes[0]
+    return slopes[0] if len(axes) == 1 else slopes
 
 
 def _slopes(f, step, edge_order):
     """The slopes along the first axis, given the places or the distance between them."""
-    places = len(step) if np.ndim(step) else len(f)
-    if not edge_order < len(f) == places:
-        raise ValueError(f"np.gradient: {places} places for {len(f)} numbers, with edge_order {edge_order}")
+    if edge_order > 2 or len(f) < 3 - (edge_order == 1) or np.shape(step) not in ((), (len(f),)):
+        raise ValueError(f"np.gradient: {np.shape(step)} places for {len(f)} numbers, with edge_order {edge_order}")
     if np.ndim(step):
-        h = np.expand_dims(np.diff(step), tuple(range(1, np.ndim(f))))
+        h = np.expand_dims(np.diff(_floating(step)), tuple(range(1, np.ndim(f))))
         out = _blended(np.diff(f, axis=0) / h, h[1:] / (h[1:] + h[:-1]))
     else:
         out = _differences(f) / step
-    if edge_order == 2:
-        out = np.concatenate([2.0 * out[:1] - out[1:2], out[1:-1], 2.0 * out[-1:] - out[-2:-1]])
+    if edge_order != 1:
+        out = np.concatenate([_extended(out[:1], out[1:2]), out[1:-1], _extended(out[-1:], out[-2:-1])])
     return out
+
+
+def _extended(end, inner):
+    """The slope at an end, in line with that next to it; infinite slopes are no line."""
+    return np.where(np.isinf(end), end, 2.0 * end - inner)
+
+
+def _blend(x, before):
+    """Means of what is before and behind each place, with the share of what is before; of opposite infinities, around
+    one number that is infinite, the one with the larger share."""
+    left, right = x[:-1], x[1:]
+    opposite = np.isinf(left) & (left == -right)
+    inner = np.where(opposite, left * (2.0 * before - 1.0), left * before + right * (1.0 - before))
+    return np.concatenate([x[:1], inner, x[-1:]])
 
 
 def _blended_x(g, out, x, before):
     inner = g[1:-1]
     return np.concatenate([inner * before, g[-1:]]) + np.concatenate([g[:1], inner * (1.0 - before)])
+
+
+_blended = primitive(_blend, _blended_x, lambda g, out, x, before: g[1:-1] * (x[:-1] - x[1:]), name="blended slopes")
 
 
 def _differences_x(g, out, x):
@@ -4141,24 +4184,15 @@ def _differences_x(g, out, x):
 
 _differences = primitive(lambda x: np.gradient(x, axis=0), _differences_x, name="even slopes")
 
-# Means of what is before and behind each place, with the share of what is before.
-_blended = primitive(
-    lambda x, before: np.concatenate([x[:1], x[:-1] * before + x[1:] * (1.0 - before), x[-1:]]),
-    _blended_x,
-    lambda g, out, x, before: g[1:-1] * (x[:-1] - x[1:]),
-    name="blended slopes",
-)
-
 
 @_numpys
 def interp(x, xp, fp, left=None, right=None):
     """`np.interp`, in double precision, and weak of a weak number; where pieces meet, the slope is the right one's."""
     weak, (x, xp, fp) = type(_raw(x)) is float, (_as_dtype(a, np.float64) for a in (x, xp, fp))
-    if np.shape(xp) != np.shape(fp):
-        raise ValueError(f"np.interp: expected as many xp as fp, got shapes {np.shape(xp)} and {np.shape(fp)}")
+    np.interp(0.0, *(np.zeros(np.shape(a)) for a in (xp, fp)))  # NumPy's own checks and errors
     within = np.clip(x, xp[0], xp[-1])
-    i = np.clip(np.searchsorted(xp, x, "right") - 1, 0, max(len(xp) - 2, 0))
-    slopes = np.append(_over(np.diff(fp), np.diff(xp)), 0.0)  # of one place, too
+    i = np.maximum(np.searchsorted(xp, x, "right") - 1, 0)
+    slopes = np.append(_over(np.diff(fp), np.diff(xp)), 0.0)
     start, level, slope = (_getitem(a, i, index=(_HOLE,)) for a in (xp, fp, slopes))
     out = level + slope * (within - start)
     out = np.where(x < xp[0], fp[0] if left is None else left, out)
@@ -4269,7 +4303,7 @@ def norm(x, ord=None, axis=None, keepdims=False):
     """`np.linalg.norm`; its gradient at 0 is 0. That of a matrix is one of the sums of its rows or columns, or of its
     singular values."""
     if ord is not None or axis is not None:
-        np.linalg.norm(np.ones((1,) * np.ndim(x)), ord, axis)  # NumPy's own checks and errors
+        np.linalg.norm(_little(x), ord, axis)  # NumPy's own checks and errors
     x, axes = _floating(x), _axes(x, axis)
     if ord in (None, "fro") or len(axes) == 1:
         return _vector_norm(x, ord, axis=axis, keepdims=keepdims)
@@ -4289,7 +4323,7 @@ def _vector_norm(x, ord, **kept):
         return _norm(x, **kept)
     if ord == 0:
         return np.sum(np.not_equal(x, 0), **kept).astype(x.dtype)
-    if abs(ord) == np.inf and np.size(x):
+    if abs(ord) == np.inf and (ord < 0 or np.size(x)):
         return (np.max if ord > 0 else np.min)(np.abs(x), **kept)
     if ord == 1:
         return np.sum(np.abs(x), **kept)
@@ -4297,6 +4331,13 @@ def _vector_norm(x, ord, **kept):
     total = np.sum(np.where(zero, math.inf if ord < 0 else 0.0, np.abs(np.where(zero, 1.0, x)) ** ord), **kept)
     some = np.not_equal(total, 0)
     return np.where(some, np.where(some, total, 1.0) ** (1.0 / ord), 0.0)
+
+
+@_numpys
+def vector_norm(x, *, axis=None, keepdims=False, ord=2):
+    if isinstance(ord, str):
+        np.linalg.norm(np.ones(1), ord)  # NumPy's own error
+    return _vector_norm(_floating(x), ord, axis=axis, keepdims=keepdims)
 
 
 # A decomposition is one primitive, whose parts lie side by side in one array: one rule gives the gradient of all.
@@ -4418,6 +4459,7 @@ def lstsq(a, b, rcond=None):
 
 @_numpys
 def matrix_power(a, n):
+    np.linalg.matrix_power(np.empty((0,) * (np.ndim(a) > 1) + np.shape(a)), n)  # NumPy's own checks and errors
     a, n = (np.linalg.inv(a), -n) if n < 0 else (a, n)
     if n < 2:
         return np.where(n, a, np.eye(np.shape(a)[-1], dtype=a.dtype))
@@ -4429,10 +4471,11 @@ def matrix_power(a, n):
 def multi_dot(arrays):
     """`np.linalg.multi_dot`: the product that sums over most comes first."""
     arrays = list(arrays)
-    while len(arrays) > 1:
+    np.linalg.multi_dot(list(map(_little, arrays)))  # NumPy's own checks and errors
+    while len(arrays) > 2:
         i = max(range(1, len(arrays)), key=lambda i: np.shape(arrays[i])[0])
         arrays[i - 1 : i + 1] = [arrays[i - 1] @ arrays[i]]
-    return arrays[0]
+    return np.dot(*arrays)
 
 
 @_numpys
@@ -4584,7 +4627,8 @@ def _taken(a, where, **params):
 
 @composed(PRIMITIVES["mean"])
 def mean(a, *, dtype=None, where=True, **params):
-    return np.sum(a, dtype=dtype, where=where, **params) / _taken(a, where, **params)
+    single = _in_single(lambda a: np.sum(a, where=where, **params) / _taken(a, where, **params))
+    return single(_in_dtype(PRIMITIVES["mean"], a, dtype))
 
 
 def _deviating(prim):
@@ -4614,9 +4658,15 @@ def _skipping_nan(name, **start):
         known = np.equal(a, a)
         where = known if where is True else np.logical_and(known, where)
         out = function(a, axis=axis, where=where, **start | kwargs)
-        if not start or "initial" in kwargs:
+        kept = {"axis": axis, "keepdims": kwargs.get("keepdims", False)}
+        if "ddof" in kwargs:
+            some = np.greater(_taken(a, where, **kept), kwargs["ddof"])
+        elif start and "initial" not in kwargs:
+            getattr(np, f"nan{name}")(_little(a), axis=axis)  # NumPy's own checks and errors
+            some = np.any(known, **kept)
+        else:
             return out
-        return np.where(np.any(known, axis=axis, keepdims=kwargs.get("keepdims", False)), out, np.nan)
+        return np.where(some, out, np.nan)
 
     TABLE[getattr(np, f"nan{name}")] = skip
 
@@ -4690,7 +4740,7 @@ for _function, _composition in {
         (np.compress, np.extract), lambda condition, a, axis=None: np.take(a, np.flatnonzero(condition), axis)
     ),
     np.ediff1d: lambda ary, to_end=None, to_begin=None: concatenate(
-        [x for x in (to_begin, np.diff(np.ravel(ary)), to_end) if x is not None], None
+        [x for x in (to_begin, np.ravel(ary)[1:] - np.ravel(ary)[:-1], to_end) if x is not None], None
     ),
     np.bincount: lambda x, weights=None, minlength=0: _bincount(
         x, *([] if weights is None else [weights]), minlength=minlength
@@ -4706,9 +4756,6 @@ for _function, _composition in {
     np.polyadd: _aligned(np.add),
     np.polysub: _aligned(np.subtract),
     np.linalg.matrix_norm: lambda x, *, keepdims=False, ord="fro": norm(x, ord, (-2, -1), keepdims),
-    np.linalg.vector_norm: lambda x, *, axis=None, keepdims=False, ord=2: _vector_norm(
-        _floating(x), ord, axis=axis, keepdims=keepdims
-    ),
     np.linalg.eigvalsh: lambda a, UPLO="L": eigh(a, UPLO).eigenvalues,
     np.linalg.svdvals: lambda x: svd(x, False).S,
 }.items():
@@ -4906,7 +4953,7 @@ for _key, _function in list(TABLE.items()):
 def _sort(self, axis=-1, kind=None, order=None, *, stable=None):
     if isinstance(self, Value):
         raise TypeError("sort: a Value does not change in place; use np.sort")
-    self[...] = np.sort(self, axis)
+    self[...] = np.sort(self, axis, kind, order, stable=stable)
 
 
 _put_in(Array, "sort", _sort, "sort")

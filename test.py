@@ -1005,6 +1005,18 @@ class TestValue(Strict):
             self.assertEqual(
                 (v.item(), bool(v), v > 1, f"{v:.1f}", [5, 6][np.argmax(Value([1.0, 2.0]))]), (2, True, True, "2.0", 6)
             )
+            u, m, raw = Value([1.0, 3.0]), Value([[1.0, 2.0], [3.0, 4.0]]), np.arange(4.0).reshape(2, 2)
+            for got, expected in [
+                (np.asarray(u > 1), [False, True]), (np.array([u > 1, u < 2]), [[False, True], [True, False]]),
+                (raw[np.argmax(u), u > 1], [3.0]), (raw[[np.argmax(u), 0]], [[2.0, 3.0], [0.0, 1.0]]),
+                (np.asarray(u.detach(), int), [1, 3]), (u[[np.argmax(u), 0]].data, [3.0, 1.0]),
+                (u[[u[0] > 2, True]].data, [3.0]), (m[[np.argmax(u), 0], [0, np.argmin(u)]].data, [3.0, 1.0]),
+            ]:  # fmt: skip
+                self.assertEqual(np.asarray(got).tolist(), expected)
+        picked = u[[np.argmax(u), 0]]
+        u.data = [5.0, 3.0]
+        for way in WAYS:  # a replay reads the index anew
+            self.assertEqual(way(picked).forward().tolist(), [5.0, 5.0])
         for call in (lambda: np.asarray(v), lambda: np.array([v, v])):
             self.assertRaisesRegex(TypeError, r"\.data\.data.*np\.stack or np\.block", call)
 
@@ -1789,6 +1801,111 @@ class TestCatalogue(Strict):
         if np.lib.NumpyVersion(np.__version__) >= "2.2.0":
             check_gradients(lambda x: np.pad(x, {1: (1, 2)}) ** 2, np.ones((2, 3)))
         self.assertEqual(np.ones(2).clip(Value([1.0, 3.0]), 4.0).tolist(), [1.0, 3.0])
+
+    def test_compositions_refuse_what_numpy_refuses(self):
+        linalg, m, v, c = np.linalg, np.ones((2, 3)), np.array([1.0, 2.0, 4.0]), np.ones((2, 2, 2))
+        for f, x, *args in [
+            (linalg.matrix_power, m, 2), (linalg.matrix_power, v, 2), (linalg.matrix_power, c, 1.5),
+            (lambda x: linalg.multi_dot([x]), m), (lambda x: linalg.multi_dot([x, v, x]), c[0]),
+            (lambda x: linalg.multi_dot([x, x, x]), c), (linalg.vector_norm, {"ord": "fro"}, m),
+            (np.cov, {"fweights": [-1, 1, 1]}, m), (np.cov, {"fweights": [0.5, 1, 1]}, m),
+            (np.cov, {"aweights": [-0.5, 1, 1]}, m), (np.cov, {"ddof": 1.5}, m), (np.gradient, {"edge_order": 3}, v),
+            (np.gradient, {"edge_order": 2}, v[:2]), (np.gradient, v, np.ones((3, 3))), (np.polyfit, v, v, -1),
+            (np.polyder, v, -1), (np.vander, v, -1), (np.sort, v, 0, "foo"), (np.sort, v, 0, None, "x"),
+            (np.average, {"weights": [1.0, 1.0, -2.0]}, v), (np.nanmax, v[:0]), (np.nanmin, {"axis": 0}, m[:0]),
+            (np.interp, v, [], []), (np.interp, v, [1.0], [1.0, 2.0]), (np.pad, {"foo": 1}, v, 1, "linear_ramp"),
+            (np.pad, v, -1, "linear_ramp"), (np.pad, v[:0], 1, "linear_ramp"),
+            (lambda x: np.ediff1d(x > 1), v),
+        ]:  # fmt: skip
+            options, (x, *args) = (x, args) if isinstance(x, dict) else ({}, (x, *args))
+            with self.subTest(function=f.__name__, args=str((x, args, options))[:80]):
+                with self.assertRaises(Exception) as caught:
+                    f(x, *args, **options)
+                for wrap in (Value, Tensor):
+                    self.assertRaises(type(caught.exception), f, wrap(x, float), *args, **options)
+        self.assertRaises(ValueError, Tensor(v).sort, kind="foo")
+
+    def test_corners_of_compositions_are_numpys(self):
+        v, beside, c = np.array([5.0, 3.0, 0.0]), np.array([0.0, np.inf, 1.0]), np.arange(8.0).reshape(2, 2, 2)
+        gaps = np.array([[1.0, 2.0, np.nan], [np.nan] * 3])
+        for f, *args in [
+            (lambda x: np.linalg.multi_dot([x, x]), c), (np.polyder, np.ones((3, 2))), (lambda x: np.vander(x, 0), v),
+            (lambda x: np.nanvar(x, ddof=5), v), (lambda x: np.nanvar(x, axis=1, ddof=1), gaps),
+            (lambda x: np.nanstd(x, axis=0, ddof=1), gaps), (lambda x: np.nanmax(x, axis=1), gaps),
+            (np.gradient, beside, np.array([0.0, 1.0, 3.0])), (np.gradient, beside, np.array([0.0, 2.0, 3.0])),
+            (np.gradient, np.array(1.0)), (lambda x: np.gradient(x, axis=()), v),
+            (lambda x: np.gradient(x, edge_order=0), v), (lambda x: np.gradient(x, edge_order=2), beside),
+            (lambda x: np.gradient(x, edge_order=2), np.array([2.0, 1.0, np.inf])), (np.trim_zeros, np.array(1.0)),
+        ]:  # fmt: skip
+            self.agree(f, *args, order=0)
+        for f in (
+            lambda x: np.linspace(x, 3.0, 1, retstep=True)[1],
+            lambda x: np.setdiff1d(np.arange(5), x).dtype,
+            lambda x: np.interp(x, [1.0, 3.0, 3.0], [1.0, 2.0, 5.0]).tolist(),
+        ):
+            for wrap in (Value, Tensor):
+                np.testing.assert_equal(f(wrap(v)), f(v))
+        x, fp = Value(3.0), Value([1.0, 2.0, 5.0])  # of two places that are equal, the last counts
+        np.interp(x, np.array([1.0, 3.0, 3.0]), fp).backward()
+        self.assertEqual(fp.grad.tolist(), [0.0, 0.0, 1.0])
+
+    def test_whole_numbers_and_narrow_weights_do_not_narrow_a_composition(self):
+        def close(got, expected):
+            for x, y in zip(
+                got if isinstance(got, tuple) else (got,), expected if isinstance(got, tuple) else (expected,)
+            ):
+                self.assertEqual(x.dtype, np.asarray(y).dtype)
+                np.testing.assert_allclose(np.asarray(x if isinstance(x, Tensor) else x.data), y, rtol=1e-12)
+
+        small, signed = np.array([5, 3, 9], np.uint8), np.array([-100, 100], np.int8)
+        for f, x in [
+            (lambda x: np.linspace(x, 1, 3), small), (lambda x: np.linspace(x[0], x[1], 3), signed),
+            (lambda x: np.logspace(x, 1, 3), small), (lambda x: np.gradient(x, np.array([0.0, 1.0, 3.0])), small),
+            (lambda x: np.gradient(np.array([1.0, 2.0, 5.0]), x[::-1]), small),
+        ]:  # fmt: skip
+            close(f(Tensor(x, x.dtype)), f(x))
+        close(np.gradient(Value(small, float), small), np.gradient(small.astype(float), small))
+        self.assertEqual(np.linspace(Value([3.0]), Tensor([1], np.int64), 3).dtype, np.float32)
+        a = np.arange(100.0)
+        for w in (np.full(100, 1000.0, np.float16), np.full(100, 2e38, np.float32)):
+            for wrap in (Value, Tensor):
+                x, y = wrap(a, float), Tensor(w, w.dtype)
+                with np.errstate(over="ignore"):
+                    close(
+                        np.average(x, weights=y, returned=True), np.average(a, weights=w.astype(float), returned=True)
+                    )
+                    close(np.cov(x, aweights=y), np.cov(a, aweights=w.astype(float)))
+        half = Value([60000.0, 60000.0], dtype=np.float16)
+        close(np.mean(half, where=[True, True]), np.float16(60000.0))
+        self.assertEqual(np.mean(half, where=[True, True], dtype=np.float64).dtype, np.float64)
+        for dtype, x in ((np.float32, Value(np.array(0.1), np.float64)), (np.float16, Value([0.1], np.float32)[0] * 1)):
+            v = Value([1.0, -1.0], dtype)
+            v.at[[0, 1]].min(x).sum().backward()
+            self.assertEqual((x.grad.item(), v.grad.tolist()), (1.0, [0.0, 1.0]))
+
+    def test_pieces_by_masks_of_any_kind(self):
+        pieces = [lambda x: -x, lambda x: 10.0 * x]
+        x, m = np.array([-1.0, 2.0]), np.arange(6.0).reshape(3, 2) + 0.5
+        for x, masks in [
+            (x, lambda x: x < 0), (x, lambda x: [x < 0]), (x, lambda x: [x < 0, Tensor(x > 1, bool)]),
+            (m, lambda x: [x[:, 0] > 2]), (m, lambda x: [x[:, 0] > 2, x[:, 1] < 4]), (m, lambda x: x.T < 3),
+        ]:  # fmt: skip
+            if isinstance(plain := masks(x), list):
+                plain = list(map(np.asarray, plain))
+            for wrap in (Value, Tensor):
+                out = np.piecewise(wrap(x, float), masks(wrap(x, float)), pieces)
+                np.testing.assert_array_equal(np.asarray(out.data), np.piecewise(x, plain, pieces))
+            check_gradients(lambda x, masks=masks: np.piecewise(x, masks(x), pieces), x)
+        self.assertEqual(np.piecewise(Value(2.0), Value(2.0) > 3, pieces).item(), 20.0)
+        mixed = np.piecewise(Value([1.0, 2.0], float), [[True, False]], [Tensor([3.0], np.float16), 1e5])
+        self.assertEqual((mixed.dtype, mixed.data.tolist()), (np.float64, [3.0, 1e5]))
+
+    def test_quantiles_with_axes_that_numpy_mixes_have_no_gradient(self):
+        x, q = Value(np.arange(12.0).reshape(2, 3, 2), float), np.array([[0.0, 1.0], [0.5, 0.0]])
+        for axis in ((0, 1), ()):
+            self.assertRaisesRegex(TypeError, "q must have one dimension", np.nanquantile(x, q, axis).sum().backward)
+        for axis in (1, (1,), (0, 1, 2), None):
+            self.agree(lambda x, axis=axis: np.nanquantile(x, q, axis), x.data.data, order=1)
 
     def test_what_moves_elements_is_a_view_where_numpys_is(self):
         m = Value(np.arange(12.0).reshape(3, 4))
