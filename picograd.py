@@ -2943,7 +2943,7 @@ def _axes(a, axis) -> tuple:
 
 def _share(a, axis, ddof=0):
     """1 / how many elements a reduction takes together; infinity if that is 0."""
-    count = (np.size(a) if axis is None else math.prod([np.shape(a)[i] for i in _axes(a, axis)])) - ddof
+    count = math.prod(np.shape(a) if axis is None else [np.shape(a)[i] for i in _axes(a, axis)]) - ddof
     return 1.0 / count if count > 0 else math.inf
 
 
