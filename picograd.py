@@ -5342,13 +5342,13 @@ def _labelled(mask):
 _label_mask = primitive(_label_mask_forward, None, name="label mask")
 
 
-def _entropy(x, mask, weights=None):
-    """The cross-entropy of logits, with the mask of their labels, one a row; of no sample, nan as other means.
-    weights: softmax(x), if it is known."""
-    if not type(x) is type(mask) is np.ndarray:
+def _entropy(x, mask, weights):
+    """The cross-entropy of logits, given the mask of their labels, one a row, and their softmax; of no sample, nan as
+    other means."""
+    if not type(x) is type(mask) is type(weights) is np.ndarray:
         lead = x - _peak(x, -1)
         return np.mean(np.log(np.sum(np.exp(lead), axis=-1)) - np.sum(np.where(mask, lead, 0.0), axis=-1))
-    weights, place = _softmax(x) if weights is None else weights, _labelled(mask)
+    place = _labelled(mask)
     own = np.ravel(weights[place])
     small = own < np.finfo(own.dtype).tiny
     with np.errstate(divide="ignore"):
@@ -5370,28 +5370,12 @@ def _less_at_labels(weights, mask):
 _less_labels = primitive(_less_at_labels, lambda g, out, weights, mask: g, None, name="less labels")
 
 
-def _entropy_slope(g, mask, weights, out=None):
-    share = g * _share(weights, tuple(range(np.ndim(weights) - 1)))
-    if not type(weights) is type(mask) is np.ndarray:
-        return _less_labels(weights, mask) * share
-    slope = np.multiply(weights, share, out=out)
-    slope[_labelled(mask)] -= share
-    return slope
+def _entropy_x(g, out, x, mask, weights):
+    return _less_labels(weights, mask) * (g * _share(x, tuple(range(np.ndim(x) - 1))))
 
 
-def _entropy_x(g, out, x, mask):
-    weights = softmax(x)
-    return _entropy_slope(g, mask, weights, weights)
-
-
-_cross_entropy = primitive(lambda x, mask: _entropy(x, mask), _entropy_x, None, name="cross entropy")
-_kept_entropy = primitive(  # for programs, which compute softmax(x) once
-    lambda x, mask, weights: _entropy(x, mask, weights),
-    lambda g, out, x, mask, weights: _entropy_slope(g, mask, weights),
-    None,
-    None,
-    name="cross entropy by softmax",
-)
+# Its gradient takes the softmax that the forward took; to that goes none, as what comes by it is in the logits' own.
+_cross_entropy = primitive(_entropy, _entropy_x, None, None, name="cross entropy")
 
 
 def cross_entropy(logits: Value, labels: Any) -> Value:
@@ -5412,7 +5396,7 @@ def cross_entropy(logits: Value, labels: Any) -> Value:
         mask = _record(_label_mask, (labels,), {"k": k})
     else:
         mask = _label_mask(labels, k=k)
-    return _apply(_cross_entropy, (logits, mask), _NO_PARAMS)
+    return _apply(_cross_entropy, (logits, mask, softmax(logits)), _NO_PARAMS)
 
 
 _sigmoid_entropy = primitive(  # softplus(x) - x * y, with no difference of large numbers where y is 1
@@ -5422,7 +5406,7 @@ _sigmoid_entropy = primitive(  # softplus(x) - x * y, with no difference of larg
     name="sigmoid entropy",
     elementwise=True,
 )
-for _prim in (_mse, _label_mask, _cross_entropy, _kept_entropy, _less_labels, _sigmoid_entropy):
+for _prim in (_mse, _label_mask, _cross_entropy, _less_labels, _sigmoid_entropy):
     _prim.builtin = True
 
 
@@ -7112,13 +7096,7 @@ _PRODUCT, _SUM = TABLE[np.matmul], PRIMITIVES["sum"]
 _VIEWS = (_reshape, _TRANSPOSE, _BROADCAST, _getitem)
 # Operands that may be masks: where's condition, a mask times a float (micrograd's relu), masks made of masks.
 _LOGICAL = "logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor invert"
-_MASKS = {
-    _WHERE: (0,),
-    _MULTIPLY: (0, 1),
-    _cross_entropy: (1,),
-    _kept_entropy: (1,),
-    _less_labels: (1,),
-} | dict.fromkeys(_VIEWS, (0,))
+_MASKS = {_WHERE: (0,), _MULTIPLY: (0, 1), _cross_entropy: (1,), _less_labels: (1,)} | dict.fromkeys(_VIEWS, (0,))
 _MASKS |= dict.fromkeys([TABLE[getattr(np, name)] for name in _LOGICAL.split()], (0, 1))
 
 
@@ -8154,8 +8132,8 @@ def _checked(x, shape):
 _WHOLE: dict[Primitive, Callable] = {  # what is one operation to save time and memory, as several
     _dense: lambda x, w, b, activation=None: activation(x @ w + b) if activation else x @ w + b,
     _mse: lambda x, y: (np.mean if np.ndim(x) else np.positive)(np.square(np.subtract(x, y))),
-    _cross_entropy: lambda x, mask: (
-        _record(_kept_entropy, (x, mask, softmax(x)))
+    _cross_entropy: lambda x, mask, weights: (
+        _record(_cross_entropy, (x, mask, weights))
         if np.ndim(x) > 1
         else np.mean(np.where(mask, log_softmax(x) * -float(np.shape(x)[-1]), 0.0))  # of one sample among many
     ),

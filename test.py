@@ -110,8 +110,8 @@ SEED = int(os.environ.get("PICOGRAD_TEST_SEED", random.randrange(2**32)))
 REAL, POSITIVE, UNIT, OVER_1 = (-2.0, 2.0), (0.3, 3.0), (-0.9, 0.9), (1.1, 3.0)
 APART = np.array([-1.7, 0.1, 1.3])  # no kink near
 AXES = [{}] + [{"axis": axis, "keepdims": keep} for axis in (1, -1, (0, 2)) for keep in (0, 1)]
-# Operations on graphs, and one of programs that stands for another: compared in TestGradients and TestOptimizer.
-GRAPHS = ("join", "checkpoint", "program", "result", "sealed", "cross entropy by softmax")
+# Operations on graphs, and one that is given what it might compute: see TestGradients, TestOptimizer and TestNN.
+GRAPHS = ("join", "checkpoint", "program", "result", "sealed", "cross entropy")
 HOWS = {"set": None, "add": np.add, "multiply": np.multiply, "min": np.minimum, "max": np.maximum}  # of v.at[index]
 SQUARE = [((((3, 3), "definite"),), {}), ((((2, 3, 3), "definite"),), {})]
 DIAGONALS = [(((3,),), {}), (((3,),), {"k": -2}), (((3, 4),), {"k": 1})]
@@ -193,7 +193,6 @@ SAMPLES = {
         + [((5, 1, 2, 3), (4, 3, 2)), ((3,), (5, 3, 2)), ((5, 2, 3), (3,))]
     ],
     "mse": [(((2, 3), (2, 3)), {})],
-    "cross entropy": [(((2, 3), np.eye(3, dtype=bool)[[2, 0]]), {}), (((3,), np.array([False, True, False])), {})],
     "less labels": [(((2, 3), np.eye(3, dtype=bool)[[2, 0]]), {})],
     "dense layer": [(((2, 3), (3, 4), (4,)), {"activation": f}) for f in (TABLE[np.tanh], sigmoid, None)],
     **dict.fromkeys(["inv", "det", "cholesky", "eigh", "eigh of upper", "logabsdet", "matrix of cofactors"], SQUARE),

@@ -1136,7 +1136,6 @@ REACHED |= {
     "nan_to_num",
     "mse",
     "cross entropy",
-    "cross entropy by softmax",
     "less labels",
     "at least",
     "at most",
