@@ -232,7 +232,7 @@ REASONS = {
     "shapes": "einsum_path",
     "two or more axes of counts": "histogram2d histogramdd",
     "of np.unique": "unique_all unique_counts unique_inverse unique_values",
-    "outdated": "polydiv poly",
+    "outdated": "polydiv poly in1d",
 }
 
 
@@ -1834,7 +1834,7 @@ class TestCatalogue(Strict):
             (np.gradient, beside, np.array([0.0, 1.0, 3.0])), (np.gradient, beside, np.array([0.0, 2.0, 3.0])),
             (np.gradient, np.array(1.0)), (lambda x: np.gradient(x, axis=()), v),
             (lambda x: np.gradient(x, edge_order=0), v), (lambda x: np.gradient(x, edge_order=2), beside),
-            (lambda x: np.gradient(x, edge_order=2), np.array([2.0, 1.0, np.inf])), (np.trim_zeros, np.array(1.0)),
+            (lambda x: np.gradient(x, edge_order=2), np.array([2.0, 1.0, np.inf])),
         ]:  # fmt: skip
             self.agree(f, *args, order=0)
         for f in (
@@ -2122,8 +2122,7 @@ class TestCatalogue(Strict):
         over_0, over_1 = np.exp(b), np.exp(b[::-1])
         programs = [
             (np.hsplit, (a, 2)), (np.hsplit, (b, [1, 3])), (np.vsplit, (a, [1])), (np.dsplit, (c, [3, 1])),
-            (np.split, (a, [2, 1, 3], 1)), (np.array_split, (a, 3, -1)), (np.unstack, (a,)),
-            (np.unstack, (c,), {"axis": -1}),
+            (np.split, (a, [2, 1, 3], 1)), (np.array_split, (a, 3, -1)),
             (np.broadcast_arrays, (a, b, np.array([[2.0]]))), (np.meshgrid, (b, grid)),
             (np.meshgrid, (b, grid, zeros[:2]), {"indexing": "ij"}), (np.meshgrid, (b, grid), {"sparse": True}),
             (np.partition, (grid[[3, 0, 5, 1, 4, 2]], 2)), (np.partition, (a, (1, 2), 0)), (np.partition, (a, 3, None)),
@@ -2173,10 +2172,17 @@ class TestCatalogue(Strict):
             (linalg.matrix_norm, (a,), {"keepdims": True}), (linalg.diagonal, (c,), {"offset": 1}),
             *[(linalg.vector_norm, (c,), {"ord": p, "axis": (0, -1), "keepdims": True}) for p in (1, 2, 3, np.inf)],
             (linalg.trace, (c,)), (np.vecdot, (c, b)), (np.vecdot, (a, c[1, :, :1]), {"axis": 0}),
-            (linalg.vecdot, (c, a), {"axis": -2}), (np.matvec, (c, b)), (np.matvec, (a, c)),
-            (np.vecmat, (c[:, :, :3], a)),
-            (np.vecmat, (b, c.mT)), (np.astype, (a, np.float64)),
+            (linalg.vecdot, (c, a), {"axis": -2}), (np.astype, (a, np.float64)),
         ]  # fmt: skip
+        if hasattr(np, "unstack"):  # NumPy 2.1
+            programs += [(np.unstack, (a,)), (np.unstack, (c,), {"axis": -1})]
+        if hasattr(np, "matvec"):  # NumPy 2.2
+            programs += [
+                (np.matvec, (c, b)),
+                (np.matvec, (a, c)),
+                (np.vecmat, (c[:, :, :3], a)),
+                (np.vecmat, (b, c.mT)),
+            ]
         for function, args, *more in programs:
             with self.subTest(seed=SEED, function=function.__name__, args=str((args, more))[:200]):
                 self.check_program(function, args, more[0] if more else {})
@@ -2738,9 +2744,11 @@ class TestCatalogue(Strict):
             lambda x: np.sum(x, initial=2), lambda x: np.max(x, axis=0, initial=x.dtype.type(1)),
             lambda x: np.add.reduce(x), lambda x: np.maximum.accumulate(x, axis=-1),
             lambda x: np.unique(x), lambda x: np.trunc(x), lambda x: np.nanmedian(x, axis=0), lambda x: np.argwhere(x),
-            lambda x: np.nanargmax(x), lambda x: np.cumulative_sum(x, axis=0, include_initial=True),
+            lambda x: np.nanargmax(x),
             lambda x: np.count_nonzero(x, axis=-1, keepdims=True), lambda x: x.flatten(), np.atleast_2d, np.trace,
         ]  # fmt: skip
+        if hasattr(np, "cumulative_sum"):  # NumPy 2.1
+            other.insert(0, lambda x: np.cumulative_sum(x, axis=0, include_initial=True))
         compared = 0
         for dtype in (np.float16, np.float32, np.float64, np.int64, np.int8, np.uint8, bool):
             for x in numbers:
@@ -2829,6 +2837,7 @@ class TestCatalogue(Strict):
             name for cls in (*Tensor.__mro__[1::-1], Tensor, Value) for name, x in vars(cls).items() if callable(x)
         }
         put_in = {name for name in put_in - defined if not re.match("__(i(?!nvert)|dask|class|hash|new)", name)}
+        put_in.discard("ptp")  # a method of arrays until NumPy 2.0
         put_in -= set(vars(object)) - {"__eq__", "__ge__", "__gt__", "__le__", "__lt__", "__ne__"}
         self.assertEqual(told.keys() - {"at", "_of_one", "_of_two", "_other"}, put_in)
         self.assertIsInstance(Value.at, property)
@@ -2840,7 +2849,7 @@ class TestCatalogue(Strict):
                 self.assertIn(name, ("__neg__", "__pos__", "__invert__"))
 
     def test_help_shows_signatures(self):
-        for name, shown in (("sum", "(axis=None, "), ("softmax", "(axis=-1)"), ("tanh", "()"), ("clip", "(a_min=")):
+        for name, shown in (("sum", "(axis=None, "), ("softmax", "(axis=-1)"), ("tanh", "()"), ("clip", "(a_min")):
             method = getattr(Value(1.0), name)
             self.assertTrue(str(inspect.signature(method)).startswith(shown), inspect.signature(method))
             self.assertEqual(method.__name__, name)
