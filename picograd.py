@@ -3817,7 +3817,7 @@ def geomspace(start, stop, num=50, endpoint=True, *, axis=0):
         raise ValueError("np.geomspace: start and stop must not be 0")
     line = sign * np.exp(np.linspace(np.log(start * sign), np.log(stop * sign), num, endpoint))
     part = _steps(num, endpoint, np.ndim(line) - 1)
-    return np.moveaxis(np.where(part == 0.0, start, np.where(part == 1.0, stop, line)), 0, axis)
+    return np.moveaxis(np.where(part == 0.0, start, np.where(part == 1.0, stop * sign * sign, line)), 0, axis)
 
 
 composed(*_since("astype"))(lambda x, dtype, *, copy=True: x.astype(dtype))
