@@ -1830,7 +1830,8 @@ class TestCatalogue(Strict):
         for f, *args in [
             (lambda x: np.linalg.multi_dot([x, x]), c), (np.polyder, np.ones((3, 2))), (lambda x: np.vander(x, 0), v),
             (lambda x: np.nanvar(x, ddof=5), v), (lambda x: np.nanvar(x, axis=1, ddof=1), gaps),
-            (lambda x: np.geomspace(x, 2.0, 4), np.array([np.nan])), (lambda x: np.nanstd(x, axis=0, ddof=1), gaps), (lambda x: np.nanmax(x, axis=1), gaps),
+            (lambda x: np.geomspace(x, 2.0, 4), np.array([np.nan])),
+            (lambda x: np.nanstd(x, axis=0, ddof=1), gaps), (lambda x: np.nanmax(x, axis=1), gaps),
             (np.gradient, beside, np.array([0.0, 1.0, 3.0])), (np.gradient, beside, np.array([0.0, 2.0, 3.0])),
             (np.gradient, np.array(1.0)), (lambda x: np.gradient(x, axis=()), v),
             (lambda x: np.gradient(x, edge_order=0), v), (lambda x: np.gradient(x, edge_order=2), beside),
