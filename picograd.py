@@ -1220,7 +1220,8 @@ def _written_back(new, raw, owner, attribute) -> bool:
         return KINDS[type(raw)].same(raw, new)
     whose = getattr(new, "_owner", None)
     same = whose is not None and whose[0] is owner and whose[1] == attribute
-    return same and KINDS[type(raw)].same(raw, new._held)
+    both = ((raw, new._held), (new._held, raw))  # one may be in blocks around the other
+    return same and any([KINDS[type(x)].same(x, y) for x, y in both])
 
 
 def _restored(cls: type, raw, choice, label="") -> Tensor:
@@ -2104,9 +2105,10 @@ class _Call:
                 raise TypeError(f"argnums: expected an integer or a tuple of integers, got {argnums!r}")
             if not -len(args) <= i < len(args):
                 raise ValueError(f"argnums: asks for argument {i}, but the function was called with {len(args)}")
+        self.one, numbers = numbers == (argnums,), [i % len(args) for i in numbers]
         if len(numbers) > len(set(numbers)):
             raise ValueError(f"argnums: names an argument twice: {argnums}")
-        self.given, self.one = [args[i] for i in numbers], numbers == (argnums,)
+        self.given = [args[i] for i in numbers]
         self.inside, self.variables = _mode.depth > 0, []
         self.out, self.aux = _differentiating(self.record, f, numbers, [*args], kwargs), None
         self.valued = any([v._prim for v in self.variables])
@@ -2820,7 +2822,7 @@ def _floating(x):
     dtype = getattr(x, "dtype", None)
     if dtype is None:
         return np.float64(x)
-    return x if dtype.kind == "f" else x.astype(np.float64)
+    return x if dtype.kind == "f" else _as_dtype(x, np.float64)
 
 
 def _in_single(function):
@@ -3167,7 +3169,10 @@ def _cast(a, dtype):
     """a in another dtype; `float` stands for Python's own: a weak scalar."""
     if dtype is float:
         return float(a)
-    return (a if hasattr(a, "astype") else np.asarray(a)).astype(dtype)
+    a = a if hasattr(a, "astype") else np.asarray(a)
+    if a.dtype.kind == "c":
+        raise TypeError(f"expected real numbers, got dtype {a.dtype}")
+    return a.astype(dtype)
 
 
 _as_dtype = _elementwise(_cast, lambda g, out, a, dtype: g, name="astype")
@@ -3810,6 +3815,14 @@ def linspace(start, stop, num=50, endpoint=True, retstep=False, *, axis=0):
 
 
 @_numpys
+def logspace(start, stop, num=50, endpoint=True, base=10.0, *, axis=0):
+    if np.ndim(base):
+        start = np.broadcast_to(start, np.broadcast_shapes(*map(np.shape, (start, stop, base))))
+        base = np.expand_dims(np.broadcast_to(base, np.shape(start)), axis)
+    return np.power(base, np.linspace(start, stop, num, endpoint, axis=axis))
+
+
+@_numpys
 def geomspace(start, stop, num=50, endpoint=True, *, axis=0):
     start, stop = (_as_dtype(x, np.float64) for x in (start, stop))
     sign = np.sign(start)
@@ -3845,6 +3858,8 @@ def pad(array, pad_width, mode="constant", **values):
     widths, ends = (np.broadcast_to(x, (array.ndim, 2)) for x in (pad_width, values.get("end_values", 0)))
     ends = ends if isinstance(ends, Value) else ends.tolist()
     for axis, width in enumerate(widths.tolist()):
+        if not any(width):
+            continue
         left, right = (
             np.linspace(ends[axis][i], _along(array, axis, -i), width[i], endpoint=False, axis=axis) for i in range(2)
         )
@@ -4125,7 +4140,7 @@ def polyfit(x, y, deg, rcond=None, *, w=None):
     if w is not None:
         left, y = left * np.expand_dims(w, 1), np.transpose(np.transpose(y) * w)
     scale = np.sqrt(np.sum(np.square(left), axis=0))
-    return np.transpose(np.transpose(np.linalg.pinv(left / scale, rtol=rcond) @ y) / scale)
+    return np.transpose(np.transpose(np.linalg.pinv(left / scale, rtol=_rtol(rcond, left)) @ y) / scale)
 
 
 @_numpys
@@ -4447,13 +4462,18 @@ def _pinv_a(g, out, a, rcond=None, rtol=None):
 primitive(np.linalg.pinv, _pinv_a)
 
 
+def _rtol(rcond, a):
+    """What `np.linalg.lstsq` takes a number for: one that is no share, for a's precision."""
+    return rcond if rcond is None or 0 < rcond < 1 else np.finfo(a.dtype).eps
+
+
 @_numpys
 def lstsq(a, b, rcond=None):
     """`np.linalg.lstsq`, by the pseudo-inverse; the singular values have gradients, too, and the rank is plain."""
     a, (m, n) = _floating(a), np.shape(a)
-    x = np.linalg.pinv(a, rtol=rcond) @ b
-    rank = np.linalg.matrix_rank(_fetched(_raw(a)), rtol=rcond)
-    residuals = np.sum(np.reshape(np.square(b - a @ x), (m, -1)), axis=0)
+    x = np.linalg.pinv(a, rtol=_rtol(rcond, a)) @ b
+    rank = np.linalg.matrix_rank(_fetched(_raw(a)), rtol=_rtol(rcond, a))
+    residuals = np.sum(np.reshape(np.square(b - a @ x), (m, math.prod(np.shape(b)[1:]))), axis=0)
     return x, residuals if rank == n < m else residuals[:0], rank, np.linalg.svdvals(a)
 
 
@@ -4481,7 +4501,9 @@ def multi_dot(arrays):
 @_numpys
 def tensorsolve(a, b, axes=None):
     a = a if axes is None else np.moveaxis(a, axes, range(-len(axes), 0))
-    return np.reshape(solve(np.reshape(a, (np.size(b), -1)), np.ravel(b)), np.shape(a)[np.ndim(b) :])
+    return np.reshape(
+        solve(np.reshape(a, (np.size(b), math.prod(np.shape(a)[np.ndim(b) :]))), np.ravel(b)), np.shape(a)[np.ndim(b) :]
+    )
 
 
 @_numpys
@@ -4746,9 +4768,6 @@ for _function, _composition in {
         x, *([] if weights is None else [weights]), minlength=minlength
     ),
     np.lexsort: lambda keys, axis=-1: _lexsort(*keys, axis=axis),
-    np.logspace: lambda start, stop, num=50, endpoint=True, base=10.0, *, axis=0: np.power(
-        base, np.linspace(start, stop, num, endpoint, axis=axis)
-    ),
     np.inner: lambda a, b: dot(a, _t(b) if np.ndim(a) and np.ndim(b) > 1 else b),
     np.linalg.cross: lambda x1, x2, *, axis=-1: np.cross(x1, x2, axis=axis),
     np.linalg.outer: lambda x1, x2: einsum("i,j->ij", x1, x2),
@@ -6190,7 +6209,7 @@ class _Memory:
         if nbytes < _SMALL_BYTES and not shared:
             return np.empty(shape, dtype)
         size = -(-max(nbytes, 1) >> 20) << 20
-        self.bound = self.bound or _physical_bytes() // 16
+        self.bound = self.bound or (_config.enabled and _physical_bytes() // 16)
         segment = self.take(size, shared) or (shared and self.share(size, most)) or self.take(size, False)
         # A view: NumPy lets an array be made writeable again if it stands on an array that is.
         return np.asarray(_Lease(segment or self.spend(_Private, size), shape, dtype)).view()
@@ -6620,8 +6639,8 @@ def _in_threads(job: _Job, n: int) -> list:
 def _in_worker() -> bool:
     """Whether this is a worker process of some pool, or in the middle of a job, as in the handler of a signal, or
     Python ends: then it must not start workers, nor wait for those at work."""
-    module = sys.modules.get("multiprocessing.process")
-    return _local.depth > 0 or sys.is_finalizing() or (module is not None and module.parent_process() is not None)
+    parent = getattr(sys.modules.get("multiprocessing.process"), "parent_process", None)  # none while it is imported
+    return _local.depth > 0 or sys.is_finalizing() or (parent is not None and parent() is not None)
 
 
 def run_blocks(
@@ -6857,7 +6876,7 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
         prim = TABLE.get(function)
         if function in (np.shape, np.ndim, np.size) and len(args) == 1:
             return getattr(self, function.__name__)
-        if function in (np.empty_like, np.zeros_like, np.ones_like, np.full_like):
+        if function in (np.empty_like, np.zeros_like, np.ones_like, np.full_like) and args:
             like = np.broadcast_to(np.zeros((), self.dtype), self.shape)
             return HOOK.adopt(function(like, *args[1:], **kwargs), self.forced or None, new=True)
         if isinstance(prim, Primitive) and _named(prim, function, args, kwargs).keys() <= {*prim.params}:
@@ -8060,7 +8079,7 @@ class _Lowering:
             call = f"_evaluate({self.name(prim)}, ({names}), {self.name(params)})"
         else:
             call = f"{self.name(functools.partial(prim.forward, **params))}({names})"
-        if type(node._held) is np.ndarray and (prim is _getitem or not prim.builtin):  # its shape may be another
+        if type(node._held) is np.ndarray:  # its shape may be another, if it depends on data
             return f"_as_before({call}, {node.shape}, {self.name(node.dtype)})"
         return call
 
@@ -8201,6 +8220,7 @@ class _Program:
         self.sweeps = [(first,)]  # the roots of each sweep that is compiled: at first a guess
         self.guess = True
         self.code = self.compiled(self.graph, self.sweeps)
+        self.sizes = {node: node.shape for node in inner if node._prim and type(node._held) is np.ndarray}
         for node in {*nodes, *inner}.difference(self.leaves):
             node._held = None
 
@@ -8265,6 +8285,9 @@ class _Program:
         for node in _oldest_first(graph):
             if node._prim is not None:
                 _recompute(node)
+            if graph is not self.traced and _shape(node) != self.sizes.get(node, _shape(node)):
+                self.graph, self.code, self.replays = self.traced, None, True
+                return self.replay(self.traced)
         return [_owned(root._held) for root in graph], graph
 
     def forward(self):

@@ -34,6 +34,7 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import types
 import unittest
 import warnings
 import weakref
@@ -1439,6 +1440,10 @@ class TestGradients(Strict):
             grad(lambda x: x * 2)(x)
         with self.assertRaisesRegex(ValueError, "argnums|argument 2"):
             grad(lambda x: x, 2)(1.0)
+        with self.assertRaisesRegex(ValueError, r"argnums: names an argument twice: \(0, -2\)"):
+            grad(lambda x, y: x * y, (0, -2))(2.0, 3.0)
+        with self.assertRaisesRegex(TypeError, "expected real numbers, got dtype complex128"):
+            np.polyfit(Value([0.0, 1.0, 2.0]), np.array([1j, 2, 3]), 1)
         with self.assertRaisesRegex(TypeError, "argnums.*got 'x'"):
             grad(lambda x: x, "x")(1.0)
         with no_grad():
@@ -1834,10 +1839,18 @@ class TestCatalogue(Strict):
             (lambda x: np.nanstd(x, axis=0, ddof=1), gaps), (lambda x: np.nanmax(x, axis=1), gaps),
             (np.gradient, beside, np.array([0.0, 1.0, 3.0])), (np.gradient, beside, np.array([0.0, 2.0, 3.0])),
             (np.gradient, np.array(1.0)), (lambda x: np.gradient(x, axis=()), v),
+            (lambda x: np.linalg.lstsq(x, x[:, 0], -1)[0], np.array([[1.0, 0.0], [0.0, 0.0]])),
+            (lambda x: np.linalg.lstsq(x, x[:, 0], 1)[0], np.array([[1.0, 2.0], [3.0, 5.0]])),
+            (lambda x: np.linalg.lstsq(np.zeros((0, 4), x.dtype), x, None)[0], v[:0]),
+            (lambda x: np.linalg.tensorsolve(np.zeros((0, 3, 3, 0), x.dtype), x), np.zeros((0, 3))),
+            (lambda x: np.pad(x, ((1, 1), (0, 0)), mode="linear_ramp"), np.zeros((2, 0))),
             (lambda x: np.gradient(x, edge_order=0), v), (lambda x: np.gradient(x, edge_order=2), beside),
             (lambda x: np.gradient(x, edge_order=2), np.array([2.0, 1.0, np.inf])),
         ]:  # fmt: skip
             self.agree(f, *args, order=0)
+        for base, axis in (([2.0, 3.0, 4.0], 0), ([2.0, 3.0, 4.0], -1), ([[2.0], [3.0]], 1)):
+            out = np.logspace(Value(v, float), 3.0, 2, base=base, axis=axis)
+            np.testing.assert_allclose(out.data.data, np.logspace(v, 3.0, 2, base=base, axis=axis))
         for f in (
             lambda x: np.linspace(x, 3.0, 1, retstep=True)[1],
             lambda x: np.setdiff1d(np.arange(5), x).dtype,
@@ -3906,6 +3919,33 @@ class TestBlocks(Strict):
         self.assertEqual((run.returncode, run.stderr), (0, ""), run.stdout + run.stderr)
         return run.stdout
 
+    def test_what_is_written_back_after_switching_stays_shared(self):
+        v = Value(np.arange(600.0))
+        v.data.enable_distributed()
+        array, t = v.data.data, v.data
+        v.data.disable_distributed()
+        v.data = t
+        array[0] = 9.0
+        self.assertEqual(v.data.data[0], 9.0)
+
+    def test_what_still_waited_is_not_kept_once_distribution_is_off(self):
+        with distributed_config(enabled=True):
+            x = Tensor(np.ones(1_000_000))
+            y = x * 2 + 1
+        self.assertEqual(y.data[0], 3.0)
+        del x, y
+        gc.collect()
+        self.assertEqual(picograd._memory.free, [])
+
+    def test_a_module_that_is_being_imported_makes_no_worker(self):
+        with mock.patch.dict(sys.modules, {"multiprocessing.process": types.ModuleType("multiprocessing.process")}):
+            self.assertFalse(picograd._in_worker())
+
+    def test_prototypes_may_be_named(self):
+        t = Tensor(np.ones(600), distributed=True)
+        for f in (np.empty_like, np.zeros_like):
+            self.assertEqual(f(prototype=t).shape if f is np.empty_like else f(a=t).shape, (600,))
+
     def test_config(self):
         set_distributed_config(enabled=False, num_workers=None)
         with distributed_config(enabled=True, num_workers=3) as config:
@@ -4919,7 +4959,7 @@ class TestBlocks(Strict):
                 self.assertEqual((data[0], grad[0]), (5.0, 7.0))
 
     def test_arrays_can_be_made_writeable_again(self):
-        with mock.patch.object(picograd, "_memory", picograd._Memory()):
+        with mock.patch.object(picograd, "_memory", picograd._Memory()), distributed_config(enabled=True):
             array = picograd._memory.empty((1 << 20,), np.dtype(float))
             part = array[5:]
             for x in (array, part):
@@ -5220,6 +5260,38 @@ class TestOptimizer(Strict):
                 finite = np.abs(eager[np.isfinite(eager)])
                 np.testing.assert_allclose(ours, eager, rtol=rtol, atol=rtol * max(1, finite.max(initial=0)))
         return fast
+
+    def test_sizes_that_depend_on_data_are_those_of_now(self):
+        def counts(x, w):
+            return np.mean(np.bincount(np.argmax(np.reshape(x, (2, 2)), axis=1), w[:2])) + w[3]
+
+        def places(x, w):
+            return np.sum(np.flatnonzero(x > 0) * w[0]) + np.sum(np.argwhere(x) * w[1])
+
+        def raising(x, w):  # Python's arithmetic, where IEEE's has an answer
+            return np.exp(-np.exp(w[3] * 1000.0)) + np.mean(x[x > 0])
+
+        def known(x, w):
+            return np.sum(np.unique(x, return_counts=True)[1] * w[2]) + np.sum(np.union1d(x, w) ** 2)
+
+        for f, lines in itertools.product((counts, places, raising, known), (picograd._MAX_LINES, 0)):
+            with self.subTest(f=f.__name__, lines=lines), mock.patch.object(picograd, "_MAX_LINES", lines):
+                x, w = Value([1.0, 0.0, 0.0, 1.0], float), Value([1.0, 3.0, 0.5, 0.0], float)
+                number = Value(0.0)
+                eager = f(x, [*w[:3], number] if f is raising else w)
+                program = optimize(eager)
+                for data, last in (
+                    ([1.0, 0.0, 0.0, 1.0], 0.0),
+                    ([1.0, 0.0, 2.0, 0.0], 1.0),
+                    ([0.0, 1.0, 0.0, 0.0], 1.0),
+                ):
+                    x.data, number.data, found = data, last, []
+                    for loss in (eager, program):
+                        x.grad = w.grad = None
+                        with np.errstate(over="ignore"):
+                            loss.forward().backward()
+                        found.append((loss.item(), x.grad.tolist(), w.grad.tolist()))
+                    self.assertEqual(*found)
 
     def test_what_weak_numbers_are_passed_through_keeps_their_digits(self):
         """A rule on Values, in programs and higher orders, says what it says on numbers."""
