@@ -6067,9 +6067,8 @@ def set_distributed_config(**changes: Any) -> DistributedConfig:
             raise ValueError(f"set_distributed_config: {name} must be at least 1, got {value}")
     _config = replace(_config, **changes)
     HOOK.limit = _config.min_elements_for_parallel if _config.enabled else math.inf
-    if not _config.enabled:
-        _memory.bound = 0
-        _memory.clear()
+    _memory.bound = _physical_bytes() // 16 if _config.enabled else 0
+    _memory.clear(bound=_memory.bound)
     return _config
 
 
@@ -6109,6 +6108,7 @@ _SMALL_BYTES = 1 << 20  # below, malloc does as well
 _MAX_SEGMENTS = 64  # that are shared at a time: each takes two descriptors
 
 
+@functools.cache
 def _physical_bytes() -> int:
     """The memory that this process may use: of the machine, or of its control group."""
     machine = 1 << 32
@@ -6209,7 +6209,6 @@ class _Memory:
         if nbytes < _SMALL_BYTES and not shared:
             return np.empty(shape, dtype)
         size = -(-max(nbytes, 1) >> 20) << 20
-        self.bound = self.bound or (_config.enabled and _physical_bytes() // 16)
         segment = self.take(size, shared) or (shared and self.share(size, most)) or self.take(size, False)
         # A view: NumPy lets an array be made writeable again if it stands on an array that is.
         return np.asarray(_Lease(segment or self.spend(_Private, size), shape, dtype)).view()
@@ -7000,6 +6999,7 @@ class _BlocksHook(_Hook):
             return raw if self.distributed(raw, choice) else raw.expose()
         fits = type(raw) is np.ndarray and raw.nbytes > 2 * _BLOCK_BYTES and raw.flags.carray
         if fits and self.distributed(raw, choice):
+            _memory.bound = _memory.bound or _physical_bytes() // 16
             found = Chunked(_Buffer(raw.shape, raw.dtype, array=raw, given=not new), choice is True)
             return found if dtype is None else Chunked(found.cast(dtype), choice is True)
         return raw if dtype is None else self.adopt(raw.astype(dtype), choice, new=True)
