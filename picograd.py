@@ -6898,7 +6898,7 @@ class Chunked(np.lib.mixins.NDArrayOperatorsMixin):
         return _evaluate(_as_dtype, (self,), {"dtype": np.dtype(dtype)})
 
     def __reduce__(self):
-        return np.array, (self.force(),)
+        return np.asarray, (self.force(),)  # so that copies share what was handed out, as the originals do
 
 
 def _exposed(function: Callable, args, kwargs: dict):

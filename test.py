@@ -3919,14 +3919,23 @@ class TestBlocks(Strict):
         self.assertEqual((run.returncode, run.stderr), (0, ""), run.stdout + run.stderr)
         return run.stdout
 
+    def test_copies_share_what_was_handed_out_as_the_originals_do(self):
+        for how in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+            with self.in_blocks():
+                t = Tensor(np.arange(600.0))
+                twin, array = how((t, t.data))
+                array[0] = 5.0
+                self.assertEqual((twin.data[0], t.data[0], twin.distributed), (5.0, 0.0, True))
+
     def test_what_is_written_back_after_switching_stays_shared(self):
-        v = Value(np.arange(600.0))
-        v.data.enable_distributed()
-        array, t = v.data.data, v.data
-        v.data.disable_distributed()
-        v.data = t
-        array[0] = 9.0
-        self.assertEqual(v.data.data[0], 9.0)
+        with self.in_blocks():
+            v = Value(Tensor(np.arange(600.0), distributed=False))
+            v.data.enable_distributed()
+            array, t = v.data.data, v.data
+            v.data.disable_distributed()
+            v.data = t
+            array[0] = 9.0
+            self.assertEqual(v.data.data[0], 9.0)
 
     def test_what_still_waited_is_not_kept_once_distribution_is_off(self):
         with distributed_config(enabled=True):
@@ -3942,9 +3951,9 @@ class TestBlocks(Strict):
             self.assertFalse(picograd._in_worker())
 
     def test_prototypes_may_be_named(self):
-        t = Tensor(np.ones(600), distributed=True)
-        for f in (np.empty_like, np.zeros_like):
-            self.assertEqual(f(prototype=t).shape if f is np.empty_like else f(a=t).shape, (600,))
+        with self.in_blocks():
+            t = Tensor(np.ones(600))
+            self.assertEqual((np.empty_like(prototype=t).shape, np.zeros_like(a=t).shape), ((600,), (600,)))
 
     def test_config(self):
         set_distributed_config(enabled=False, num_workers=None)
