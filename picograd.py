@@ -4472,7 +4472,7 @@ def lstsq(a, b, rcond=None):
     """`np.linalg.lstsq`, by the pseudo-inverse; the singular values have gradients, too, and the rank is plain."""
     a, (m, n) = _floating(a), np.shape(a)
     x = np.linalg.pinv(a, rtol=_rtol(rcond, a)) @ b
-    rank = np.linalg.matrix_rank(_fetched(_raw(a)), rtol=_rtol(rcond, a))
+    rank = np.linalg.matrix_rank(_fetched(_raw(a)), rtol=_rtol(rcond, a)) if m * n else 0
     residuals = np.sum(np.reshape(np.square(b - a @ x), (m, math.prod(np.shape(b)[1:]))), axis=0)
     return x, residuals if rank == n < m else residuals[:0], rank, np.linalg.svdvals(a)
 
