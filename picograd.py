@@ -3606,7 +3606,10 @@ def _of_sets(function):
         return places[np.searchsorted(values, function(a, b, **params))]
 
     found = primitive(first_places, None, None, name=f"places of {function.__name__}")
-    both = np.append if function is not np.setdiff1d else lambda ar1, ar2: ar1
+
+    def both(ar1, ar2):  # a number takes the dtype of an array
+        return ar1 if function is np.setdiff1d and np.ndim(ar1) else np.append(ar1, ar2)
+
     composed(function)(lambda ar1, ar2, **params: np.take(both(ar1, ar2), found(ar1, ar2, **params)))
 
 
