@@ -3470,7 +3470,8 @@ class _At:
             raise TypeError(f"at: expected an index, as in v.at[0].{how}(x)")
         a, index = self.array, tuple(map(_index_part, self.index))
         x, parts = x if isinstance(x, Array) else _constant(x, "at"), [i for i in index if isinstance(i, Array)]
-        if a.dtype.kind == "f" and type(_raw(x)) not in _WEAK_TYPES and x.dtype != a.dtype:
+        strong = _WEAK_TYPES.isdisjoint(map(type, map(_raw, (a, x))))
+        if strong and a.dtype.kind == "f" and x.dtype != a.dtype:
             x = _as_dtype(x, a.dtype)
         return _update(a, x, *parts, index=tuple([_HOLE if isinstance(i, Array) else i for i in index]), how=how)
 
