@@ -4155,7 +4155,9 @@ def gradient(f, *varargs, axis=None, edge_order=1):
         steps = steps * len(axes)
     if len(steps) != len(axes):
         raise TypeError(f"np.gradient: expected one number or a spacing for each of the axes {axes}, got {len(steps)}")
-    slopes = [_slopes(np.moveaxis(_floating(f), i, 0), step, edge_order) for i, step in zip(axes, steps)]
+    whole = np.result_type(_raw(f)).kind in "iu"  # masks have no difference, as NumPy says
+    f = _floating(f) if whole else f
+    slopes = [_slopes(np.moveaxis(f, i, 0), step, edge_order) for i, step in zip(axes, steps)]
     slopes = tuple([np.moveaxis(slope, 0, i) for slope, i in zip(slopes, axes)])
     return slopes[0] if len(axes) == 1 else slopes
 

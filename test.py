@@ -1850,6 +1850,8 @@ class TestCatalogue(Strict):
             self.agree(f, *args, order=0)
         self.assertEqual(Value(2.0).at[None].set(Value([3.0])).dtype, np.float32)
         self.assertEqual(np.setdiff1d(Value(2.0), np.zeros(1, np.float32)).dtype, np.float32)
+        with self.assertRaisesRegex(TypeError, "boolean subtract"):
+            np.gradient(Tensor([True, False, True], bool))
         for base, axis in (([2.0, 3.0, 4.0], 0), ([2.0, 3.0, 4.0], -1), ([[2.0], [3.0]], 1)):
             out = np.logspace(Value(v, float), 3.0, 2, base=base, axis=axis)
             np.testing.assert_allclose(out.data.data, np.logspace(v, 3.0, 2, base=base, axis=axis))
