@@ -3327,9 +3327,9 @@ _HOLE = type("Hole", (), {"__repr__": lambda self: "·", "__reduce__": lambda se
 
 
 def _filled(index, parts):
-    rest = iter(parts)
     if not parts:
         return index
+    rest = iter(parts)
     return tuple([next(rest) if i is _HOLE else i for i in index])
 
 
@@ -5354,6 +5354,7 @@ def _label_mask_forward(labels, k):
 
 
 def _one_a_row(places):
+    """The index of one element of each row, given the places within the rows."""
     return *np.indices(np.shape(places), sparse=True), places
 
 
@@ -7005,7 +7006,7 @@ class _BlocksHook(_Hook):
             return raw if self.distributed(raw, choice) else raw.expose()
         fits = type(raw) is np.ndarray and raw.nbytes > 2 * _BLOCK_BYTES and raw.flags.carray
         if fits and self.distributed(raw, choice):
-            _memory.bound = _memory.bound or _physical_bytes() // 16
+            _memory.bound = _memory.bound or _physical_bytes() // 16  # also if only this one is distributed
             found = Chunked(_Buffer(raw.shape, raw.dtype, array=raw, given=not new), choice is True)
             return found if dtype is None else Chunked(found.cast(dtype), choice is True)
         return raw if dtype is None else self.adopt(raw.astype(dtype), choice, new=True)
@@ -8288,10 +8289,11 @@ class _Program:
         for x, shape in self.shapes.items() if graph is not self.traced else ():
             if _shape(x) != shape:
                 _checked(x, shape)
+        sizes = self.sizes if graph is not self.traced else {}
         for node in _oldest_first(graph):
             if node._prim is not None:
                 _recompute(node)
-            if graph is not self.traced and _shape(node) != self.sizes.get(node, _shape(node)):
+            if node in sizes and _shape(node) != sizes[node]:
                 self.graph, self.code, self.replays = self.traced, None, True
                 return self.replay(self.traced)
         return [_owned(root._held) for root in graph], graph
